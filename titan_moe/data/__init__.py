@@ -1,0 +1,1 @@
+"""Files, documents, tokens and batches: the data pipeline."""

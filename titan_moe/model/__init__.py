@@ -1,0 +1,1 @@
+"""The decoder: attention, Mixture-of-Experts layers, routing and dispatch."""

@@ -1,0 +1,1 @@
+"""Meshes, the order in which parallelism is applied, and gradients over meshes."""
