@@ -1,0 +1,101 @@
+"""What a step and an evaluation leave behind, and pure measures of it.
+
+Shapes: L MoE layers, E experts. A load is a number of tokens per expert, over all ranks and micro-batches.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class StepOutput(NamedTuple):
+    """One optimizer step: tensors on the device, global over ranks and micro-batches."""
+
+    loss: Tensor  # scalar, cross-entropy, nats per token
+    balance_losses: dict[str, Tensor]  # scalars before their coefficients, mean over layers
+    total_loss: Tensor  # scalar, what was differentiated
+    grad_norm: Tensor  # scalar, before clipping
+    load: Tensor  # (L, E) int64
+    num_tokens: Tensor  # scalar int64
+
+
+class EvalOutput(NamedTuple):
+    """Sums over the tokens of some validation batches; they add up over batches and ranks."""
+
+    loss_sum: Tensor  # scalar float64, nats
+    num_correct: Tensor  # scalar: labels that were the most probable token
+    num_tokens: Tensor  # scalar: labels that count
+    num_bytes: Tensor  # scalar: UTF-8 bytes these labels stand for
+    load: Tensor  # (L, E)
+    scores_sum: Tensor  # (L, E): routing probabilities
+    z_loss_sum: Tensor  # (L,)
+    entropy_sum: Tensor  # (L,)
+
+
+def maxvio(load: Tensor) -> Tensor:
+    """Maximal violation of balance: max_i (L_i - mean L) / mean L (the paper, 3.3.4), (..., E) -> (...).
+
+    0 at uniform load, E - 1 when one expert takes everything, 0 when nothing was routed.
+    """
+    load = load.to(torch.float64)
+    mean = load.mean(-1)
+    return torch.where(mean > 0, load.amax(-1) / mean - 1, 0.0)
+
+
+def load_entropy(load: Tensor) -> Tensor:
+    """Entropy of the load's distribution over experts divided by log E: 1 at uniform load, (..., E) -> (...)."""
+    load = load.to(torch.float64)
+    share = load / load.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(share).sum(-1) / math.log(max(2, load.shape[-1]))
+
+
+def dead_experts(load: Tensor) -> Tensor:
+    """Count the experts without a token, over all layers: (..., E) -> scalar."""
+    return (load == 0).sum()
+
+
+def train_metrics(output: StepOutput) -> dict[str, Tensor]:
+    """Scalar tensors by the names of metrics.jsonl for one optimizer step."""
+    metrics = {
+        "loss": output.loss,
+        **output.balance_losses,
+        "total_loss": output.total_loss,
+        "grad_norm": output.grad_norm,
+    }
+    if output.load.numel():
+        metrics |= _per_layer("maxvio_batch", maxvio(output.load))
+        metrics["load_entropy"] = load_entropy(output.load).mean()
+        metrics["dead_experts"] = dead_experts(output.load)
+    return metrics
+
+
+def eval_metrics(output: EvalOutput) -> dict[str, Tensor]:
+    """Scalar tensors by the names of metrics.jsonl for a whole evaluation.
+
+    The three routing losses are of the whole validation set at once, so they don't depend on how it was batched.
+    """
+    T = output.num_tokens.to(torch.float64)
+    loss = output.loss_sum / T
+    metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": output.num_correct / T, "num_tokens": T}
+    metrics["bits_per_byte"] = output.loss_sum / math.log(2) / output.num_bytes
+    if output.load.numel():
+        metrics["aux_loss"] = (output.load / T * output.scores_sum / T).sum(-1).mean()
+        metrics["z_loss"] = (output.z_loss_sum / T).mean()
+        metrics["entropy_loss"] = (output.entropy_sum / T).mean()
+        metrics |= _per_layer("maxvio_global", maxvio(output.load))
+    return metrics
+
+
+def _per_layer(name: str, values_L: Tensor) -> dict[str, Tensor]:
+    """Mean over layers under `name`, and each layer under `name/layer_I`."""
+    return {name: values_L.mean(), **{f"{name}/layer_{i}": v for i, v in enumerate(values_L.unbind())}}
+
+
+def to_numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Bring scalar tensors to Python floats with one copy from the device (float64, so float32 values are exact)."""
+    if not metrics:
+        return {}
+    values = torch.stack([value.detach().to(torch.float64) for value in metrics.values()]).tolist()
+    return dict(zip(metrics, values, strict=True))

@@ -1,0 +1,37 @@
+"""Optimizers by name: OPTIMIZERS[name](param_groups, **arguments) -> torch.optim.Optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def adamw(
+    param_groups: list[dict[str, Any]],
+    *,
+    lr: float = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+) -> torch.optim.Optimizer:
+    """AdamW with decoupled decay (Loshchilov and Hutter 2019), fused where torch has it; the paper's default.
+
+    A group may carry any of the arguments as its own value.
+    """
+    groups = []
+    for group in param_groups:
+        own = {k: v for k, v in group.items() if k not in ("beta1", "beta2")}
+        groups.append({**own, "betas": (group.get("beta1", beta1), group.get("beta2", beta2))})
+    return torch.optim.AdamW(groups, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
+    """Set each group's lr to its configured lr times the schedule's `factor`; return them by group name."""
+    for group in optimizer.param_groups:
+        group.setdefault("base_lr", group["lr"])
+        group["lr"] = group["base_lr"] * factor
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}

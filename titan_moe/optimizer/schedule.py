@@ -1,0 +1,54 @@
+"""Learning-rate schedules: a schedule is a function from the optimizer step (from 1) to a factor of each group's lr."""
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[int], float]
+
+
+def _warmup(step: int, warmup_steps: int) -> float:
+    """Linear from 1/warmup_steps at step 1 to 1 at step warmup_steps."""
+    return min(1.0, step / warmup_steps) if warmup_steps > 0 else 1.0
+
+
+def _progress(step: int, start: int, end: int) -> float:
+    """How far a decay from step `start` to step `end` has come, 0 to 1."""
+    return min(1.0, max(0.0, (step - start) / max(1, end - start)))
+
+
+def cosine(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.1) -> Schedule:
+    """Linear warmup, then half a cosine down to `min_lr_factor` at the last step (the paper, Table 1)."""
+
+    def factor(step: int) -> float:
+        half_cosine = 0.5 * (1 + math.cos(math.pi * _progress(step, warmup_steps, steps)))
+        return _warmup(step, warmup_steps) * (min_lr_factor + (1 - min_lr_factor) * half_cosine)
+
+    return factor
+
+
+def wsd(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.0, decay_ratio: float = 0.2) -> Schedule:
+    """Warmup, stable, then linear decay over the last `decay_ratio` of the steps (MiniCPM, arXiv 2404.06395)."""
+
+    def factor(step: int) -> float:
+        start = max(warmup_steps, steps - round(decay_ratio * steps))
+        return _warmup(step, warmup_steps) * (1 - (1 - min_lr_factor) * _progress(step, start, steps))
+
+    return factor
+
+
+def linear(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.0) -> Schedule:
+    """Linear warmup, then linear decay to `min_lr_factor` at the last step."""
+    return wsd(steps=steps, warmup_steps=warmup_steps, min_lr_factor=min_lr_factor, decay_ratio=1.0)
+
+
+def constant(*, steps: int, warmup_steps: int = 300) -> Schedule:
+    """Linear warmup, then the full learning rate to the end."""
+    return lambda step: _warmup(step, warmup_steps)
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "wsd": wsd,
+    "constant": constant,
+}
