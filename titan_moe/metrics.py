@@ -4,10 +4,13 @@ Shapes: L MoE layers, E experts. A load is a number of tokens per expert, over a
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from titan_moe.optimizer.groups import group_of
 
 
 class StepOutput(NamedTuple):
@@ -93,9 +96,35 @@ def _per_layer(name: str, values_L: Tensor) -> dict[str, Tensor]:
     return {name: values_L.mean(), **{f"{name}/layer_{i}": v for i, v in enumerate(values_L.unbind())}}
 
 
-def to_numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Bring scalar tensors to Python floats with one copy from the device (float64, so float32 values are exact)."""
-    if not metrics:
-        return {}
-    values = torch.stack([value.detach().to(torch.float64) for value in metrics.values()]).tolist()
-    return dict(zip(metrics, values, strict=True))
+def to_numbers(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Replace scalar tensors by Python numbers with one copy from the device, and put other tensors on the host.
+
+    Numbers pass through float64, so float32 values and counts below 2^53 are exact; integer tensors give int.
+    """
+    scalars = [v for record in records for v in record.values() if isinstance(v, Tensor) and v.dim() == 0]
+    values = iter(torch.stack([v.detach().to(torch.float64) for v in scalars]).tolist() if scalars else [])
+
+    def number(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() > 0:
+            return value.cpu()
+        return next(values) if value.is_floating_point() else int(next(values))
+
+    return [{key: number(value) for key, value in record.items()} for record in records]
+
+
+def active_parameters(named_parameters: Iterable[tuple[str, Tensor]], num_experts: int, top_k: int) -> int:
+    """Parameters that take part in a token's forward pass: all but the experts it does not visit."""
+    return sum(
+        p.numel() * top_k // num_experts if group_of(name) == "expert" else p.numel() for name, p in named_parameters
+    )
+
+
+def flops_per_token(active_parameters: int, *, num_layers: int, dim: int, seq_len: int) -> float:
+    """Training FLOPs of a token: 6 per active parameter plus 6 * L * dim * seq_len for causal attention's products.
+
+    As PaLM's appendix B counts them (12 * L * dim * seq_len), with the half that a causal mask leaves. The embedding
+    look-up is no product: with an untied embedding leave its parameters out.
+    """
+    return 6.0 * active_parameters + 6.0 * num_layers * dim * seq_len

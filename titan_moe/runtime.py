@@ -1,22 +1,27 @@
 """The machine: process group, device, seeds and determinism, logging. The only reader of os.environ."""
 
+import contextlib
 import datetime
 import faulthandler
 import logging
 import os
+import platform
 import random
 import resource
 import signal
+import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from titan_moe import __version__
 
 logger = logging.getLogger("titan_moe")
 
@@ -143,6 +148,68 @@ class StopRequest:
         flag = torch.tensor(self.signal)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag.item())
+
+
+def signal_name(number: int) -> str:
+    """Name a signal: 15 -> SIGTERM."""
+    return signal.Signals(number).name
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of a run; ValueError where nothing can be written there."""
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"job.dump_folder {folder} is not writable: {error.strerror}; give another one") from error
+
+
+def describe_machine(runtime: Runtime) -> dict[str, Any]:
+    """Versions, git commit, world size and device, for run.json."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    cuda = runtime.device.type == "cuda"
+    return {
+        "titan_moe": __version__,
+        "git_commit": commit.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(runtime.device) if cuda else platform.processor() or platform.machine(),
+        "world_size": runtime.world_size,
+        "threads": torch.get_num_threads(),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+@contextlib.contextmanager
+def profiler(runtime: Runtime, *, enable: bool, folder: Path, freq: int) -> Iterator[Callable[[], None]]:
+    """Give a function to call after each step; with `enable` the last of every `freq` steps is traced to `folder`."""
+    if not enable:
+        yield lambda: None
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if runtime.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    warmup = min(1, freq - 1)
+    with torch.profiler.profile(
+        activities=activities,
+        schedule=torch.profiler.schedule(wait=freq - 1 - warmup, warmup=warmup, active=1),
+        on_trace_ready=lambda prof: _write_trace(prof, folder, runtime.rank),
+    ) as profile:
+        yield profile.step
+
+
+def _write_trace(profile: torch.profiler.profile, folder: Path, rank: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(folder / f"step-{profile.step_num}-rank-{rank}.json"))
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:

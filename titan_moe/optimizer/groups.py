@@ -25,16 +25,15 @@ def group_of(name: str) -> str:
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], group_arguments: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Sort parameters into torch.optim groups {"name", "params", "param_names", **the group's own arguments}.
+    """Sort parameters into torch.optim groups {"name", "params", **the group's own arguments}.
 
     Groups without a parameter are left out; one that has arguments in `group_arguments` but no parameter is a
     ValueError, for example [optimizer.expert] of a dense model.
     """
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in named_parameters:
-        group = groups.setdefault(group_of(name), {"name": group_of(name), "params": [], "param_names": []})
+        group = groups.setdefault(group_of(name), {"name": group_of(name), "params": []})
         group["params"].append(parameter)
-        group["param_names"].append(name)
     for name, arguments in group_arguments.items():
         if name not in groups:
             raise ValueError(f"[optimizer.{name}] is set, but the model has no {name} parameters: remove that table")

@@ -1,0 +1,74 @@
+"""From a Config to its parts: the one place that turns sections into arguments."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from titan_moe.balancer import BALANCERS, Balancer
+from titan_moe.config import Config, find_component
+from titan_moe.model.routing import ROUTERS, force_balanced
+from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.schedule import SCHEDULES, Schedule
+
+
+def build_model(config: Config) -> Transformer:
+    """Build the model of a config whose vocab_size is known, on the current default device (`meta`: no memory)."""
+    model, moe = config.model, config.moe
+    router = None
+    if moe.num_experts:
+        router = find_component(ROUTERS, config.router.name)(top_k=moe.top_k, **config.router.arguments)
+        if config.debug.force_balanced_routing:
+            router = force_balanced(router)
+    return Transformer(
+        vocab_size=model.vocab_size,
+        dim=model.dim,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads,
+        ffn_dim=model.ffn_dim,
+        rope_theta=model.rope_theta,
+        norm_eps=model.norm_eps,
+        qk_norm=model.qk_norm,
+        tie_embeddings=model.tie_embeddings,
+        init_std=model.init_std,
+        seq_len=config.training.seq_len,
+        num_experts=moe.num_experts,
+        expert_dim=moe.expert_dim,
+        num_shared_experts=moe.num_shared_experts,
+        first_dense_layers=moe.first_dense_layers,
+        layer_freq=moe.layer_freq,
+        router=router,
+        expert_bias="loss_free" in config.balancer,
+    )
+
+
+def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
+    """Each balancer at coefficient 1 with its coefficient beside it, so that steps report values before coefficients.
+
+    A balancer that takes no `coeff` is as it is, with coefficient 1.
+    """
+    balancers = {}
+    for name, arguments in config.balancer.items():
+        builder = find_component(BALANCERS, name)
+        default = inspect.signature(builder).parameters.get("coeff")
+        if default is None:
+            balancers[name] = (1.0, builder(**arguments))
+        else:
+            balancers[name] = (arguments.get("coeff", default.default), builder(**{**arguments, "coeff": 1.0}))
+    return balancers
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """Build the optimizer of [optimizer] over the model's parameter groups."""
+    groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), config.optimizer.groups)
+    return find_component(OPTIMIZERS, config.optimizer.name)(groups, **config.optimizer.arguments)
+
+
+def build_schedule(config: Config) -> Schedule:
+    """Build the schedule of [lr_scheduler] for training.steps steps."""
+    builder = find_component(SCHEDULES, config.lr_scheduler.name)
+    return builder(steps=config.training.steps, **config.lr_scheduler.arguments)

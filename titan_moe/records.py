@@ -1,0 +1,72 @@
+"""Records of a run: the flat dicts that sinks get, and what the user is told about the model at the start."""
+
+from typing import Any
+
+import torch
+
+from titan_moe import runtime
+from titan_moe.config import Config
+from titan_moe.metrics import StepOutput, active_parameters, flops_per_token, to_numbers, train_metrics
+from titan_moe.model.transformer import Transformer
+from titan_moe.parallelize.grad import param_norm
+from titan_moe.runtime import Runtime, logger
+from titan_moe.sinks import Sink
+
+Record = dict[str, Any]  # its tensors may still be on the device
+
+
+def train_record(model: Transformer, output: StepOutput, lrs: dict[str, float]) -> Record:
+    """What a `train` line says of the step itself; the load (L, E) goes along for the heatmap."""
+    record: Record = {"kind": "train", **train_metrics(output), "param_norm": param_norm(model.parameters())}
+    record |= {f"lr/{name}": lr for name, lr in lrs.items()}
+    if output.load.numel():
+        record["load"] = output.load
+    return record
+
+
+def speed_record(config: Config, model: Transformer, rt: Runtime, step_tokens: int, seconds: float) -> Record:
+    """What a `train` line says of the step's cost; MFU where the device's peak is known."""
+    tokens_per_second = step_tokens / seconds
+    record: Record = {"tokens_per_second": tokens_per_second, "step_seconds": seconds}
+    record["peak_memory_gib"] = runtime.peak_memory_gib(rt.device)
+    peak = runtime.peak_flops(rt.device)
+    if peak is not None:
+        flops = flops_per_token(
+            count_active(config, model),
+            num_layers=config.model.num_layers,
+            dim=config.model.dim,
+            seq_len=config.training.seq_len,
+        )
+        record["mfu"] = tokens_per_second * flops / (peak * rt.world_size)
+    return record
+
+
+def count_active(config: Config, model: Transformer) -> int:
+    """Parameters in the matrix products of a token's forward pass: not the look-up of an untied embedding."""
+    parameters = model.named_parameters()
+    if not config.model.tie_embeddings:
+        parameters = ((name, p) for name, p in parameters if not name.startswith("tok_embeddings"))
+    return active_parameters(parameters, config.moe.num_experts, config.moe.top_k)
+
+
+def flush(sinks: Sink, pending: list[Record]) -> None:
+    """Bring the pending records to the host, all at once, and write them."""
+    for record in to_numbers(pending):
+        sinks.write(record)
+    pending.clear()
+
+
+def log_parameters(config: Config, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
+    """Tell the model's size, and of each parameter group its size, learning rate and decay."""
+    total = sum(p.numel() for p in model.parameters())
+    logger.info("model: %s parameters, %s active a token", f"{total:,}", f"{count_active(config, model):,}")
+    for group in optimizer.param_groups:
+        count = sum(p.numel() for p in group["params"])
+        logger.info(
+            "  %-10s %15s parameters in %3d tensors, lr %g, weight decay %g",
+            group["name"],
+            f"{count:,}",
+            len(group["params"]),
+            group["lr"],
+            group["weight_decay"],
+        )

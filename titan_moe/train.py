@@ -1,0 +1,281 @@
+"""Train a model: `torchrun -m titan_moe.train --job.config_file FILE [--section.key value ...]`."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from titan_moe import runtime
+from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule
+from titan_moe.checkpoint import latest_complete, load_checkpoint, resolve_checkpoint, save_checkpoint
+from titan_moe.config import Config, help_text, load_config, to_toml
+from titan_moe.data import Data, build_data, token_bytes
+from titan_moe.files import write_atomic
+from titan_moe.metrics import eval_metrics
+from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.build import set_lr
+from titan_moe.optimizer.schedule import Schedule
+from titan_moe.parallelize.mesh import build_mesh, resolve_shard_degree
+from titan_moe.parallelize.parallelize import DTYPES, parallelize
+from titan_moe.records import Record, flush, log_parameters, speed_record, train_record
+from titan_moe.runtime import Runtime, StopRequest, logger
+from titan_moe.sinks import Sink, console, fan_out, jsonl, summary, tensorboard, wandb
+from titan_moe.step import Balancers, evaluate, train_step
+
+
+class Job(NamedTuple):
+    """Everything a training run consists of."""
+
+    config: Config
+    runtime: Runtime
+    data: Data
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    balancers: Balancers
+    accumulation: int  # micro-batches of a step on each rank
+    folder: Path
+
+
+def main(args: list[str]) -> int:
+    """Train as the configuration says; return the exit code."""
+    if "-h" in args or "--help" in args:
+        print(help_text())
+        return 0
+    config, rt = load_config(args), runtime.read_world()
+    runtime.init_logging(rt)
+    job = build_job(config, rt)
+    start, num_tokens = resume(job)
+    write_run_files(job)
+    sinks = open_sinks(job, start)
+    try:
+        stopped = run(job, sinks, start, num_tokens)
+    finally:
+        sinks.close()
+    if stopped:
+        logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
+        return 128 + stopped
+    if rt.is_main:
+        print(summary(job.folder))
+    return 0
+
+
+def build_job(config: Config, rt: Runtime) -> Job:
+    """Build the run's parts; what can be refused is refused before any process group or file exists."""
+    parallel, training = config.parallelism, config.training
+    replicate = parallel.data_parallel_replicate_degree
+    shard = resolve_shard_degree(
+        world_size=rt.world_size, replicate=replicate, shard=parallel.data_parallel_shard_degree
+    )
+    accumulation = micro_batches_a_step(training.local_batch_size, training.global_batch_size, rt.world_size)
+    folder = Path(config.job.dump_folder)
+    runtime.check_writable(folder)
+    mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
+    if rt.world_size > 1 or mixed:
+        runtime.init_process_group(rt, config.comm.init_timeout_seconds)
+    runtime.seed_everything(training.seed, deterministic=training.deterministic)
+
+    data = load_data(config, rt)
+    config = with_vocab_size(config, data.tokenizer.vocab_size)
+    with torch.device("meta"):
+        model = build_model(config)
+    mesh = build_mesh(device=rt.device, shard=shard) if rt.world_size > 1 or mixed else None
+    parallelize(
+        model,
+        mesh=mesh,
+        param_dtype=DTYPES[training.mixed_precision_param],
+        reduce_dtype=DTYPES[training.mixed_precision_reduce],
+        checkpoint_mode=config.activation_checkpoint.mode,
+        compile_blocks=config.compile.enable,
+    )
+    model.to(DTYPES[training.dtype]).to_empty(device=rt.device)
+    model.init_weights(training.seed)
+    optimizer = build_optimizer(config, model)
+    log_parameters(config, model, optimizer)
+    return Job(
+        config, rt, data, model, optimizer, build_schedule(config), build_balancers(config), accumulation, folder
+    )
+
+
+def load_data(config: Config, rt: Runtime) -> Data:
+    """Prepare the tokenizer and this rank's batches."""
+    data, training, validation = config.data, config.training, config.validation
+    global_batch_size = training.global_batch_size
+    if global_batch_size == -1:
+        global_batch_size = training.local_batch_size * rt.world_size
+    return build_data(
+        dataset=data.dataset,
+        path=data.path,
+        tokenizer=data.tokenizer,
+        seq_len=training.seq_len,
+        seed=training.seed,
+        global_batch_size=global_batch_size,
+        local_batch_size=training.local_batch_size,
+        dp_rank=rt.rank,
+        dp_degree=rt.world_size,
+        num_workers=data.num_workers,
+        validation_fraction=data.validation_fraction,
+        validation_path=data.validation_path,
+        validation_steps=validation.steps,
+        validation_local_batch_size=validation.local_batch_size,
+        cache_folder=Path(data.cache_folder) if data.cache_folder else runtime.user_cache_folder(),
+        barrier=runtime.barrier,
+    )
+
+
+def micro_batches_a_step(local: int, total: int, num_ranks: int) -> int:
+    """Micro-batches of a step on each rank; ValueError where training.global_batch_size does not divide."""
+    if total == -1:
+        return 1
+    if total % (local * num_ranks):
+        raise ValueError(
+            f"training.global_batch_size ({total}) must be a multiple of training.local_batch_size ({local}) x "
+            f"data-parallel ranks ({num_ranks}): change one of them"
+        )
+    return total // (local * num_ranks)
+
+
+def with_vocab_size(config: Config, tokens: int) -> Config:
+    """Fill in model.vocab_size: the tokenizer's size padded to a multiple of 64, or the configured one if it fits."""
+    size = config.model.vocab_size or -(-tokens // 64) * 64
+    if tokens > size:
+        raise ValueError(
+            f"model.vocab_size ({size}) is smaller than the tokenizer's vocabulary ({tokens}): "
+            "raise it, or set it to 0 to take the tokenizer's"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+def resume(job: Job) -> tuple[int, int]:
+    """Load the latest complete checkpoint of the run, if there is one: its step and the tokens seen so far.
+
+    The configuration decides the hyperparameters, also where the checkpoint was saved with others.
+    """
+    config = job.config.checkpoint
+    if not config.enable:
+        return 0, 0
+    folder = job.folder / config.folder
+    if config.load_step >= 0:
+        found = resolve_checkpoint(folder / f"step-{config.load_step}")
+    else:
+        found = latest_complete(folder)
+    if found is None:
+        if config.initial_load_path:
+            source = resolve_checkpoint(config.initial_load_path)
+            load_checkpoint(source, model=job.model, verify=False)
+            logger.info("starting from the weights of %s", source)
+        return 0, 0
+    configured = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
+    restored = load_checkpoint(found, model=job.model, optimizer=job.optimizer, verify=False)
+    for group, values in zip(job.optimizer.param_groups, configured, strict=True):
+        group.update(values)
+    job.data.train.load_state_dict(restored.extra["data"])
+    logger.info("resuming from %s", found)
+    return restored.step, restored.extra["num_tokens"]
+
+
+def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
+    """Train from step `start` + 1 to the end; the signal that stopped the run early, else 0."""
+    config, rt, profiling = job.config, job.runtime, job.config.profiling
+    stop, steps, batches = StopRequest(), config.training.steps, iter(job.data.train)
+    expert_biases = job.model.expert_biases()
+    pending: list[Record] = []
+    with runtime.profiler(
+        rt,
+        enable=profiling.enable_profiling,
+        folder=job.folder / profiling.save_traces_folder,
+        freq=profiling.profile_freq,
+    ) as profile_step:
+        for step in range(start + 1, steps + 1):
+            begin = time.perf_counter()
+            micro_batches = [next(batches) for _ in range(job.accumulation)]
+            data_seconds = time.perf_counter() - begin
+            micro_batches = [(tokens.to(rt.device), labels.to(rt.device)) for tokens, labels in micro_batches]
+            lrs = set_lr(job.optimizer, job.schedule(step))
+            output = train_step(
+                job.model, micro_batches, job.optimizer, job.balancers, expert_biases, max_norm=config.training.max_norm
+            )
+            seconds = time.perf_counter() - begin
+            step_tokens = rt.world_size * sum(labels.numel() for _, labels in micro_batches)
+            num_tokens += step_tokens
+            record = {"step": step, "num_tokens": num_tokens, "data_seconds": data_seconds}
+            record |= train_record(job.model, output, lrs)
+            record |= speed_record(config, job.model, rt, step_tokens, seconds)
+            pending.append(record)
+            profile_step()
+
+            signal, last = stop.on_any_rank(), step == steps
+            validating = config.validation.enable and (step % config.validation.freq == 0 or last)
+            saving = config.checkpoint.enable and (step % config.checkpoint.interval == 0 or last or signal > 0)
+            if step % config.metrics.log_freq == 0 or validating or saving or signal or last:
+                flush(sinks, pending)
+            if validating:
+                validate(job, sinks, step)
+            if saving:
+                save(job, step, num_tokens, must_succeed=last or signal > 0)
+            if signal and not last:
+                return signal
+            if step == start + 1:
+                runtime.set_timeout(config.comm.train_timeout_seconds)
+    return 0
+
+
+def validate(job: Job, sinks: Sink, step: int) -> None:
+    """Evaluate on the held-out data and record it."""
+    assert job.data.validation is not None
+    bytes_V = token_bytes(job.data.tokenizer, job.config.model.vocab_size).to(job.runtime.device)
+    output = evaluate(job.model, job.data.validation(), bytes_V)
+    flush(sinks, [{"step": step, "kind": "validation", **eval_metrics(output)}])
+
+
+def save(job: Job, step: int, num_tokens: int, *, must_succeed: bool) -> None:
+    """Save a checkpoint; one that fails on the way is a loud warning, the last one an error."""
+    config = job.config
+    files = {"config.toml": to_toml(config), "tokenizer.json": job.data.tokenizer.to_json()}
+    extra = {"num_tokens": num_tokens, "data": job.data.train.state_dict()}
+    try:
+        save_checkpoint(
+            job.folder / config.checkpoint.folder,
+            step,
+            model=job.model,
+            optimizer=job.optimizer,
+            extra=extra,
+            files=files,
+            keep_latest_k=config.checkpoint.keep_latest_k,
+        )
+    except OSError as error:
+        if must_succeed:
+            raise
+        logger.warning("%s: training goes on, the next save is %d steps away", error, config.checkpoint.interval)
+
+
+def write_run_files(job: Job) -> None:
+    """Leave config.toml, which gives this run again, and run.json, which says where it ran, in the dump folder."""
+    if not job.runtime.is_main:
+        return
+    write_atomic(job.folder / "config.toml", to_toml(job.config))
+    facts = {**runtime.describe_machine(job.runtime), **job.data.fingerprints}
+    write_atomic(job.folder / "run.json", json.dumps(facts, indent=1) + "\n")
+
+
+def open_sinks(job: Job, step: int) -> Sink:
+    """Open the sinks that [metrics] names, on the main rank; what they hold of steps after `step` is dropped."""
+    if not job.runtime.is_main:
+        return fan_out()
+    config, folder = job.config.metrics, job.folder
+    sinks = [
+        console(total_steps=job.config.training.steps, log_freq=config.log_freq, step=step),
+        jsonl(folder / "metrics.jsonl", step),
+    ]
+    if config.enable_tensorboard:
+        sinks.append(tensorboard(folder / "tensorboard", step))
+    if config.enable_wandb:
+        sinks.append(wandb(folder))
+    return fan_out(*sinks)
+
+
+if __name__ == "__main__":
+    runtime.run_command(main)
