@@ -1,0 +1,54 @@
+"""Causal self-attention with rotary positions and grouped key-value heads.
+
+Shapes: B batch, S sequence, D dim, H query heads, G key-value heads, C channels of a head (D / H).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Rope = tuple[Tensor, Tensor]
+
+
+def rope_cos_sin(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Rope:
+    """cos and sin of position * theta^(-2i / head_dim), each (S, C / 2) in fp32, for positions from 0.
+
+    Made once per forward pass and not kept: there is no longest sequence, and no buffer to rebuild, shard or cast.
+    Source: Su et al. (2021), equation 15.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequency)
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x_BHSC: Tensor, rope: Rope) -> Tensor:
+    """Rotate channel i together with channel i + C / 2 (the half-split layout of Hugging Face), in fp32."""
+    cos, sin = rope
+    left, right = x_BHSC.float().chunk(2, dim=-1)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x_BHSC)
+
+
+class Attention(nn.Module):
+    """Softmax attention over the past; `qk_norm` puts an RMSNorm on each head's queries and keys before rotation."""
+
+    def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, qk_norm: bool, norm_eps: float) -> None:
+        super().__init__()
+        self.head_dim = dim // num_heads
+        self.grouped = num_kv_heads != num_heads
+        self.wq = nn.Linear(dim, num_heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(num_heads * self.head_dim, dim, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+
+    def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
+        """(B, S, D) -> (B, S, D)."""
+        q_BSHC, k_BSGC, v_BSGC = (w(x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
+        q_BHSC, k_BGSC = apply_rope(q_BSHC.transpose(1, 2), rope), apply_rope(k_BSGC.transpose(1, 2), rope)
+        y_BHSC = F.scaled_dot_product_attention(
+            q_BHSC, k_BGSC, v_BSGC.transpose(1, 2), is_causal=True, enable_gqa=self.grouped
+        )
+        return self.wo(y_BHSC.transpose(1, 2).flatten(2))

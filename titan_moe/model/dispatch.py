@@ -1,0 +1,95 @@
+"""Dispatchers: how tokens get to their experts and the experts' outputs back.
+
+A dispatcher is a pair of functions. `dispatch(x_TD, routing)` gives (x_ND, tokens_per_expert_E, state): one row for each
+of the N = T * K choices, sorted by expert, and how many rows each of this process's experts has. `combine(y_ND,
+topk_scores_TK, state)` gives y_TD: for each token the weighted sum of its rows.
+
+Nothing is dropped, no (T, E) mask is built, and nothing waits for the device. Sorting gives a permutation, so the
+backward of both is again a gather: no atomic adds, hence the same bits in every run.
+
+Shapes: T tokens, D dim, K top_k, N = T * K rows, E experts.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from titan_moe.model.routing import Routing
+
+
+class Dispatcher(NamedTuple):
+    """The two ways of a dispatcher; `state` is whatever its own combine wants from its dispatch."""
+
+    dispatch: Callable[[Tensor, Routing], tuple[Tensor, Tensor, Any]]
+    combine: Callable[[Tensor, Tensor, Any], Tensor]
+
+
+class Permutation(NamedTuple):
+    """Where the row of each choice is, and back."""
+
+    order_N: Tensor  # (N,) int64: row i of the sorted rows is choice order[i] = t * K + k
+    row_TK: Tensor  # (T, K) int64: the row of choice k of token t
+
+
+def local() -> Dispatcher:
+    """All experts on this process: a stable sort by expert and its inverse."""
+
+    def dispatch(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Permutation]:
+        permutation = sort_by_expert(routing.topk_experts)
+        return gather_rows(x_TD, permutation), routing.tokens_per_expert, permutation
+
+    return Dispatcher(dispatch, combine_rows)
+
+
+def sort_by_expert(topk_experts_TK: Tensor) -> Permutation:
+    """The stable order of the T * K choices by expert, and its inverse."""
+    order_N = topk_experts_TK.flatten().argsort(stable=True)
+    row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
+    return Permutation(order_N, row_N.view_as(topk_experts_TK))
+
+
+def gather_rows(x_TD: Tensor, permutation: Permutation) -> Tensor:
+    """The token of every row: (T, D) -> (N, D)."""
+    return _Gather.apply(x_TD, *permutation)
+
+
+def combine_rows(y_ND: Tensor, topk_scores_TK: Tensor, permutation: Permutation) -> Tensor:
+    """The sum of every token's rows, each times its score: (N, D) -> (T, D), accumulated in fp32."""
+    return _Combine.apply(y_ND, topk_scores_TK, *permutation)
+
+
+# embedding_bag is a gather and a sum in one pass over memory, without the (T, K, D) tensor between them.
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(row_TK)
+        return x_TD.index_select(0, order_N // row_TK.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        (row_TK,) = ctx.saved_tensors
+        return F.embedding_bag(row_TK, grad_ND, mode="sum"), None, None
+
+
+class _Combine(Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, scores_TK: Tensor, order_N: Tensor, row_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, scores_TK, order_N, row_TK)
+        return F.embedding_bag(row_TK, y_ND, mode="sum", per_sample_weights=scores_TK.to(y_ND.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_ND, scores_TK, order_N, row_TK = ctx.saved_tensors
+        grad_ND = grad_TD.index_select(0, order_N // row_TK.shape[1])
+        grad_scores_N = (grad_ND * y_ND).sum(-1, dtype=scores_TK.dtype)
+        grad_y_ND = grad_ND * scores_TK.flatten().index_select(0, order_N).to(y_ND.dtype).unsqueeze(-1)
+        return grad_y_ND, grad_scores_N[row_TK], None, None
+
+
+DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {"local": local}

@@ -1,0 +1,141 @@
+"""The feed-forward networks: dense SwiGLU, stacked experts, and the Mixture-of-Experts layer of both.
+
+Shapes: B batch, S sequence, T = B * S tokens, D dim, F hidden width, E experts, K top_k, N = T * K rows.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.utils.flop_counter import register_flop_formula
+
+from titan_moe.model.dispatch import Dispatcher, local
+from titan_moe.model.routing import Router, Routing
+
+
+@torch.library.custom_op("titan_moe::grouped_mm", mutates_args=())
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    """One matrix product per expert, rows of expert e being offs[e-1]:offs[e] (offs: (E,) int32 cumulative counts).
+
+    (N, D) x (E, D, F) -> (N, F), or (D, N) x (N, F) -> (E, D, F), zero for experts without rows. It is
+    torch.nn.functional.grouped_mm behind an operator of ours, because under torch.compile and FakeTensor that one takes
+    bf16 only. On CUDA bf16 is one kernel without synchronisation; fp32 there takes torch's fallback, a loop over
+    experts that reads `offs` on the host. Not differentiable: `expert_swiglu` has the gradients.
+    """
+    return F.grouped_mm(a, b, offs=offs)
+
+
+@grouped_mm.register_fake
+def _(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    shape = (a.shape[0], b.shape[-1]) if b.dim() == 3 else (offs.shape[0], a.shape[0], b.shape[-1])
+    return a.new_empty(shape)
+
+
+@register_flop_formula(torch.ops.titan_moe.grouped_mm)
+def _(a_shape: tuple[int, ...], b_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+    return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
+
+
+class _ExpertSwiGLU(Function):
+    """Keeps x and the two pre-activations; silu(h1) * h3 is made again in backward, which costs less than its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Tensor) -> Tensor:
+        h1_NF = grouped_mm(x_ND, w1.transpose(1, 2), offs_E)
+        h3_NF = grouped_mm(x_ND, w3.transpose(1, 2), offs_E)
+        ctx.save_for_backward(x_ND, w1, w2, w3, offs_E, h1_NF, h3_NF)
+        return grouped_mm(F.silu(h1_NF) * h3_NF, w2.transpose(1, 2), offs_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        x_ND, w1, w2, w3, offs_E, h1_NF, h3_NF = ctx.saved_tensors
+        grad_y_ND = grad_y_ND.contiguous()
+        silu_NF = F.silu(h1_NF)
+        # (D, N) x (N, F): the weight gradients come out contiguous, so that autograd keeps them instead of copying.
+        grad_w2 = grouped_mm(grad_y_ND.t(), silu_NF * h3_NF, offs_E)
+        grad_h_NF = grouped_mm(grad_y_ND, w2, offs_E)
+        grad_h3_NF = grad_h_NF * silu_NF
+        grad_w3 = grouped_mm(grad_h3_NF.t(), x_ND, offs_E)
+        grad_h1_NF = torch.ops.aten.silu_backward(grad_h_NF * h3_NF, h1_NF)
+        grad_w1 = grouped_mm(grad_h1_NF.t(), x_ND, offs_E)
+        grad_x_ND = grouped_mm(grad_h1_NF, w1, offs_E) + grouped_mm(grad_h3_NF, w3, offs_E)
+        return grad_x_ND, grad_w1, grad_w2, grad_w3, None
+
+
+def expert_swiglu(x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """w2 @ (silu(w1 @ x) * (w3 @ x)) with the weights of each row's expert; rows come sorted by expert.
+
+    w1, w3 are (E, F, D), w2 is (E, D, F), tokens_per_expert_E sums to N. Source: Shazeer (2020), SwiGLU.
+    """
+    offs_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
+    return _ExpertSwiGLU.apply(x_ND, w1, w2, w3, offs_E)
+
+
+class FeedForward(nn.Module):
+    """Dense SwiGLU: w2(silu(w1 x) * w3 x), (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to every token."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks as one tensor per matrix, the expert first: w1, w3 (E, F, D), w2 (E, D, F)."""
+
+    def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
+        self.w3 = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
+
+    def forward(self, x_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+        """(N, D) rows sorted by expert -> (N, D)."""
+        return expert_swiglu(x_ND, self.w1, self.w2, self.w3, tokens_per_expert_E)
+
+
+class MoE(nn.Module):
+    """Mixture of Experts: each token goes to the experts its router chose, and to the shared experts if there are any.
+
+    `route` and `dispatcher` are functions given from outside. The shared experts are one SwiGLU of their joint width,
+    which is the same function as their sum. `expert_bias` is an fp32 buffer that balancers write between steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_experts: int,
+        expert_dim: int,
+        route: Router,
+        num_shared_experts: int = 0,
+        expert_bias: bool = False,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
+        super().__init__()
+        self.route = route
+        self.dispatcher = local() if dispatcher is None else dispatcher
+        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.experts = Experts(num_experts, dim, expert_dim)
+        self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
+        self.expert_bias: Tensor | None
+        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32) if expert_bias else None)
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
+        """(B, S, D) -> (B, S, D) and what the router decided for the T = B * S tokens."""
+        x_TD = x_BSD.flatten(0, 1)
+        # The logits in fp32: in bf16 near-ties between experts would be decided by rounding.
+        routing = self.route(F.linear(x_TD.float(), self.router.weight.float()), self.expert_bias)
+        x_ND, tokens_per_expert_E, state = self.dispatcher.dispatch(x_TD, routing)
+        y_ND = self.experts(x_ND, tokens_per_expert_E)
+        y_BSD = self.dispatcher.combine(y_ND, routing.topk_scores, state).view_as(x_BSD)
+        if self.shared_experts is not None:
+            y_BSD = y_BSD + self.shared_experts(x_BSD)
+        return y_BSD, routing

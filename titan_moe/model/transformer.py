@@ -1,0 +1,178 @@
+"""The language model: a Llama-style decoder whose feed-forward networks are dense or Mixtures of Experts.
+
+Shapes: B batch, S sequence, D dim, V vocabulary.
+"""
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from titan_moe.model.attention import Attention, Rope, rope_cos_sin
+from titan_moe.model.moe import FeedForward, MoE
+from titan_moe.model.routing import Router, Routing
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)) or x + moe(norm(x))."""
+
+    def __init__(self, *, dim: int, norm_eps: float, attention: Attention, feed_forward: FeedForward | MoE) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.attention = attention
+        self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.moe = feed_forward if isinstance(feed_forward, MoE) else None
+        self.feed_forward = feed_forward if isinstance(feed_forward, FeedForward) else None
+
+    def forward(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Routing | None]:
+        """(B, S, D) -> (B, S, D), and the routing of a MoE layer, None from a dense one."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope)
+        h_BSD = self.ffn_norm(x_BSD)
+        if self.feed_forward is not None:
+            return x_BSD + self.feed_forward(h_BSD), None
+        assert self.moe is not None
+        y_BSD, routing = self.moe(h_BSD)
+        return x_BSD + y_BSD, routing
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model. `logits, routings = model(tokens)`; forward writes no state.
+
+    Layers `first_dense_layers, first_dense_layers + layer_freq, ...` are MoE layers when num_experts > 0, the others
+    dense of width `ffn_dim`. `router` maps logits to a Routing and is needed when num_experts > 0. `expert_bias` gives
+    every MoE layer a bias that takes part in the choice of experts. Built on the meta device or any other, parameters
+    are undefined until `init_weights`. Raises ValueError for sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        ffn_dim: int = 0,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-5,
+        qk_norm: bool = False,
+        tie_embeddings: bool = True,
+        init_std: float = 0.02,
+        num_experts: int = 0,
+        expert_dim: int = 0,
+        num_shared_experts: int = 0,
+        first_dense_layers: int = 0,
+        layer_freq: int = 1,
+        router: Router | None = None,
+        expert_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        _check_attention(dim, num_heads, num_kv_heads)
+        self.init_std, self.num_layers = init_std, num_layers
+        self.head_dim, self.rope_theta = dim // num_heads, rope_theta
+        moe_layers = moe_layer_ids(num_layers, num_experts, first_dense_layers, layer_freq)
+
+        def feed_forward(layer: int) -> FeedForward | MoE:
+            if layer not in moe_layers:
+                _check_positive("ffn_dim", ffn_dim, f"layer {layer} is dense")
+                return FeedForward(dim, ffn_dim)
+            _check_positive("expert_dim", expert_dim, f"layer {layer} is a MoE layer")
+            if router is None:
+                raise ValueError(f"a router must be given when num_experts ({num_experts}) is above 0")
+            return MoE(
+                dim=dim,
+                num_experts=num_experts,
+                expert_dim=expert_dim,
+                num_shared_experts=num_shared_experts,
+                route=router,
+                expert_bias=expert_bias,
+            )
+
+        def attention() -> Attention:
+            return Attention(
+                dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm, norm_eps=norm_eps
+            )
+
+        self.tok_embeddings = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(
+            Block(dim=dim, norm_eps=norm_eps, attention=attention(), feed_forward=feed_forward(i))
+            for i in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(dim, eps=norm_eps)
+        self.output = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
+        """(B, S) int64 token ids -> (B, S, V) logits in the parameters' dtype, and one Routing per MoE layer."""
+        rope = rope_cos_sin(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
+        x_BSD = self.tok_embeddings(tokens_BS)
+        routings = []
+        for layer in self.layers:
+            x_BSD, routing = layer(x_BSD, rope)
+            if routing is not None:
+                routings.append(routing)
+        x_BSD = self.norm(x_BSD)
+        logits_BSV = F.linear(x_BSD, self.tok_embeddings.weight) if self.output is None else self.output(x_BSD)
+        return logits_BSV, tuple(routings)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter: matrices normal(0, init_std), norms 1; buffers 0.
+
+        The matrices that write to the residual stream (wo, w2) have std init_std / sqrt(2 * num_layers), as GPT-2 has
+        them (Radford et al., 2019). Each parameter has a generator of its own, seeded by (seed, name), so its full
+        tensor is the same whatever the layout, the wrappers, or the other parameters are.
+        """
+        for name, parameter in self.named_parameters():
+            plain_name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+                continue
+            residual = plain_name.removesuffix(".weight").endswith((".wo", ".w2"))
+            std = self.init_std / math.sqrt(2 * self.num_layers) if residual else self.init_std
+            _fill_normal(parameter, std, f"{seed}/{plain_name}")
+        for buffer in self.buffers():
+            buffer.zero_()
+
+
+def moe_layer_ids(num_layers: int, num_experts: int, first_dense_layers: int, layer_freq: int) -> range:
+    """Which layers are MoE layers: every `layer_freq`-th from `first_dense_layers` on, none when num_experts is 0."""
+    if num_experts == 0:
+        return range(0)
+    if layer_freq < 1:
+        raise ValueError(f"moe.layer_freq ({layer_freq}) must be at least 1")
+    if not 0 <= first_dense_layers < num_layers:
+        raise ValueError(
+            f"moe.first_dense_layers ({first_dense_layers}) must be from 0 to num_layers - 1 ({num_layers - 1}); "
+            "for a dense model set moe.num_experts to 0"
+        )
+    return range(first_dense_layers, num_layers, layer_freq)
+
+
+def _check_positive(name: str, value: int, why: str) -> None:
+    if value < 1:
+        raise ValueError(f"{name} ({value}) must be at least 1: {why}")
+
+
+def _check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"model.num_heads ({num_heads}) must divide model.dim ({dim})")
+    if (dim // num_heads) % 2:
+        raise ValueError(f"model.dim / model.num_heads ({dim} / {num_heads}) must be even: positions rotate pairs")
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({num_heads})")
+
+
+def _fill_normal(parameter: Tensor, std: float, key: str) -> None:
+    """Fill with fp32 normal numbers that depend on `key` and the full shape alone; a shard takes its part of them."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    generator = torch.Generator(device=parameter.device).manual_seed(seed)
+    full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+    full.normal_(0.0, std, generator=generator)
+    if isinstance(parameter, DTensor):
+        # No communication: every process has made the same full tensor.
+        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(full)
