@@ -25,11 +25,13 @@ class Balancer(NamedTuple):
     post_step: Callable[[Tensor, Tensor], Tensor]
 
 
-def _keep_bias(load: Tensor, expert_bias: Tensor) -> Tensor:
+def keep_bias(load: Tensor, expert_bias: Tensor) -> Tensor:
+    """Post step of a balancer that has no bias."""
     return expert_bias
 
 
-def _no_loss(routing: Routing, load_E: Tensor, num_tokens: Tensor | int) -> Tensor:
+def no_loss(routing: Routing, load_E: Tensor, num_tokens: Tensor | int) -> Tensor:
+    """Loss of a balancer that has none; the step skips it."""
     return routing.router_logits.new_zeros(())
 
 
@@ -39,7 +41,7 @@ def _token_mean(value_T: Callable[[Routing], Tensor], coeff: float) -> Balancer:
     def loss(routing: Routing, load_E: Tensor, num_tokens: Tensor | int) -> Tensor:
         return coeff * value_T(routing).sum() / num_tokens
 
-    return Balancer(loss, _keep_bias)
+    return Balancer(loss, keep_bias)
 
 
 def aux_loss(coeff: float = 0.1, scope: Literal["micro_batch"] = "micro_batch") -> Balancer:
@@ -55,27 +57,27 @@ def aux_loss(coeff: float = 0.1, scope: Literal["micro_batch"] = "micro_batch") 
         # mean probability l_E times the share T / num_tokens of this micro-batch: the T cancels
         return coeff * (m_E * routing.scores.sum(0)).sum() / num_tokens
 
-    return Balancer(loss, _keep_bias)
+    return Balancer(loss, keep_bias)
 
 
-def z_loss_T(routing: Routing) -> Tensor:
+def token_z_loss(routing: Routing) -> Tensor:
     """Squared log-partition of each token's router logits, (T,) (ST-MoE, eq. 5)."""
     return routing.router_logits.logsumexp(-1).square()
 
 
-def entropy_loss_T(routing: Routing) -> Tensor:
+def token_entropy(routing: Routing) -> Tensor:
     """Entropy of each token's routing probabilities, (T,), nats: small when routing is peaked (the paper, 3.3.1)."""
     return torch.special.entr(routing.scores).sum(-1)
 
 
 def z_loss(coeff: float = 0.001) -> Balancer:
     """Keep router logits small: L_Z = mean over tokens of logsumexp(logits)^2 (ST-MoE, eq. 5)."""
-    return _token_mean(z_loss_T, coeff)
+    return _token_mean(token_z_loss, coeff)
 
 
 def entropy_loss(coeff: float = 0.01) -> Balancer:
     """Encourage peaked routing: mean over tokens of the entropy of the routing probabilities (the paper, 3.3.1)."""
-    return _token_mean(entropy_loss_T, coeff)
+    return _token_mean(token_entropy, coeff)
 
 
 def loss_free(rate: float = 0.001, rule: Literal["sign"] = "sign") -> Balancer:
@@ -88,7 +90,7 @@ def loss_free(rate: float = 0.001, rule: Literal["sign"] = "sign") -> Balancer:
         load = load.to(expert_bias.dtype)
         return expert_bias + rate * torch.sign(load.mean(-1, keepdim=True) - load)
 
-    return Balancer(_no_loss, post_step)
+    return Balancer(no_loss, post_step)
 
 
 BALANCERS: dict[str, Callable[..., Balancer]] = {

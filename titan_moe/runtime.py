@@ -1,0 +1,182 @@
+"""The machine: process group, device, seeds and determinism, logging. The only reader of os.environ."""
+
+import datetime
+import faulthandler
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger("titan_moe")
+
+
+class Runtime(NamedTuple):
+    """Where this process runs."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the metrics and speaks to the user."""
+        return self.rank == 0
+
+
+def read_world() -> Runtime:
+    """Rank, world size and device as torchrun set them; one process when it did not."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return Runtime(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), local_rank, device)
+
+
+def init_process_group(runtime: Runtime, timeout_seconds: int) -> None:
+    """Start the default process group: gloo on a CPU, NCCL (with gloo for CPU tensors) on GPUs."""
+    backend = "cuda:nccl,cpu:gloo" if runtime.device.type == "cuda" else "gloo"
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def close_process_group() -> None:
+    """Take the process group down, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def set_timeout(timeout_seconds: int) -> None:
+    """Change the timeout of collectives (a shorter one once training is under way)."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_seconds))
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed Python's, NumPy's and torch's generators; with `deterministic`, refuse kernels that are not."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def init_logging(runtime: Runtime) -> None:
+    """Send the package's log to stderr: everything of rank 0, warnings of the others."""
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = "" if runtime.world_size == 1 or runtime.is_main else f"[rank {runtime.rank}] "
+    handler.setFormatter(_Formatter(prefix + "%(message)s"))
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if runtime.is_main else logging.WARNING)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory held so far, GiB: allocated on the GPU, or resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+# Dense bf16 tensor-core peaks, FLOP/s, from NVIDIA's data sheets (without sparsity), by a part of the device's name.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "GB200": 2500e12}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of the device, None where it is not known (a CPU, for example)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+
+
+class StopRequest:
+    """Notes SIGINT and SIGTERM, so that the loop can stop after the step and save.
+
+    Later signals are ignored: torchrun passes on what the terminal has sent to the workers already.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+
+    def on_any_rank(self) -> int:
+        """Give the signal that any process received, 0 for none; every rank gets the same answer.
+
+        The flag is reduced over the hosts (gloo), which does not wait for a GPU.
+        """
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return self.signal
+        flag = torch.tensor(self.signal)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag.item())
+
+
+def run_command(main: Callable[[list[str]], int]) -> None:
+    """Run a command's main(): exit 0 on success, 2 with one `error:` line for a user's error, 1 on a fault.
+
+    TITAN_MOE_DEBUG=1 shows the traceback of a user's error too.
+    """
+    faulthandler.enable()
+    debug = os.environ.get("TITAN_MOE_DEBUG") == "1"
+    try:
+        code = main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        if read_world().rank == 0 or debug:
+            print(f"error: {describe(error)}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    finally:
+        close_process_group()
+    sys.exit(code)
+
+
+def describe(error: Exception) -> str:
+    """One line that says what went wrong."""
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error)
+    return " ".join(text.split())
+
+
+def user_cache_folder() -> Path:
+    """Folder for tokenized data: $XDG_CACHE_HOME/titan_moe, by default ~/.cache/titan_moe."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "titan_moe"
