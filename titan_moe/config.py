@@ -142,10 +142,10 @@ def _apply(state: State, section: str, table: Any, origin: str) -> None:
 def _apply_balancers(state: State, tables: dict[str, Any], origin: str) -> None:
     """Merge [balancer.NAME] tables; `NAME = false` switches one off, `NAME = true` on."""
     balancers = state["balancer"]
-    for name, table in tables.items():
+    for name, value in tables.items():
         key = f"balancer.{name}"
         parameters = parameters_of(KINDS["balancer"], name, origin, key)
-        on, table = _on_or_table(table, origin, key)
+        on, table = _on_or_table(value, origin, key)
         if not on:
             balancers.pop(name, None)
             continue

@@ -11,6 +11,7 @@ SUPPORTED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("parallelism", "tensor_parallel_degree"): (1,),
     ("parallelism", "context_parallel_degree"): (1,),
     ("moe", "dispatcher"): ("local",),
+    ("activation_checkpoint", "mode"): ("none", "full"),
     ("checkpoint", "async_mode"): ("disabled",),
     ("checkpoint", "export_dtype"): ("float32",),
 }

@@ -12,6 +12,7 @@ from titan_moe.config_sections import Config
 
 WIDTH = 100
 COLUMN = 44  # where descriptions begin
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 USAGE = """\
 usage: torchrun -m titan_moe.train [--job.config_file FILE] [--section.key VALUE ...]
@@ -43,7 +44,7 @@ def render_help(kinds: Mapping[str, Kind], groups: tuple[str, ...]) -> str:
         else:
             lines = [f"[{section}]  {inspect.getdoc(hint)}"]
             for key, annotation in get_type_hints(hint, include_extras=True).items():
-                about = f"{document(annotation)} ({type_text(annotation)})"
+                about = f"{document(annotation)} {_type(annotation)}"
                 lines += _entry(f"  {key}", getattr(getattr(default, section), key), about)
             blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
@@ -62,14 +63,20 @@ def _component_block(section: str, kind: Kind, intro: str, default: Any) -> str:
         title = f"[balancer.{name}]" if section == "balancer" else f'name = "{name}"'
         lines += ["", *textwrap.wrap(f"{title}: {summary}", WIDTH - 4, initial_indent="  ", subsequent_indent="    ")]
         for key, (annotation, value) in parameters_of(kind, name, "help", section).items():
-            lines += _entry(f"    {key}", value, f"({type_text(annotation)})")
+            lines += _entry(f"    {key}", value, _type(annotation))
     return "\n".join(lines)
+
+
+def _type(annotation: Any) -> str:
+    """Write a type in brackets; a short one is not broken at the end of a line."""
+    text = f"({type_text(annotation)})"
+    return text.replace(" ", NO_BREAK) if len(text) < 40 else text
 
 
 def _entry(key: str, default: Any, about: str) -> list[str]:
     """Lay out one key: `key = default` on the left, what it means on the right, wrapped."""
     left = f"{key}  (required)" if default is REQUIRED else f"{key} = {_toml(default)}"
-    lines = textwrap.wrap(about, WIDTH - COLUMN)
+    lines = [line.replace(NO_BREAK, " ") for line in textwrap.wrap(about, WIDTH - COLUMN)]
     if len(left) >= COLUMN:
         return [left, *(" " * COLUMN + line for line in lines)]
     return [f"{left:<{COLUMN}}{lines[0]}", *(" " * COLUMN + line for line in lines[1:])]

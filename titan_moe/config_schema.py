@@ -44,7 +44,9 @@ def key_error(origin: str, key: str, message: str, value: Any = REQUIRED) -> Val
     return ValueError(f"{origin}: {shown}: {message}")
 
 
-def unknown_key(origin: str, key: str, valid: Collection[str], what: str = "key", others: Collection[str] = ()):
+def unknown_key(
+    origin: str, key: str, valid: Collection[str], what: str = "key", others: Collection[str] = ()
+) -> ValueError:
     """Make the error for an unknown dotted `key`: the nearest of `valid` (its siblings) or of `others` (dotted)."""
     parent, _, last = key.rpartition(".")
     prefix = f"{parent}." if parent else ""

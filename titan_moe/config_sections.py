@@ -64,7 +64,7 @@ class Moe:
     expert_dim: Annotated[PositiveInt, "hidden width of an expert"] = 2048
     num_shared_experts: Annotated[NonNegativeInt, "experts that every token passes, beside its top_k"] = 0
     first_dense_layers: Annotated[NonNegativeInt, "layers at the bottom without experts"] = 0
-    layer_freq: Annotated[PositiveInt, "every layer_freq-th layer after them has experts (1: all)"] = 1
+    layer_freq: Annotated[PositiveInt, "from there on, every layer_freq-th layer has experts (1: all)"] = 1
     dispatcher: Annotated[Literal["local", "all_to_all"], "how tokens reach their experts"] = "local"
 
 
@@ -93,7 +93,7 @@ class Training:
     local_batch_size: Annotated[PositiveInt, "sequences of a rank in one forward pass"] = 5
     global_batch_size: Annotated[PositiveOrMinusOne, "sequences of an optimizer step (-1: no accumulation)"] = 40
     seq_len: Annotated[PositiveInt, "tokens of a sequence"] = 512
-    max_norm: Annotated[float, Field(gt=0), "gradients are clipped to this global norm (inf: no clipping)"] = 1.0
+    max_norm: Annotated[NonNegative, "gradients are clipped to this global norm (0: no clipping)"] = 1.0
     mixed_precision_param: Annotated[Literal["bfloat16", "float32"], "type in forward and backward"] = "bfloat16"
     mixed_precision_reduce: Annotated[Literal["float32", "bfloat16"], "type of gradient reductions"] = "float32"
     dtype: Annotated[Literal["float32", "bfloat16"], "type of parameters and optimizer state"] = "float32"
