@@ -1,0 +1,229 @@
+"""The configuration of a run: defaults < base files < file < command line, merged key by key and checked strictly.
+
+Plain sections are the dataclasses of `config_sections`. The sections router, balancer, optimizer and lr_scheduler name
+components: the signature of a component's builder is the schema of its table.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import tomli_w
+from pydantic import Field
+
+from titan_moe.balancer import BALANCERS
+from titan_moe.config_checks import check_config, check_supported
+from titan_moe.config_help import render_help
+from titan_moe.config_layers import Layer, command_line_layer, file_layers
+from titan_moe.config_schema import (
+    COMMAND_LINE,
+    Kind,
+    Words,
+    check_arguments,
+    check_value,
+    find_builder,
+    key_error,
+    parameters_of,
+    unknown_key,
+    with_defaults,
+)
+from titan_moe.config_sections import Component, Config, Optimizer
+from titan_moe.model.routing import ROUTERS
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.groups import GROUP_PATTERNS
+from titan_moe.optimizer.schedule import SCHEDULES
+
+_POSITIVE, _NOT_NEGATIVE = Field(gt=0, allow_inf_nan=False), Field(ge=0, allow_inf_nan=False)
+_FACTOR, _BETA = Field(ge=0, le=1), Field(ge=0, lt=1)
+
+KINDS = {
+    "router": Kind(ROUTERS, {"top_k": "moe.top_k"}, {"temperature": _POSITIVE, "score_scale": _POSITIVE}),
+    "balancer": Kind(BALANCERS, {}, {"coeff": _NOT_NEGATIVE, "rate": _NOT_NEGATIVE}),
+    "optimizer": Kind(
+        OPTIMIZERS,
+        {"param_groups": "the model", "params": "the model"},  # `params` in torch.optim's own classes
+        {"lr": _NOT_NEGATIVE, "beta1": _BETA, "beta2": _BETA, "eps": _POSITIVE, "weight_decay": _NOT_NEGATIVE},
+    ),
+    "lr_scheduler": Kind(
+        SCHEDULES,
+        {"steps": "training.steps"},
+        {"warmup_steps": _NOT_NEGATIVE, "min_lr_factor": _FACTOR, "decay_ratio": _FACTOR},
+    ),
+}
+SECTIONS = get_type_hints(Config)
+
+State = dict[str, dict[str, Any]]  # section -> checked values; of a component {"name", "arguments", "origin", ...}
+
+
+def load_config(args: list[str]) -> Config:
+    """Build the configuration from command-line arguments such as ["--job.config_file", "x.toml", "--compile.enable"].
+
+    A user's mistake is a ValueError (an OSError for a file that cannot be read) of one line that names the file or
+    argument, the key, the value and what would be right.
+    """
+    command_line = command_line_layer(args)
+    config_file = _config_file(command_line)
+    state = _initial_state()
+    for layer in [*(file_layers(config_file) if config_file else []), command_line]:
+        for section, table in layer.table.items():
+            _apply(state, section, table, layer.origin)
+    config = _finish(state)
+    check_config(config)
+    check_supported(config)
+    return config
+
+
+def component(section: str, name: str) -> Callable[..., Any]:
+    """Find the builder that a section's component name means: a registry's entry or a function from outside."""
+    return find_builder(KINDS[section], name, "configuration", section)
+
+
+def help_text() -> str:
+    """Describe every section, key and component with types and defaults, for --help."""
+    return render_help(KINDS, tuple(GROUP_PATTERNS))
+
+
+def to_toml(config: Config) -> str:
+    """Write the resolved configuration as TOML; loading that file gives an equal Config."""
+    document: dict[str, Any] = {}
+    for section in SECTIONS:
+        value = getattr(config, section)
+        if section == "balancer":
+            table = {name: dict(arguments) for name, arguments in value.items()}
+        elif isinstance(value, Component):
+            table = {"name": value.name, **value.arguments}
+        elif isinstance(value, Optimizer):
+            off = {group: False for group in Optimizer().groups if group not in value.groups}
+            table = {"name": value.name, **value.arguments, **off, **value.groups}
+        else:
+            table = dataclasses.asdict(value)
+            table.pop("config_file", None)
+        document[section] = table
+    return tomli_w.dumps({section: table for section, table in document.items() if table})
+
+
+def _config_file(command_line: Layer) -> str:
+    job = command_line.table.get("job", {})
+    value = job.get("config_file", "")
+    return check_value(str, value, COMMAND_LINE, "job.config_file") if isinstance(value, Words) else ""
+
+
+def _initial_state() -> State:
+    """Put the defaults of Config in the form that layers are merged into."""
+    state: State = {}
+    for section in SECTIONS:
+        default = getattr(Config(), section)
+        state[section] = dict(default) if isinstance(default, dict) else dict(vars(default))
+        state[section].update({"origin": "defaults"} if isinstance(default, (Component, Optimizer)) else {})
+    return state
+
+
+def _apply(state: State, section: str, table: Any, origin: str) -> None:
+    """Merge one section's table of one layer into the state, checked."""
+    if section not in SECTIONS:
+        raise unknown_key(origin, section, tuple(SECTIONS), "section", _all_keys(state))
+    if not isinstance(table, dict):
+        raise key_error(origin, section, f"must be a table: [{section}]", table)
+    if section == "balancer":
+        _apply_balancers(state, table, origin)
+    elif section in KINDS:
+        _apply_component(state, section, table, origin)
+    else:
+        annotations = get_type_hints(SECTIONS[section], include_extras=True)
+        for name, value in table.items():
+            key = f"{section}.{name}"
+            if name not in annotations:
+                raise unknown_key(origin, key, tuple(annotations), others=_all_keys(state))
+            if key == "job.config_file" and origin != COMMAND_LINE:
+                raise key_error(origin, key, 'is for the command line; a file inherits with base = "..."', value)
+            state[section][name] = check_value(annotations[name], value, origin, key)
+
+
+def _apply_balancers(state: State, tables: dict[str, Any], origin: str) -> None:
+    """Merge [balancer.NAME] tables; `NAME = false` switches one off, `NAME = true` on."""
+    balancers = state["balancer"]
+    for name, value in tables.items():
+        key = f"balancer.{name}"
+        parameters = parameters_of(KINDS["balancer"], name, origin, key)
+        on, table = _on_or_table(value, origin, key)
+        if not on:
+            balancers.pop(name, None)
+            continue
+        given = check_arguments(parameters, table, origin, key, KINDS["balancer"])
+        balancers[name] = {**balancers.get(name, {}), **given}
+
+
+def _on_or_table(table: Any, origin: str, key: str) -> tuple[bool, dict[str, Any]]:
+    """Read a nested table, or true or false in its place: whether it is on, and its keys."""
+    if isinstance(table, dict):
+        return True, table
+    return check_value(bool, table, origin, key), {}
+
+
+def _apply_component(state: State, section: str, table: dict[str, Any], origin: str) -> None:
+    """Merge the table of a component; a new name drops the inherited arguments that the new component lacks."""
+    kind, current, table = KINDS[section], state[section], dict(table)
+    if "name" in table:
+        name = check_value(str, table.pop("name"), origin, f"{section}.name")
+        changed, current["name"] = name != current["name"], name
+        current["origin"] = origin
+    else:
+        changed = False
+    parameters = parameters_of(kind, current["name"], origin, f"{section}.name")
+
+    def merge(old: dict[str, Any], new: dict[str, Any], prefix: str) -> dict[str, Any]:
+        kept = {key: value for key, value in old.items() if key in parameters} if changed else old
+        kept = check_arguments(parameters, kept, f"{origin} (inherited)", prefix, kind) if changed else kept
+        return {**kept, **check_arguments(parameters, new, origin, prefix, kind)}
+
+    if section == "optimizer":
+        groups = {group: table.pop(group) for group in GROUP_PATTERNS if group in table}
+        current["groups"] = _merge_groups(current["groups"], groups, merge, origin)
+    current["arguments"] = merge(current["arguments"], table, section)
+
+
+def _merge_groups(
+    old: dict[str, dict[str, Any]], tables: dict[str, Any], merge: Callable[..., dict[str, Any]], origin: str
+) -> dict[str, dict[str, Any]]:
+    """Merge [optimizer.GROUP] tables; `GROUP = false` takes away what the group has of its own."""
+    merged = {}
+    for group in GROUP_PATTERNS:
+        on, table = _on_or_table(tables.get(group, {}), origin, f"optimizer.{group}")
+        merged[group] = merge(old.get(group, {}), table, f"optimizer.{group}") if on else {}
+    return {group: arguments for group, arguments in merged.items() if arguments}
+
+
+def _all_keys(state: State) -> list[str]:
+    """List the dotted keys of every section as they are now, for suggestions."""
+    keys = []
+    for section, hint in SECTIONS.items():
+        if section == "balancer":
+            keys += [f"balancer.{name}" for name in BALANCERS]
+        elif section in KINDS:
+            name = state[section]["name"]
+            keys += [f"{section}.{key}" for key in ("name", *parameters_of(KINDS[section], name, "", section))]
+        else:
+            keys += [f"{section}.{field.name}" for field in dataclasses.fields(hint)]
+    return keys
+
+
+def _finish(state: State) -> Config:
+    """Fill in the defaults of components' arguments and make the dataclasses."""
+    sections: dict[str, Any] = {}
+    for section, hint in SECTIONS.items():
+        values = dict(state[section])
+        if section == "balancer":
+            sections[section] = {name: _filled(section, name, given, "configuration") for name, given in values.items()}
+        elif section in KINDS:
+            origin = values.pop("origin")
+            values["arguments"] = _filled(section, values["name"], values["arguments"], origin)
+            sections[section] = hint(**values)
+        else:
+            sections[section] = hint(**values)
+    return Config(**sections)
+
+
+def _filled(section: str, name: str, given: dict[str, Any], origin: str) -> dict[str, Any]:
+    prefix = f"{section}.{name}" if section == "balancer" else section
+    parameters = parameters_of(KINDS[section], name, origin, prefix)
+    return with_defaults(parameters, given, origin, prefix, name)

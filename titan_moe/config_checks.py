@@ -1,0 +1,98 @@
+"""What must hold between keys, checked before any process group or data exists."""
+
+from typing import Any
+
+from titan_moe.config_sections import Config
+
+# What this version can do for keys whose table in the contract allows more: (section, key) -> values that work.
+SUPPORTED: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("parallelism", "data_parallel_replicate_degree"): (1,),
+    ("parallelism", "expert_parallel_degree"): (1,),
+    ("parallelism", "tensor_parallel_degree"): (1,),
+    ("parallelism", "context_parallel_degree"): (1,),
+    ("moe", "dispatcher"): ("local",),
+    ("activation_checkpoint", "mode"): ("none", "full"),
+    ("checkpoint", "async_mode"): ("disabled",),
+    ("checkpoint", "export_dtype"): ("float32",),
+}
+
+
+def check_supported(config: Config) -> None:
+    """Refuse the values that are planned but not built yet, with the value to use instead."""
+    for (section, key), supported in SUPPORTED.items():
+        value = getattr(getattr(config, section), key)
+        if value not in supported:
+            use = " or ".join(repr(choice) for choice in supported)
+            raise ValueError(f"{section}.{key} = {value!r} is not supported yet: use {use}")
+
+
+def check_config(config: Config) -> None:
+    """Check every constraint between keys that needs no process group, no data and no model."""
+    _check_attention(config)
+    _check_experts(config)
+    _check_batches(config)
+    _check_optimizer(config)
+
+
+def _check_attention(config: Config) -> None:
+    model = config.model
+    if model.dim % model.num_heads:
+        raise ValueError(f"model.num_heads ({model.num_heads}) must divide model.dim ({model.dim})")
+    if model.dim // model.num_heads % 2:
+        raise ValueError(
+            f"model.dim / model.num_heads ({model.dim} / {model.num_heads} = {model.dim // model.num_heads}) must be "
+            "even: rotary positions turn pairs of channels"
+        )
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        raise ValueError(
+            f"model.num_kv_heads ({model.num_kv_heads}) must divide model.num_heads ({model.num_heads}), "
+            "or be 0 for as many"
+        )
+
+
+def _check_experts(config: Config) -> None:
+    moe = config.moe
+    if moe.num_experts == 0:
+        if config.balancer:
+            off = ", ".join(f"{name} = false" for name in config.balancer)
+            raise ValueError(
+                f"moe.num_experts = 0 is a dense model, which has no load to balance, but a balancer is on: "
+                f"set {off} under [balancer]"
+            )
+        for group in ("expert", "router"):
+            if group in config.optimizer.groups:
+                raise ValueError(
+                    f"moe.num_experts = 0 is a dense model, but [optimizer.{group}] is set: remove that table, "
+                    f"or set {group} = false under [optimizer]"
+                )
+        if config.debug.force_balanced_routing:
+            raise ValueError("debug.force_balanced_routing = true needs experts, but moe.num_experts is 0")
+        return
+    if moe.top_k > moe.num_experts:
+        raise ValueError(f"moe.top_k ({moe.top_k}) must be at most moe.num_experts ({moe.num_experts})")
+    if moe.first_dense_layers >= config.model.num_layers:
+        raise ValueError(
+            f"moe.first_dense_layers ({moe.first_dense_layers}) must be less than model.num_layers "
+            f"({config.model.num_layers}); for a dense model set moe.num_experts = 0"
+        )
+
+
+def _check_batches(config: Config) -> None:
+    training, data = config.training, config.data
+    if training.global_batch_size != -1 and training.global_batch_size % training.local_batch_size:
+        raise ValueError(
+            f"training.local_batch_size ({training.local_batch_size}) must divide training.global_batch_size "
+            f"({training.global_batch_size})"
+        )
+    if config.validation.enable and data.validation_fraction == 0 and not data.validation_path:
+        raise ValueError(
+            "validation.enable = true needs data to validate on: set data.validation_fraction above 0 or "
+            "data.validation_path, or turn it off with validation.enable = false"
+        )
+    if data.dataset in ("text", "hf") and not data.path:
+        raise ValueError(f"data.dataset = {data.dataset!r} needs data.path: the files to read or the name on the hub")
+
+
+def _check_optimizer(config: Config) -> None:
+    if config.optimizer.arguments.get("lr") == 0:
+        raise ValueError("optimizer.lr = 0 trains nothing: it must be greater than 0 (a group's own lr may be 0)")

@@ -1,0 +1,87 @@
+"""The text of --help: sections, keys, types, defaults, and the components of every registry with their arguments."""
+
+import inspect
+import textwrap
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+import tomli_w
+
+from titan_moe.config_schema import REQUIRED, Kind, document, parameters_of, type_text
+from titan_moe.config_sections import Config
+
+WIDTH = 100
+COLUMN = 44  # where descriptions begin
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+USAGE = """\
+usage: torchrun -m titan_moe.train [--job.config_file FILE] [--section.key VALUE ...]
+
+A key is set in a TOML file, [training] steps = 1000, or on the command line, --training.steps 1000 or
+--training.steps=1000. Precedence: defaults < base file(s) < file < command line. A file inherits from
+others with base = "base.toml" (or a list) in its first line, relative to the file. A list takes several
+words (--data.path a.txt b.txt), a switch none (--compile.enable). An unknown key or a wrong type is an
+error. Below: key = default, what it means (type)."""
+
+COMPONENTS = {
+    "router": 'A component by name and its arguments; name = "my_pkg.my_mod:fn" takes a function from outside.',
+    "balancer": "A table [balancer.NAME] for each balancer that is on, none by default. NAME = false switches off one "
+    'that a base file turned on; NAME may be "my_pkg.my_mod:fn".',
+    "optimizer": "A component by name and its arguments. A table [optimizer.GROUP] sets the same arguments for one "
+    "parameter group ({groups}); GROUP = false takes back what a base file set.",
+    "lr_scheduler": "A component by name and its arguments: the factor of every learning rate at a step.",
+}
+
+
+def render_help(kinds: Mapping[str, Kind], groups: tuple[str, ...]) -> str:
+    """Lay out the help for a terminal of 100 columns; `groups` are the names of the parameter groups."""
+    blocks = [textwrap.fill(paragraph, WIDTH) for paragraph in USAGE.split("\n\n")]
+    default = Config()
+    for section, hint in get_type_hints(Config).items():
+        if section in kinds:
+            intro = COMPONENTS[section].format(groups=", ".join(groups))
+            blocks.append(_component_block(section, kinds[section], intro, getattr(default, section)))
+        else:
+            lines = [f"[{section}]  {inspect.getdoc(hint)}"]
+            for key, annotation in get_type_hints(hint, include_extras=True).items():
+                about = f"{document(annotation)} {_type(annotation)}"
+                lines += _entry(f"  {key}", getattr(getattr(default, section), key), about)
+            blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _component_block(section: str, kind: Kind, intro: str, default: Any) -> str:
+    """Describe a section that names components: its own keys, then each component with its arguments."""
+    lines = [f"[{section}]", *textwrap.wrap(intro, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")]
+    if section != "balancer":
+        lines += _entry("  name", default.name, f"one of: {', '.join(kind.registry)}")
+    for group, arguments in getattr(default, "groups", {}).items():
+        for key, value in arguments.items():
+            lines += _entry(f"  {group}.{key}", value, f"the default of [{section}.{group}]")
+    for name, builder in kind.registry.items():
+        summary = (inspect.getdoc(builder) or "").partition("\n\n")[0].replace("\n", " ")
+        title = f"[balancer.{name}]" if section == "balancer" else f'name = "{name}"'
+        lines += ["", *textwrap.wrap(f"{title}: {summary}", WIDTH - 4, initial_indent="  ", subsequent_indent="    ")]
+        for key, (annotation, value) in parameters_of(kind, name, "help", section).items():
+            lines += _entry(f"    {key}", value, _type(annotation))
+    return "\n".join(lines)
+
+
+def _type(annotation: Any) -> str:
+    """Write a type in brackets; a short one is not broken at the end of a line."""
+    text = f"({type_text(annotation)})"
+    return text.replace(" ", NO_BREAK) if len(text) < 40 else text
+
+
+def _entry(key: str, default: Any, about: str) -> list[str]:
+    """Lay out one key: `key = default` on the left, what it means on the right, wrapped."""
+    left = f"{key}  (required)" if default is REQUIRED else f"{key} = {_toml(default)}"
+    lines = [line.replace(NO_BREAK, " ") for line in textwrap.wrap(about, WIDTH - COLUMN)]
+    if len(left) >= COLUMN:
+        return [left, *(" " * COLUMN + line for line in lines)]
+    return [f"{left:<{COLUMN}}{lines[0]}", *(" " * COLUMN + line for line in lines[1:])]
+
+
+def _toml(value: Any) -> str:
+    """Write a default as it would stand in a file."""
+    return "none" if value is None else tomli_w.dumps({"k": value}).partition(" = ")[2].strip()

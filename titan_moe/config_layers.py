@@ -1,0 +1,102 @@
+"""Layers of configuration: TOML files with the files they inherit from, and the command line, as nested tables."""
+
+import os
+import sys
+from typing import Any, NamedTuple
+
+from titan_moe.config_schema import COMMAND_LINE, Words, key_error
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+class Layer(NamedTuple):
+    """The values that one origin sets: section -> key -> value or table; leaves of the command line are Words."""
+
+    origin: str
+    table: dict[str, Any]
+
+
+def read_file(path: str, origin: str = COMMAND_LINE, key: str = "job.config_file") -> dict[str, Any]:
+    """Read a TOML file that `origin` names under `key`; what is wrong with it is one line with file and position."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise type(error)(str(key_error(origin, key, f"cannot be read ({error.strerror})", path))) from None
+    try:
+        return tomllib.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        column = error.start - data.rfind(b"\n", 0, error.start)
+        raise ValueError(
+            f"{path}: is not UTF-8 text: byte 0x{data[error.start]:02x} (at line {line}, column {column})"
+        ) from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: is not valid TOML: {error}") from None
+
+
+def file_layers(path: str, origin: str = COMMAND_LINE, key: str = "job.config_file") -> list[Layer]:
+    """Read a file and, before it, the files that its `base` names (relative to the file), in order of precedence."""
+    return _file_layers(path, origin, key, ())
+
+
+def _file_layers(path: str, origin: str, key: str, inheriting: tuple[str, ...]) -> list[Layer]:
+    identity = os.path.realpath(path)
+    if identity in inheriting:
+        raise key_error(origin, key, "inherits from itself, through a cycle of base files", path)
+    table = read_file(path, origin, key)
+    bases = table.pop("base", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise key_error(path, "base", "must be a file name or a list of them", bases)
+    layers = []
+    for base in bases:
+        base_path = os.path.normpath(os.path.join(os.path.dirname(path), base))
+        layers += _file_layers(base_path, path, "base", (*inheriting, identity))
+    return [*layers, Layer(path, table)]
+
+
+def command_line_layer(args: list[str]) -> Layer:
+    """Read `--section.key value ...`, `--section.key=value` and `--section.flag`; of a key given twice the last counts.
+
+    Words that do not begin with `--` are values, so that a negative number is one.
+    """
+    given: dict[str, list[str]] = {}
+    values = None
+    for arg in args:
+        if arg.startswith("--"):
+            key, equals, value = arg[2:].partition("=")
+            values = given[key] = [value] if equals else []
+        elif values is None:
+            raise ValueError(f"{COMMAND_LINE}: {arg}: unexpected word; arguments are --section.key value (see --help)")
+        else:
+            values.append(arg)
+    table: dict[str, Any] = {}
+    for key, values in given.items():
+        _insert(table, _split(key), Words(tuple(values)), key)
+    return Layer(COMMAND_LINE, table)
+
+
+def _split(key: str) -> list[str]:
+    """Split a dotted key; the dots of an outside component's `my_pkg.my_mod:fn` in it do not separate."""
+    head, colon, tail = key.partition(":")
+    if not colon:
+        return key.split(".")
+    section, _, module = head.partition(".")
+    function, *rest = tail.split(".")
+    return [section, f"{module}:{function}", *rest]
+
+
+def _insert(table: dict[str, Any], parts: list[str], words: Words, key: str) -> None:
+    if len(parts) < 2 or not all(parts):
+        raise key_error(COMMAND_LINE, key, "is not an argument: arguments are --section.key value (see --help)")
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise key_error(COMMAND_LINE, key, "is a table here and a value in another argument")
+    if isinstance(table.get(parts[-1]), dict):
+        raise key_error(COMMAND_LINE, key, "is a value here and a table in another argument", words)
+    table[parts[-1]] = words

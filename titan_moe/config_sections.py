@@ -1,0 +1,224 @@
+"""The sections of the configuration: frozen dataclasses whose fields are keys with a type, a default and a sentence.
+
+A field's annotation is `Annotated[type with its range, "what it means"]`; the loader checks values against it and
+`--help` prints it. Where torchtitan 0.1-0.2 has a key for the same thing, this one has its name.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _positive_or_minus_one(value: int) -> int:
+    if value != -1 and value < 1:
+        raise ValueError("must be -1 or greater than 0")
+    return value
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+PositiveOrMinusOne = Annotated[int, AfterValidator(_positive_or_minus_one)]
+Texts = Annotated[list[str], BeforeValidator(_as_list)]  # one string stands for a list of one
+
+
+@dataclass(frozen=True)
+class Job:
+    """Where a run reads its configuration and leaves its results."""
+
+    config_file: Annotated[str, "TOML file to run (command line only; a file inherits with base)"] = field(
+        default="", compare=False
+    )
+    dump_folder: Annotated[str, "folder of everything that the run writes"] = "./outputs"
+    description: Annotated[str, "a sentence on the run, for the reader"] = ""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The decoder; the defaults are the paper's Table 1."""
+
+    dim: Annotated[PositiveInt, "width of the residual stream"] = 768
+    num_layers: Annotated[PositiveInt, "decoder layers"] = 24
+    num_heads: Annotated[PositiveInt, "attention heads; divides dim"] = 12
+    num_kv_heads: Annotated[NonNegativeInt, "key and value heads; divides num_heads (0: num_heads)"] = 0
+    ffn_dim: Annotated[PositiveInt, "hidden width of the dense feed-forward layers"] = 2048
+    vocab_size: Annotated[NonNegativeInt, "0: the tokenizer's, padded to a multiple of 64"] = 0
+    rope_theta: Annotated[Positive, "base of the rotary position frequencies"] = 10000.0
+    norm_eps: Annotated[Positive, "epsilon of RMSNorm"] = 1e-5
+    qk_norm: Annotated[bool, "RMSNorm on queries and keys"] = False
+    tie_embeddings: Annotated[bool, "the output head shares the embedding's weight"] = True
+    init_std: Annotated[Positive, "standard deviation of the initial weights"] = 0.02
+
+
+@dataclass(frozen=True)
+class Moe:
+    """The Mixture-of-Experts layers; the defaults are the paper's Table 1."""
+
+    num_experts: Annotated[NonNegativeInt, "routed experts of a layer (0: dense model)"] = 8
+    top_k: Annotated[PositiveInt, "experts of a token"] = 2
+    expert_dim: Annotated[PositiveInt, "hidden width of an expert"] = 2048
+    num_shared_experts: Annotated[NonNegativeInt, "experts that every token passes, beside its top_k"] = 0
+    first_dense_layers: Annotated[NonNegativeInt, "layers at the bottom without experts"] = 0
+    layer_freq: Annotated[PositiveInt, "from there on, every layer_freq-th layer has experts (1: all)"] = 1
+    dispatcher: Annotated[Literal["local", "all_to_all"], "how tokens reach their experts"] = "local"
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component from a registry, or `my_pkg.my_mod:fn`, and the arguments of its builder."""
+
+    name: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimizer, and what parameter groups (expert, router, embedding, norm, dense) have of their own."""
+
+    name: str = "adamw"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, dict[str, Any]] = field(default_factory=lambda: {"norm": {"weight_decay": 0.0}})
+
+
+@dataclass(frozen=True)
+class Training:
+    """Length, batches, precision and seed; the defaults are the paper's Table 1."""
+
+    steps: Annotated[PositiveInt, "optimizer steps of the run"] = 50000
+    local_batch_size: Annotated[PositiveInt, "sequences of a rank in one forward pass"] = 5
+    global_batch_size: Annotated[PositiveOrMinusOne, "sequences of an optimizer step (-1: no accumulation)"] = 40
+    seq_len: Annotated[PositiveInt, "tokens of a sequence"] = 512
+    max_norm: Annotated[NonNegative, "gradients are clipped to this global norm (0: no clipping)"] = 1.0
+    mixed_precision_param: Annotated[Literal["bfloat16", "float32"], "type in forward and backward"] = "bfloat16"
+    mixed_precision_reduce: Annotated[Literal["float32", "bfloat16"], "type of gradient reductions"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], "type of parameters and optimizer state"] = "float32"
+    seed: Annotated[NonNegativeInt, "seed of initial weights and of the order of the data"] = 42
+    deterministic: Annotated[bool, "deterministic algorithms only: repeatable, slower"] = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the model reads."""
+
+    dataset: Annotated[Literal["stdlib", "text", "fineweb_edu", "hf"], "where documents come from"] = "stdlib"
+    path: Annotated[Texts, "files or globs (txt, jsonl, parquet, also .gz or .zst), or a hub name"] = field(
+        default_factory=list
+    )
+    tokenizer: Annotated[str, "bytes, bpe:SIZE (trained on the data), a tokenizer.json, a folder or a hub name"] = (
+        "bpe:4096"
+    )
+    num_workers: Annotated[NonNegativeInt, "processes that prepare batches (0: none beside the trainer)"] = 0
+    validation_fraction: Annotated[Fraction, "part of the documents that is held out of training"] = 0.01
+    validation_path: Annotated[Texts, "files to validate on instead of a held-out part"] = field(default_factory=list)
+    cache_folder: Annotated[str, "folder of tokenized data (empty: the user's cache folder)"] = ""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Evaluation on held-out data during training."""
+
+    enable: Annotated[bool, "validate during training and at its end"] = True
+    freq: Annotated[PositiveInt, "optimizer steps between validations"] = 500
+    steps: Annotated[PositiveOrMinusOne, "batches of a validation (-1: the whole set)"] = -1
+    local_batch_size: Annotated[PositiveInt, "sequences of a rank in one forward pass; results do not depend on it"] = 8
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """How ranks share the work; the product of the degrees is the number of ranks."""
+
+    data_parallel_replicate_degree: Annotated[PositiveInt, "replicas of the sharded model"] = 1
+    data_parallel_shard_degree: Annotated[PositiveOrMinusOne, "ranks that shard a model, FSDP2 (-1: the rest)"] = -1
+    expert_parallel_degree: Annotated[PositiveInt, "ranks that share the experts of a layer"] = 1
+    tensor_parallel_degree: Annotated[PositiveInt, "ranks that share each matrix"] = 1
+    context_parallel_degree: Annotated[PositiveInt, "ranks that share each sequence"] = 1
+
+
+@dataclass(frozen=True)
+class ActivationCheckpoint:
+    """Recomputing activations in backward: less memory, more time."""
+
+    mode: Annotated[Literal["none", "selective", "full"], "which activations are recomputed"] = "none"
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile."""
+
+    enable: Annotated[bool, "compile the decoder layers"] = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saving and resuming."""
+
+    enable: Annotated[bool, "save checkpoints, and resume from them"] = True
+    folder: Annotated[str, "folder of checkpoints in job.dump_folder"] = "checkpoint"
+    interval: Annotated[PositiveInt, "optimizer steps between checkpoints"] = 500
+    keep_latest_k: Annotated[NonNegativeInt, "checkpoints to keep (0: all)"] = 2
+    async_mode: Annotated[Literal["disabled", "async"], "whether training goes on during a save"] = "disabled"
+    load_step: Annotated[int, Field(ge=-1), "step to resume from (-1: the latest)"] = -1
+    initial_load_path: Annotated[str, "checkpoint that a new run takes its weights from"] = ""
+    export_dtype: Annotated[Literal["float32", "bfloat16", "float16"], "type of final weights"] = "float32"
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Where numbers go beside metrics.jsonl, and how often."""
+
+    log_freq: Annotated[PositiveInt, "optimizer steps between lines on the console"] = 10
+    enable_tensorboard: Annotated[bool, "write tensorboard/ in job.dump_folder"] = True
+    enable_wandb: Annotated[bool, "log to Weights & Biases (the wandb extra)"] = False
+
+
+@dataclass(frozen=True)
+class Profiling:
+    """torch.profiler traces."""
+
+    enable_profiling: Annotated[bool, "write traces of some steps"] = False
+    save_traces_folder: Annotated[str, "folder of traces in job.dump_folder"] = "profile_traces"
+    profile_freq: Annotated[PositiveInt, "optimizer steps between traces"] = 10
+
+
+@dataclass(frozen=True)
+class Comm:
+    """Time limits of collective operations."""
+
+    init_timeout_seconds: Annotated[PositiveInt, "limit until the first step is done"] = 300
+    train_timeout_seconds: Annotated[PositiveInt, "limit afterwards"] = 600
+
+
+@dataclass(frozen=True)
+class Debug:
+    """Switches for measurements and tests."""
+
+    force_balanced_routing: Annotated[bool, "tokens go to experts in turn, whatever the router says"] = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything about a run: one field per section of the TOML file."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    moe: Moe = field(default_factory=Moe)
+    router: Component = field(default_factory=lambda: Component("topk_softmax"))
+    balancer: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> arguments
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: Component = field(default_factory=lambda: Component("cosine"))
+    training: Training = field(default_factory=Training)
+    data: Data = field(default_factory=Data)
+    validation: Validation = field(default_factory=Validation)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
+    comm: Comm = field(default_factory=Comm)
+    debug: Debug = field(default_factory=Debug)
