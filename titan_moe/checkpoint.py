@@ -1,0 +1,241 @@
+"""Checkpoints: saved whole or not at all, verified, loaded at any world size and layout.
+
+A step is one folder `step-N`: the tensors as torch.distributed.checkpoint writes them (`.metadata`, `__R_0.distcp`),
+`common.pt` (what is the same on every rank), `rank-R.pt` (random states and what is a rank's own), small text files,
+and `manifest.json` with the size and CRC-32 of each. It is written as `step-N.tmp` and renamed when every rank is done.
+"""
+
+import io
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from titan_moe import __version__
+from titan_moe.checkpoint_folder import (
+    FORMAT,
+    CheckpointError,
+    clean,
+    entries,
+    is_step_folder,
+    prune,
+    publish,
+    quietly,
+    rank,
+    read_manifest,
+    scan,
+    start,
+    together,
+    verify,
+    world_size,
+)
+from titan_moe.checkpoint_state import (
+    derive_rng_state,
+    load_state,
+    rng_state,
+    set_rng_state,
+    state_to_save,
+    write_tensors,
+)
+from titan_moe.files import write_synced
+
+__all__ = [
+    "CheckpointError",
+    "Restored",
+    "complete_steps",
+    "latest_complete",
+    "load_checkpoint",
+    "load_model_with",
+    "resolve_checkpoint",
+    "save_checkpoint",
+]
+
+logger = logging.getLogger(__name__)
+Config = TypeVar("Config")
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds beside the states of the model and the optimizer."""
+
+    step: int
+    extra: dict[str, Any]  # as rank 0 gave it to save_checkpoint
+    per_rank: Any  # as this rank gave it; None if the world size has changed
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    extra: dict[str, Any],
+    files: Mapping[str, str],
+    keep_latest_k: int,
+    per_rank: Any = None,
+) -> Path:
+    """Save step `step` as `folder/step-N` and return that path; call it on every rank.
+
+    `extra` (rank 0's is kept) and `per_rank` (each rank's own) hold numbers, strings, lists, tuples, dicts and tensors.
+    `files` are small text files by name (rank 0's). Random states of torch, Python and numpy are kept for each rank.
+    The folder appears under its name when whole; a step that exists is replaced. Then older steps are removed but
+    for the latest `keep_latest_k - 1` (0 keeps all). If any rank fails to write, every rank raises CheckpointError
+    (an OSError), nothing of this save is left, and earlier steps are untouched.
+    """
+    final, staging = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    try:
+        together(lambda: start(folder, staging), main_only=True)
+        state = state_to_save(model, optimizer)
+        common = {"extra": extra, "optimizer": state.values}
+        together(lambda: write_tensors(staging, state.tensors))
+        written = together(lambda: _write_rest(staging, common, files, per_rank))
+        body = {
+            "format": FORMAT,
+            "step": step,
+            "world_size": world_size(),
+            "seed": torch.initial_seed(),
+            "optimizer": None if optimizer is None else type(optimizer).__name__,
+            "model": _describe(state.tensors),
+            "versions": {"titan_moe": __version__, "torch": str(torch.__version__)},
+            "files": {name: entry for own in written for name, entry in own.items()},
+        }
+        together(lambda: publish(staging, final, body), main_only=True)
+    except BaseException as error:
+        if rank() == 0 and folder.is_dir():
+            quietly(lambda: clean(folder))
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(f"cannot save {final}: {error} (earlier checkpoints are intact)") from error
+        raise
+    if rank() == 0 and keep_latest_k > 0:
+        quietly(lambda: prune(folder, step, keep_latest_k))
+    return final
+
+
+def load_checkpoint(
+    step_folder: Path, *, model: nn.Module, optimizer: Optimizer | None = None, check: bool = True
+) -> Restored:
+    """Load a step folder into `model` and, to resume training, into `optimizer`; call it on every rank.
+
+    With an optimizer the random states come back too: this rank's own if the world size is that of the save (training
+    goes on bit for bit), else new ones derived from the saved seed, the step and the rank. Hyperparameters of the
+    groups, learning rates among them, become the checkpoint's. `check=False` leaves out the checksums, for a folder
+    that `latest_complete` or `resolve_checkpoint` has just verified.
+    Raises CheckpointError for a broken folder and ValueError for one of another model or optimizer, before anything
+    is loaded.
+    """
+    manifest = verify(step_folder) if check else read_manifest(step_folder)
+    common = torch.load(step_folder / "common.pt", weights_only=True)
+    load_state(step_folder, model, optimizer, manifest["optimizer"], common["optimizer"])
+    own = None
+    if manifest["world_size"] == world_size():
+        own = torch.load(step_folder / f"rank-{rank()}.pt", weights_only=True)
+    if optimizer is not None and own is not None:
+        set_rng_state(own["rng"])
+    elif optimizer is not None:
+        derive_rng_state(manifest["seed"], manifest["step"], rank())
+        if rank() == 0:
+            logger.info(
+                "%s was saved by %d processes and is loaded by %d: random states are derived from seed %d and the step",
+                *(step_folder, manifest["world_size"], world_size(), manifest["seed"]),
+            )
+    return Restored(manifest["step"], common["extra"], own and own["per_rank"])
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """Steps in `folder` whose files are all there with their right sizes, ascending; warns about the others."""
+    complete, problems = scan(folder)
+    for problem in problems:
+        logger.warning("skipping checkpoint %s", problem)
+    return sorted(complete)
+
+
+def latest_complete(folder: Path) -> Path | None:
+    """The newest step folder in `folder` that passes its checksums, or None; call it on every rank.
+
+    Broken ones on the way are skipped, with one warning that names them, what is wrong and what is used instead.
+    """
+    complete, problems = together(lambda: scan(folder), main_only=True)[0]
+    found = None
+    for step in sorted(complete, reverse=True):
+        try:
+            verify(complete[step])
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            found = complete[step]
+            break
+    if problems and rank() == 0:
+        logger.warning(
+            "skipping checkpoint %s; using %s", "; ".join(problems), found or "none: no complete one is left"
+        )
+    return found
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The verified step folder that `path` means: itself, or the latest complete step of a dump or checkpoint folder.
+
+    Call it on every rank. Raises ValueError in one line if there is none or if the step folder named is broken.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"checkpoint {path}: no such folder (give a step folder or a run's dump folder)")
+    if is_step_folder(path):
+        verify(path)
+        return path
+    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    found = latest_complete(folder)
+    if found is None:
+        raise ValueError(f"checkpoint {path}: no complete step-N folder in {folder}")
+    return found
+
+
+def load_model_with(
+    path: str | Path, read_config: Callable[[Path], Config], build_model: Callable[[Config], nn.Module]
+) -> tuple[nn.Module, Config]:
+    """The model of a checkpoint in evaluation mode, and its configuration.
+
+    `path` as in `resolve_checkpoint`; `read_config` reads the step's `config.toml`, `build_model` makes the model.
+    """
+    step_folder = resolve_checkpoint(path)
+    config_file = step_folder / "config.toml"
+    if not config_file.exists():
+        raise ValueError(f"checkpoint {step_folder} has no config.toml: it cannot say which model it holds")
+    config = read_config(config_file)
+    model = build_model(config)
+    load_checkpoint(step_folder, model=model, check=False)
+    return model.eval(), config
+
+
+def _write_rest(staging: Path, common: dict[str, Any], files: Mapping[str, str], per_rank: Any) -> dict[str, Any]:
+    """Write everything that is not a shard of a tensor; the manifest's entries of this rank's files."""
+    own = f"rank-{rank()}.pt"
+    _write_object(staging / own, {"rng": rng_state(), "per_rank": per_rank})
+    names = [own, *sorted(path.name for path in staging.glob(f"__{rank()}_*"))]
+    if rank() == 0:
+        _write_object(staging / "common.pt", common)
+        for name, text in files.items():
+            write_synced(staging / name, text.encode("utf-8"))
+        names += [".metadata", "common.pt", *files]
+    return entries(staging, names)
+
+
+def _write_object(path: Path, value: dict[str, Any]) -> None:
+    """Write plain data; refuse now what could not be read back without running code from the file."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except UnpicklingError as error:
+        raise TypeError(f"{path.name} may hold numbers, strings, lists, tuples, dicts and tensors only") from error
+    write_synced(path, buffer.getvalue())
+
+
+def _describe(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Size of the model, for people who read the manifest."""
+    own = [value for name, value in tensors.items() if name.startswith("model.")]
+    return {"tensors": len(own), "elements": sum(value.numel() for value in own)}

@@ -1,0 +1,204 @@
+"""Step folders on the disk: their manifest, which are whole, how one appears, is replaced and goes."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from titan_moe.files import crc32_of, fsync_folder, write_synced
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d+)")
+# .tmp: a save that died; .old: a step that a newer save of it replaces; .trash: a step that is being pruned
+_LEFTOVER = re.compile(r"(step-\d+)\.(tmp|old|trash)")
+
+
+class CheckpointError(OSError, ValueError):
+    """A checkpoint that could not be written, or one that is broken; its text is one line for the user."""
+
+
+def is_step_folder(path: Path) -> bool:
+    """Whether `path` is, or was meant to be, the folder of one step."""
+    return (path / MANIFEST).exists() or _STEP.fullmatch(path.name) is not None
+
+
+def scan(folder: Path) -> tuple[dict[int, Path], list[str]]:
+    """Steps in `folder` whose files are there with the right sizes, and one line on each that is not so."""
+    complete, problems = {}, []
+    paths = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
+    for name, path in paths.items():
+        base = name.removesuffix(".old")  # counts if a crash came between the two renames of a replacement
+        if not (match := _STEP.fullmatch(base)) or (base != name and base in paths) or not path.is_dir():
+            continue
+        try:
+            read_manifest(path)
+        except CheckpointError as error:
+            problems.append(str(error))
+        else:
+            complete[int(match[1])] = path
+    return complete, problems
+
+
+def read_manifest(step_folder: Path) -> dict[str, Any]:
+    """The manifest, if all its files exist with the sizes it says; else CheckpointError."""
+    broken = f"{step_folder} is broken"
+    try:
+        manifest = json.loads((step_folder / MANIFEST).read_text(encoding="utf-8"))
+        body = manifest["body"]
+        whole = manifest["crc32"] == _crc32_of_body(body)
+    except FileNotFoundError:
+        raise CheckpointError(f"{broken}: it has no {MANIFEST}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{broken}: {MANIFEST} cannot be read ({type(error).__name__})") from error
+    if not whole:
+        raise CheckpointError(f"{broken}: {MANIFEST} was changed after it was written")
+    if body["format"] != FORMAT:
+        raise CheckpointError(f"{step_folder} has checkpoint format {body['format']}, this version reads {FORMAT}")
+    for name, entry in body["files"].items():
+        try:
+            size = (step_folder / name).stat().st_size
+        except OSError:
+            raise CheckpointError(f"{broken}: file {name} is missing") from None
+        if size != entry["size"]:
+            raise CheckpointError(f"{broken}: file {name} has {size} bytes, not {entry['size']}")
+    return body
+
+
+def verify(step_folder: Path) -> dict[str, Any]:
+    """The manifest of a step whose files all have their checksums, else CheckpointError; ranks share the reading."""
+
+    def check() -> dict[str, Any]:
+        body = read_manifest(step_folder)
+        for name in sorted(body["files"])[rank() :: world_size()]:
+            if crc32_of(step_folder / name) != body["files"][name]["crc32"]:
+                raise CheckpointError(f"{step_folder} is broken: file {name} does not have its checksum")
+        return body
+
+    return together(check)[rank()]
+
+
+def entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and CRC-32 of files in `folder`, as a manifest lists them."""
+    return {name: {"size": (folder / name).stat().st_size, "crc32": crc32_of(folder / name)} for name in names}
+
+
+def start(folder: Path, staging: Path) -> None:
+    """Make the empty folder that a save writes into, after removing what dead saves left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clean(folder)
+    staging.mkdir()
+
+
+def publish(staging: Path, final: Path, body: dict[str, Any]) -> None:
+    """Seal `staging` with its manifest and give it its name, in place of a step that has it."""
+    for name, entry in body["files"].items():
+        if not (staging / name).exists() or (staging / name).stat().st_size != entry["size"]:
+            raise CheckpointError(f"rank 0 does not see {name}: the folder must be one that all nodes share")
+    sealed = {"crc32": _crc32_of_body(body), "body": body}
+    write_synced(staging / MANIFEST, json.dumps(sealed, indent=1).encode())
+    fsync_folder(staging)
+    old = final.with_name(f"{final.name}.old")
+    if final.exists():
+        os.rename(final, old)
+    os.rename(staging, final)
+    fsync_folder(final.parent)
+    if old.exists():
+        quietly(lambda: shutil.rmtree(old))
+
+
+def clean(folder: Path) -> None:
+    """Remove what saves that died have left in `folder`; a step that was being replaced gets its name back."""
+    for path in list(folder.iterdir()):
+        if not (match := _LEFTOVER.fullmatch(path.name)):
+            continue
+        if match[2] == "old" and not (folder / match[1]).exists():
+            os.rename(path, folder / match[1])
+        else:
+            shutil.rmtree(path)
+
+
+def prune(folder: Path, step: int, keep_latest_k: int) -> None:
+    """Remove steps before `step` but for the latest `keep_latest_k - 1` complete ones."""
+    complete, _ = scan(folder)
+    older = sorted(old for old in complete if old < step)
+    keep = older[len(older) - (keep_latest_k - 1) :] if keep_latest_k > 1 else []
+    for path in list(folder.iterdir()):
+        if (match := _STEP.fullmatch(path.name)) and int(match[1]) < step and int(match[1]) not in keep:
+            trash = path.with_name(f"{path.name}.trash")  # renamed first: never half a step under its name
+            os.rename(path, trash)
+            shutil.rmtree(trash)
+
+
+def quietly(task: Callable[[], None]) -> None:
+    """Run housekeeping whose failure must not stop training: it warns."""
+    try:
+        task()
+    except OSError as error:
+        logger.warning("cannot remove old checkpoint files: %s", reason(error))
+
+
+def _crc32_of_body(body: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def together(task: Callable[[], T], *, main_only: bool = False) -> list[T]:
+    """Run `task` on every rank and return all ranks' results; with `main_only` on rank 0, and its result alone.
+
+    What fails on one rank raises on all: CheckpointError for failures of the file system, else the error itself.
+    """
+    result: Any = None
+    failure: BaseException | None = None
+    if rank() == 0 or not main_only:
+        try:
+            result = task()
+        except (Exception, CheckpointException) as error:  # told to the other ranks, and raised again below
+            failure = _cause(error)
+    mine = (result, failure and reason(failure), isinstance(failure, OSError))
+    outcomes: Any = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(outcomes, mine)
+    failed = [(where, why, expected) for where, (_, why, expected) in enumerate(outcomes) if why is not None]
+    if failed:
+        where, why, _ = failed[0]
+        text = f"{why} (on rank {where})" if world_size() > 1 else why
+        if all(expected for *_, expected in failed):
+            raise CheckpointError(text) from failure
+        raise failure or RuntimeError(text)
+    return [result for result, *_ in (outcomes[:1] if main_only else outcomes)]
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What really failed: DCP wraps the errors of its ranks."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return error
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"

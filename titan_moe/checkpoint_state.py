@@ -1,0 +1,193 @@
+"""What a checkpoint holds: states of model and optimizer by name as DCP reads and writes them, and random states.
+
+Tensors are named `model.NAME` and `optimizer.state.NAME.STATE`, so names outlive layouts. What is not a tensor
+(learning rates, betas, flags) are the *values*, one small dictionary.
+"""
+
+import random
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+_BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # in parameter names under compile and checkpointing
+Shapes = dict[str, tuple[int, ...]]
+
+
+class State(NamedTuple):
+    """References to a model's and an optimizer's state: nothing is copied."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def state_to_save(model: nn.Module, optimizer: Optimizer | None) -> State:
+    """The state of `model` (parameters and persistent buffers) and of `optimizer`, by name."""
+    if optimizer is None:
+        return State(_model_tensors(model), {})
+    has_stepped = bool(optimizer.state)
+    flat = _optimizer_state(model, optimizer)
+    if not has_stepped:  # torch has just made states by a step that counts as one: do not keep them
+        optimizer.state.clear()
+        flat = State({}, flat.values)
+    return State({**_model_tensors(model), **flat.tensors}, flat.values)
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `tensors` into `folder`, each rank its shards, synced. Raises CheckpointException on all ranks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder), no_dist=not dist.is_initialized())
+
+
+def load_state(
+    folder: Path, model: nn.Module, optimizer: Optimizer | None, saved_optimizer: str | None, values: dict[str, Any]
+) -> None:
+    """Load the tensors in `folder` in place into `model` and `optimizer`, and `values` into the optimizer.
+
+    `saved_optimizer` is the class of the optimizer that was saved, None if none was.
+    Raises ValueError, before anything is loaded, if names or shapes differ.
+    """
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.items()}
+    tensors = _model_tensors(model)
+    saved_model = {name: shape for name, shape in saved.items() if name.startswith("model.")}
+    _check_same(f"checkpoint {folder} holds another model", _shapes(tensors), saved_model)
+    if optimizer is None:
+        _read_tensors(folder, tensors)
+    else:
+        if saved_optimizer is None:
+            raise ValueError(f"checkpoint {folder} holds a model without an optimizer: training cannot resume from it")
+        if saved_optimizer != type(optimizer).__name__:
+            mine = type(optimizer).__name__
+            raise ValueError(f"checkpoint {folder} holds another optimizer: {saved_optimizer} there, {mine} here")
+        _load_with_optimizer(folder, model, optimizer, tensors=tensors, saved=saved, values=values)
+    set_model_state_dict(model, {name.removeprefix("model."): value for name, value in tensors.items()})
+
+
+def _load_with_optimizer(
+    folder: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    tensors: dict[str, Tensor],
+    saved: Shapes,
+    values: dict[str, Any],
+) -> None:
+    mine = _optimizer_state(model, optimizer)  # makes the states of a fresh optimizer
+    _forget_unsaved(model, optimizer, mine.tensors, saved)
+    saved_state = {name: shape for name, shape in saved.items() if name.startswith("optimizer.")}
+    what = f"checkpoint {folder} holds another optimizer"
+    _check_same(what, _shapes(mine.tensors), saved_state)
+    _check_same(what, dict.fromkeys(mine.values, ()), dict.fromkeys(values, ()))
+    _read_tensors(folder, {**tensors, **mine.tensors})
+    # Optimizer.load_state_dict casts states to the parameter's dtype (fp32 moments of bf16 parameters): keep ours,
+    # which have just been read in place.
+    in_place = {
+        parameter: {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        for parameter, state in optimizer.state.items()
+    }
+    flat: Any = {name.removeprefix("optimizer."): value for name, value in {**mine.tensors, **values}.items()}
+    try:
+        set_optimizer_state_dict(model, optimizer, flat, options=_BY_NAME)
+    except RuntimeError as error:
+        raise ValueError(f"{what}: its parameter groups differ ({' '.join(str(error).split())})") from error
+    for parameter, state in in_place.items():
+        optimizer.state[parameter].update(state)
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Any] = get_model_state_dict(model)
+    return {f"model.{name}": value for name, value in state.items()}
+
+
+def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> State:
+    flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_BY_NAME)
+    tensors = {f"optimizer.{name}": value for name, value in flat.items() if isinstance(value, Tensor)}
+    return State(tensors, {f"optimizer.{k}": value for k, value in flat.items() if not isinstance(value, Tensor)})
+
+
+def _forget_unsaved(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor], saved: Shapes) -> None:
+    """Drop the fresh states of parameters that had none when saved (they had never had a gradient)."""
+    prefixes = set()
+    for name in saved:
+        while "." in name:
+            name = name.rpartition(".")[0]  # noqa: PLW2901
+            prefixes.add(name)
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")  # noqa: PLW2901
+        if f"optimizer.state.{name}" not in prefixes and parameter in optimizer.state:
+            del optimizer.state[parameter]
+            for key in [key for key in tensors if key.startswith(f"optimizer.state.{name}.")]:
+                del tensors[key]
+
+
+def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def _check_same(what: str, here: Shapes, there: Shapes, most: int = 3) -> None:
+    """Raise a ValueError that names the first `most` differences of each sort between two sets of named shapes."""
+    missing = [name for name in here if name not in there]
+    unexpected = [name for name in there if name not in here]
+    other = [
+        f"{name} is {there[name]} there, {here[name]} here"
+        for name in here
+        if there.get(name, here[name]) != here[name]
+    ]
+    parts = [("", other), ("only here: ", missing), ("only there: ", unexpected)]
+    texts = [
+        label + ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+        for label, names in parts
+        if names
+    ]
+    if texts:
+        raise ValueError(f"{what}: {'; '.join(texts)}")
+
+
+def rng_state() -> dict[str, Any]:
+    """The random states of this process: torch (CPU and the current GPU), Python's random, numpy's global one."""
+    numpy_state = [x.tolist() if isinstance(x, np.ndarray) else x for x in np.random.get_state(legacy=True)]
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": tuple(numpy_state)}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` gave."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def derive_rng_state(seed: int, step: int, rank: int) -> None:
+    """Seed all random states of this process from (seed, step, rank), each triple its own stream."""
+    for_torch, for_python, for_numpy = (int(x) for x in np.random.SeedSequence([seed, step, rank]).generate_state(3))
+    torch.manual_seed(for_torch)
+    random.seed(for_python)
+    np.random.seed(for_numpy)

@@ -1,0 +1,50 @@
+"""Files that are whole or absent: atomic writes, folders on disk for good, checksums."""
+
+import errno
+import os
+import zlib
+from pathlib import Path
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` (UTF-8) to `path` so that a crash or a full disk leaves the old file or the new one, never a part.
+
+    Raises OSError as the file system does, with nothing left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_synced(temporary, text.encode("utf-8"))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write `data` to `path` and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_folder(folder: Path) -> None:
+    """Wait until the names in `folder` (new, renamed, removed) are on the disk, where its file system can do that."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # some network file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def crc32_of(path: Path) -> str:
+    """CRC-32 of a file's bytes, as eight hexadecimal digits; reads in pieces of 1 MiB."""
+    crc, buffer = 0, bytearray(1 << 20)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            crc = zlib.crc32(view[:size], crc)
+    return f"{crc:08x}"
