@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from titan_moe.balancer import BALANCERS, Balancer
-from titan_moe.config import Config, find_component
-from titan_moe.model.routing import ROUTERS, force_balanced
+from titan_moe.balancer import Balancer
+from titan_moe.config import Config, component
+from titan_moe.model.routing import force_balanced
 from titan_moe.model.transformer import Transformer
-from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
-from titan_moe.optimizer.schedule import SCHEDULES, Schedule
+from titan_moe.optimizer.schedule import Schedule
 
 
 def build_model(config: Config) -> Transformer:
@@ -20,7 +19,7 @@ def build_model(config: Config) -> Transformer:
     model, moe = config.model, config.moe
     router = None
     if moe.num_experts:
-        router = find_component(ROUTERS, config.router.name)(top_k=moe.top_k, **config.router.arguments)
+        router = component("router", config.router.name)(top_k=moe.top_k, **config.router.arguments)
         if config.debug.force_balanced_routing:
             router = force_balanced(router)
     return Transformer(
@@ -28,14 +27,13 @@ def build_model(config: Config) -> Transformer:
         dim=model.dim,
         num_layers=model.num_layers,
         num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
         ffn_dim=model.ffn_dim,
         rope_theta=model.rope_theta,
         norm_eps=model.norm_eps,
         qk_norm=model.qk_norm,
         tie_embeddings=model.tie_embeddings,
         init_std=model.init_std,
-        seq_len=config.training.seq_len,
         num_experts=moe.num_experts,
         expert_dim=moe.expert_dim,
         num_shared_experts=moe.num_shared_experts,
@@ -53,7 +51,7 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
     """
     balancers = {}
     for name, arguments in config.balancer.items():
-        builder = find_component(BALANCERS, name)
+        builder = component("balancer", name)
         default = inspect.signature(builder).parameters.get("coeff")
         if default is None:
             balancers[name] = (1.0, builder(**arguments))
@@ -65,10 +63,10 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of [optimizer] over the model's parameter groups."""
     groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), config.optimizer.groups)
-    return find_component(OPTIMIZERS, config.optimizer.name)(groups, **config.optimizer.arguments)
+    return component("optimizer", config.optimizer.name)(groups, **config.optimizer.arguments)
 
 
 def build_schedule(config: Config) -> Schedule:
     """Build the schedule of [lr_scheduler] for training.steps steps."""
-    builder = find_component(SCHEDULES, config.lr_scheduler.name)
+    builder = component("lr_scheduler", config.lr_scheduler.name)
     return builder(steps=config.training.steps, **config.lr_scheduler.arguments)

@@ -118,6 +118,11 @@ class Transformer(nn.Module):
         logits_BSV = F.linear(x_BSD, self.tok_embeddings.weight) if self.output is None else self.output(x_BSD)
         return logits_BSV, tuple(routings)
 
+    def expert_biases(self) -> list[Tensor]:
+        """Selection biases (E,) of the MoE layers, in order; empty when the model has none."""
+        moes = [layer.moe for layer in self.layers if layer.moe is not None]
+        return [moe.expert_bias for moe in moes if moe.expert_bias is not None]
+
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Fill every parameter: matrices normal(0, init_std), norms 1; buffers 0.

@@ -1,0 +1,107 @@
+"""FSDP2 on two processes equals one process: losses, gradient norms, loads, biases and parameters."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.dist.harness import run_ranks
+from tests.tiny import adamw, balancers, batch, steps, tiny_model
+from titan_moe.parallelize.grad import clip_grad_norm, param_norm
+from titan_moe.parallelize.mesh import build_mesh
+from titan_moe.parallelize.parallelize import parallelize
+from titan_moe.step import evaluate, train_step
+
+STEPS = 4
+
+
+def sharded(world: int, **options: Any) -> Any:
+    model = tiny_model(device="meta")
+    mesh = build_mesh(device=torch.device("cpu"), shard=world)
+    defaults = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
+    parallelize(model, mesh=mesh, **{**defaults, "checkpoint_mode": "none", "compile_blocks": False, **options})
+    model.to_empty(device="cpu")
+    model.init_weights(0)
+    return model
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().clone()
+
+
+def summarize(model: Any, outputs: list[Any]) -> dict[str, Any]:
+    names = ("loss", "total_loss", "grad_norm", "load", "num_tokens")
+    parameters = {k.replace("_checkpoint_wrapped_module.", ""): full(v) for k, v in model.state_dict().items()}
+    return {
+        **{name: torch.stack([getattr(o, name) for o in outputs]) for name in names},
+        "aux_loss": torch.stack([o.balance_losses["aux_loss"] for o in outputs]),
+        "parameters": parameters,
+        "param_norm": param_norm(model.parameters()),
+    }
+
+
+def train_sharded(rank: int, world: int) -> dict[str, Any]:
+    results = {}
+    for mode in ("none", "full"):
+        model = sharded(world, checkpoint_mode=mode)
+        # the micro-batches of both ranks together are the four of the single process
+        outputs = steps(model, STEPS, micro_batches=2, rank=rank, world=world)
+        results[mode] = summarize(model, outputs)
+    tokens, labels = (part.chunk(world)[rank] for part in batch(9))
+    results["evaluation"] = evaluate(model, [(tokens, labels)], torch.ones(64))
+    return results
+
+
+@pytest.mark.dist
+def test_two_ranks_equal_one() -> None:
+    model = tiny_model()
+    model.init_weights(0)
+    alone = summarize(model, steps(model, STEPS, micro_batches=4))
+    evaluation = evaluate(model, [batch(9)], torch.ones(64))
+    results = run_ranks(2, train_sharded)
+    for result in results:
+        for mode in ("none", "full"):
+            # AdamW divides by the gradient's size: where that is near 0, round-off of the sum over ranks grows
+            torch.testing.assert_close(result[mode].pop("parameters"), alone["parameters"], rtol=1e-4, atol=1e-5)
+            numbers = {name: alone[name] for name in result[mode]}
+            torch.testing.assert_close(result[mode], numbers, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(tuple(result["evaluation"]), tuple(evaluation), rtol=1e-4, atol=1e-5)
+
+
+def mixed_precision(rank: int, world: int) -> dict[str, Any]:
+    model = sharded(world, param_dtype=torch.bfloat16)
+    tokens, labels = (part.chunk(world)[rank] for part in batch(0))
+    logits, routings = model(tokens)
+    output = train_step(model, [(tokens, labels)], adamw(model), balancers(), model.expert_biases(), max_norm=0.1)
+    return {
+        "logits": logits.dtype,
+        "router": routings[0].router_logits.dtype,
+        "master": next(model.parameters()).dtype,
+        "loss": output.loss,
+    }
+
+
+@pytest.mark.dist
+def test_mixed_precision_keeps_fp32_masters_and_router() -> None:
+    model = tiny_model()
+    model.init_weights(0)
+    (alone,) = steps(model, 1)
+    for result in run_ranks(2, mixed_precision):
+        assert result["logits"] == torch.bfloat16
+        assert result["router"] == result["master"] == torch.float32
+        torch.testing.assert_close(result["loss"], alone.loss, rtol=1e-2, atol=0)
+
+
+def test_clip_grad_norm_equals_torch() -> None:
+    parameters = [torch.nn.Parameter(torch.randn(5, 3)) for _ in range(3)]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    for p, q in zip(parameters[:2], copies[:2], strict=True):  # one has no gradient
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    torch.testing.assert_close(clip_grad_norm(parameters, 0.5), torch.nn.utils.clip_grad_norm_(copies, 0.5))
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(parameters[:2], copies[:2], strict=True))
+    before = parameters[0].grad.clone()
+    clip_grad_norm(parameters, 0.0)
+    assert torch.equal(parameters[0].grad, before)

@@ -1,0 +1,63 @@
+"""A tiny model, batches and steps that tests share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_moe.balancer import BALANCERS
+from titan_moe.metrics import StepOutput
+from titan_moe.model.routing import ROUTERS
+from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.step import train_step
+
+VOCAB, SEQ = 64, 16
+
+
+def tiny_model(router: str | None = "topk_softmax", *, device: str = "cpu", **arguments: Any) -> Transformer:
+    sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32}
+    experts = {"num_experts": 4, "expert_dim": 16, "expert_bias": True}
+    route = None if router is None else ROUTERS[router](top_k=2)
+    with torch.device(device):
+        return Transformer(vocab_size=VOCAB, **{**sizes, **experts, "router": route, **arguments})
+
+
+def batch(step: int, sequences: int = 8) -> tuple[Tensor, Tensor]:
+    """Tokens and labels (sequences, SEQ) of a step; part of them are learnable repetitions."""
+    generator = torch.Generator().manual_seed(step % 4)
+    tokens = torch.randint(0, VOCAB, (sequences, SEQ // 2 + 1), generator=generator).repeat(1, 2)[:, : SEQ + 1]
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def balancers() -> dict[str, Any]:
+    return {
+        "aux_loss": (0.1, BALANCERS["aux_loss"](coeff=1.0)),
+        "z_loss": (0.001, BALANCERS["z_loss"](coeff=1.0)),
+        "loss_free": (1.0, BALANCERS["loss_free"](rate=0.01)),
+    }
+
+
+def adamw(model: torch.nn.Module, **arguments: Any) -> torch.optim.Optimizer:
+    groups = parameter_groups(model.named_parameters(), {"norm": {"weight_decay": 0.0}, "expert": {"lr": 5e-3}})
+    return OPTIMIZERS["adamw"](groups, lr=1e-2, **arguments)
+
+
+def steps(
+    model: Transformer,
+    count: int,
+    *,
+    micro_batches: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[StepOutput]:
+    """Train for `count` steps on this rank's part of each global batch of 8, cut into micro-batches."""
+    optimizer = optimizer or adamw(model)
+    outputs = []
+    for step in range(count):
+        tokens, labels = (part.chunk(world)[rank] for part in batch(step))
+        micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
+        outputs.append(train_step(model, micro, optimizer, balancers(), model.expert_biases(), max_norm=0.1))
+    return outputs

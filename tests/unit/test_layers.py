@@ -1,0 +1,85 @@
+"""Import arrows point down only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "titan_moe"
+
+# The layer of each module, by the longest prefix that matches; L0 is pure: torch and the standard library.
+LAYERS = {
+    "model.routing": 0,
+    "model.dispatch": 0,
+    "balancer": 0,
+    "optimizer.groups": 0,
+    "optimizer.schedule": 0,
+    "metrics": 0,
+    "files": 0,
+    "model": 1,
+    "parallelize": 1,
+    "optimizer": 1,
+    "runtime": 1,
+    "config": 2,
+    "build": 2,
+    "step": 2,
+    "checkpoint": 2,
+    "data": 2,
+    "sinks": 2,
+    "records": 2,
+    "train": 3,
+    "generate": 3,
+    "evaluate": 3,
+}
+
+
+def layer_of(module: str) -> int:
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        name = ".".join(parts[:end])
+        if name in LAYERS:
+            return LAYERS[name]
+    raise AssertionError(f"{module} has no layer: add it to LAYERS")
+
+
+def imports_of(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [name if is_module(name) else str(node.module) for name in names]
+    return found
+
+
+def is_module(name: str) -> bool:
+    path = PACKAGE.parent / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def modules() -> list[Path]:
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down(path: Path) -> None:
+    module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+    layer = layer_of(module)
+    for imported in imports_of(path):
+        if imported.startswith("titan_moe."):
+            target = imported.removeprefix("titan_moe.")
+            assert layer_of(target) <= layer, f"{module} (L{layer}) imports {target} (L{layer_of(target)})"
+        assert not (layer == 0 and imported.split(".")[0] in ("pydantic", "tokenizers", "tensorboard")), imported
+
+
+def test_only_runtime_reads_the_environment() -> None:
+    for path in modules():
+        if path.name != "runtime.py":
+            assert "os.environ" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_stay_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 320, path

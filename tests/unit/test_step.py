@@ -1,0 +1,133 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.tiny import SEQ, VOCAB, adamw, balancers, batch, steps, tiny_model
+from titan_moe.model.routing import ROUTERS
+from titan_moe.step import IGNORE, eval_step, evaluate, train_step
+
+TOKEN_BYTES = torch.full((VOCAB,), 2)
+
+
+def fresh(**arguments):
+    model = tiny_model(**arguments)
+    model.init_weights(0)
+    return model
+
+
+def without_aux(model, micro_batches):
+    """Two steps with balancers whose loss does not depend on the micro-batch."""
+    own, optimizer, outputs = balancers(), adamw(model), []
+    del own["aux_loss"]
+    for step in range(3):
+        parts = [part.chunk(micro_batches) for part in batch(step)]
+        micro = list(zip(*parts, strict=True))
+        outputs.append(train_step(model, micro, optimizer, own, model.expert_biases(), max_norm=0.1))
+    return outputs
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_accumulation_changes_nothing(router):
+    whole, parts = fresh(router=router), fresh(router=router)
+    for a, b in zip(without_aux(whole, 1), without_aux(parts, 4), strict=True):
+        assert torch.equal(a.load, b.load)
+        torch.testing.assert_close((a.loss, a.total_loss, a.grad_norm), (b.loss, b.total_loss, b.grad_norm))
+        assert a.num_tokens == b.num_tokens == 8 * SEQ
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(whole.expert_biases(), parts.expert_biases(), strict=True))
+
+
+def test_micro_batch_scope_of_the_aux_loss_is_the_mean_over_micro_batches():
+    model = fresh()
+    tokens, labels = batch(0)
+    values = []
+    for part in tokens.chunk(2):
+        _, routings = model(part)
+        values += [(r.tokens_per_expert / r.scores.shape[0] * r.scores.mean(0)).sum() for r in routings]
+    micro = list(zip(tokens.chunk(2), labels.chunk(2), strict=True))
+    output = train_step(model, micro, adamw(model), balancers(), model.expert_biases(), max_norm=1.0)
+    torch.testing.assert_close(output.balance_losses["aux_loss"], torch.stack(values).mean())
+
+
+def test_one_step_by_hand():
+    """Loss, balance losses, norm and update of one step, written out with torch alone."""
+    model, other = fresh(), fresh()
+    tokens, labels = batch(0)
+    (output,) = steps(model, 1)
+    logits, routings = other(tokens)
+    ce = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    T = tokens.numel()
+    aux = sum((r.tokens_per_expert / T * r.scores.mean(0)).sum() for r in routings) / 2
+    z = sum(r.router_logits.logsumexp(-1).square().mean() for r in routings) / 2
+    (ce + 0.1 * aux + 0.001 * z).backward()
+    norm = torch.nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+    adamw(other).step()
+    torch.testing.assert_close(output.loss, ce.detach())
+    torch.testing.assert_close(output.total_loss, (ce + 0.1 * aux + 0.001 * z).detach())
+    torch.testing.assert_close(output.grad_norm, norm)
+    assert torch.equal(output.load, torch.stack([r.tokens_per_expert for r in routings]))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    for bias, load in zip(model.expert_biases(), output.load, strict=True):
+        torch.testing.assert_close(bias, 0.01 * torch.sign(load.float().mean() - load))
+
+
+def test_it_learns():
+    outputs = steps(fresh(), 40)
+    assert outputs[-1].loss < 0.75 * outputs[0].loss
+
+
+def test_ignored_labels_do_not_count():
+    model, (tokens, labels) = fresh(), batch(0)
+    labels[:, ::2] = IGNORE
+    output = train_step(model, [(tokens, labels)], adamw(model), {}, [], max_norm=1.0)
+    logits, _ = fresh()(tokens)
+    torch.testing.assert_close(output.loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()).detach())
+    assert output.num_tokens == labels.numel() // 2
+
+
+def test_dense_model():
+    model = fresh(num_experts=0, router=None)
+    optimizer = torch.optim.AdamW(model.parameters())
+    output = train_step(model, [batch(0)], optimizer, {}, model.expert_biases(), max_norm=1.0)
+    assert output.load.numel() == 0
+    assert output.balance_losses == {}
+    evaluated = evaluate(model, [batch(1)], TOKEN_BYTES)
+    assert evaluated.load.numel() == evaluated.scores_sum.numel() == 0
+
+
+def test_evaluation_does_not_depend_on_the_batches():
+    model, (tokens, labels) = fresh(), batch(0)
+    whole = evaluate(model, [(tokens, labels)], TOKEN_BYTES)
+    cuts = [slice(0, 3), slice(3, 4), slice(4, 8)]
+    dummy = (tokens[:1], torch.full_like(labels[:1], IGNORE))
+    parts = evaluate(model, [*((tokens[c], labels[c]) for c in cuts), dummy], TOKEN_BYTES)
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b)
+    assert whole.num_tokens == 8 * SEQ
+    assert whole.num_bytes == 2 * 8 * SEQ
+    logits, _ = model(tokens)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").double()
+    torch.testing.assert_close(whole.loss_sum, expected.detach())
+    assert whole.num_correct == (logits.argmax(-1) == labels).sum()
+
+
+def test_evaluation_writes_nothing():
+    model = fresh()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    eval_step(model, *batch(0), TOKEN_BYTES)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_no_host_synchronisation_in_the_step(router):
+    """A FakeTensor has no value: anything that reads one on the host, .item() or a branch, raises here."""
+    with FakeTensorMode(), torch.device("cpu"):
+        model = tiny_model(router)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        tokens = torch.zeros(4, SEQ, dtype=torch.int64)
+        output = train_step(model, [(tokens, tokens)], optimizer, balancers(), model.expert_biases(), max_norm=1.0)
+        assert output.load.shape == (2, 4)
+        assert eval_step(model, tokens, tokens, torch.zeros(VOCAB)).load.shape == (2, 4)
