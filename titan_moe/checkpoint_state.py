@@ -4,6 +4,7 @@ Tensors are named `model.NAME` and `optimizer.state.NAME.STATE`, so names outliv
 (learning rates, betas, flags) are the *values*, one small dictionary.
 """
 
+import logging
 import random
 import warnings
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+logger = logging.getLogger(__name__)
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # in parameter names under compile and checkpointing
 Shapes = dict[str, tuple[int, ...]]
@@ -44,8 +46,9 @@ def state_to_save(model: nn.Module, optimizer: Optimizer | None) -> State:
     flat = _optimizer_state(model, optimizer)
     if not has_stepped:  # torch has just made states by a step that counts as one: do not keep them
         optimizer.state.clear()
-        flat = State({}, flat.values)
-    return State({**_model_tensors(model), **flat.tensors}, flat.values)
+        flat.tensors.clear()
+    values = {**flat.values, "groups": _groups(model, optimizer)}
+    return State({**_model_tensors(model), **flat.tensors}, values)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -89,12 +92,15 @@ def _load_with_optimizer(
     saved: Shapes,
     values: dict[str, Any],
 ) -> None:
+    what = f"checkpoint {folder} holds another optimizer"
     mine = _optimizer_state(model, optimizer)  # makes the states of a fresh optimizer
     _forget_unsaved(model, optimizer, mine.tensors, saved)
     saved_state = {name: shape for name, shape in saved.items() if name.startswith("optimizer.")}
-    what = f"checkpoint {folder} holds another optimizer"
     _check_same(what, _shapes(mine.tensors), saved_state)
+    saved_groups = values.pop("groups")
     _check_same(what, dict.fromkeys(mine.values, ()), dict.fromkeys(values, ()))
+    _check_groups(what, _groups(model, optimizer), saved_groups)
+    _warn_of_changes(folder, saved_groups, mine.values, values)
     _read_tensors(folder, {**tensors, **mine.tensors})
     # Optimizer.load_state_dict casts states to the parameter's dtype (fp32 moments of bf16 parameters): keep ours,
     # which have just been read in place.
@@ -103,10 +109,7 @@ def _load_with_optimizer(
         for parameter, state in optimizer.state.items()
     }
     flat: Any = {name.removeprefix("optimizer."): value for name, value in {**mine.tensors, **values}.items()}
-    try:
-        set_optimizer_state_dict(model, optimizer, flat, options=_BY_NAME)
-    except RuntimeError as error:
-        raise ValueError(f"{what}: its parameter groups differ ({' '.join(str(error).split())})") from error
+    set_optimizer_state_dict(model, optimizer, flat, options=_BY_NAME)
     for parameter, state in in_place.items():
         optimizer.state[parameter].update(state)
 
@@ -122,20 +125,55 @@ def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> State:
     return State(tensors, {f"optimizer.{k}": value for k, value in flat.items() if not isinstance(value, Tensor)})
 
 
+def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Parameters' names without those of wrappers, as DCP has them."""
+    names = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, "")  # noqa: PLW2901
+        names[parameter] = name
+    return names
+
+
+def _groups(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    names = _names(model)
+    return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
 def _forget_unsaved(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor], saved: Shapes) -> None:
-    """Drop the fresh states of parameters that had none when saved (they had never had a gradient)."""
+    """Empty the fresh states of parameters that had none when saved (they had never had a gradient)."""
     prefixes = set()
     for name in saved:
         while "." in name:
             name = name.rpartition(".")[0]  # noqa: PLW2901
             prefixes.add(name)
-    for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")  # noqa: PLW2901
+    for parameter, name in _names(model).items():
         if f"optimizer.state.{name}" not in prefixes and parameter in optimizer.state:
-            del optimizer.state[parameter]
+            optimizer.state[parameter] = {}
             for key in [key for key in tensors if key.startswith(f"optimizer.state.{name}.")]:
                 del tensors[key]
+
+
+def _check_groups(what: str, here: list[list[str]], there: list[list[str]]) -> None:
+    """Raise a ValueError unless parameters are grouped as they were: torch would merge groups silently."""
+    for mine in here:
+        theirs = next(group for group in there if mine[0] in group)
+        if differing := sorted(set(mine) ^ set(theirs)):
+            where = "there" if differing[0] in theirs else "here"
+            raise ValueError(f"{what}: its parameter groups differ, {differing[0]} is with {mine[0]} only {where}")
+
+
+def _warn_of_changes(folder: Path, groups: list[list[str]], here: dict[str, Any], there: dict[str, Any]) -> None:
+    """Say which hyperparameters of this run the checkpoint's replace; the schedule sets `lr` itself."""
+    changes = []
+    for group in groups:
+        prefix = f"optimizer.param_groups.{group[0]}."
+        for name in (name for name in here if name.startswith(prefix) and name != f"{prefix}lr"):
+            if here[name] != there[name]:
+                key = name.removeprefix(prefix)
+                changes.append(f"{key} of the group of {group[0]} is {there[name]}, not {here[name]}")
+    if changes and (not dist.is_initialized() or dist.get_rank() == 0):
+        logger.warning("hyperparameters come from checkpoint %s: %s", folder, "; ".join(changes))
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ components: the signature of a component's builder is the schema of its table.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 import tomli_w
@@ -73,9 +73,9 @@ def load_config(args: list[str]) -> Config:
     return config
 
 
-def component(section: str, name: str) -> Callable[..., Any]:
-    """Find the builder that a section's component name means: a registry's entry or a function from outside."""
-    return find_builder(KINDS[section], name, "configuration", section)
+def find_component(registry: Mapping[str, Callable[..., Any]], name: str) -> Callable[..., Any]:
+    """Find the builder that a component's name means: an entry of its registry, or a function outside of it."""
+    return find_builder(registry, name, "configuration", "name")
 
 
 def help_text() -> str:
@@ -149,7 +149,7 @@ def _apply_balancers(state: State, tables: dict[str, Any], origin: str) -> None:
         if not on:
             balancers.pop(name, None)
             continue
-        given = check_arguments(parameters, table, origin, key, KINDS["balancer"])
+        given = check_arguments(parameters, table, origin, key, kind=KINDS["balancer"])
         balancers[name] = {**balancers.get(name, {}), **given}
 
 
@@ -171,15 +171,17 @@ def _apply_component(state: State, section: str, table: dict[str, Any], origin: 
         changed = False
     parameters = parameters_of(kind, current["name"], origin, f"{section}.name")
 
-    def merge(old: dict[str, Any], new: dict[str, Any], prefix: str) -> dict[str, Any]:
+    def merge(old: dict[str, Any], new: dict[str, Any], prefix: str, siblings: tuple[str, ...] = ()) -> dict[str, Any]:
         kept = {key: value for key, value in old.items() if key in parameters} if changed else old
-        kept = check_arguments(parameters, kept, f"{origin} (inherited)", prefix, kind) if changed else kept
-        return {**kept, **check_arguments(parameters, new, origin, prefix, kind)}
+        kept = check_arguments(parameters, kept, f"{origin} (inherited)", prefix, kind=kind) if changed else kept
+        return {**kept, **check_arguments(parameters, new, origin, prefix, kind=kind, siblings=siblings)}
 
+    siblings = ("name",)
     if section == "optimizer":
+        siblings = ("name", *GROUP_PATTERNS)
         groups = {group: table.pop(group) for group in GROUP_PATTERNS if group in table}
         current["groups"] = _merge_groups(current["groups"], groups, merge, origin)
-    current["arguments"] = merge(current["arguments"], table, section)
+    current["arguments"] = merge(current["arguments"], table, section, siblings)
 
 
 def _merge_groups(

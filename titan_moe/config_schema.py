@@ -38,7 +38,7 @@ class Parameter(NamedTuple):
 def key_error(origin: str, key: str, message: str, value: Any = REQUIRED) -> ValueError:
     """Make the error for `key`, which `origin` (a file or the command line) has set to `value`."""
     shown = f"--{key}" if origin == COMMAND_LINE else key
-    if value is not REQUIRED:
+    if value is not REQUIRED and value != Words(()):
         text = " ".join(value.words) if isinstance(value, Words) else repr(value)
         shown = f"{shown} = {text if len(text) <= 80 else text[:77] + '...'}"
     return ValueError(f"{origin}: {shown}: {message}")
@@ -88,6 +88,8 @@ def check_value(annotation: Any, value: Any, origin: str, key: str) -> Any:
 
     An integer is accepted for a float, an array for a tuple; anything else that does not fit is a ValueError.
     """
+    if isinstance(value, dict) and origin == COMMAND_LINE:
+        raise key_error(origin, f"{key}.{next(iter(value))}", f"{key} is a value, not a table")
     strict = not isinstance(value, Words)
     read = _from_words(annotation, value, key) if isinstance(value, Words) else value
     if isinstance(read, list) and tuple in [get_origin(a) or a for a in _alternatives(annotation)]:
@@ -114,15 +116,16 @@ def _one_line(error: ValidationError) -> str:
     return " or ".join(dict.fromkeys(problems))
 
 
-def find_builder(kind: Kind, name: str, origin: str, key: str) -> Callable[..., Any]:
+def find_builder(registry: Mapping[str, Callable[..., Any]], name: str, origin: str, key: str) -> Callable[..., Any]:
     """Find the builder called `name`: an entry of the registry, or a callable outside by `my_pkg.my_mod:fn`."""
     if ":" not in name:
-        if name not in kind.registry:
-            near = difflib.get_close_matches(name, list(kind.registry), n=1)
+        if name not in registry:
+            near = difflib.get_close_matches(name, list(registry), n=1)
             hint = f"did you mean {near[0]!r}?" if near else "none is near"
-            valid = ", ".join(kind.registry)
-            raise key_error(origin, key, f"unknown component; {hint} (valid: {valid}, or my_pkg.my_mod:fn)", name)
-        return kind.registry[name]
+            valid = ", ".join(registry)
+            value = REQUIRED if key.endswith(f".{name}") else name  # [balancer.NAME]: the key says it
+            raise key_error(origin, key, f"unknown component; {hint} (valid: {valid}, or my_pkg.my_mod:fn)", value)
+        return registry[name]
     module, _, function = name.partition(":")
     try:
         builder = getattr(importlib.import_module(module), function)
@@ -136,15 +139,22 @@ def find_builder(kind: Kind, name: str, origin: str, key: str) -> Callable[..., 
 
 def parameters_of(kind: Kind, name: str, origin: str, key: str) -> dict[str, Parameter]:
     """Read what arguments the component `name` takes from the signature of its builder, without the supplied ones."""
-    builder = find_builder(kind, name, origin, key)
+    builder = find_builder(kind.registry, name, origin, key)
     try:
         signature = inspect.signature(builder, eval_str=True)
     except (NameError, TypeError, ValueError) as error:
         raise key_error(origin, key, f"has no readable signature ({error})", name) from error
+    if kind.supplied and not kind.supplied.keys() & signature.parameters.keys():
+        wanted = " or ".join(kind.supplied)
+        raise key_error(origin, key, f"does not fit here: it must take {wanted}", name)
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = {}
     for parameter in signature.parameters.values():
-        if parameter.kind not in by_name or parameter.name in kind.supplied:
+        if parameter.name in kind.supplied:
+            continue
+        if parameter.kind not in by_name:
+            if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.default is REQUIRED:
+                raise key_error(origin, key, f"does not fit here: it takes {parameter.name} by position only", name)
             continue
         annotation = parameter.annotation
         if annotation is REQUIRED:
@@ -156,16 +166,25 @@ def parameters_of(kind: Kind, name: str, origin: str, key: str) -> dict[str, Par
 
 
 def check_arguments(
-    parameters: Mapping[str, Parameter], table: Mapping[str, Any], origin: str, prefix: str, kind: Kind
+    parameters: Mapping[str, Parameter],
+    table: Mapping[str, Any],
+    origin: str,
+    prefix: str,
+    *,
+    kind: Kind,
+    siblings: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Check a component's table against its parameters; a key that it does not take is an error with the nearest."""
+    """Check a component's table against its parameters; a key that it does not take is an error with the nearest.
+
+    `siblings` are the keys that may stand in the same table but were read already (name, group tables).
+    """
     checked = {}
     for name, value in table.items():
         key = f"{prefix}.{name}"
         if name in kind.supplied:
             raise key_error(origin, key, f"cannot be set here: it comes from {kind.supplied[name]}", value)
         if name not in parameters:
-            raise unknown_key(origin, key, parameters, "argument")
+            raise unknown_key(origin, key, (*siblings, *parameters), "argument")
         checked[name] = check_value(parameters[name].annotation, value, origin, key)
     return checked
 

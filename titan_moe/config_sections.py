@@ -97,7 +97,7 @@ class Training:
     mixed_precision_param: Annotated[Literal["bfloat16", "float32"], "type in forward and backward"] = "bfloat16"
     mixed_precision_reduce: Annotated[Literal["float32", "bfloat16"], "type of gradient reductions"] = "float32"
     dtype: Annotated[Literal["float32", "bfloat16"], "type of parameters and optimizer state"] = "float32"
-    seed: Annotated[NonNegativeInt, "seed of initial weights and of the order of the data"] = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32), "seed of initial weights and of the order of the data"] = 42
     deterministic: Annotated[bool, "deterministic algorithms only: repeatable, slower"] = False
 
 

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from titan_moe.config import KINDS, SECTIONS, component, help_text, load_config, to_toml
+from titan_moe.config import KINDS, SECTIONS, find_component, help_text, load_config, to_toml
 from titan_moe.config_checks import SUPPORTED
 from titan_moe.config_schema import check_value, document
 from titan_moe.config_sections import Config
@@ -166,7 +166,8 @@ def test_a_new_name_drops_only_inherited_arguments_of_the_old_component(write: W
         ("[balancer.aux_loss]\ncoef = 1.0", ["balancer.aux_loss.coef", "did you mean balancer.aux_loss.coeff?"]),
         ("[balancer]\naux_loss = 0.1", ["balancer.aux_loss = 0.1", "must be a valid boolean"]),
         ('[balancer.loss_free]\nrule = "sing"', ["balancer.loss_free.rule = 'sing'", "must be 'sign'"]),
-        ("[optimizer.experts]\nlr = 1.0", ["optimizer.experts: unknown argument"]),
+        ("[optimizer.experts]\nlr = 1.0", ["optimizer.experts: unknown argument", "did you mean optimizer.expert?"]),
+        ("[router]\nnam = 1", ["router.nam: unknown argument", "did you mean router.name?"]),
         ("[optimizer.expert]\nrate = 1.0", ["optimizer.expert.rate: unknown argument"]),
         ('[optimizer.expert]\nlr = "big"', ["optimizer.expert.lr = 'big'", "must be a valid number"]),
         ("[training]\nsteps = 2.5", ["training.steps = 2.5", "must be a valid integer"]),
@@ -192,6 +193,8 @@ def test_a_new_name_drops_only_inherited_arguments_of_the_old_component(write: W
         (b"[job]\ndescription = '\xff'", ["not UTF-8", "0xff", "line 2, column 16"]),
         ('[router]\nname = "no_such_pkg.mod:fn"', ["router.name = 'no_such_pkg.mod:fn'", "cannot be imported"]),
         ('[router]\nname = "math:no_such"', ["router.name = 'math:no_such'", "cannot be imported"]),
+        ('[router]\nname = "builtins:sorted"', ["router.name = 'builtins:sorted'", "must take top_k"]),
+        ('[balancer."math:sqrt"]', ["balancer.math:sqrt", "by position only"]),
         ('[router]\nname = "math:pi"', ["router.name = 'math:pi'", "is a float, not a function"]),
     ],
 )
@@ -214,6 +217,7 @@ def test_a_mistake_in_a_file_names_file_key_value_and_remedy(write: Write, text:
         (["--training.steps", "2.5"], ["--training.steps = 2.5", "must be a valid integer"]),
         (["--training.steps"], ["--training.steps", "takes one value, got 0"]),
         (["--training.steps", "1", "2"], ["--training.steps = 1 2", "takes one value, got 2"]),
+        (["--training.steps.x", "1"], ["--training.steps.x", "training.steps is a value"]),
         (["--data.path"], ["--data.path", "takes one value"]),
         (["--data.validation_fraction", "-1"], ["--data.validation_fraction = -1", "greater than or equal to 0"]),
         (["--compile.enable", "perhaps"], ["--compile.enable = perhaps", "must be a valid boolean"]),
@@ -277,7 +281,7 @@ def test_a_component_from_outside(write: Write):
     name = f"{__name__}:outside_router"
     config = load(file=write(f'[router]\nname = "{name}"\npower = 2\nnames = ["c"]\n'))
     assert config.router.arguments == {"power": 2.0, "names": ("c",)}
-    built = component("router", config.router.name)(config.moe.top_k, **config.router.arguments)
+    built = find_component(KINDS["router"].registry, config.router.name)(config.moe.top_k, **config.router.arguments)
     assert built == (2, 2.0, ("c",))
     assert load_config(["--job.config_file", write(to_toml(config), "again.toml")]) == config
     message = error_of("--router.name", name)
@@ -295,7 +299,7 @@ def test_a_balancer_and_an_optimizer_from_outside(write: Write):
     assert "beta1" not in config.optimizer.arguments
     assert config.optimizer.groups == {"norm": {"weight_decay": 0.0, "betas": (0.5, 0.5)}}
     assert load_config(["--job.config_file", write(to_toml(config))]) == config
-    assert component("balancer", balancer)(**config.balancer[balancer]) == 2.0
+    assert find_component(KINDS["balancer"].registry, balancer)(**config.balancer[balancer]) == 2.0
 
 
 def test_an_inherited_argument_must_fit_the_new_component(write: Write):
