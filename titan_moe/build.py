@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from titan_moe.balancer import Balancer
-from titan_moe.config import Config, component
-from titan_moe.model.routing import force_balanced
+from titan_moe.balancer import BALANCERS, Balancer, keep_bias
+from titan_moe.config import Config, find_component
+from titan_moe.model.routing import ROUTERS, force_balanced
 from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
-from titan_moe.optimizer.schedule import Schedule
+from titan_moe.optimizer.schedule import SCHEDULES, Schedule
 
 
 def build_model(config: Config) -> Transformer:
@@ -19,7 +20,7 @@ def build_model(config: Config) -> Transformer:
     model, moe = config.model, config.moe
     router = None
     if moe.num_experts:
-        router = component("router", config.router.name)(top_k=moe.top_k, **config.router.arguments)
+        router = find_component(ROUTERS, config.router.name)(top_k=moe.top_k, **config.router.arguments)
         if config.debug.force_balanced_routing:
             router = force_balanced(router)
     return Transformer(
@@ -40,7 +41,7 @@ def build_model(config: Config) -> Transformer:
         first_dense_layers=moe.first_dense_layers,
         layer_freq=moe.layer_freq,
         router=router,
-        expert_bias="loss_free" in config.balancer,
+        expert_bias=any(b.post_step is not keep_bias for _, b in build_balancers(config).values()),
     )
 
 
@@ -51,7 +52,7 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
     """
     balancers = {}
     for name, arguments in config.balancer.items():
-        builder = component("balancer", name)
+        builder = find_component(BALANCERS, name)
         default = inspect.signature(builder).parameters.get("coeff")
         if default is None:
             balancers[name] = (1.0, builder(**arguments))
@@ -63,10 +64,10 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """Build the optimizer of [optimizer] over the model's parameter groups."""
     groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), config.optimizer.groups)
-    return component("optimizer", config.optimizer.name)(groups, **config.optimizer.arguments)
+    return find_component(OPTIMIZERS, config.optimizer.name)(groups, **config.optimizer.arguments)
 
 
 def build_schedule(config: Config) -> Schedule:
     """Build the schedule of [lr_scheduler] for training.steps steps."""
-    builder = component("lr_scheduler", config.lr_scheduler.name)
+    builder = find_component(SCHEDULES, config.lr_scheduler.name)
     return builder(steps=config.training.steps, **config.lr_scheduler.arguments)
