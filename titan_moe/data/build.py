@@ -1,0 +1,246 @@
+"""From a few settings to batches: the one entrance to the data, for training and evaluation."""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from titan_moe.data import hub
+from titan_moe.data.cache import TokenCache, TokenFile, build_cache
+from titan_moe.data.corpus import Split, corpus_tokenizer, make_corpus, make_split
+from titan_moe.data.loader import (
+    TrainLoader,
+    WindowBatches,
+    make_loader,
+    num_windows,
+    validation_batches,
+    window_loader,
+)
+from titan_moe.data.sources import find_files, stdlib_files
+from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
+from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, token_byte_lengths
+
+DATASETS = ("stdlib", "text", "fineweb_edu", "hf")
+STREAM_VALIDATION_TOKENS = 1 << 20  # of a stream, where validation.steps is -1
+STREAM_BPE_BYTES = 16 << 20
+BYTES_PER_TOKEN = 6  # more than English has, so that a sample of a stream has the tokens wanted of it
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+T = TypeVar("T")
+
+
+class Data(NamedTuple):
+    """The data of a run: `validation` makes a new iterator over the validation set, None where there is no such set."""
+
+    tokenizer: Tokenizer
+    train: TrainLoader
+    validation: Callable[[], Batches] | None
+    fingerprints: dict[str, str]
+
+
+class _Wanted(NamedTuple):
+    """The settings that say what to prepare, and where."""
+
+    dataset: str
+    path: str | Sequence[str]
+    tokenizer: str
+    validation_path: str | Sequence[str]
+    fraction: float
+    validation_tokens: int
+    folder: str
+    endpoint: str
+    progress: bool
+
+
+class _Stream(NamedTuple):
+    dataset: hub.HubDataset
+    split: Split
+
+
+class _Prepared(NamedTuple):
+    tokenizer: Tokenizer
+    fingerprint: str
+    train: TokenFile | _Stream
+    validation: TokenFile | None
+
+
+def build_data(
+    *,
+    dataset: str,
+    path: str | Sequence[str] = (),
+    tokenizer: str,
+    seq_len: int,
+    seed: int,
+    global_batch_size: int,
+    local_batch_size: int,
+    dp_rank: int = 0,
+    dp_degree: int = 1,
+    num_workers: int = 0,
+    validation_fraction: float = 0.0,
+    validation_path: str | Sequence[str] = (),
+    validation_steps: int = -1,
+    validation_local_batch_size: int = 1,
+    cache_folder: str,
+    is_main: bool = True,
+    barrier: Callable[[], object] | None = None,
+    progress: bool = True,
+    endpoint: str = hub.HUB_ENDPOINT,
+) -> Data:
+    """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
+
+    `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`. Validation data are the
+    files of `validation_path`, else `validation_fraction` of the documents, chosen by the hash of their content. On
+    every node the one process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size`
+    of -1 is one without accumulation. Errors: ValueError and OSError of one line.
+    """
+    size = check_batch_sizes(global_batch_size, local_batch_size, dp_degree)
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"data.validation_fraction ({validation_fraction}) must be at least 0 and below 1")
+    fraction = 0.0 if validation_path else validation_fraction
+    tokens = validation_steps * validation_local_batch_size * seq_len + 1
+    tokens = STREAM_VALIDATION_TOKENS if validation_steps < 0 else tokens
+    show = progress and is_main
+    want = _Wanted(dataset, path, tokenizer, validation_path, fraction, tokens, cache_folder, endpoint, show)
+    made = in_turn(partial(_prepare_stream if _is_streamed(dataset) else _prepare_files, want), is_main, barrier)
+
+    where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
+    batch = {**where, "seed": seed, "local_batch_size": local_batch_size}
+    if isinstance(made.train, _Stream):
+        make = partial(_stream_loader, made, batch, size, num_workers)
+    else:
+        _check_length(made.train, seq_len, "data.path")
+        make = partial(window_loader, WindowBatches(made.train, **batch), num_workers)
+    validation = None
+    if made.validation is not None:
+        key = "data.validation_path" if validation_path else f"data.validation_fraction ({fraction})"
+        _check_length(made.validation, seq_len, key)
+        share = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
+        validation = partial(validation_batches, made.validation, **where, **share)
+    loader = TrainLoader(make, f"{made.fingerprint}-{made.tokenizer.fingerprint}-{seq_len}")
+    return Data(made.tokenizer, loader, validation, {"data": made.fingerprint, "tokenizer": made.tokenizer.fingerprint})
+
+
+def build_validation(
+    *,
+    path: str | Sequence[str],
+    tokenizer: str,
+    seq_len: int,
+    steps: int = -1,
+    local_batch_size: int,
+    dp_rank: int = 0,
+    dp_degree: int = 1,
+    cache_folder: str,
+    is_main: bool = True,
+    barrier: Callable[[], object] | None = None,
+    progress: bool = True,
+    endpoint: str = hub.HUB_ENDPOINT,
+) -> Callable[[], Batches]:
+    """Return what makes an iterator over all the documents of some files, to evaluate a model on them."""
+
+    def work() -> TokenCache:
+        corpus = make_corpus([], find_files(path), fraction=0.0, folder=cache_folder)
+        made = load_tokenizer(tokenizer, endpoint)
+        return build_cache(corpus, made, cache_folder, progress=progress and is_main)
+
+    file = in_turn(work, is_main, barrier).validation
+    _check_length(file, seq_len, "data.path")
+    where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
+    return partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **where)
+
+
+def token_bytes(tokenizer: Tokenizer) -> Tensor:
+    """Return the UTF-8 bytes each token stands for (vocab_size,), int64: bits per byte = nats / ln 2 / their sum."""
+    return torch.tensor(token_byte_lengths(tokenizer))
+
+
+def check_batch_sizes(global_batch_size: int, local_batch_size: int, dp_degree: int) -> int:
+    """Return the global batch size, -1 replaced by one without accumulation. Errors: it does not divide."""
+    together = local_batch_size * dp_degree
+    size = together if global_batch_size == -1 else global_batch_size
+    if local_batch_size < 1 or size < 1 or size % together:
+        raise ValueError(
+            f"training.global_batch_size ({global_batch_size}) must be a multiple of training.local_batch_size "
+            f"({local_batch_size}) x {dp_degree} data-parallel ranks"
+        )
+    return size
+
+
+def in_turn(work: Callable[[], T], is_main: bool, barrier: Callable[[], object] | None) -> T:
+    """Do idempotent work in every process, the main one first; when it fails, the others go on and fail alike."""
+    if barrier is not None and not is_main:
+        barrier()
+    try:
+        return work()
+    finally:
+        if barrier is not None and is_main:
+            barrier()
+
+
+def _is_streamed(dataset: str) -> bool:
+    if dataset not in DATASETS:
+        near = difflib.get_close_matches(dataset, DATASETS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"data.dataset ({dataset}): {hint}there are {', '.join(DATASETS)}")
+    return dataset in ("fineweb_edu", "hf")
+
+
+def _check_length(file: TokenFile, seq_len: int, key: str) -> None:
+    if not num_windows(file, seq_len):
+        raise ValueError(f"training.seq_len ({seq_len}) is longer than the data of {key} ({file.num_tokens} tokens)")
+
+
+def _stream_loader(
+    made: _Prepared, batch: dict[str, Any], size: int, num_workers: int, state: dict[str, Any]
+) -> StatefulDataLoader:
+    stream = made.train
+    assert isinstance(stream, _Stream)
+    check_lanes(state, size)
+    text = made.tokenizer.to_json()
+    batches = LaneBatches(stream.dataset, text, stream.split, global_batch_size=size, state=state, **batch)
+    return make_loader(batches, min(num_workers, 1))  # a lane is one line of documents: it has one reader
+
+
+def _prepare_files(want: _Wanted) -> _Prepared:
+    if want.dataset == "stdlib" and want.path:
+        raise ValueError(f"data.path ({want.path}) has no use with data.dataset stdlib: add --data.dataset text")
+    files, kind = (stdlib_files(), "source") if want.dataset == "stdlib" else (find_files(want.path), "")
+    held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
+    corpus = make_corpus(files, held_out, fraction=want.fraction, folder=want.folder, kind=kind)
+    made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint)
+    cache = build_cache(corpus, made, want.folder, progress=want.progress)
+    is_split = bool(held_out or want.fraction)
+    count = cache.num_documents
+    if is_split and not all(count.values()):
+        raise ValueError(
+            f"data.validation_fraction ({want.fraction}) divides the documents into {count['train']} for training and "
+            f"{count['validation']} for validation: choose another fraction, or files with --data.validation_path"
+        )
+    return _Prepared(made, corpus.fingerprint, cache.train, cache.validation if is_split else None)
+
+
+def _prepare_stream(want: _Wanted) -> _Prepared:
+    path = want.path if isinstance(want.path, str) else ",".join(want.path)
+    if want.dataset == "hf" and not path:
+        raise ValueError(f"data.path is empty: data.dataset hf needs the name of a data set, e.g. {hub.FINEWEB_EDU}")
+    source = hub.find_dataset(hub.FINEWEB_EDU if want.dataset == "fineweb_edu" else path, want.endpoint)
+    sample = partial(sample_stream, source, fraction=want.fraction, folder=want.folder, progress=want.progress)
+    if bpe_vocab_size(want.tokenizer):
+        corpus = make_corpus([sample("train", num_bytes=STREAM_BPE_BYTES)], fraction=0.0, folder=want.folder)
+        made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint)
+    else:
+        made = load_tokenizer(want.tokenizer, want.endpoint)
+    held_out = []
+    if want.validation_path:
+        held_out = find_files(want.validation_path, "data.validation_path")
+    elif want.fraction:
+        held_out = [sample("validation", num_bytes=want.validation_tokens * BYTES_PER_TOKEN)]
+    split, file = Split(want.fraction), None
+    if held_out:
+        corpus = make_corpus([], held_out, fraction=0.0, folder=want.folder)
+        file = build_cache(corpus, made, want.folder, progress=want.progress).validation
+        split = make_split(corpus, want.folder) if want.validation_path else split
+    return _Prepared(made, f"{source.path}:{source.config or ''}@{source.revision}", _Stream(source, split), file)

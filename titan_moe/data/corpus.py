@@ -1,0 +1,175 @@
+"""A corpus: the files to tokenize, how their documents are split, and what is made from them once (hashes, a BPE)."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from titan_moe.data import sources
+from titan_moe.data.processes import available_cpus, run_parallel
+from titan_moe.data.sources import Shard, documents
+from titan_moe.data.storage import locked, storage_errors, temporary_name, write_whole
+from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, train_bpe
+
+VERSION = 1  # raise it when the same input gives other tokens, splits or files
+BPE_CHARS = 64 << 20  # a BPE is trained on at most this much text, spread over the data set
+MEMO_BYTES = 8 << 20  # files from this size on have their content hash remembered
+log = logging.getLogger(__name__)
+
+
+class Split(NamedTuple):
+    """How documents are divided, by the hash of their content alone: the same for every order, shard and world size.
+
+    `fraction` of the documents is validation data; copies of the documents hashed in the file `held_out` are dropped.
+    """
+
+    fraction: float
+    held_out: str = ""
+
+
+class Corpus(NamedTuple):
+    """What is to be tokenized: `train` is divided by `fraction`, or all of `validation` is held out instead."""
+
+    train: tuple[Shard, ...]
+    validation: tuple[Shard, ...]
+    fraction: float
+    fingerprint: str
+
+
+def make_corpus(
+    files: Sequence[str], validation_files: Sequence[str] = (), *, fraction: float, folder: str, kind: str = ""
+) -> Corpus:
+    """Plan the shards of files and fingerprint their content: moved files keep their cache, edited ones do not.
+
+    `kind` overrides the format that the names tell. Errors: nothing in any of the files.
+    """
+    train, validation = tuple(sources.plan_shards(files, kind)), tuple(sources.plan_shards(validation_files))
+    every = [*files, *validation_files]
+    if not any(piece.size for shard in (*train, *validation) for piece in shard):
+        raise ValueError(
+            f"data.path: no data: {every[0]} is empty{f', and {len(every) - 1} more' if every[1:] else ''}"
+        )
+    kinds = [kind or sources.kind_of(path) for path in files] + [sources.kind_of(path) for path in validation_files]
+    content = list(zip(kinds, _hash_files(every, folder), strict=True))
+    fingerprint = digest([content, len(files), fraction, sources.SHARD_BYTES, sources.DOCUMENT_CHARS])
+    return Corpus(train, validation, fraction, fingerprint)
+
+
+def digest(content: object) -> str:
+    """Return a short hash of something JSON can hold, and of the version of this code's files."""
+    return hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()[:16]
+
+
+def _hash_files(files: Sequence[str], folder: str) -> list[str]:
+    """Return content hashes; those of big files are remembered by path, size, inode, mtime and ctime."""
+    memo_path = Path(folder) / "file_hashes.json"
+    memo = json.loads(memo_path.read_text()) if memo_path.exists() else {}
+
+    def content_hash(path: str) -> str:
+        stat = os.stat(path)
+        key = json.dumps([os.path.abspath(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
+        if stat.st_size >= MEMO_BYTES and key in memo:
+            return memo[key]
+        content = hashlib.blake2b(digest_size=16)
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(1 << 22):
+                content.update(block)
+        if stat.st_size >= MEMO_BYTES:
+            memo[key] = content.hexdigest()
+        return content.hexdigest()
+
+    known = len(memo)
+    try:
+        with ThreadPoolExecutor(available_cpus()) as pool:
+            hashes = list(pool.map(content_hash, files))
+    except OSError as error:
+        raise OSError(f"{error.filename}: {error.strerror}") from error
+    if len(memo) > known:
+        with storage_errors(folder):
+            memo_path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(memo_path, json.dumps(memo))
+    return hashes
+
+
+def document_hash(data: bytes) -> int:
+    """Return the 64-bit hash that decides a document's split: exact copies land on the same side."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def load_held_out(split: Split) -> frozenset[int]:
+    """Return the hashes of the documents that training must not see, empty where the split is by fraction."""
+    return frozenset(np.load(split.held_out).tolist()) if split.held_out else frozenset()
+
+
+def side(data: bytes, split: Split, held_out: frozenset[int]) -> str:
+    """Return "train", "validation", or "" for a copy of a held-out document, which is dropped."""
+    number = document_hash(data)
+    if number < split.fraction * 2.0**64:
+        return "validation"
+    return "" if number in held_out else "train"
+
+
+def make_split(corpus: Corpus, folder: str) -> Split:
+    """Return how the corpus is divided; hashes the documents of its validation files first where it has some."""
+    if not corpus.validation:
+        return Split(corpus.fraction)
+    path = os.path.join(folder, f"held-out-{corpus.fingerprint}.npy")
+    if not os.path.exists(path):
+        with storage_errors(folder):
+            os.makedirs(folder, exist_ok=True)
+            for _ in run_parallel(hash_documents, [(corpus.validation, path)]):
+                pass
+    return Split(corpus.fraction, path)
+
+
+def hash_documents(job: tuple[Sequence[Shard], str]) -> Iterator[int]:
+    """Write the hashes of all documents of some shards to a .npy file; runs in a worker process."""
+    shards, path = job
+    hashes = {document_hash(text.encode()) for shard in shards for text in documents(shard)}
+    with open(temporary_name(path), "wb") as file:
+        np.save(file, np.array(sorted(hashes), np.uint64))
+    os.replace(temporary_name(path), path)
+    yield 0
+
+
+def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str) -> Tokenizer:
+    """Load a tokenizer by name; `bpe:N` is trained on the corpus's training documents and kept by its fingerprint."""
+    vocab_size = bpe_vocab_size(name)
+    if vocab_size is None:
+        return load_tokenizer(name, endpoint)
+    path = os.path.join(folder, f"bpe-{vocab_size}-{corpus.fingerprint}.json")
+    with storage_errors(folder):
+        if not os.path.exists(path):
+            with locked(path + ".lock"):
+                if not os.path.exists(path):
+                    log.info("training a BPE of %d tokens on the data set", vocab_size)
+                    for _ in run_parallel(train_bpe_file, [(corpus, make_split(corpus, folder), vocab_size, path)]):
+                        pass
+    return load_tokenizer(path)
+
+
+def train_bpe_file(job: tuple[Corpus, Split, int, str]) -> Iterator[int]:
+    """Train a BPE on training documents and write its tokenizer.json; runs in a worker process."""
+    corpus, split, vocab_size, path = job
+    write_whole(path, train_bpe(_bpe_texts(corpus, split), vocab_size).to_json())
+    yield 0
+
+
+def _bpe_texts(corpus: Corpus, split: Split) -> Iterator[str]:
+    """Yield training documents from evenly spread shards, `BPE_CHARS` characters at most and at least one document."""
+    held_out = load_held_out(split)
+    every = -(-sum(piece.size for shard in corpus.train for piece in shard) // BPE_CHARS)
+    room = BPE_CHARS
+    for shard in corpus.train[:: max(every, 1)]:
+        for text in documents(shard):
+            if side(text.encode(), split, held_out) == "train":
+                yield text
+                room -= len(text)
+                if room <= 0:
+                    return

@@ -1,0 +1,115 @@
+"""The Hugging Face hub, an optional extra: whether it can be reached (told in seconds), its files, its data sets."""
+
+import hashlib
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+HUB_ENDPOINT = "https://huggingface.co"
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
+USE_FILES = "use local files instead: --data.dataset text --data.path FILES"
+INSTALL = "pip install titan_moe[hub]"
+
+
+def check_hub(endpoint: str, advice: str, timeout: float = 6.0) -> None:
+    """Raise an `OSError` of one line that ends in `advice` unless `endpoint` answers at all within `timeout` seconds.
+
+    Goes through the proxies that are set. In a thread, because looking a name up has no time limit of its own.
+    """
+    failures: list[str] = [f"no answer in {timeout:g} s"]
+
+    def ask() -> None:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=timeout):
+                failures.clear()
+        except urllib.error.HTTPError as error:
+            error.close()
+            failures.clear()  # it answers
+        except (OSError, ValueError) as error:
+            failures[:] = [str(getattr(error, "reason", error))]
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if failures:
+        raise OSError(f"the Hugging Face hub ({endpoint}) can't be reached ({failures[0]}): {advice}")
+
+
+def download_file(repo: str, name: str, endpoint: str, advice: str) -> str:
+    """Return the local copy of a file of a hub repository, from the hub's own cache where that has it."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ValueError(f"{repo} is no local file, and the hub needs `{INSTALL}`; or {advice}") from error
+    cached = huggingface_hub.try_to_load_from_cache(repo, name)
+    if isinstance(cached, str):
+        return cached
+    check_hub(endpoint, f"{repo} is no local file; {advice}")
+    try:
+        return huggingface_hub.hf_hub_download(repo, name, endpoint=endpoint, etag_timeout=10)
+    except (OSError, ValueError) as error:  # all of the library's errors are one or the other
+        raise OSError(f"{repo}: {_first_line(error)}; {advice}") from error
+
+
+class HubDataset(NamedTuple):
+    """A streamed data set: a hub repository pinned to a revision, or a local folder with one made of its files."""
+
+    path: str
+    config: str | None
+    revision: str
+
+    def open(self, state: dict[str, Any] | None = None) -> Any:
+        """Return the `datasets` stream of split `train`, going on at `state` without reading what lies before it."""
+        from datasets import load_dataset
+
+        revision = None if os.path.isabs(self.path) else self.revision
+        try:
+            stream = load_dataset(self.path, self.config, split="train", streaming=True, revision=revision)
+        except (OSError, ValueError) as error:  # no such data set, configuration or split, no files in it
+            raise ValueError(f"data.path ({self.path}): {_first_line(error)}; or {USE_FILES}") from error
+        if state:
+            stream.load_state_dict(state)
+        return stream
+
+    def texts(self, stream: Any) -> Iterator[str]:
+        """Yield the column `text` of an opened stream. Errors: no such column, values of another type."""
+        for row in stream:
+            text = row.get("text")
+            if not isinstance(text, str):
+                raise ValueError(f"data.path ({self.path}): no strings in a column 'text' (columns: {', '.join(row)})")
+            yield text
+
+
+def find_dataset(path: str, endpoint: str = HUB_ENDPOINT) -> HubDataset:
+    """Return the data set of `name[:config]` at its newest revision, or that of a local folder.
+
+    Errors, within seconds: `datasets` is not installed, the hub can't be reached, there is no such data set.
+    """
+    if find_spec("datasets") is None:
+        raise ValueError(f"data.dataset: streaming {path} needs `{INSTALL}`; or {USE_FILES}")
+    if os.path.isdir(path):
+        stats = [(file.name, file.stat()) for file in sorted(os.scandir(path), key=lambda file: file.name)]
+        content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        return HubDataset(os.path.abspath(path), None, hashlib.sha256(content.encode()).hexdigest()[:16])
+    name, _, config = path.partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ValueError(
+            f"data.path ({path}): data.dataset hf needs a data set of the hub, as {FINEWEB_EDU}, or a folder"
+        )
+    check_hub(endpoint, USE_FILES)
+    import huggingface_hub
+
+    try:
+        revision = huggingface_hub.HfApi(endpoint=endpoint).dataset_info(name, timeout=10).sha
+    except (OSError, ValueError) as error:
+        raise OSError(f"data.path ({name}): {_first_line(error)}; or {USE_FILES}") from error
+    return HubDataset(name, config or None, revision or "main")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

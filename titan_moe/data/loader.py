@@ -1,0 +1,181 @@
+"""Batches from token files, in an order that no layout can change.
+
+The sequences of a run are numbered from 0. Sequence q is window `q % N` of epoch `q // N` in that epoch's permutation
+of the N windows, so epochs follow each other without a gap (a batch may straddle two) and nothing is dropped but the
+tail of less than one window. Step s takes the sequences [s * G, (s + 1) * G), G = global_batch_size; of these,
+micro-batch m of rank r of W takes the B = local_batch_size from s * G + (m * W + r) * B on. Window w is the tokens [w *
+S, w * S + S], one more than S = seq_len: the inputs and, shifted by one, the labels.
+"""
+
+import copy
+import functools
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from titan_moe.data.cache import TokenFile
+
+IGNORE = -100  # label of what is no token of the data, as in torch.nn.functional.cross_entropy
+ROUNDS = 6
+MASK = (1 << 64) - 1
+log = logging.getLogger(__name__)
+
+
+@functools.lru_cache(maxsize=64)
+def _round_keys(key: tuple[int, ...]) -> tuple[int, ...]:
+    data = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
+    return tuple(int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8))
+
+
+def permute(position: int, size: int, key: tuple[int, ...]) -> int:
+    """Return where `position` goes in the permutation of range(size) that `key` names, in O(1) time and memory.
+
+    A Feistel network over the next even number of bits, its round function the finalizer of splitmix64, walked until
+    the result is below `size` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method 2). Unlike
+    numpy's and torch's permutations it needs no table and will be the same in every version of every library.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & low
+        for round_key in _round_keys(key):
+            mixed = (right ^ round_key) & MASK
+            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK
+            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & low)
+        position = (left << half) | right
+        if position < size:
+            return position
+
+
+def num_windows(file: TokenFile, seq_len: int) -> int:
+    """Return how many windows of seq_len tokens and one more label a token file holds."""
+    return max(0, file.num_tokens - 1) // seq_len
+
+
+def read_windows(file: TokenFile, windows: list[int], seq_len: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens and labels (B, S), int64, of some windows of a token file."""
+    tokens = file.tokens()
+    rows = np.stack([tokens[window * seq_len : (window + 1) * seq_len + 1] for window in windows])
+    return split_labels(rows)
+
+
+def split_labels(rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return tokens and labels (B, S), int64, of rows of S + 1 token ids."""
+    pairs = torch.from_numpy(rows.astype(np.int64))
+    return pairs[:, :-1].contiguous(), pairs[:, 1:].contiguous()
+
+
+class WindowBatches(Dataset):
+    """The local batches of one rank as a map from their number; every batch brings the position after it along."""
+
+    def __init__(
+        self, file: TokenFile, *, seq_len: int, seed: int, local_batch_size: int, dp_rank: int, dp_degree: int
+    ) -> None:
+        self.file, self.seq_len, self.seed = file, seq_len, seed
+        self.local_batch_size, self.dp_rank, self.dp_degree = local_batch_size, dp_rank, dp_degree
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return tokens, labels and the state after local batch `index`."""
+        size = num_windows(self.file, self.seq_len)
+        first = (index * self.dp_degree + self.dp_rank) * self.local_batch_size
+        numbers = range(first, first + self.local_batch_size)
+        windows = [permute(number % size, size, (self.seed, number // size)) for number in numbers]
+        consumed = (index + 1) * self.dp_degree * self.local_batch_size
+        return *read_windows(self.file, windows, self.seq_len), {"sequences": consumed}
+
+
+def window_loader(batches: WindowBatches, num_workers: int, state: dict[str, Any]) -> StatefulDataLoader:
+    """Make the loader that goes on after `state["sequences"]` sequences; what lies before them is not read."""
+    together = batches.dp_degree * batches.local_batch_size
+    first, rest = divmod(state.get("sequences", 0), together)
+    if rest:
+        raise ValueError(
+            f"the saved data position ({state['sequences']} sequences) is no multiple of local_batch_size x "
+            f"data-parallel ranks ({together}): resume with the batch size and number of processes of the saved run"
+        )
+    return make_loader(batches, num_workers, sampler=itertools.count(first))
+
+
+def make_loader(dataset: Any, num_workers: int, sampler: Any = None) -> StatefulDataLoader:
+    """Make a loader of ready-made batches; its own generator keeps it from drawing on the run's random numbers."""
+    return StatefulDataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_identity,
+        generator=torch.Generator().manual_seed(0),
+        prefetch_factor=4 if num_workers else None,
+    )
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+class TrainLoader:
+    """Endless training batches (tokens, labels), with a position that counts what was handed out, not what was fetched.
+
+    The state does not depend on the number of workers, and for cached data not on the world size: torchdata's own state
+    is tied to both (it refuses another num_workers), so every batch brings along the position after it, and resuming
+    starts a new StatefulDataLoader there. Iterate again after `load_state_dict`.
+    """
+
+    def __init__(self, make: Callable[[dict[str, Any]], StatefulDataLoader], fingerprint: str) -> None:
+        self._make, self._fingerprint = make, fingerprint
+        self._state: dict[str, Any] = {"sequences": 0}
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches (B, S) from the current position on."""
+        for tokens, labels, after in self._make(self._state):
+            lanes = {**self._state.get("lanes", {}), **after.get("lanes", {})}
+            self._state = {**after, "lanes": lanes} if lanes else after
+            yield tokens, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position after the last batch handed out: plain numbers, strings, lists and dicts."""
+        return {**copy.deepcopy(self._state), "fingerprint": self._fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batch at which `state` was taken; other data keep the position, with a warning."""
+        saved = dict(copy.deepcopy(state))
+        if saved.pop("fingerprint") != self._fingerprint:
+            log.warning(
+                "the training data, tokenizer or seq_len differ from the checkpoint's: going on at its position"
+            )
+        self._state = saved
+
+
+def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """Join the states of all ranks into one that any world size can load; for cached data all of them are the same."""
+    merged = dict(states[0])
+    if "lanes" in merged:
+        merged["lanes"] = {lane: place for state in states for lane, place in state["lanes"].items()}
+        merged["cursor"] = min((state["cursor"] for state in states), key=lambda cursor: cursor["document"])
+    return merged
+
+
+def validation_batches(
+    file: TokenFile, *, seq_len: int, steps: int, local_batch_size: int, dp_rank: int, dp_degree: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's validation batches (b, S), b <= local_batch_size; every rank gets the same number of batches.
+
+    The set is all windows (steps -1) or `steps * local_batch_size` of them in total, over all ranks, drawn once and for
+    all, whatever the seed, world size and batch size. A rank with no window left gets one row with all labels -100.
+    """
+    size = num_windows(file, seq_len)
+    total = size if steps < 0 else min(size, steps * local_batch_size)
+    for first in range(0, total, local_batch_size * dp_degree):
+        start = first + dp_rank * local_batch_size
+        windows = [permute(index, size, (0,)) for index in range(start, min(start + local_batch_size, total))]
+        tokens, labels = read_windows(file, windows or [0], seq_len)
+        yield tokens, labels if windows else torch.full_like(labels, IGNORE)

@@ -1,0 +1,125 @@
+"""Worker processes for building caches: fresh interpreters, whatever threads, devices or main module the caller has.
+
+The standard pools either fork (unsafe once process groups or the tokenizers' own threads run) or import the caller's
+main module again (torch and all, in every worker). These workers import what their function needs and nothing else.
+"""
+
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+BOOT = (
+    "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+    "from titan_moe.data.processes import serve; serve()"
+)
+
+
+class _Done(NamedTuple):
+    error: BaseException | None
+
+
+def available_cpus() -> int:
+    """Return the number of cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_parallel(
+    function: Callable[[Any], Iterator[int]], items: Sequence[Any], num_processes: int = 0
+) -> Iterator[int]:
+    """Run `function(item)`, a generator of progress counts, for all items in worker processes; yield their counts.
+
+    `function` is a module's function and leaves its results in files. 0 processes: one per core. The first error of an
+    item is raised here, and all workers are ended. Workers end by themselves when this process is killed.
+    """
+    todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for item in items:
+        todo.put(item)
+    news: queue.SimpleQueue[int | _Done] = queue.SimpleQueue()
+    workers = [_start() for _ in range(min(num_processes or available_cpus(), len(items)))]
+    threads = [threading.Thread(target=_drive, args=(worker, function, todo, news), daemon=True) for worker in workers]
+    try:
+        for thread in threads:
+            thread.start()
+        running = len(threads)
+        while running:
+            message = news.get()
+            if not isinstance(message, _Done):
+                yield message
+                continue
+            running -= 1
+            if message.error is not None:
+                raise message.error
+    finally:
+        for worker in workers:
+            worker.kill()
+        for thread in threads:
+            thread.join()
+        for worker in workers:
+            with worker:  # closes the pipes and reaps it
+                pass
+
+
+def _start() -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-c", BOOT], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _drive(
+    worker: "subprocess.Popen[bytes]",
+    function: Callable,
+    todo: "queue.SimpleQueue[Any]",
+    news: "queue.SimpleQueue[int | _Done]",
+) -> None:
+    """Feed one worker until nothing is left to do; runs in a thread of its own."""
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        worker.stdin.write(pickle.dumps(sys.path))
+        while True:
+            try:
+                item = todo.get_nowait()
+            except queue.Empty:
+                news.put(_Done(None))
+                return
+            worker.stdin.write(pickle.dumps((function, item)))
+            worker.stdin.flush()
+            while not isinstance(message := pickle.load(worker.stdout), _Done):
+                news.put(message)
+            if message.error is not None:
+                news.put(message)
+                return
+    except (EOFError, OSError):
+        news.put(_Done(RuntimeError(f"a data worker ended early (exit code {worker.wait()}): was it short of memory?")))
+
+
+def serve() -> None:
+    """Be a worker: read (function, item) pairs from standard input until it closes, answer with progress and an end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends us
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+
+    def send(message: int | _Done) -> None:
+        pickle.dump(message, answers)
+        answers.flush()
+
+    while True:
+        try:
+            function, item = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            for count in function(item):
+                send(count)
+            send(_Done(None))
+        except BrokenPipeError:
+            return
+        except (ValueError, OSError) as error:  # the user's: one line
+            send(_Done(error))
+        except Exception:  # a fault: it needs its traceback
+            send(_Done(RuntimeError(f"in a data worker:\n{traceback.format_exc()}")))

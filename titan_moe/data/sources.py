@@ -1,0 +1,299 @@
+"""Sources: where documents come from, and how files are cut into shards that worker processes read on their own.
+
+A shard is a tuple of pieces; a piece is a file, a byte range of one, or a range of a parquet file's row groups. Shards
+depend on the files only, never on the number of processes, so whatever is built from them is the same on every machine.
+"""
+
+import glob
+import io
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SHARD_BYTES = 8 << 20  # about a second or two of tokenizing: the unit of parallel work, progress and resumption
+DOCUMENT_CHARS = 16 << 10  # running text (.txt) is cut into documents of about this many characters
+CHUNK_BYTES = 1 << 20
+KINDS = {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".zst")
+FORMATS = "txt, jsonl, parquet, each also with .gz or .zst"
+NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+class Piece(NamedTuple):
+    """A part of a file: `start` and `stop` are bytes (txt, jsonl) or row groups (parquet); `stop` -1: to the end."""
+
+    path: str
+    kind: str
+    start: int = 0
+    stop: int = -1
+    size: int = 0
+
+
+Shard = tuple[Piece, ...]
+
+
+def kind_of(path: str) -> str | None:
+    """Return the format of a file by its name (`txt`, `jsonl`, `parquet`), or None where it is none of ours."""
+    stem = path
+    for suffix in COMPRESSIONS:
+        stem = stem.removesuffix(suffix)
+    return KINDS.get(os.path.splitext(stem)[1].lower())
+
+
+def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
+    """Return the files that `paths` name: files, globs (`**` too) and folders, which are searched recursively.
+
+    Paths stay in the order given, the files of a glob or folder are sorted. In folders, hidden files and other formats
+    are left out; a file named directly or by a glob must have one of our formats. Errors: nothing given, no such file,
+    no match, unknown format.
+    """
+    found: dict[str, None] = {}  # an ordered set: a file that two patterns name counts once
+    for path in [paths] if isinstance(paths, str) else paths:
+        full = os.path.expanduser(path)
+        if os.path.isdir(full):
+            names = sorted(str(p) for p in Path(full).rglob("*") if _visible(p.relative_to(full)) and kind_of(p.name))
+            matches = [name for name in names if os.path.isfile(name)]
+        elif os.path.isfile(full):
+            matches = [full]
+        elif glob.has_magic(full):
+            matches = sorted(name for name in glob.glob(full, recursive=True) if os.path.isfile(name))
+        else:
+            raise FileNotFoundError(f"{key}: no such file or folder: {path}")
+        if not matches:
+            raise FileNotFoundError(f"{key}: {path} matches no file ({FORMATS})")
+        for name in matches:
+            if kind_of(name) is None:
+                raise ValueError(f"{key}: {name} has no format that is known by its name ({FORMATS})")
+        found |= dict.fromkeys(matches)
+    if not found:
+        raise ValueError(f"{key} is empty: name the files to read ({FORMATS}), e.g. --{key} 'corpus/*.jsonl'")
+    return list(found)
+
+
+def _visible(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
+
+
+def stdlib_files() -> list[str]:
+    """Return the source files of the running Python's standard library without its tests: 12 MB in 700 files or so."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = (path.relative_to(root) for path in root.rglob("*.py"))
+    files = [str(root / path) for path in sorted(paths) if not NOT_STDLIB & set(path.parts[:-1])]
+    if not files:
+        raise FileNotFoundError(
+            f"data.dataset stdlib: this Python has no library source in {root}: use --data.dataset text"
+        )
+    return files
+
+
+def plan_shards(files: Iterable[str], kind: str = "") -> list[Shard]:
+    """Group files, and ranges of big ones, into shards of about `SHARD_BYTES`; `kind` overrides what the names tell."""
+    shards: list[Shard] = []
+    group: list[Piece] = []
+    for piece in (piece for path in files for piece in _pieces(path, kind or kind_of(path) or "")):
+        if group and sum(other.size for other in group) + piece.size > SHARD_BYTES:
+            shards.append(tuple(group))
+            group = []
+        group.append(piece)
+    return [*shards, tuple(group)] if group else shards
+
+
+def _pieces(path: str, kind: str) -> Iterator[Piece]:
+    size = _size(path)
+    if path.endswith(COMPRESSIONS) or kind == "source":
+        yield Piece(path, kind, size=size)
+    elif kind == "parquet":
+        metadata = _parquet(path).metadata
+        for index in range(metadata.num_row_groups):
+            yield Piece(path, kind, index, index + 1, metadata.row_group(index).total_byte_size)
+    else:
+        for start in range(0, size, SHARD_BYTES):
+            stop = min(start + SHARD_BYTES, size)
+            yield Piece(path, kind, start, stop, stop - start)
+
+
+def documents(shard: Shard) -> Iterator[str]:
+    """Yield the documents of a shard in order, empty ones left out.
+
+    txt: running text, cut at paragraphs; jsonl: the field `text` of every line; parquet: the column `text`; source: the
+    whole file. Errors name the file and the place: not UTF-8, a truncated archive, a line that is not JSON, no `text`.
+    """
+    for piece in shard:
+        yield from (text for text in READERS[piece.kind](piece) if text)
+
+
+def _read_source(piece: Piece) -> Iterator[str]:
+    data = b"".join(_chunks(piece.path))
+    try:
+        yield data.decode()
+    except UnicodeDecodeError:
+        return  # a module of the standard library in another declared encoding; none is known outside its tests
+
+
+def _read_text(piece: Piece) -> Iterator[str]:
+    return cut_text(text for _, _, text in _lines(piece))
+
+
+def cut_text(lines: Iterable[str]) -> Iterator[str]:
+    """Cut running text into documents of `DOCUMENT_CHARS` characters, or up to twice that to end at a paragraph."""
+    pending: list[str] = []
+    size = 0
+    for line in chain.from_iterable(map(_split_line, lines)):
+        pending.append(line)
+        size += len(line)
+        if size >= DOCUMENT_CHARS and (line.isspace() or size >= 2 * DOCUMENT_CHARS):
+            yield "".join(pending)
+            pending, size = [], 0
+    yield "".join(pending)
+
+
+def _split_line(line: str) -> Iterator[str]:
+    start = 0
+    while len(line) - start > DOCUMENT_CHARS:
+        stop = line.rfind(" ", start, start + DOCUMENT_CHARS) + 1 or start + DOCUMENT_CHARS
+        yield line[start:stop]
+        start = stop
+    yield line[start:]
+
+
+def _read_jsonl(piece: Piece) -> Iterator[str]:
+    for index, offset, line in _lines(piece):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{_place(piece, index, offset)}: not JSON ({error.msg})") from error
+        text = row.get("text") if isinstance(row, dict) else None
+        if not isinstance(text, str):
+            fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{_place(piece, index, offset)}: no string in the field 'text' (found: {fields})")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{_place(piece, index, offset)}: 'text' holds half a surrogate pair, not Unicode text"
+            ) from error
+        yield text
+
+
+def _place(piece: Piece, index: int, offset: int) -> str:
+    """Return file:line; in a byte range the lines before it are counted only now that there is something to report."""
+    if piece.start:
+        with open(piece.path, "rb") as file:
+            index = sum(file.read(min(CHUNK_BYTES, offset - at)).count(b"\n") for at in range(0, offset, CHUNK_BYTES))
+    return f"{piece.path}:{index + 1}"
+
+
+def _read_parquet(piece: Piece) -> Iterator[str]:
+    import pyarrow as pa
+
+    file = _parquet(piece.path)
+    names = file.schema_arrow.names
+    kind = file.schema_arrow.field("text").type if "text" in names else None
+    if kind not in (pa.string(), pa.large_string()):
+        columns = ", ".join(f"{field.name} ({field.type})" for field in file.schema_arrow)
+        raise ValueError(f"{piece.path}: no column 'text' of strings (columns: {columns})")
+    groups = range(piece.start, piece.stop if piece.stop >= 0 else file.metadata.num_row_groups)
+    try:
+        for batch in file.iter_batches(row_groups=list(groups), columns=["text"], batch_size=1024):
+            yield from (text or "" for text in batch.column(0).to_pylist())
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{piece.path}: damaged parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _parquet(path: str) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    packed = path.endswith(COMPRESSIONS)
+    try:
+        return pa.parquet.ParquetFile(io.BytesIO(b"".join(_chunks(path))) if packed else path)
+    except pa.ArrowException as error:
+        raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+READERS = {"source": _read_source, "txt": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}") from error
+
+
+def _lines(piece: Piece) -> Iterator[tuple[int, int, str]]:
+    """Yield (index, byte offset, text) of every line that begins in the piece, newline kept, a byte order mark not."""
+    offset = piece.start
+    skip = piece.start > 0
+    chunks = _chunks(piece.path, piece.start - 1 if skip else 0)
+    if skip:
+        offset -= 1  # the byte before decides: where it is a newline, a line begins at `start`
+    for index, line in enumerate(_split_lines(chunks)):
+        if index == 0 and skip:
+            offset += len(line)
+            continue
+        if 0 <= piece.stop <= offset:
+            return
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{piece.path}: not UTF-8 at byte {offset + error.start} (0x{line[error.start]:02x}): "
+                "convert the file or leave it out"
+            ) from error
+        yield index, offset, text.removeprefix("\ufeff") if offset == 0 else text
+        offset += len(line)
+
+
+def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    pending: list[bytes] = []
+    for chunk in chunks:
+        head, *rest = chunk.split(b"\n")
+        pending.append(head)
+        for part in rest:
+            yield b"".join(pending) + b"\n"
+            pending = [part]
+    if last := b"".join(pending):
+        yield last
+
+
+def _chunks(path: str, start: int = 0) -> Iterator[bytes]:
+    """Yield a file's bytes from `start`, decompressed; a truncated or damaged archive is an error, no short read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            blocks = iter(lambda: file.read(CHUNK_BYTES), b"")
+            yield from blocks if not path.endswith(COMPRESSIONS) else _decompress(path, blocks)
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror or error}") from error
+
+
+def _decompress(path: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    import zstandard
+
+    def new() -> Any:
+        return zlib.decompressobj(wbits=31) if path.endswith(".gz") else zstandard.ZstdDecompressor().decompressobj()
+
+    stream, read = new(), 0
+    try:
+        for block in blocks:
+            data = block
+            while data:
+                if stream.eof:  # files put together by cat hold several members
+                    stream = new()
+                yield stream.decompress(data)
+                data = stream.unused_data if stream.eof else b""
+            read += len(block)
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise ValueError(f"{path}: damaged archive near byte {read} ({error})") from error
+    if not stream.eof:
+        raise ValueError(
+            f"{path}: truncated archive: it ends after {read} bytes in the middle of its data; fetch it again"
+        )
