@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from titan_moe import runtime
 from titan_moe.checkpoint import load_model, resolve_checkpoint
-from titan_moe.data import Tokenizer, load_tokenizer
+from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 
 
 def main(args: list[str]) -> int:

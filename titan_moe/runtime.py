@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from titan_moe import __version__
 
 logger = logging.getLogger("titan_moe")
+T = TypeVar("T")
 
 
 class Runtime(NamedTuple):
@@ -75,6 +76,15 @@ def barrier() -> None:
     """Wait for all processes."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
+
+
+def all_gather(value: T) -> list[T]:
+    """Give every process the small Python value of each."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:

@@ -12,7 +12,8 @@ from titan_moe import runtime
 from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule
 from titan_moe.checkpoint import latest_complete, load_checkpoint, resolve_checkpoint, save_checkpoint
 from titan_moe.config import Config, help_text, load_config, to_toml
-from titan_moe.data import Data, build_data, token_bytes
+from titan_moe.data.build import Data, build_data, check_batch_sizes, token_bytes
+from titan_moe.data.loader import merge_states
 from titan_moe.files import write_atomic
 from titan_moe.metrics import eval_metrics
 from titan_moe.model.transformer import Transformer
@@ -70,7 +71,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
     shard = resolve_shard_degree(
         world_size=rt.world_size, replicate=replicate, shard=parallel.data_parallel_shard_degree
     )
-    accumulation = micro_batches_a_step(training.local_batch_size, training.global_batch_size, rt.world_size)
+    batch_size = check_batch_sizes(training.global_batch_size, training.local_batch_size, rt.world_size)
+    accumulation = batch_size // (training.local_batch_size * rt.world_size)
     folder = Path(config.job.dump_folder)
     runtime.check_writable(folder)
     mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
@@ -103,16 +105,13 @@ def build_job(config: Config, rt: Runtime) -> Job:
 def load_data(config: Config, rt: Runtime) -> Data:
     """Prepare the tokenizer and this rank's batches."""
     data, training, validation = config.data, config.training, config.validation
-    global_batch_size = training.global_batch_size
-    if global_batch_size == -1:
-        global_batch_size = training.local_batch_size * rt.world_size
     return build_data(
         dataset=data.dataset,
         path=data.path,
         tokenizer=data.tokenizer,
         seq_len=training.seq_len,
         seed=training.seed,
-        global_batch_size=global_batch_size,
+        global_batch_size=training.global_batch_size,
         local_batch_size=training.local_batch_size,
         dp_rank=rt.rank,
         dp_degree=rt.world_size,
@@ -121,21 +120,10 @@ def load_data(config: Config, rt: Runtime) -> Data:
         validation_path=data.validation_path,
         validation_steps=validation.steps,
         validation_local_batch_size=validation.local_batch_size,
-        cache_folder=Path(data.cache_folder) if data.cache_folder else runtime.user_cache_folder(),
+        cache_folder=data.cache_folder or str(runtime.user_cache_folder()),
+        is_main=rt.local_rank == 0,
         barrier=runtime.barrier,
     )
-
-
-def micro_batches_a_step(local: int, total: int, num_ranks: int) -> int:
-    """Micro-batches of a step on each rank; ValueError where training.global_batch_size does not divide."""
-    if total == -1:
-        return 1
-    if total % (local * num_ranks):
-        raise ValueError(
-            f"training.global_batch_size ({total}) must be a multiple of training.local_batch_size ({local}) x "
-            f"data-parallel ranks ({num_ranks}): change one of them"
-        )
-    return total // (local * num_ranks)
 
 
 def with_vocab_size(config: Config, tokens: int) -> Config:
@@ -165,11 +153,11 @@ def resume(job: Job) -> tuple[int, int]:
     if found is None:
         if config.initial_load_path:
             source = resolve_checkpoint(config.initial_load_path)
-            load_checkpoint(source, model=job.model, verify=False)
+            load_checkpoint(source, model=job.model, check=False)
             logger.info("starting from the weights of %s", source)
         return 0, 0
     configured = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
-    restored = load_checkpoint(found, model=job.model, optimizer=job.optimizer, verify=False)
+    restored = load_checkpoint(found, model=job.model, optimizer=job.optimizer, check=False)
     for group, values in zip(job.optimizer.param_groups, configured, strict=True):
         group.update(values)
     job.data.train.load_state_dict(restored.extra["data"])
@@ -226,7 +214,7 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
 def validate(job: Job, sinks: Sink, step: int) -> None:
     """Evaluate on the held-out data and record it."""
     assert job.data.validation is not None
-    bytes_V = token_bytes(job.data.tokenizer, job.config.model.vocab_size).to(job.runtime.device)
+    bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
     output = evaluate(job.model, job.data.validation(), bytes_V)
     flush(sinks, [{"step": step, "kind": "validation", **eval_metrics(output)}])
 
@@ -235,7 +223,7 @@ def save(job: Job, step: int, num_tokens: int, *, must_succeed: bool) -> None:
     """Save a checkpoint; one that fails on the way is a loud warning, the last one an error."""
     config = job.config
     files = {"config.toml": to_toml(config), "tokenizer.json": job.data.tokenizer.to_json()}
-    extra = {"num_tokens": num_tokens, "data": job.data.train.state_dict()}
+    extra = {"num_tokens": num_tokens, "data": merge_states(runtime.all_gather(job.data.train.state_dict()))}
     try:
         save_checkpoint(
             job.folder / config.checkpoint.folder,
