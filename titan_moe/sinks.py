@@ -129,13 +129,13 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
             if is_terminal:
                 from tqdm import tqdm
 
-                layout = "step {n_fmt}/{total_fmt} {bar} {postfix} · {remaining} left"
+                layout = "step {n_fmt}/{total_fmt} {bar} {desc}  {remaining} left"
                 bar = tqdm(total=total_steps, initial=step - 1, file=out, bar_format=layout, dynamic_ncols=True)
         line = f"step {step:>{len(str(total_steps))}}/{total_steps}"
         if record["kind"] != "train":
             line = f"{line}  {record['kind']}  {_columns(record)}"
         elif bar is not None:
-            bar.set_postfix_str(_short(record), refresh=False)
+            bar.set_description_str(_short(record), refresh=False)
             bar.update(step - bar.n)
             return
         elif step % log_freq and step != total_steps and step - 1 != began[0]:
@@ -185,7 +185,7 @@ def summary(
     python = _python()
     lines = []
     if validation is not None:
-        lines += [f"validation   {_short(validation)} (step {validation['step']})"]
+        lines += [f"validation   {_short(validation)}  (step {validation['step']})"]
     if tensorboard is not None:
         lines += [
             f"curves       {tensorboard}",
@@ -220,7 +220,6 @@ def _watched(record: Record) -> dict[str, float]:
 
 
 _WIDE = {"loss": "7.4f", "perplexity": "9.2f", "accuracy": "6.2%", "MaxVio": "6.3f", "tokens/s": "9,.0f"}
-_SHORT = {"perplexity": "ppl", "tokens/s": "tok/s"}
 
 
 def _columns(record: Record) -> str:
@@ -230,8 +229,12 @@ def _columns(record: Record) -> str:
 
 def _short(record: Record) -> str:
     """Watched numbers for a line that also has a bar."""
-    parts = {_SHORT.get(name, name): f"{value:{_WIDE[name]}}".strip() for name, value in _watched(record).items()}
-    return " · ".join(f"{name} {text}" for name, text in parts.items())
+    watched = _watched(record)
+    texts = [f"loss {watched['loss']:.4f}", f"ppl {watched['perplexity']:.4g}"]
+    texts += [f"{name} {watched[name]:{_WIDE[name]}}" for name in ("accuracy", "MaxVio") if name in watched]
+    if "tokens/s" in watched:
+        texts.append(f"{watched['tokens/s'] / 1000:.3g}k tok/s")
+    return "  ".join(" ".join(text.split()) for text in texts)
 
 
 def _clock(seconds: float) -> str:

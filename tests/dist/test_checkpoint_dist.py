@@ -127,6 +127,7 @@ def check_failure_on_one_rank(folder: Path) -> None:
         setattr(owner, function, original)
         dist.barrier()
         assert [path.name for path in folder.iterdir()] == ["step-1"]
+        dist.barrier()
     with pytest.raises((TypeError, RuntimeError), match=r"rank-1\.pt may hold"):  # our mistake, not the disk's
         save(folder, 2, model, optimizer, per_rank=Path("x") if rank() == 1 else 0)
     dist.barrier()

@@ -289,7 +289,7 @@ def test_console_bar():
     sink.close()
     text = out.getvalue()
     assert "step 12/12" in text.split("\r")[-1]
-    assert "loss 1.0833 · ppl 2.95 · MaxVio 0.250 · tok/s 12,346 · 00:00 left" in text.split("\r")[-1]
+    assert " loss 1.0833  ppl 2.954  MaxVio 0.250  12.3k tok/s  00:00 left" in text.split("\r")[-1]
     assert "\nstep" not in text.split("validation")[1]
     assert "step 10/12  validation  loss  2.0000" in text
 
@@ -309,7 +309,7 @@ def test_closed_pipe(caplog):
 def test_summary(tmp_path):
     checkpoint, curves = tmp_path / "a run" / "checkpoint" / "step-9", tmp_path / "a run" / "tensorboard"
     text = summary(validation(9), checkpoint=checkpoint, tensorboard=curves, prompt="def ")
-    assert "loss 2.0000 · ppl 7.39 · accuracy 31.25% · MaxVio 0.125 (step 9)" in text
+    assert "loss 2.0000  ppl 7.389  accuracy 31.25%  MaxVio 0.125  (step 9)" in text
     assert f"-m titan_moe.generate --checkpoint '{checkpoint}' --prompt 'def '" in text
     assert f"--logdir '{curves}'" in text
     python = text.splitlines()[-1].split(" -m ")[0].strip()
