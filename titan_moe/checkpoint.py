@@ -129,7 +129,7 @@ def load_checkpoint(
     """
     manifest = verify(step_folder) if check else read_manifest(step_folder)
     common = torch.load(step_folder / "common.pt", weights_only=True)
-    load_state(step_folder, model, optimizer, manifest["optimizer"], common["optimizer"])
+    together(lambda: load_state(step_folder, model, optimizer, manifest["optimizer"], common["optimizer"]))
     own = None
     if manifest["world_size"] == world_size():
         own = torch.load(step_folder / f"rank-{rank()}.pt", weights_only=True)

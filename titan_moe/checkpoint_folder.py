@@ -170,16 +170,17 @@ def together(task: Callable[[], T], *, main_only: bool = False) -> list[T]:
     """
     result: Any = None
     failure: BaseException | None = None
+    where = rank()
     if rank() == 0 or not main_only:
         try:
             result = task()
         except (Exception, CheckpointException) as error:  # told to the other ranks, and raised again below
-            failure = _cause(error)
-    mine = (result, failure and reason(failure), isinstance(failure, OSError))
+            where, failure = _cause(error)
+    mine = (result, where, failure and reason(failure), isinstance(failure, OSError))
     outcomes: Any = [mine] * world_size()
     if world_size() > 1:
         dist.all_gather_object(outcomes, mine)
-    failed = [(where, why, expected) for where, (_, why, expected) in enumerate(outcomes) if why is not None]
+    failed = [(where, why, expected) for _, where, why, expected in outcomes if why is not None]
     if failed:
         where, why, _ = failed[0]
         text = f"{why} (on rank {where})" if world_size() > 1 else why
@@ -189,11 +190,12 @@ def together(task: Callable[[], T], *, main_only: bool = False) -> list[T]:
     return [result for result, *_ in (outcomes[:1] if main_only else outcomes)]
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What really failed: DCP wraps the errors of its ranks."""
+def _cause(error: BaseException) -> tuple[int, BaseException]:
+    """What really failed and on which rank: DCP tells every rank of it, wrapped."""
+    where = rank()
     while isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return error
+        where, (error, _) = next(iter(error.failures.items()))
+    return where, error
 
 
 def reason(error: BaseException) -> str:

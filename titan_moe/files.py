@@ -1,8 +1,10 @@
-"""Files that are whole or absent: atomic writes, folders on disk for good, checksums."""
+"""Files that are whole or absent: atomic writes, whole appends, folders on disk for good, checksums."""
 
 import errno
 import os
 import zlib
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -48,3 +50,36 @@ def crc32_of(path: Path) -> str:
         while size := file.readinto(buffer):
             crc = zlib.crc32(view[:size], crc)
     return f"{crc:08x}"
+
+
+def appender(path: Path) -> tuple[Callable[[bytes], None], Callable[[], None]]:
+    """Functions that append pieces to a file, each whole or not at all, and close it.
+
+    A piece is with the kernel when `append` returns. If it raises OSError, no part of the piece is in the file; it is
+    kept, and written before the next one or by `close`.
+    """
+    file = open(path, "ab", buffering=0)  # noqa: SIM115
+    size = file.seek(0, os.SEEK_END)
+    waiting: deque[bytes] = deque()
+
+    def flush() -> None:
+        nonlocal size
+        while waiting:
+            piece = memoryview(waiting[0])
+            try:
+                while piece:
+                    piece = piece[file.write(piece) :]
+            except OSError:
+                file.truncate(size)
+                raise
+            size += len(waiting.popleft())
+
+    def append(piece: bytes) -> None:
+        waiting.append(piece)
+        flush()
+
+    def close() -> None:
+        with file:
+            flush()
+
+    return append, close

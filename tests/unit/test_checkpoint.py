@@ -392,6 +392,15 @@ def test_full_disk(steps, trained, size):
     assert save(steps, 4, *trained).exists()
 
 
+def test_full_disk_within_a_large_tensor(tmp_path):
+    """torch.save then raises an error of its own, about its archive."""
+    model, optimizer = make(dim=120)
+    train(model, optimizer, 1)
+    with LimitedFileSize(400_000), pytest.raises(CheckpointError, match=r"cannot save .*step-1: File too large"):
+        save(tmp_path, 1, model, optimizer)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("function", ["write_synced", "fsync_folder", "_crc32_of_body"])
 def test_full_disk_while_publishing(steps, trained, monkeypatch, function):
     def fail(*_):

@@ -1,0 +1,294 @@
+"""Where numbers go: metrics.jsonl, TensorBoard, the console, Weights & Biases.
+
+A record is one flat dictionary of a step: `step`, `kind` ('train' or 'validation') and numbers; it may carry `load`, an
+(L, E) array of tokens per expert. Only the main rank has sinks. Slow packages are imported where they are used.
+"""
+
+import io
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shlex
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from titan_moe.files import appender, write_atomic
+
+logger = logging.getLogger(__name__)
+Record = Mapping[str, Any]
+_PER_LAYER = re.compile(r".*/layer_\d+")
+
+
+class Sink(NamedTuple):
+    """A place for records. If `write` raises OSError, that record is late or lost, and the next one may succeed."""
+
+    write: Callable[[Record], None]
+    close: Callable[[], None]
+    name: str
+
+
+def fan_out(*sinks: Sink) -> Sink:
+    """One sink that writes to all. A full disk or a closed pipe stops none of the others and no training: it warns."""
+    failing: set[str] = set()
+
+    def attempt(sink: Sink, task: Callable[[], None]) -> None:
+        try:
+            task()
+        except OSError as error:
+            if sink.name not in failing:
+                logger.error("CANNOT WRITE TO %s (%s): training goes on without it", sink.name, error)
+            failing.add(sink.name)
+        else:
+            if sink.name in failing:
+                logger.warning("%s can be written again", sink.name)
+            failing.discard(sink.name)
+
+    def write(record: Record) -> None:
+        for sink in sinks:
+            attempt(sink, lambda sink=sink: sink.write(record))
+
+    def close() -> None:
+        for sink in sinks:
+            attempt(sink, sink.close)
+
+    return Sink(write, close, ", ".join(sink.name for sink in sinks))
+
+
+def jsonl(path: Path, resume_step: int) -> Sink:
+    """Append each record's numbers as one line of JSON; a number that is not finite becomes null.
+
+    Lines of steps after `resume_step`, and torn ones, are dropped first, so that after a crash the file holds each step
+    once. A record that the disk refuses is kept and tried again with the next one.
+    """
+    _drop_after(path, resume_step)
+    append, close = appender(path)
+
+    def write(record: Record) -> None:
+        numbers = {key: None if _is_odd(value) else value for key, value in _scalars(record).items()}
+        append((json.dumps(numbers, allow_nan=False) + "\n").encode())
+
+    return Sink(write, close, str(path))
+
+
+def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sink:
+    """Write `KIND/KEY` scalars (those of single layers as `KIND_per_layer/KEY`), and the load as a picture.
+
+    Pictures, drawn when a record carries `load`: each validation and each `heatmap_freq`-th training step (one takes
+    as long as many scalars). What an earlier run wrote after `resume_step` is purged from view.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
+    from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{socket.gethostname()}.{os.getpid()}"
+    append, close = appender(folder / name)
+
+    def write_event(event: Event) -> None:
+        buffer = io.BytesIO()
+        RecordWriter(buffer).write(event.SerializeToString())
+        append(buffer.getvalue())
+
+    write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
+    write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(record: Record) -> None:
+        step, kind = record["step"], record["kind"]
+        values = [Summary.Value(tag=tag, simple_value=number) for tag, number in _tagged(record).items()]
+        if "load" in record and (kind != "train" or step % heatmap_freq == 0):
+            png, (width, height) = _picture(record["load"], f"{kind}, step {step}")
+            image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
+            values.append(Summary.Value(tag=f"{kind}/load", image=image))
+        write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    return Sink(write, close, str(folder))
+
+
+def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextIO | None = None) -> Sink:
+    """Show progress on `stream` (standard output): a bar on a terminal, else a line for each `log_freq`-th step.
+
+    Give it every record; it also shows the first and the last step, and each validation as a line of its own.
+    """
+    out = stream or sys.stdout
+    bar: Any = None
+    began: tuple[int, float] | None = None
+
+    def write(record: Record) -> None:
+        nonlocal bar, began
+        step = record["step"]
+        if began is None:
+            began = (step - 1, time.monotonic() - record.get("step_seconds", 0.0))
+            if is_terminal:
+                from tqdm import tqdm
+
+                layout = "step {n_fmt}/{total_fmt} {bar} {desc}  {remaining} left"
+                bar = tqdm(total=total_steps, initial=step - 1, file=out, bar_format=layout, dynamic_ncols=True)
+        line = f"step {step:>{len(str(total_steps))}}/{total_steps}"
+        if record["kind"] != "train":
+            line = f"{line}  {record['kind']}  {_columns(record)}"
+        elif bar is not None:
+            bar.set_description_str(_short(record), refresh=False)
+            bar.update(step - bar.n)
+            return
+        elif step % log_freq and step != total_steps and step - 1 != began[0]:
+            return
+        else:
+            seconds = (time.monotonic() - began[1]) / (step - began[0]) * (total_steps - step)
+            line = f"{line}  {_columns(record)}  left {_clock(seconds)}"
+        if bar is not None:
+            bar.write(line, file=out)
+        else:
+            print(line, file=out, flush=True)
+
+    def close() -> None:
+        if bar is not None:
+            bar.close()
+
+    return Sink(write, close, "the console")
+
+
+def wandb(folder: Path, config: Mapping[str, Any], project: str = "titan_moe") -> Sink:
+    """Log `KIND/KEY` numbers to Weights & Biases; the run is named after `folder`, and its id is kept there to resume.
+
+    Raises ValueError if the package is missing.
+    """
+    try:
+        import wandb as client  # pyrefly: ignore[missing-import]
+    except ImportError:
+        raise ValueError("metrics.enable_wandb needs a package: pip install 'titan_moe[wandb]'") from None
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        write_atomic(id_file, secrets.token_hex(4) + "\n")
+    run_id = id_file.read_text(encoding="utf-8").strip()
+    name = folder.resolve().name
+    run = client.init(project=project, name=name, id=run_id, resume="allow", dir=str(folder), config=dict(config))
+    run.define_metric("*", step_metric="step")  # steps that run again after a crash are drawn again, not refused
+
+    def write(record: Record) -> None:
+        run.log({**_tagged(record), "step": record["step"]})
+
+    return Sink(write, run.finish, f"wandb run {run_id}")
+
+
+def summary(
+    validation: Record | None, *, checkpoint: Path | None, tensorboard: Path | None, prompt: str = "The "
+) -> str:
+    """What to say when a run is over: its last validation, where things are, the commands that use them."""
+    python = _python()
+    lines = []
+    if validation is not None:
+        lines += [f"validation   {_short(validation)}  (step {validation['step']})"]
+    if tensorboard is not None:
+        lines += [
+            f"curves       {tensorboard}",
+            f"  {python} -m tensorboard.main --logdir {shlex.quote(str(tensorboard))}",
+        ]
+    if checkpoint is not None:
+        command = f"--checkpoint {shlex.quote(str(checkpoint))} --prompt {shlex.quote(prompt)}"
+        lines += [f"checkpoint   {checkpoint}", f"  {python} -m titan_moe.generate {command}"]
+    return "\n".join(lines)
+
+
+def _python() -> str:
+    """How to call this Python from this folder, as short as works."""
+    found = shutil.which("python")
+    if found and os.path.realpath(Path(found).parent) == os.path.realpath(Path(sys.executable).parent):
+        return "python"
+    relative = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if relative.startswith("..") else relative)
+
+
+def _watched(record: Record) -> dict[str, float]:
+    """The numbers that people watch; those that a record lacks are left out."""
+    loss = record["loss"]
+    found = {
+        "loss": loss,
+        "perplexity": record.get("perplexity", math.exp(min(loss, 700.0))),
+        "accuracy": record.get("accuracy"),
+        "MaxVio": record.get("maxvio_batch", record.get("maxvio_global")),
+        "tokens/s": record.get("tokens_per_second"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+_WIDE = {"loss": "7.4f", "perplexity": "9.2f", "accuracy": "6.2%", "MaxVio": "6.3f", "tokens/s": "9,.0f"}
+
+
+def _columns(record: Record) -> str:
+    """Watched numbers, aligned below those of other records."""
+    return "  ".join(f"{name} {value:{_WIDE[name]}}" for name, value in _watched(record).items())
+
+
+def _short(record: Record) -> str:
+    """Watched numbers for a line that also has a bar."""
+    watched = _watched(record)
+    texts = [f"loss {watched['loss']:.4f}", f"ppl {watched['perplexity']:.4g}"]
+    texts += [f"{name} {watched[name]:{_WIDE[name]}}" for name in ("accuracy", "MaxVio") if name in watched]
+    if "tokens/s" in watched:
+        texts.append(f"{watched['tokens/s'] / 1000:.3g}k tok/s")
+    return "  ".join(" ".join(text.split()) for text in texts)
+
+
+def _clock(seconds: float) -> str:
+    """Hours:minutes:seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _scalars(record: Record) -> dict[str, Any]:
+    """The record without its arrays; zero-dimensional ones become numbers."""
+    plain = {key: value.item() if getattr(value, "ndim", None) == 0 else value for key, value in record.items()}
+    return {key: value for key, value in plain.items() if isinstance(value, (str, int, float))}
+
+
+def _is_odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _tagged(record: Record) -> dict[str, float]:
+    """Numbers by their name in TensorBoard and wandb."""
+    kind = record["kind"]
+    numbers = {key: value for key, value in _scalars(record).items() if key not in {"step", "kind"}}
+    return {
+        f"{kind}{'_per_layer' if _PER_LAYER.fullmatch(key) else ''}/{key}": value
+        for key, value in numbers.items()
+        if not isinstance(value, str)
+    }
+
+
+def _picture(load: Any, title: str) -> tuple[bytes, tuple[int, int]]:
+    """The heatmap as PNG, with its width and height."""
+    from titan_moe.heatmap import load_figure
+
+    figure = load_figure(load, title)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    width, height = figure.get_size_inches() * figure.dpi
+    return buffer.getvalue(), (int(width), int(height))
+
+
+def _drop_after(path: Path, resume_step: int) -> None:
+    """Rewrite a jsonl file without the lines that are torn or of a step after `resume_step`, if it has any."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return
+    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+        lines = file.readlines()
+    kept = [line for line in lines if _is_kept(line, resume_step)]
+    if len(kept) < len(lines):
+        write_atomic(path, "".join(kept))
+
+
+def _is_kept(line: str, resume_step: int) -> bool:
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= resume_step
+    except (ValueError, KeyError, TypeError):
+        return False
