@@ -75,7 +75,13 @@ class _Lane:
 
     def take(self, size: int) -> np.ndarray:
         """Return the next `size` tokens and move on by all but the last, which begins the next window."""
-        row = np.concatenate([ids for _, ids in self.tokens])[self.offset : self.offset + size].astype(np.int64)
+        parts, start, missing = [], self.offset, size
+        for _, ids in self.tokens:
+            parts.append(ids[start : start + missing])
+            start, missing = 0, missing - len(parts[-1])
+            if not missing:
+                break
+        row = np.concatenate(parts).astype(np.int64)
         self.offset += size - 1
         while self.offset >= len(self.tokens[0][1]):
             self.offset -= len(self.tokens.popleft()[1])
