@@ -67,7 +67,7 @@ def test_byte_ranges_divide_lines_without_gap_or_overlap(
 ) -> None:
     monkeypatch.setattr(sources, "MIN_SHARD", most)
     monkeypatch.setattr(sources, "MAX_SHARD", most)
-    texts = ["é" * random.Random(i).randrange(1, 40) for i in range(30)]
+    texts: list[str] = ["é" * random.Random(i).randrange(1, 40) for i in range(30)]
     path = pack(tmp_path / "a.jsonl", jsonl(texts).rstrip(b"\n"))
     assert len(plan_shards([str(path)])) == -(-path.stat().st_size // most)
     assert read_all(path) == texts
