@@ -100,6 +100,8 @@ def build_data(
     size = check_batch_sizes(global_batch_size, local_batch_size, dp_degree)
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"data.validation_fraction ({validation_fraction}) must be at least 0 and below 1")
+    if path and dataset in ("stdlib", "fineweb_edu"):
+        raise ValueError(f"data.path ({path}) has no use with data.dataset {dataset}: add --data.dataset text (or hf)")
     fraction = 0.0 if validation_path else validation_fraction
     tokens = validation_steps * validation_local_batch_size * seq_len + 1
     tokens = STREAM_VALIDATION_TOKENS if validation_steps < 0 else tokens
@@ -205,8 +207,6 @@ def _stream_loader(
 
 
 def _prepare_files(want: _Wanted) -> _Prepared:
-    if want.dataset == "stdlib" and want.path:
-        raise ValueError(f"data.path ({want.path}) has no use with data.dataset stdlib: add --data.dataset text")
     files, kind = (stdlib_files(), "source") if want.dataset == "stdlib" else (find_files(want.path), "")
     held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
     corpus = make_corpus(files, held_out, fraction=want.fraction, folder=want.folder, kind=kind)

@@ -103,7 +103,7 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
     shards = [(shard, None) for shard in corpus.validation] + [(shard, split) for shard in corpus.train]
     jobs = [_Job(shard, how, str(parts / f"{index:06d}"), tokenizer_path) for index, (shard, how) in enumerate(shards)]
     todo = [job for job in jobs if not os.path.exists(f"{job.output}.json")]
-    log.info("tokenizing into %s: %d parts of %d MB, %d to do", home, len(jobs), sources.SHARD_BYTES >> 20, len(todo))
+    log.info("tokenizing into %s: %d of %d parts to do", home, len(todo), len(jobs))
     _show_progress(run_parallel(tokenize_shard, todo, num_processes), jobs, todo, progress)
 
     results = [json.loads(Path(f"{job.output}.json").read_text()) for job in jobs]

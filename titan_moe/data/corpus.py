@@ -18,7 +18,7 @@ from titan_moe.data.storage import locked, storage_errors, temporary_name, write
 from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, train_bpe
 
 VERSION = 1  # raise it when the same input gives other tokens, splits or files
-BPE_CHARS = 64 << 20  # a BPE is trained on at most this much text, spread over the data set
+BPE_CHARS = 32 << 20  # a BPE is trained on at most this much text, spread over the data set
 MEMO_BYTES = 8 << 20  # files from this size on have their content hash remembered
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def make_corpus(
         )
     kinds = [kind or sources.kind_of(path) for path in files] + [sources.kind_of(path) for path in validation_files]
     content = list(zip(kinds, _hash_files(every, folder), strict=True))
-    fingerprint = digest([content, len(files), fraction, sources.SHARD_BYTES, sources.DOCUMENT_CHARS])
+    fingerprint = digest([content, len(files), fraction])
     return Corpus(train, validation, fraction, fingerprint)
 
 

@@ -42,10 +42,10 @@ def check_hub(endpoint: str, advice: str, timeout: float = 6.0) -> None:
 
 def download_file(repo: str, name: str, endpoint: str, advice: str) -> str:
     """Return the local copy of a file of a hub repository, from the hub's own cache where that has it."""
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise ValueError(f"{repo} is no local file, and the hub needs `{INSTALL}`; or {advice}") from error
+    if find_spec("huggingface_hub") is None:
+        raise ValueError(f"{repo} is no local file, and the hub needs `{INSTALL}`; or {advice}")
+    import huggingface_hub
+
     cached = huggingface_hub.try_to_load_from_cache(repo, name)
     if isinstance(cached, str):
         return cached

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -107,15 +108,17 @@ def window_loader(batches: WindowBatches, num_workers: int, state: dict[str, Any
 
 def make_loader(dataset: Any, num_workers: int, sampler: Any = None) -> StatefulDataLoader:
     """Make a loader of ready-made batches; its own generator keeps it from drawing on the run's random numbers."""
-    return StatefulDataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_identity,
-        generator=torch.Generator().manual_seed(0),
-        prefetch_factor=4 if num_workers else None,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
+        return StatefulDataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=_identity,
+            generator=torch.Generator().manual_seed(0),
+            prefetch_factor=4 if num_workers else None,
+        )
 
 
 def _identity(batch: Any) -> Any:

@@ -4,6 +4,7 @@ The standard pools either fork (unsafe once process groups or the tokenizers' ow
 main module again (torch and all, in every worker). These workers import what their function needs and nothing else.
 """
 
+import contextlib
 import os
 import pickle
 import queue
@@ -62,7 +63,7 @@ def run_parallel(
         for thread in threads:
             thread.join()
         for worker in workers:
-            with worker:  # closes the pipes and reaps it
+            with contextlib.suppress(BrokenPipeError), worker:  # closes the pipes and reaps it
                 pass
 
 
@@ -94,7 +95,7 @@ def _drive(
             if message.error is not None:
                 news.put(message)
                 return
-    except (EOFError, OSError):
+    except (EOFError, OSError, pickle.UnpicklingError):  # it ended, perhaps in the middle of an answer
         news.put(_Done(RuntimeError(f"a data worker ended early (exit code {worker.wait()}): was it short of memory?")))
 
 

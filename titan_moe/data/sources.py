@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SHARD_BYTES = 8 << 20  # about a second or two of tokenizing: the unit of parallel work, progress and resumption
+MIN_SHARD, MAX_SHARD = 1 << 20, 32 << 20  # bytes: seconds of tokenizing, the unit of parallel work and of resumption
 DOCUMENT_CHARS = 16 << 10  # running text (.txt) is cut into documents of about this many characters
 CHUNK_BYTES = 1 << 20
 KINDS = {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -81,29 +81,37 @@ def _visible(path: Path) -> bool:
 
 def stdlib_files() -> list[str]:
     """Return the source files of the running Python's standard library without its tests: 12 MB in 700 files or so."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = (path.relative_to(root) for path in root.rglob("*.py"))
-    files = [str(root / path) for path in sorted(paths) if not NOT_STDLIB & set(path.parts[:-1])]
+    root = sysconfig.get_paths()["stdlib"]
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - NOT_STDLIB  # not walked into
+        files += [os.path.join(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise FileNotFoundError(
             f"data.dataset stdlib: this Python has no library source in {root}: use --data.dataset text"
         )
-    return files
+    return sorted(files)
 
 
-def plan_shards(files: Iterable[str], kind: str = "") -> list[Shard]:
-    """Group files, and ranges of big ones, into shards of about `SHARD_BYTES`; `kind` overrides what the names tell."""
+def plan_shards(files: Sequence[str], kind: str = "") -> list[Shard]:
+    """Group files, and ranges of big ones, into shards of a 64th of them all, within `MIN_SHARD` and `MAX_SHARD`.
+
+    `kind` overrides the format that the names tell.
+    """
+    most = min(max(MIN_SHARD, sum(map(_size, files)) // 64), MAX_SHARD)
     shards: list[Shard] = []
     group: list[Piece] = []
-    for piece in (piece for path in files for piece in _pieces(path, kind or kind_of(path) or "")):
-        if group and sum(other.size for other in group) + piece.size > SHARD_BYTES:
+    room = most
+    for piece in (piece for path in files for piece in _pieces(path, kind or kind_of(path) or "", most)):
+        if group and piece.size > room:
             shards.append(tuple(group))
-            group = []
+            group, room = [], most
         group.append(piece)
+        room -= piece.size
     return [*shards, tuple(group)] if group else shards
 
 
-def _pieces(path: str, kind: str) -> Iterator[Piece]:
+def _pieces(path: str, kind: str, most: int) -> Iterator[Piece]:
     size = _size(path)
     if path.endswith(COMPRESSIONS) or kind == "source":
         yield Piece(path, kind, size=size)
@@ -112,8 +120,8 @@ def _pieces(path: str, kind: str) -> Iterator[Piece]:
         for index in range(metadata.num_row_groups):
             yield Piece(path, kind, index, index + 1, metadata.row_group(index).total_byte_size)
     else:
-        for start in range(0, size, SHARD_BYTES):
-            stop = min(start + SHARD_BYTES, size)
+        for start in range(0, size, most):
+            stop = min(start + most, size)
             yield Piece(path, kind, start, stop, stop - start)
 
 
@@ -144,9 +152,12 @@ def cut_text(lines: Iterable[str]) -> Iterator[str]:
     pending: list[str] = []
     size = 0
     for line in chain.from_iterable(map(_split_line, lines)):
+        if size + len(line) > 2 * DOCUMENT_CHARS:
+            yield "".join(pending)
+            pending, size = [], 0
         pending.append(line)
         size += len(line)
-        if size >= DOCUMENT_CHARS and (line.isspace() or size >= 2 * DOCUMENT_CHARS):
+        if size >= DOCUMENT_CHARS and line.isspace():
             yield "".join(pending)
             pending, size = [], 0
     yield "".join(pending)
@@ -214,7 +225,7 @@ def _parquet(path: str) -> Any:
     packed = path.endswith(COMPRESSIONS)
     try:
         return pa.parquet.ParquetFile(io.BytesIO(b"".join(_chunks(path))) if packed else path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 

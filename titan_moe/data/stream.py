@@ -75,7 +75,13 @@ class _Lane:
 
     def take(self, size: int) -> np.ndarray:
         """Return the next `size` tokens and move on by all but the last, which begins the next window."""
-        row = np.concatenate([ids for _, ids in self.tokens])[self.offset : self.offset + size].astype(np.int64)
+        parts, start, missing = [], self.offset, size
+        for _, ids in self.tokens:
+            parts.append(ids[start : start + missing])
+            start, missing = 0, missing - len(parts[-1])
+            if not missing:
+                break
+        row = np.concatenate(parts).astype(np.int64)
         self.offset += size - 1
         while self.offset >= len(self.tokens[0][1]):
             self.offset -= len(self.tokens.popleft()[1])
@@ -164,28 +170,29 @@ def sample_stream(
     path = os.path.join(folder, name)
     if os.path.exists(path):
         return path
+    with storage_errors(folder), locked(path + ".lock"):
+        if not os.path.exists(path):  # nobody else wrote it in the meantime
+            _write_sample(dataset, wanted, fraction=fraction, num_bytes=num_bytes, path=path, progress=progress)
+    return path
+
+
+def _write_sample(
+    dataset: HubDataset, wanted: str, *, fraction: float, num_bytes: int, path: str, progress: bool
+) -> None:
     from tqdm import tqdm
 
-    split, room = Split(fraction), num_bytes
-    bar = tqdm(
-        total=num_bytes,
-        desc=f"{wanted} text",
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=None if progress else True,
-    )
-    with storage_errors(folder), locked(path + ".lock"), open(temporary_name(path), "w", encoding="utf-8") as file, bar:
+    how = {"unit": "B", "unit_scale": True, "leave": False, "disable": None if progress else True}
+    temporary, written = temporary_name(path), 0
+    with open(temporary, "w", encoding="utf-8") as file, tqdm(total=num_bytes, desc=f"{wanted} text", **how) as bar:
         for text in dataset.texts(dataset.open()):
-            size = len(text.encode())
-            if text and side(text.encode(), split, frozenset()) == wanted:
+            data = text.encode()
+            if text and side(data, Split(fraction), frozenset()) == wanted:
                 file.write(json.dumps({"text": text}) + "\n")
-                bar.update(size)
-                room -= size
-                if room <= 0:
+                bar.update(len(data))
+                written += len(data)
+                if written >= num_bytes:
                     break
-    if room == num_bytes:
-        os.unlink(temporary_name(path))
+    if not written:
+        os.unlink(temporary)
         raise ValueError(f"data.validation_fraction ({fraction}) leaves no {wanted} document in {dataset.path}")
-    os.replace(temporary_name(path), path)
-    return path
+    os.replace(temporary, path)

@@ -1,0 +1,252 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from titan_moe.data import cache, corpus, sources
+from titan_moe.data.cache import TokenCache, build_cache
+from titan_moe.data.corpus import Corpus, corpus_tokenizer, make_corpus
+from titan_moe.data.hub import HUB_ENDPOINT
+from titan_moe.data.processes import run_parallel
+from titan_moe.data.tokenizer import bytes_tokenizer
+
+TEXTS = [f"document {index}: {'words and more ' * (index % 13)}ä" for index in range(400)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def build(files: list[str], folder: Path, *, validation: list[str] | None = None, fraction: float = 0.2) -> TokenCache:
+    return build_cache(make(files, folder, validation=validation, fraction=fraction), bytes_tokenizer(), str(folder))
+
+
+def make(files: list[str], folder: Path, *, validation: list[str] | None = None, fraction: float = 0.2) -> Corpus:
+    return make_corpus(files, validation or [], fraction=0.0 if validation else fraction, folder=str(folder))
+
+
+def texts_of(file: cache.TokenFile) -> list[str]:
+    ids = np.array(file.tokens())
+    return [bytes(part[:-1].tolist()).decode() for part in np.split(ids, np.flatnonzero(ids == 256) + 1)[:-1]]
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MIN_SHARD", 4096)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_every_document_is_on_one_side_in_order_whatever_the_number_of_processes(tmp_path: Path) -> None:
+    data = make([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path)
+    assert len(data.train) > 5
+    built = [build_cache(data, bytes_tokenizer(), str(tmp_path / str(n)), num_processes=n) for n in (1, 3)]
+    train, validation = texts_of(built[0].train), texts_of(built[0].validation)
+    assert sorted(train + validation) == sorted(TEXTS)
+    assert train == [text for text in TEXTS if text in set(train)]
+    assert 40 < len(validation) < 120
+    assert (texts_of(built[1].train), texts_of(built[1].validation)) == (train, validation)
+    assert built[0].num_documents == {"train": len(train), "validation": len(validation)}
+    assert built[0].num_bytes["validation"] == sum(len(text.encode()) for text in validation)
+
+
+def test_the_split_is_by_content_alone(tmp_path: Path) -> None:
+    first = build([write_jsonl(tmp_path / "a.jsonl", TEXTS)], tmp_path / "1")
+    other = build([write_jsonl(tmp_path / "b.jsonl", ["new", *reversed(TEXTS), *TEXTS])], tmp_path / "2")
+    assert set(texts_of(first.validation)) == set(texts_of(other.validation)) - {"new"}
+    assert not set(texts_of(other.validation)) & set(texts_of(other.train))
+    assert len(texts_of(other.validation)) >= 2 * len(texts_of(first.validation))
+
+
+def test_validation_files_are_held_out_whole_and_their_copies_dropped(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", TEXTS)
+    held_out = write_jsonl(tmp_path / "validation.jsonl", [*TEXTS[50:90], "only here"])
+    built = build([train], tmp_path / "cache", validation=[held_out])
+    assert texts_of(built.validation) == [*TEXTS[50:90], "only here"]
+    assert texts_of(built.train) == TEXTS[:50] + TEXTS[90:]
+
+
+def test_fingerprint_follows_content_and_split_not_names_or_times(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = make([path], tmp_path).fingerprint
+    os.utime(path, (1, 1))
+    os.rename(path, tmp_path / "b.jsonl")
+    assert make([str(tmp_path / "b.jsonl")], tmp_path).fingerprint == first
+    assert make([str(tmp_path / "b.jsonl")], tmp_path, fraction=0.3).fingerprint != first
+    changed = (tmp_path / "b.jsonl").read_text().replace("document 7:", "document 8:")
+    (tmp_path / "b.jsonl").write_text(changed)
+    os.utime(tmp_path / "b.jsonl", (1, 1))  # the same size and time as before
+    assert make([str(tmp_path / "b.jsonl")], tmp_path).fingerprint != first
+
+
+def test_remembered_hashes_of_big_files_notice_a_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "MEMO_BYTES", 1)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = make([path], tmp_path).fingerprint
+    assert (tmp_path / "file_hashes.json").exists()
+    monkeypatch.setattr(corpus.hashlib, "blake2b", None)  # not hashed again
+    assert make([path], tmp_path).fingerprint == first
+    monkeypatch.undo()
+    monkeypatch.setattr(corpus, "MEMO_BYTES", 1)
+    stat = os.stat(path)
+    with open(path, "r+b") as file:
+        file.seek(20)
+        file.write(b"#")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert make([path], tmp_path).fingerprint != first
+
+
+def test_a_cache_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    built = build([path], tmp_path)
+    monkeypatch.setattr(cache, "run_parallel", None)
+    assert build([path], tmp_path) == built
+
+
+@pytest.mark.parametrize("damage", ["shorten", "no meta", "half meta"])
+def test_an_unfinished_cache_is_built_again(tmp_path: Path, damage: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    built = build([path], tmp_path)
+    right = Path(built.train.path).read_bytes()
+    meta = Path(built.train.path).with_name("meta.json")
+    if damage == "shorten":
+        os.truncate(built.train.path, 100)
+    elif damage == "no meta":
+        meta.unlink()
+    else:
+        os.truncate(meta, 10)
+    assert build([path], tmp_path) == built
+    assert Path(built.train.path).read_bytes() == right
+
+
+BUILD = """
+import sys
+from titan_moe.data import sources
+sources.MIN_SHARD = 1 << 16
+from titan_moe.data.cache import build_cache
+from titan_moe.data.corpus import make_corpus
+from titan_moe.data.tokenizer import bytes_tokenizer
+corpus = make_corpus([sys.argv[1]], fraction=0.2, folder=sys.argv[2])
+print(build_cache(corpus, bytes_tokenizer(), sys.argv[2], num_processes=1))
+"""
+
+
+def start(path: str, folder: Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", BUILD, path, str(folder)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_build_is_resumed_and_two_at_once_agree(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS * 60)
+    folder = tmp_path / "cache"
+    with start(path, folder) as killed:
+        until = time.monotonic() + 30
+        while not (done := list(folder.glob("*/parts/*.json"))) or len(done) < 2:
+            assert time.monotonic() < until
+            assert killed.poll() is None, "the build ended before it could be killed"
+            time.sleep(0.001)
+        killed.send_signal(signal.SIGKILL)
+    home = done[0].parent.parent
+    assert not (home / "meta.json").exists()
+    assert not (home / "train.bin").exists()
+    finished = {part: part.stat().st_mtime_ns for part in home.glob("parts/0*.json")}
+    with start(path, folder) as one, start(path, folder) as two:
+        seen: dict[Path, int] = {}
+        while one.poll() is None or two.poll() is None:
+            for part in finished:
+                if part.exists():
+                    seen[part] = part.stat().st_mtime_ns
+            time.sleep(0.005)
+        outputs = [process.communicate()[0] for process in (one, two)]
+    assert one.returncode == two.returncode == 0
+    assert outputs[0] == outputs[1]
+    assert seen
+    assert seen.items() <= finished.items()  # not one of them was done again
+    sizes = {name: os.path.getsize(home / f"{name}.bin") for name in ("train", "validation")}
+    clean = build([path], tmp_path / "clean")
+    assert {name: os.path.getsize(getattr(clean, name).path) for name in sizes} == sizes
+    rebuilt = cache.TokenFile(str(home / "train.bin"), "uint16", sizes["train"] // 2)
+    assert sorted(texts_of(rebuilt)) == sorted(texts_of(clean.train))
+    assert not list(home.glob("**/*.tmp-*"))
+
+
+@pytest.fixture
+def tiny_disk() -> Iterator[None]:
+    """No file may grow beyond 4 KiB: what a full disk looks like to whoever writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    request.getfixturevalue("tiny_disk")
+    with pytest.raises(OSError, match=r"cache_folder \(.*\): .*: free some space there or choose another") as caught:
+        build([path], tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").glob("*/*.bin"))
+
+
+def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cache_folder \(.*/file/cache\): Not a directory: make it writable or choose"):
+        build([path], tmp_path / "file" / "cache")
+
+
+def test_errors_of_the_data_come_back_from_the_workers(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\noops\n')
+    with pytest.raises(ValueError, match=r"a.jsonl:2: not JSON"):
+        build([str(tmp_path / "a.jsonl")], tmp_path)
+
+
+def test_empty_data_are_an_error(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=r"data.path: no data: .*a.txt is empty, and 1 more"):
+        build([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], tmp_path)
+
+
+def test_a_bpe_is_trained_on_training_documents_only_and_kept(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [f"common words {i}" for i in range(200)])
+    secret = write_jsonl(tmp_path / "b.jsonl", ["zqxzqxzqxzqx" * 50])
+    data = make([path, secret], tmp_path / "cache", validation=[secret])
+    tokenizer = corpus_tokenizer("bpe:280", data, str(tmp_path / "cache"), HUB_ENDPOINT)
+    assert tokenizer.vocab_size == 280
+    assert len(tokenizer.encode("common words")) <= 3
+    assert len(tokenizer.encode("zqxzqx")) == 6
+    kept = next((tmp_path / "cache").glob("bpe-280-*.json"))
+    before = kept.stat().st_mtime_ns
+    assert corpus_tokenizer("bpe:280", data, str(tmp_path / "cache"), HUB_ENDPOINT)[1:] == tokenizer[1:]
+    assert kept.stat().st_mtime_ns == before
+
+
+def crash(item: int) -> Iterator[int]:
+    """Take itself down as the kernel does when memory runs out."""
+    yield item
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fault(item: int) -> Iterator[int]:
+    """Make a mistake of ours."""
+    yield item
+    raise KeyError("ours")
+
+
+def test_workers_that_die_or_fail_are_reported() -> None:
+    with pytest.raises(RuntimeError, match=r"ended early \(exit code -9\): was it short of memory"):
+        list(run_parallel(crash, [1, 2]))
+    with pytest.raises(RuntimeError, match=r"(?s)in a data worker:.*KeyError: 'ours'"):
+        list(run_parallel(fault, [1]))
