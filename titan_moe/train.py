@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +27,8 @@ from titan_moe.runtime import Runtime, StopRequest, logger
 from titan_moe.sinks import Sink, console, fan_out, jsonl, summary, tensorboard, wandb
 from titan_moe.step import Balancers, evaluate, train_step
 
+METRICS = "metrics.jsonl"
+
 
 class Job(NamedTuple):
     """Everything a training run consists of."""
@@ -35,6 +38,7 @@ class Job(NamedTuple):
     data: Data
     model: Transformer
     optimizer: torch.optim.Optimizer
+    base_lrs: list[float]  # of the optimizer's groups, before the schedule
     schedule: Schedule
     balancers: Balancers
     accumulation: int  # micro-batches of a step on each rank
@@ -60,7 +64,7 @@ def main(args: list[str]) -> int:
         logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
         return 128 + stopped
     if rt.is_main:
-        print(summary(job.folder))
+        print(closing_words(job))
     return 0
 
 
@@ -98,7 +102,16 @@ def build_job(config: Config, rt: Runtime) -> Job:
     optimizer = build_optimizer(config, model)
     log_parameters(config, model, optimizer)
     return Job(
-        config, rt, data, model, optimizer, build_schedule(config), build_balancers(config), accumulation, folder
+        config=config,
+        runtime=rt,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        base_lrs=[group["lr"] for group in optimizer.param_groups],
+        schedule=build_schedule(config),
+        balancers=build_balancers(config),
+        accumulation=accumulation,
+        folder=folder,
     )
 
 
@@ -182,7 +195,7 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             micro_batches = [next(batches) for _ in range(job.accumulation)]
             data_seconds = time.perf_counter() - begin
             micro_batches = [(tokens.to(rt.device), labels.to(rt.device)) for tokens, labels in micro_batches]
-            lrs = set_lr(job.optimizer, job.schedule(step))
+            lrs = set_lr(job.optimizer, job.base_lrs, job.schedule(step))
             output = train_step(
                 job.model, micro_batches, job.optimizer, job.balancers, expert_biases, max_norm=config.training.max_norm
             )
@@ -253,16 +266,26 @@ def open_sinks(job: Job, step: int) -> Sink:
     """Open the sinks that [metrics] names, on the main rank; what they hold of steps after `step` is dropped."""
     if not job.runtime.is_main:
         return fan_out()
-    config, folder = job.config.metrics, job.folder
-    sinks = [
-        console(total_steps=job.config.training.steps, log_freq=config.log_freq, step=step),
-        jsonl(folder / "metrics.jsonl", step),
-    ]
-    if config.enable_tensorboard:
+    config, folder = job.config, job.folder
+    steps, log_freq = config.training.steps, config.metrics.log_freq
+    sinks = [console(steps, log_freq, is_terminal=sys.stdout.isatty()), jsonl(folder / METRICS, step)]
+    if config.metrics.enable_tensorboard:
         sinks.append(tensorboard(folder / "tensorboard", step))
-    if config.enable_wandb:
-        sinks.append(wandb(folder))
+    if config.metrics.enable_wandb:
+        sinks.append(wandb(folder, dataclasses.asdict(config)))
     return fan_out(*sinks)
+
+
+def closing_words(job: Job) -> str:
+    """Say how the run ended and where things are; the last validation is the one in metrics.jsonl."""
+    lines = (job.folder / METRICS).read_text().splitlines()
+    validations = [record for record in map(json.loads, lines) if record["kind"] == "validation"]
+    config = job.config
+    return summary(
+        validations[-1] if validations else None,
+        checkpoint=job.folder / config.checkpoint.folder if config.checkpoint.enable else None,
+        tensorboard=job.folder / "tensorboard" if config.metrics.enable_tensorboard else None,
+    )
 
 
 if __name__ == "__main__":

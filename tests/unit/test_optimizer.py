@@ -83,8 +83,8 @@ def test_optimizers_converge(name):
 def test_set_lr_scales_each_groups_own_rate():
     groups = parameter_groups(named("layers.0.moe.experts.w1", "layers.0.wq.weight"), {"expert": {"lr": 5e-4}})
     optimizer = OPTIMIZERS["adamw"](groups, lr=1e-3)
-    assert set_lr(optimizer, 0.5) == {"expert": 2.5e-4, "dense": 5e-4}
-    assert set_lr(optimizer, 1.0) == {"expert": 5e-4, "dense": 1e-3}
+    assert set_lr(optimizer, [5e-4, 1e-3], 0.5) == {"expert": 2.5e-4, "dense": 5e-4}
+    assert set_lr(optimizer, [5e-4, 1e-3], 1.0) == {"expert": 5e-4, "dense": 1e-3}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -1,6 +1,6 @@
 """Optimizers by name: OPTIMIZERS[name](param_groups, **arguments) -> torch.optim.Optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,11 +26,10 @@ def adamw(
     return torch.optim.AdamW(groups, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> dict[str, float]:
-    """Set each group's lr to its configured lr times the schedule's `factor`; return them by group name."""
-    for group in optimizer.param_groups:
-        group.setdefault("base_lr", group["lr"])
-        group["lr"] = group["base_lr"] * factor
+def set_lr(optimizer: torch.optim.Optimizer, base_lrs: Sequence[float], factor: float) -> dict[str, float]:
+    """Set each group's lr to its configured one, `base_lrs`, times the schedule's `factor`; return them by group."""
+    for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
+        group["lr"] = base_lr * factor
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
