@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from titan_moe import __version__
+from titan_moe.build import build_model
 from titan_moe.checkpoint_folder import (
     FORMAT,
     CheckpointError,
@@ -42,7 +43,9 @@ from titan_moe.checkpoint_state import (
     state_to_save,
     write_tensors,
 )
+from titan_moe.config import Config, load_config
 from titan_moe.files import write_synced
+from titan_moe.model.transformer import Transformer
 
 __all__ = [
     "CheckpointError",
@@ -50,13 +53,12 @@ __all__ = [
     "complete_steps",
     "latest_complete",
     "load_checkpoint",
-    "load_model_with",
+    "load_model",
     "resolve_checkpoint",
     "save_checkpoint",
 ]
 
 logger = logging.getLogger(__name__)
-Config = TypeVar("Config")
 
 
 class Restored(NamedTuple):
@@ -193,19 +195,19 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return found
 
 
-def load_model_with(
-    path: str | Path, read_config: Callable[[Path], Config], build_model: Callable[[Config], nn.Module]
-) -> tuple[nn.Module, Config]:
-    """The model of a checkpoint in evaluation mode, and its configuration.
+def load_model(path: str | Path) -> tuple[Transformer, Config]:
+    """Load the model of a checkpoint, on the CPU and in evaluation mode, and the configuration of its run.
 
-    `path` as in `resolve_checkpoint`; `read_config` reads the step's `config.toml`, `build_model` makes the model.
+    `path` as in `resolve_checkpoint`.
     """
     step_folder = resolve_checkpoint(path)
     config_file = step_folder / "config.toml"
     if not config_file.exists():
         raise ValueError(f"checkpoint {step_folder} has no config.toml: it cannot say which model it holds")
-    config = read_config(config_file)
-    model = build_model(config)
+    config = load_config(["--job.config_file", str(config_file)])
+    with torch.device("meta"):
+        model = build_model(config)
+    model.to_empty(device="cpu")
     load_checkpoint(step_folder, model=model, check=False)
     return model.eval(), config
 

@@ -19,12 +19,13 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from titan_moe import checkpoint_folder
+from titan_moe.build import build_model
 from titan_moe.checkpoint import (
     CheckpointError,
     complete_steps,
     latest_complete,
     load_checkpoint,
-    load_model_with,
+    load_model,
     resolve_checkpoint,
     save_checkpoint,
 )
@@ -263,19 +264,23 @@ def test_resolve(tmp_path, trained):
         resolve_checkpoint(tmp_path / "other")
 
 
-def test_load_model(tmp_path, trained):
-    save(tmp_path / "checkpoint", 7, *trained, files={"config.toml": "12"})
-    with pytest.raises(ValueError, match="holds another model"):
-        load_model_with(tmp_path, lambda path: int(path.read_text()), Tiny)
-    path = save(tmp_path / "checkpoint", 8, *trained, files={"config.toml": "8"})
-    model, config = load_model_with(tmp_path, lambda path: int(path.read_text()), Tiny)
-    assert config == 8
+def test_load_model(tmp_path):
+    args = "--model.dim 16 --model.num_layers 1 --model.num_heads 2 --model.vocab_size 64 --moe.expert_dim 8".split()
+    config = load_config([*args, "--balancer.loss_free.rate", "0.1"])
+    trained = build_model(config)
+    trained.init_weights(0)
+    trained.expert_biases()[0].fill_(0.5)
+    files = {"config.toml": to_toml(config)}
+    for step, text in ((7, files), (8, {})):
+        arguments = {"model": trained, "optimizer": None, "extra": {}, "files": text, "keep_latest_k": 0}
+        save_checkpoint(tmp_path / "checkpoint", step, **arguments)
+    model, loaded = load_model(tmp_path / "checkpoint" / "step-7")
+    assert loaded == config
     assert not model.training
-    assert torch.equal(model.get_parameter("experts"), trained[0].experts)
-    (tmp_path / "checkpoint" / "step-7" / "config.toml").unlink()
-    assert load_model_with(path, lambda path: 8, Tiny)[1] == 8
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters(), strict=True))
+    assert torch.equal(model.expert_biases()[0], torch.full((8,), 0.5))
     with pytest.raises(ValueError, match=r"has no config\.toml"):
-        load_model_with(save(tmp_path, 1, *trained, files={}), lambda path: 8, Tiny)
+        load_model(tmp_path)
 
 
 def test_another_model_is_refused(tmp_path, trained):
