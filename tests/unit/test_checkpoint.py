@@ -263,6 +263,11 @@ def test_resolve(tmp_path, trained):
         resolve_checkpoint(tmp_path / "other")
 
 
+def test_a_step_that_does_not_exist(tmp_path, trained):
+    with pytest.raises(CheckpointError, match=r"step-7 does not exist$"):
+        load_checkpoint(tmp_path / "step-7", model=trained[0])
+
+
 def test_load_model(tmp_path, trained):
     save(tmp_path / "checkpoint", 7, *trained, files={"config.toml": "12"})
     with pytest.raises(ValueError, match="holds another model"):
