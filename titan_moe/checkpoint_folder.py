@@ -59,6 +59,8 @@ def read_manifest(step_folder: Path) -> dict[str, Any]:
         body = manifest["body"]
         whole = manifest["crc32"] == _crc32_of_body(body)
     except FileNotFoundError:
+        if not step_folder.is_dir():
+            raise CheckpointError(f"checkpoint {step_folder} does not exist") from None
         raise CheckpointError(f"{broken}: it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{broken}: {MANIFEST} cannot be read ({type(error).__name__})") from error

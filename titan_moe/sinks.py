@@ -125,12 +125,12 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
         nonlocal bar, began
         step = record["step"]
         if began is None:
-            began = (step - 1, time.monotonic() - record.get("step_seconds", 0.0))
+            began = (max(step - 1, 0), time.monotonic() - record.get("step_seconds", 0.0))
             if is_terminal:
                 from tqdm import tqdm
 
                 layout = "step {n_fmt}/{total_fmt} {bar} {desc}  {remaining} left"
-                bar = tqdm(total=total_steps, initial=step - 1, file=out, bar_format=layout, dynamic_ncols=True)
+                bar = tqdm(total=total_steps, initial=began[0], file=out, bar_format=layout, dynamic_ncols=True)
         line = f"step {step:>{len(str(total_steps))}}/{total_steps}"
         if record["kind"] != "train":
             line = f"{line}  {record['kind']}  {_columns(record)}"
@@ -138,7 +138,7 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
             bar.set_description_str(_short(record), refresh=False)
             bar.update(step - bar.n)
             return
-        elif step % log_freq and step != total_steps and step - 1 != began[0]:
+        elif step % log_freq and step != total_steps and step != began[0] + 1:
             return
         else:
             seconds = (time.monotonic() - began[1]) / (step - began[0]) * (total_steps - step)

@@ -20,6 +20,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from titan_moe import checkpoint_folder
 from titan_moe.build import build_model
+from titan_moe.config import load_config, to_toml
 from titan_moe.checkpoint import (
     CheckpointError,
     complete_steps,
@@ -262,6 +263,11 @@ def test_resolve(tmp_path, trained):
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="no complete step-N folder"):
         resolve_checkpoint(tmp_path / "other")
+
+
+def test_a_step_that_does_not_exist(tmp_path, trained):
+    with pytest.raises(CheckpointError, match=r"step-7 does not exist$"):
+        load_checkpoint(tmp_path / "step-7", model=trained[0])
 
 
 def test_load_model(tmp_path):

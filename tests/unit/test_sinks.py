@@ -289,7 +289,7 @@ def test_console_bar():
     sink.close()
     text = out.getvalue()
     assert "step 12/12" in text.split("\r")[-1]
-    assert " loss 1.0833  ppl 2.954  MaxVio 0.250  12.3k tok/s  00:00 left" in text.split("\r")[-1]
+    assert " loss 1.0833  ppl 2.955  MaxVio 0.250  12.3k tok/s  00:00 left" in text.split("\r")[-1]
     assert "\nstep" not in text.split("validation")[1]
     assert "step 10/12  validation  loss  2.0000" in text
 
