@@ -1,6 +1,5 @@
 """Evaluate a checkpoint: `python -m titan_moe.evaluate --checkpoint DIR [--data.path FILE ...]`."""
 
-import sys
 from pathlib import Path
 
 from titan_moe import runtime

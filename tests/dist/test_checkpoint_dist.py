@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from titan_moe import checkpoint, checkpoint_folder
+from titan_moe import checkpoint
+from titan_moe.checkpoint import folder as checkpoint_folder
 from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoint, save_checkpoint
 
 WORLD = 2

@@ -18,9 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from titan_moe import checkpoint_folder
 from titan_moe.build import build_model
-from titan_moe.config import load_config, to_toml
 from titan_moe.checkpoint import (
     CheckpointError,
     complete_steps,
@@ -30,6 +28,8 @@ from titan_moe.checkpoint import (
     resolve_checkpoint,
     save_checkpoint,
 )
+from titan_moe.checkpoint import folder as checkpoint_folder
+from titan_moe.config import load_config, to_toml
 
 
 class Tiny(nn.Module):

@@ -26,6 +26,7 @@ LAYERS = {
     "checkpoint": 2,
     "data": 2,
     "sinks": 2,
+    "heatmap": 2,
     "records": 2,
     "train": 3,
     "generate": 3,

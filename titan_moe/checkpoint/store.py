@@ -7,10 +7,10 @@ and `manifest.json` with the size and CRC-32 of each. It is written as `step-N.t
 
 import io
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from titan_moe import __version__
 from titan_moe.build import build_model
-from titan_moe.checkpoint_folder import (
+from titan_moe.checkpoint.folder import (
     FORMAT,
     CheckpointError,
     clean,
@@ -35,7 +35,7 @@ from titan_moe.checkpoint_folder import (
     verify,
     world_size,
 )
-from titan_moe.checkpoint_state import (
+from titan_moe.checkpoint.state import (
     derive_rng_state,
     load_state,
     rng_state,
@@ -46,17 +46,6 @@ from titan_moe.checkpoint_state import (
 from titan_moe.config import Config, load_config
 from titan_moe.files import write_synced
 from titan_moe.model.transformer import Transformer
-
-__all__ = [
-    "CheckpointError",
-    "Restored",
-    "complete_steps",
-    "latest_complete",
-    "load_checkpoint",
-    "load_model",
-    "resolve_checkpoint",
-    "save_checkpoint",
-]
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """The configuration of a run: defaults < base files < file < command line, merged key by key and checked strictly.
 
-Plain sections are the dataclasses of `config_sections`. The sections router, balancer, optimizer and lr_scheduler name
+Plain sections are the dataclasses of `sections`. The sections router, balancer, optimizer and lr_scheduler name
 components: the signature of a component's builder is the schema of its table.
 """
 
@@ -12,10 +12,10 @@ import tomli_w
 from pydantic import Field
 
 from titan_moe.balancer import BALANCERS
-from titan_moe.config_checks import check_config, check_supported
-from titan_moe.config_help import render_help
-from titan_moe.config_layers import Layer, command_line_layer, file_layers
-from titan_moe.config_schema import (
+from titan_moe.config.checks import check_config, check_supported
+from titan_moe.config.help import render_help
+from titan_moe.config.layers import Layer, command_line_layer, file_layers
+from titan_moe.config.schema import (
     COMMAND_LINE,
     Kind,
     Words,
@@ -27,7 +27,7 @@ from titan_moe.config_schema import (
     unknown_key,
     with_defaults,
 )
-from titan_moe.config_sections import Component, Config, Optimizer
+from titan_moe.config.sections import Component, Config, Optimizer
 from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import GROUP_PATTERNS

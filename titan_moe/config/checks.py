@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from titan_moe.config_sections import Config
+from titan_moe.config.sections import Config
 
 # What this version can do for keys whose table in the contract allows more: (section, key) -> values that work.
 SUPPORTED: dict[tuple[str, str], tuple[Any, ...]] = {

@@ -4,7 +4,7 @@ import os
 import sys
 from typing import Any, NamedTuple
 
-from titan_moe.config_schema import COMMAND_LINE, Words, key_error
+from titan_moe.config.schema import COMMAND_LINE, Words, key_error
 
 if sys.version_info >= (3, 11):
     import tomllib

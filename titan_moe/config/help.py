@@ -7,8 +7,8 @@ from typing import Any, get_type_hints
 
 import tomli_w
 
-from titan_moe.config_schema import REQUIRED, Kind, document, parameters_of, type_text
-from titan_moe.config_sections import Config
+from titan_moe.config.schema import REQUIRED, Kind, document, parameters_of, type_text
+from titan_moe.config.sections import Config
 
 WIDTH = 100
 COLUMN = 44  # where descriptions begin
