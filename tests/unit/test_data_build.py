@@ -80,6 +80,15 @@ def test_stdlib_needs_no_path_and_trains_its_own_bpe(tmp_path: Path, monkeypatch
     )
 
 
+def test_worker_processes_and_tokenizer_threads_do_not_meet(
+    tmp_path: Path, path: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = make(tmp_path, path=path, tokenizer="bpe:300", num_workers=2)
+    data.tokenizer.encode_batch(["some words"] * 10)
+    assert "some words" in texts_in(data, itertools.islice(iter(data.train), 5))
+    assert "fork" not in capfd.readouterr().err
+
+
 def test_validation_files_instead_of_a_fraction(tmp_path: Path, path: str) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", ["held out " * 50])
     data = make(tmp_path, path=[path], validation_path=other)

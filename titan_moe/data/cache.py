@@ -60,7 +60,7 @@ class _Job(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _map(file: TokenFile) -> np.ndarray:
-    return np.memmap(file.path, dtype=file.dtype, mode="r")
+    return np.asarray(np.memmap(file.path, dtype=file.dtype, mode="r"))  # a plain array is sliced faster
 
 
 def build_cache(

@@ -26,35 +26,48 @@ from titan_moe.data.cache import TokenFile
 
 IGNORE = -100  # label of what is no token of the data, as in torch.nn.functional.cross_entropy
 ROUNDS = 6
-MASK = (1 << 64) - 1
+ORDER_CHUNK = 1024  # positions permuted at once: a call costs as much as a hundred positions do
 log = logging.getLogger(__name__)
 
 
-@functools.lru_cache(maxsize=64)
-def _round_keys(key: tuple[int, ...]) -> tuple[int, ...]:
-    data = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
-    return tuple(int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), 8))
+def permute(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
+    """Return where `positions` go in the permutation of range(size) that `key` names, without a table.
 
-
-def permute(position: int, size: int, key: tuple[int, ...]) -> int:
-    """Return where `position` goes in the permutation of range(size) that `key` names, in O(1) time and memory.
-
-    A Feistel network over the next even number of bits, its round function the finalizer of splitmix64, walked until
-    the result is below `size` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method 2). Unlike
-    numpy's and torch's permutations it needs no table and will be the same in every version of every library.
+    A Feistel network over the bits of `size - 1`, its round function splitmix64's finalizer, walked until the result is
+    below `size` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method 2). Unlike the permutations
+    of numpy and torch it needs no memory and stays the same in every version of every library.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    low = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & low
-        for round_key in _round_keys(key):
-            mixed = (right ^ round_key) & MASK
-            mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-            mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK
-            left, right = right, left ^ ((mixed ^ (mixed >> 31)) & low)
-        position = (left << half) | right
-        if position < size:
-            return position
+    data = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
+    bits = max(2, (size - 1).bit_length())
+    low_bits = np.uint64(bits // 2)
+    masks = (np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << bits // 2) - 1))
+
+    def encrypt(values: np.ndarray) -> np.ndarray:
+        halves = [values >> low_bits, values & masks[1]]
+        for index, round_key in enumerate(np.frombuffer(data, "<u8")):
+            mixed = halves[1 - index % 2] ^ round_key
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            halves[index % 2] ^= (mixed ^ (mixed >> np.uint64(31))) & masks[index % 2]
+        return (halves[0] << low_bits) | halves[1]
+
+    found = encrypt(positions.astype(np.uint64))
+    while (outside := found >= size).any():
+        found[outside] = encrypt(found[outside])
+    return found.astype(np.int64)
+
+
+@functools.lru_cache(maxsize=64)
+def _order(size: int, key: tuple[int, ...], chunk: int) -> np.ndarray:
+    start = chunk * ORDER_CHUNK
+    return permute(np.arange(start, min(start + ORDER_CHUNK, size)), size, key)
+
+
+def window_of(sequence: int, size: int, seed: int) -> int:
+    """Return the window, of `size`, that is the run's sequence of this number."""
+    epoch, position = divmod(sequence, size)
+    chunk, place = divmod(position, ORDER_CHUNK)
+    return int(_order(size, (seed, epoch), chunk)[place])
 
 
 def num_windows(file: TokenFile, seq_len: int) -> int:
@@ -89,7 +102,7 @@ class WindowBatches(Dataset):
         size = num_windows(self.file, self.seq_len)
         first = (index * self.dp_degree + self.dp_rank) * self.local_batch_size
         numbers = range(first, first + self.local_batch_size)
-        windows = [permute(number % size, size, (self.seed, number // size)) for number in numbers]
+        windows = [window_of(number, size, self.seed) for number in numbers]
         consumed = (index + 1) * self.dp_degree * self.local_batch_size
         return *read_windows(self.file, windows, self.seq_len), {"sequences": consumed}
 
@@ -179,6 +192,6 @@ def validation_batches(
     total = size if steps < 0 else min(size, steps * local_batch_size)
     for first in range(0, total, local_batch_size * dp_degree):
         start = first + dp_rank * local_batch_size
-        windows = [permute(index, size, (0,)) for index in range(start, min(start + local_batch_size, total))]
+        windows = [window_of(index, size, 0) for index in range(start, min(start + local_batch_size, total))]
         tokens, labels = read_windows(file, windows or [0], seq_len)
         yield tokens, labels if windows else torch.full_like(labels, IGNORE)

@@ -220,11 +220,11 @@ def _read_parquet(piece: Piece) -> Iterator[str]:
 
 def _parquet(path: str) -> Any:
     import pyarrow as pa
-    import pyarrow.parquet
+    import pyarrow.parquet as pq
 
     packed = path.endswith(COMPRESSIONS)
     try:
-        return pa.parquet.ParquetFile(io.BytesIO(b"".join(_chunks(path))) if packed else path)
+        return pq.ParquetFile(io.BytesIO(b"".join(_chunks(path))) if packed else path)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 

@@ -5,7 +5,7 @@ import errno
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def write_whole(path: str | Path, content: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path) -> Iterator[None]:
+def locked(path: str | Path) -> Generator[None, None, None]:
     """Hold a file lock that ends with this process, however it ends; where the file system has none, go on without."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
@@ -41,7 +41,7 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def storage_errors(folder: str) -> Iterator[None]:
+def storage_errors(folder: str) -> Generator[None, None, None]:
     """Turn errors of the file system into one line that names the cache folder and says what to do.
 
     Only errors with a number are the file system's; those without one are lines for the user already.

@@ -141,12 +141,11 @@ class LaneBatches(IterableDataset):
 
     def _deal(self, cursor: Cursor, texts: list[str], lanes: dict[int, _Lane]) -> None:
         """Give the documents of a block to their lanes in its shuffled order, less those that a lane has used up."""
-        for index in range(len(texts)):
-            number = cursor.document + index
+        order = permute(np.arange(len(texts)), len(texts), (self.seed, cursor.epoch, cursor.block))
+        for number, place in enumerate(order.tolist(), cursor.document):
             lane = lanes.get(number % self.global_batch_size)
             if lane is not None and number >= lane.document:
-                key = (self.seed, cursor.epoch, cursor.block)
-                lane.texts.append((number, texts[permute(index, len(texts), key)]))
+                lane.texts.append((number, texts[place]))
 
 
 def check_lanes(state: dict[str, Any], global_batch_size: int) -> None:
