@@ -271,8 +271,9 @@ def test_a_step_that_does_not_exist(tmp_path, trained):
 
 
 def test_load_model(tmp_path):
-    args = "--model.dim 16 --model.num_layers 1 --model.num_heads 2 --model.vocab_size 64 --moe.expert_dim 8".split()
-    config = load_config([*args, "--balancer.loss_free.rate", "0.1"])
+    sizes = {"dim": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    args = [f"--model.{key}={value}" for key, value in sizes.items()]
+    config = load_config([*args, "--moe.expert_dim=8", "--balancer.loss_free.rate=0.1"])
     trained = build_model(config)
     trained.init_weights(0)
     trained.expert_biases()[0].fill_(0.5)

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -93,7 +94,7 @@ def test_schedules_warm_up_and_stay_between_0_and_1(name):
     values = [factor(step) for step in range(1, 101)]
     assert values[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert all(0 <= v <= 1 for v in values)
-    assert all(a >= b for a, b in zip(values[9:], values[10:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values[9:]))
 
 
 def test_schedule_formulas():

@@ -40,7 +40,7 @@ def key_error(origin: str, key: str, message: str, value: Any = REQUIRED) -> Val
     shown = f"--{key}" if origin == COMMAND_LINE else key
     if value is not REQUIRED and value != Words(()):
         text = " ".join(value.words) if isinstance(value, Words) else repr(value)
-        shown = f"{shown} = {text if len(text) <= 80 else text[:77] + '...'}"
+        shown = f"{shown} = {text if len(text) <= 80 else text[:38] + '...' + text[-38:]}"
     return ValueError(f"{origin}: {shown}: {message}")
 
 

@@ -120,8 +120,7 @@ class Transformer(nn.Module):
 
     def expert_biases(self) -> list[Tensor]:
         """Selection biases (E,) of the MoE layers, in order; empty when the model has none."""
-        moes = [layer.moe for layer in self.layers if layer.moe is not None]
-        return [moe.expert_bias for moe in moes if moe.expert_bias is not None]
+        return [buffer for name, buffer in self.named_buffers() if name.endswith("expert_bias")]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -1,6 +1,9 @@
 """Parallelism, applied to the model from outside, in one order: activation checkpointing, compile, FSDP2."""
 
+from typing import cast
+
 import torch
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -25,7 +28,7 @@ def parallelize(
             model.layers.register_module(name, checkpoint_wrapper(block))
     if compile_blocks:
         for name, block in model.layers.named_children():
-            model.layers.register_module(name, torch.compile(block, fullgraph=True))
+            model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=True)))
     if mesh is not None:
         shard(model, mesh, MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype))
 
