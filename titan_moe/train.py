@@ -82,6 +82,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
     mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
     if rt.world_size > 1 or mixed:
         runtime.init_process_group(rt, config.comm.init_timeout_seconds)
+    if rt.device.type == "cpu":
+        runtime.return_large_buffers()
     runtime.seed_everything(training.seed, deterministic=training.deterministic)
 
     data = load_data(config, rt)
