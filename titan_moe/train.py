@@ -213,7 +213,8 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             signal, last = stop.on_any_rank(), step == steps
             validating = config.validation.enable and (step % config.validation.freq == 0 or last)
             saving = config.checkpoint.enable and (step % config.checkpoint.interval == 0 or last or signal > 0)
-            if step % config.metrics.log_freq == 0 or validating or saving or signal or last:
+            waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
+            if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
                 flush(sinks, pending)
             if validating:
                 validate(job, sinks, step)
