@@ -1,6 +1,7 @@
 """The machine: process group, device, seeds and determinism, logging. The only reader of os.environ."""
 
 import contextlib
+import ctypes
 import datetime
 import faulthandler
 import logging
@@ -112,6 +113,19 @@ def init_logging(runtime: Runtime) -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if runtime.is_main else logging.WARNING)
+
+
+def return_large_buffers() -> None:
+    """Have glibc give freed buffers of 16 MiB and more back at once (CPU runs on Linux).
+
+    By default it moves ever larger ones to the heap, where the changing sizes of gathered parameters and gradients
+    leave holes: a sharded model of 240 M parameters held 1.1 GiB more than it used.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
+            mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD: keep the heap's top for the next step
 
 
 def peak_memory_gib(device: torch.device) -> float:

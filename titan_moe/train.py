@@ -82,6 +82,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
     mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
     if rt.world_size > 1 or mixed:
         runtime.init_process_group(rt, config.comm.init_timeout_seconds)
+    if rt.device.type == "cpu":
+        runtime.return_large_buffers()
     runtime.seed_everything(training.seed, deterministic=training.deterministic)
 
     data = load_data(config, rt)
@@ -217,7 +219,8 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             signal, last = stop.on_any_rank(), step == steps
             validating = config.validation.enable and (step % config.validation.freq == 0 or last)
             saving = config.checkpoint.enable and (step % config.checkpoint.interval == 0 or last or signal > 0)
-            if step % config.metrics.log_freq == 0 or validating or saving or signal or last:
+            waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
+            if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
                 flush(sinks, pending)
             if validating:
                 validate(job, sinks, step)
