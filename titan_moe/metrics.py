@@ -22,6 +22,7 @@ class StepOutput(NamedTuple):
     grad_norm: Tensor  # scalar, before clipping
     load: Tensor  # (L, E) int64
     num_tokens: Tensor  # scalar int64
+    nonfinite: Tensor | None = None  # (L,), above 0 where a router logit was NaN or infinite
 
 
 class EvalOutput(NamedTuple):
