@@ -22,7 +22,10 @@ class StepOutput(NamedTuple):
     grad_norm: Tensor  # scalar, before clipping
     load: Tensor  # (L, E) int64
     num_tokens: Tensor  # scalar int64
-    nonfinite: Tensor | None = None  # (L,), above 0 where a router logit was NaN or infinite
+    # (1, L) or (3, L): above 0 where a router logit was NaN or infinite; where choices can be lost, the number of
+    # dropped choices and of tokens that no expert computed
+    layer_counts: Tensor | None = None
+    num_positions: int = 0  # tokens that were routed, ignored labels included
 
 
 class EvalOutput(NamedTuple):
@@ -72,6 +75,10 @@ def train_metrics(output: StepOutput) -> dict[str, Tensor]:
         metrics |= _per_layer("maxvio_batch", maxvio(output.load))
         metrics["load_entropy"] = load_entropy(output.load).mean()
         metrics["dead_experts"] = dead_experts(output.load)
+    if output.layer_counts is not None and len(output.layer_counts) > 1:
+        _, dropped_L, unrouted_L = output.layer_counts.double()
+        metrics["dropped_fraction"] = (dropped_L / output.load.sum(-1)).mean()
+        metrics["unrouted_fraction"] = (unrouted_L / output.num_positions).mean()
     return metrics
 
 

@@ -27,8 +27,8 @@ def train_record(model: Transformer, output: StepOutput, lrs: dict[str, float]) 
     record |= {f"lr/{name}": lr for name, lr in lrs.items()}
     if output.load.numel():
         record["load"] = output.load
-    if output.nonfinite is not None:
-        record[NONFINITE] = output.nonfinite
+    if output.layer_counts is not None:
+        record[NONFINITE] = output.layer_counts[0]
     return record
 
 

@@ -53,10 +53,10 @@ def train_step(
         trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
-        values = [loss, ce, *balance.values(), *map(nonfinite, routings)]
+        values = [loss, ce, *balance.values(), *layer_counts(routings)]
         sums.append(torch.stack([value.detach().float() for value in values]))
     total_loss, ce, *values = all_reduce_sum(sum_tensors(sums)).unbind()
-    balance_values, nonfinite_L = values[: len(balance)], values[len(balance) :]
+    balance_values, counts = values[: len(balance)], values[len(balance) :]
     load_LE = sum_tensors(loads)
     if "global_batch" not in scopes:
         all_reduce_sum(load_LE)  # one collective for all layers
@@ -72,7 +72,8 @@ def train_step(
         grad_norm=grad_norm,
         load=load_LE,
         num_tokens=num_tokens,
-        nonfinite=torch.stack(nonfinite_L) if nonfinite_L else None,
+        layer_counts=torch.stack(counts).view(-1, load_LE.shape[0]) if counts else None,
+        num_positions=world_size() * sum(tokens.numel() for tokens, _ in micro_batches),
     )
 
 
@@ -194,9 +195,15 @@ def update_expert_biases(
     torch._foreach_copy_(list(expert_biases), list(bias_LE.unbind()))
 
 
-def nonfinite(routing: Routing) -> Tensor:
-    """Whether a router logit is NaN or infinite: a flag that stays on the device, 0 or 1."""
-    return (~routing.router_logits.isfinite()).any()
+def layer_counts(routings: Sequence[Routing]) -> list[Tensor]:
+    """Of every layer: whether a router logit is not finite; where choices can be lost, also how many were.
+
+    These are the dropped choices, and the tokens that no expert computes.
+    """
+    counts = [(~r.router_logits.isfinite()).any() for r in routings]
+    kept = [(r, r.kept) for r in routings if r.kept is not None]
+    counts += [((r.topk_experts < r.scores.shape[-1]) & ~k).sum() for r, k in kept]
+    return counts + [(~k.any(-1)).sum() for _, k in kept]
 
 
 def stack_loads(routings: Sequence[Routing], *, reduce: bool = False) -> Tensor:
@@ -217,8 +224,13 @@ def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], start=tensors[0])
 
 
+def world_size() -> int:
+    """How many ranks take part in the step."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all ranks, in place; unchanged when there is one."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor

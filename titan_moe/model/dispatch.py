@@ -1,11 +1,12 @@
 """Dispatchers: how tokens get to their experts and the experts' outputs back.
 
-A dispatcher is a pair of functions. `dispatch(x_TD, routing)` gives (x_ND, tokens_per_expert_E, state): one row for each
-of the N = T * K choices, sorted by expert, and how many rows each of this process's experts has. `combine(y_ND,
+A dispatcher is a pair of functions. `dispatch(x_TD, routing)` gives (x_ND, tokens_per_expert_E, state): one row for
+each of the N = T * K choices, sorted by expert, and how many rows each of this process's experts has. `combine(y_ND,
 topk_scores_TK, state)` gives y_TD: for each token the weighted sum of its rows.
 
-Nothing is dropped, no (T, E) mask is built, and nothing waits for the device. Sorting gives a permutation, so the
-backward of both is again a gather: no atomic adds, hence the same bits in every run.
+No (T, E) mask is built, and nothing waits for the device. Sorting gives a permutation, so the backward of both is again
+a gather: no atomic adds, hence the same bits in every run. Choices that a router did not keep have no row: N is then
+at most E * capacity, the rows after the last expert's are computed by nobody, hold anything, and are read by nobody.
 
 Shapes: T tokens, D dim, K top_k, N = T * K rows, E experts.
 """
@@ -32,13 +33,17 @@ class Permutation(NamedTuple):
     """Where the row of each choice is, and back."""
 
     order_N: Tensor  # (N,) int64: row i of the sorted rows is choice order[i] = t * K + k
-    row_TK: Tensor  # (T, K) int64: the row of choice k of token t
+    row_TK: Tensor  # (T, K) int64: the row of choice k of token t; 0 where it was not kept
+    kept_TK: Tensor | None = None  # (T, K) bool; None: all
 
 
 def local() -> Dispatcher:
     """All experts on this process: a stable sort by expert and its inverse."""
 
     def dispatch(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Permutation]:
+        if routing.kept is not None:
+            permutation, tokens_per_expert_E = sort_kept(routing)
+            return gather_rows(x_TD, permutation), tokens_per_expert_E, permutation
         permutation = sort_by_expert(routing.topk_experts)
         return gather_rows(x_TD, permutation), routing.tokens_per_expert, permutation
 
@@ -52,14 +57,31 @@ def sort_by_expert(topk_experts_TK: Tensor) -> Permutation:
     return Permutation(order_N, row_N.view_as(topk_experts_TK))
 
 
+def sort_kept(routing: Routing) -> tuple[Permutation, Tensor]:
+    """The same of the choices that were kept, and how many of them each expert has, (E,)."""
+    assert routing.kept is not None
+    assert routing.capacity is not None
+    num_experts = routing.scores.shape[-1]
+    key_N = torch.where(routing.kept, routing.topk_experts, num_experts).flatten()
+    counts_E = key_N.new_zeros(num_experts + 1).scatter_add_(0, key_N, torch.ones_like(key_N))[:num_experts]
+    rows = min(key_N.numel(), num_experts * routing.capacity)
+    order_N = key_N.argsort(stable=True)[:rows]
+    row_N = torch.zeros_like(key_N).scatter_(0, order_N, torch.arange(rows, device=key_N.device))
+    row_TK = row_N.view_as(routing.kept) * routing.kept
+    return Permutation(order_N, row_TK, routing.kept), counts_E
+
+
 def gather_rows(x_TD: Tensor, permutation: Permutation) -> Tensor:
     """The token of every row: (T, D) -> (N, D)."""
     return _Gather.apply(x_TD, *permutation)
 
 
 def combine_rows(y_ND: Tensor, topk_scores_TK: Tensor, permutation: Permutation) -> Tensor:
-    """The sum of every token's rows, each times its score: (N, D) -> (T, D), accumulated in fp32."""
-    return _Combine.apply(y_ND, topk_scores_TK, *permutation)
+    """The sum of every token's rows, each times its score, which is 0 for what was not kept: (N, D) -> (T, D).
+
+    Accumulated in fp32.
+    """
+    return _Combine.apply(y_ND, topk_scores_TK, permutation.order_N, permutation.row_TK)
 
 
 # embedding_bag is a gather and a sum in one pass over memory, without the (T, K, D) tensor between them.
@@ -67,14 +89,15 @@ def combine_rows(y_ND: Tensor, topk_scores_TK: Tensor, permutation: Permutation)
 
 class _Gather(Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, row_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(row_TK)
+    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
+        ctx.save_for_backward(row_TK, kept_TK)
         return x_TD.index_select(0, order_N // row_TK.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        (row_TK,) = ctx.saved_tensors
-        return F.embedding_bag(row_TK, grad_ND, mode="sum"), None, None
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        row_TK, kept_TK = ctx.saved_tensors
+        weights_TK = None if kept_TK is None else kept_TK.to(grad_ND.dtype)
+        return F.embedding_bag(row_TK, grad_ND, mode="sum", per_sample_weights=weights_TK), None, None, None
 
 
 class _Combine(Function):

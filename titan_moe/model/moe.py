@@ -67,7 +67,8 @@ class _ExpertSwiGLU(Function):
 def expert_swiglu(x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
     """w2 @ (silu(w1 @ x) * (w3 @ x)) with the weights of each row's expert; rows come sorted by expert.
 
-    w1, w3 are (E, F, D), w2 is (E, D, F), tokens_per_expert_E sums to N. Source: Shazeer (2020), SwiGLU.
+    w1, w3 are (E, F, D), w2 is (E, D, F), tokens_per_expert_E sums to N; rows after its sum are
+    not computed, and hold anything. Source: Shazeer (2020), SwiGLU.
     """
     offs_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
     return _ExpertSwiGLU.apply(x_ND, w1, w2, w3, offs_E)
