@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
@@ -88,6 +89,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_b
     """Sums over all validation batches of all ranks, each of which must have the same number of batches."""
     device = token_bytes.device
     outputs = [eval_step(model, tokens.to(device), labels.to(device), token_bytes) for tokens, labels in batches]
+    if isinstance(model, FSDPModule):
+        model.reshard()  # it had gathered parameters kept for a backward that does not come: no save could name them
     return EvalOutput(*(all_reduce_sum(sum_tensors(field)) for field in zip(*outputs, strict=True)))
 
 
