@@ -12,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -180,14 +181,15 @@ def signal_name(number: int) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of a run; ValueError where nothing can be written there."""
-    probe = folder / f".writable-{os.getpid()}"
+    """Raise ValueError where the folder of a run cannot be written or made; leaves nothing behind."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
-        raise ValueError(f"job.dump_folder {folder} is not writable: {error.strerror}; give another one") from error
+        raise ValueError(
+            f"job.dump_folder {folder} is not writable: {error.strerror}: {existing}; give another one"
+        ) from error
 
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
@@ -248,7 +250,7 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
-        if read_world().rank == 0 or debug:
+        if read_world().local_rank == 0 or debug:  # one line a node: a disk may fail on one of them alone
             print(f"error: {describe(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

@@ -216,10 +216,12 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
             if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
                 flush(sinks, pending)
-            if validating:
+            if validating and not signal:
                 validate(job, sinks, step)
             if saving:
                 save(job, step, num_tokens, must_succeed=last or signal > 0)
+            if validating and signal:  # after the save, which a scheduler's patience may not outlast
+                validate(job, sinks, step)
             if signal and not last:
                 return signal
             if step == start + 1:
@@ -232,7 +234,10 @@ def validate(job: Job, sinks: Sink, step: int) -> None:
     assert job.data.validation is not None
     bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
     output = evaluate(job.model, job.data.validation(), bytes_V)
-    flush(sinks, [{"step": step, "kind": "validation", **eval_metrics(output)}])
+    record: Record = {"step": step, "kind": "validation", **eval_metrics(output)}
+    if output.load.numel():
+        record["load"] = output.load  # for the heatmap
+    flush(sinks, [record])
 
 
 def save(job: Job, step: int, num_tokens: int, *, must_succeed: bool) -> None:
@@ -260,6 +265,7 @@ def write_run_files(job: Job) -> None:
     """Leave config.toml, which gives this run again, and run.json, which says where it ran, in the dump folder."""
     if not job.runtime.is_main:
         return
+    job.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(job.folder / "config.toml", to_toml(job.config))
     facts = {**runtime.describe_machine(job.runtime), **job.data.fingerprints}
     write_atomic(job.folder / "run.json", json.dumps(facts, indent=1) + "\n")
