@@ -199,7 +199,13 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             micro_batches = [(tokens.to(rt.device), labels.to(rt.device)) for tokens, labels in micro_batches]
             lrs = set_lr(job.optimizer, job.base_lrs, job.schedule(step))
             output = train_step(
-                job.model, micro_batches, job.optimizer, job.balancers, expert_biases, max_norm=config.training.max_norm
+                job.model,
+                micro_batches,
+                job.optimizer,
+                job.balancers,
+                expert_biases,
+                max_norm=config.training.max_norm,
+                progress=step / steps,
             )
             seconds = time.perf_counter() - begin
             step_tokens = rt.world_size * sum(labels.numel() for _, labels in micro_batches)
