@@ -13,6 +13,8 @@ LAYERS = {
     "model.dispatch": 0,
     "balancer": 0,
     "optimizer.groups": 0,
+    "optimizer.load_lr": 0,
+    "optimizer.adamw": 0,
     "optimizer.schedule": 0,
     "metrics": 0,
     "files": 0,
