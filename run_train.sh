@@ -8,4 +8,6 @@ nproc=${NPROC:-1}
 config=${CONFIG_FILE:-train_configs/debug_moe.toml}
 cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
+# threads that wait by spinning lose most of their speed as soon as another program wants a core
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 exec .venv/bin/torchrun --standalone --nproc_per_node="$nproc" -m titan_moe.train --job.config_file "$config" "$@"

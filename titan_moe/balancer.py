@@ -1,6 +1,6 @@
 """Load balancing: a balancer is a pair of pure functions of a layer's routing and of its load.
 
-Shapes: T tokens, E experts, K top_k.
+Shapes: T tokens, E experts, K top_k, G groups of tokens (the sequences of a micro-batch, or 1).
 """
 
 from collections.abc import Callable
@@ -10,19 +10,36 @@ import torch
 from torch import Tensor
 
 from titan_moe.model.routing import Routing
+from titan_moe.quantile import margin_counts, quantile_shift
+
+Scope = Literal["micro_batch", "sequence", "global_batch", "global_batch_exact"]
+
+
+def _constant(progress: float) -> float:
+    """Leave the rate as it is."""
+    return 1.0
 
 
 class Balancer(NamedTuple):
     """How a layer's load is kept even: by a loss on its routing, by a bias on its selection, or both.
 
-    `loss(routing, load_E, num_tokens)` is this micro-batch's share of the step's loss, a scalar: a mean over the
+    `loss(routing, load, num_tokens)` is this micro-batch's share of the step's loss, a scalar: a mean over the
     tokens of the micro-batch times (its tokens / `num_tokens`, the tokens of the whole step), so that the shares of
-    micro-batches and ranks add up. `load_E` is the layer's tokens per expert.
-    `post_step(load, expert_bias)` gives the bias after an optimizer step; both are (..., E), the load is global.
+    micro-batches and ranks add up. `load` is tokens per expert, counted where `scope` says: (E,), and (B, E) for each
+    sequence with scope `sequence`. With `train` false the loss is evaluated and reported, but not trained on.
+
+    `post_step(load, expert_bias)` gives the bias after an optimizer step; the load (..., E) is of the whole step and
+    all ranks. A balancer that needs to know more than tokens per expert counts it by `observe(routing, expert_bias)`,
+    integers whose sum over micro-batches and ranks `post_step` gets in the load's place. The step multiplies the
+    change of the bias by `schedule(progress)`, progress from 0 to 1 at the run's end.
     """
 
     loss: Callable[[Routing, Tensor, Tensor | int], Tensor]
     post_step: Callable[[Tensor, Tensor], Tensor]
+    scope: Scope = "micro_batch"
+    train: bool = True
+    observe: Callable[[Routing, Tensor], Tensor] | None = None
+    schedule: Callable[[float], float] = _constant
 
 
 def keep_bias(load: Tensor, expert_bias: Tensor) -> Tensor:
@@ -30,34 +47,47 @@ def keep_bias(load: Tensor, expert_bias: Tensor) -> Tensor:
     return expert_bias
 
 
-def no_loss(routing: Routing, load_E: Tensor, num_tokens: Tensor | int) -> Tensor:
+def no_loss(routing: Routing, load: Tensor, num_tokens: Tensor | int) -> Tensor:
     """Loss of a balancer that has none; the step skips it."""
     return routing.router_logits.new_zeros(())
 
 
-def _token_mean(value_T: Callable[[Routing], Tensor], coeff: float) -> Balancer:
+def _token_mean(value_T: Callable[[Routing], Tensor], coeff: float, train: bool = True) -> Balancer:
     """Build a balancer from a per-token loss (T,): its share is the sum over tokens divided by `num_tokens`."""
 
-    def loss(routing: Routing, load_E: Tensor, num_tokens: Tensor | int) -> Tensor:
+    def loss(routing: Routing, load: Tensor, num_tokens: Tensor | int) -> Tensor:
         return coeff * value_T(routing).sum() / num_tokens
 
-    return Balancer(loss, keep_bias)
+    return Balancer(loss, keep_bias, train=train)
 
 
-def aux_loss(coeff: float = 0.1, scope: Literal["micro_batch"] = "micro_batch") -> Balancer:
+def aux_loss(coeff: float = 0.1, scope: Scope = "micro_batch") -> Balancer:
     """Penalise uneven load: L_B = sum_j m_j l_j, k/E at uniform load (the paper's section 2; Switch, eq. 4).
 
-    m_j is the fraction of tokens routed to expert j (no gradient), l_j the mean probability of j. With scope
-    `micro_batch` both are of the tokens that one rank routes in one forward pass.
+    l_j is the mean probability of expert j, m_j the fraction of tokens that were routed to j, before any were dropped
+    (no gradient). `scope` says of which tokens:
+
+    - `micro_batch`: those that one rank routes in one forward pass. Depends on how the step is cut, by definition.
+    - `sequence`: those of each sequence, and L_B is the mean over sequences (DeepSeek-V3, equations 17 to 20).
+    - `global_batch`: m_j of all ranks and of the step's micro-batches so far, because the first backward runs before
+      the last micro-batch is routed (Megatron-core's `global_aux_loss`, a running average; Qiu et al., 2025). Without
+      accumulation it is the m_j of the whole step. Costs a collective for each micro-batch.
+    - `global_batch_exact`: m_j of the whole step, counted by an extra forward pass over all micro-batches before the
+      first backward. Does not depend on how the step is cut.
+
+    Megatron-core and DeepSeek-V3 multiply by E / k: 1 at uniform load.
     """
 
-    def loss(routing: Routing, load_E: Tensor, num_tokens: Tensor | int) -> Tensor:
-        T = routing.scores.shape[0]
-        m_E = routing.tokens_per_expert.to(routing.scores.dtype) / T
-        # mean probability l_E times the share T / num_tokens of this micro-batch: the T cancels
-        return coeff * (m_E * routing.scores.sum(0)).sum() / num_tokens
+    def loss(routing: Routing, load: Tensor, num_tokens: Tensor | int) -> Tensor:
+        T, E = routing.scores.shape
+        load_GE = load.view(-1, E).to(routing.scores.dtype)
+        choices = routing.tokens_per_expert.sum() / T  # of a token: K
+        m_GE = choices * load_GE / load_GE.sum(-1, keepdim=True)
+        scores_GE = routing.scores.view(load_GE.shape[0], -1, E).sum(1)
+        # mean probability l times the share T / num_tokens of this micro-batch: the T cancels
+        return coeff * (m_GE * scores_GE).sum() / num_tokens
 
-    return Balancer(loss, keep_bias)
+    return Balancer(loss, keep_bias, scope=scope)
 
 
 def token_z_loss(routing: Routing) -> Tensor:
@@ -75,22 +105,63 @@ def z_loss(coeff: float = 0.001) -> Balancer:
     return _token_mean(token_z_loss, coeff)
 
 
-def entropy_loss(coeff: float = 0.01) -> Balancer:
-    """Encourage peaked routing: mean over tokens of the entropy of the routing probabilities (the paper, 3.3.1)."""
-    return _token_mean(token_entropy, coeff)
+def entropy_loss(coeff: float = 0.01, form: Literal["token", "batch"] = "token", train: bool = True) -> Balancer:
+    """Regularise the entropy of the routing probabilities, nats.
 
-
-def loss_free(rate: float = 0.001, rule: Literal["sign"] = "sign") -> Balancer:
-    """Move each expert's selection bias by `rate` towards even load, without a loss (Wang et al. 2024, algorithm 1).
-
-    Rule `sign`: b_i += rate * sign(mean load - load_i), once per optimizer step, from global loads.
+    Form `token`: mean over tokens of H(p_t), small when routing is peaked (the paper, 3.3.1). Form `batch`: minus the
+    entropy of the micro-batch's mean probability, -H(mean_t p_t), -log E when experts are used evenly on average (the
+    sign and default form of the paper's code); by definition it depends on the micro-batch. With `train` false the
+    value is reported but not trained on, as in the paper's runs.
     """
+    if form == "token":
+        return _token_mean(token_entropy, coeff, train)
+
+    def loss(routing: Routing, load: Tensor, num_tokens: Tensor | int) -> Tensor:
+        share = routing.scores.shape[0] / num_tokens
+        return -coeff * torch.special.entr(routing.scores.mean(0)).sum() * share
+
+    return Balancer(loss, keep_bias, train=train)
+
+
+def loss_free(
+    rate: float | None = None,
+    rule: Literal["sign", "proportional", "quantile"] = "sign",
+    recenter: bool = False,
+    decay_ratio: float = 0.0,
+) -> Balancer:
+    """Move each expert's selection bias towards even load, once per optimizer step, without a loss.
+
+    From global loads L of the step, with rules
+
+    - `sign`: b_i += rate * sign(mean L - L_i) (Wang et al. 2024, algorithm 1; DeepSeek-V3). `rate` is 0.001 if unset.
+    - `proportional`: b_i += rate * (mean L - L_i) / mean L (Wang et al.'s variant by the error itself, here relative,
+      so that the rate does not depend on the batch size). `rate` is 0.001 if unset.
+    - `quantile`: b_i += rate * q_i, where q_i is the change of b_i alone that gives expert i its even share of the
+      step's tokens, a quantile of their margins (`titan_moe.quantile`; Su, 2026; Kimi K3, section 2.3.3). `rate` is 1
+      if unset; less is an exponential average with decay 1 - rate, as Megatron-core's `quantile_balancing`.
+
+    The bias is in the units of the router's selection: logits for the softmax routers, probabilities for `sigmoid`.
+    `recenter` subtracts the mean over experts, which never changes a choice. `decay_ratio` is the last part of the run
+    over which the rate falls linearly to 0.
+    """
+    if rate is None:
+        rate = 1.0 if rule == "quantile" else 0.001
 
     def post_step(load: Tensor, expert_bias: Tensor) -> Tensor:
-        load = load.to(expert_bias.dtype)
-        return expert_bias + rate * torch.sign(load.mean(-1, keepdim=True) - load)
+        if rule == "quantile":
+            change = quantile_shift(load)
+        else:
+            load = load.to(expert_bias.dtype)
+            mean = load.mean(-1, keepdim=True)
+            change = torch.sign(mean - load) if rule == "sign" else (mean - load) / mean.clamp(min=1)
+        expert_bias = expert_bias + rate * change
+        return expert_bias - expert_bias.mean(-1, keepdim=True) if recenter else expert_bias
 
-    return Balancer(no_loss, post_step)
+    def schedule(progress: float) -> float:
+        return min(1.0, (1 - progress) / decay_ratio) if decay_ratio else 1.0
+
+    observe = margin_counts if rule == "quantile" else None
+    return Balancer(no_loss, post_step, observe=observe, schedule=schedule)
 
 
 BALANCERS: dict[str, Callable[..., Balancer]] = {

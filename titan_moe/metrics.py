@@ -88,7 +88,8 @@ def eval_metrics(output: EvalOutput) -> dict[str, Tensor]:
     """
     T = output.num_tokens.to(torch.float64)
     loss = output.loss_sum / T
-    metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": output.num_correct / T, "num_tokens": T}
+    metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": output.num_correct / T}
+    metrics["num_tokens"] = output.num_tokens
     metrics["bits_per_byte"] = output.loss_sum / math.log(2) / output.num_bytes
     if output.load.numel():
         metrics["aux_loss"] = (output.load / T * output.scores_sum / T).sum(-1).mean()

@@ -1,6 +1,7 @@
 """The machine: process group, device, seeds and determinism, logging. The only reader of os.environ."""
 
 import contextlib
+import ctypes
 import datetime
 import faulthandler
 import logging
@@ -11,6 +12,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,6 +116,19 @@ def init_logging(runtime: Runtime) -> None:
     logger.setLevel(logging.INFO if runtime.is_main else logging.WARNING)
 
 
+def return_large_buffers() -> None:
+    """Have glibc give freed buffers of 16 MiB and more back at once (CPU runs on Linux).
+
+    By default it moves ever larger ones to the heap, where the changing sizes of gathered parameters and gradients
+    leave holes: a sharded model of 240 M parameters held 1.1 GiB more than it used.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(-3, 16 << 20)  # M_MMAP_THRESHOLD
+            mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD: keep the heap's top for the next step
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Most memory held so far, GiB: allocated on the GPU, or resident in the process on a CPU."""
     if device.type == "cuda":
@@ -166,14 +181,15 @@ def signal_name(number: int) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of a run; ValueError where nothing can be written there."""
-    probe = folder / f".writable-{os.getpid()}"
+    """Raise ValueError where the folder of a run cannot be written or made; leaves nothing behind."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
-        raise ValueError(f"job.dump_folder {folder} is not writable: {error.strerror}; give another one") from error
+        raise ValueError(
+            f"job.dump_folder {folder} is not writable: {error.strerror}: {existing}; give another one"
+        ) from error
 
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
@@ -234,7 +250,7 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
-        if read_world().rank == 0 or debug:
+        if read_world().local_rank == 0 or debug:  # one line a node: a disk may fail on one of them alone
             print(f"error: {describe(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

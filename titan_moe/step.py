@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
@@ -30,30 +31,39 @@ def train_step(
     expert_biases: Sequence[Tensor],
     *,
     max_norm: float,
+    progress: float = 0.0,
 ) -> StepOutput:
     """Update the model once from all micro-batches of tokens and labels (B, S) that this rank holds.
 
     `expert_biases` are the selection biases (E,) of the MoE layers, in order, or empty. Every returned number is over
     all ranks and micro-batches. The loss is a sum divided by the global number of tokens of the step, so gradients do
-    not depend on how the step is cut into ranks and micro-batches.
+    not depend on how the step is cut into ranks and micro-batches. `progress` is the part of the run that is done
+    with this step, for balancers with a schedule.
     """
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
-    sums, loads = [], []
+    scopes = {balancer.scope for _, balancer in balancers.values()}
+    whole_LE = route_ahead(model, micro_batches) if "global_batch_exact" in scopes else None
+    sums, loads, observations = [], [], []
     for tokens, labels in micro_batches:
         logits, routings = model(tokens)
+        loads.append(stack_loads(routings, reduce="global_batch" in scopes))
+        observations.append(observe(routings, expert_biases, balancers))
         ce = cross_entropy_sum(logits, labels) / num_tokens
-        balance = balance_losses(routings, balancers, num_tokens)
-        loss = sum_tensors([ce, *(balancers[name][0] * value for name, value in balance.items())])
+        scoped = scoped_loads(routings, scopes, sequences=tokens.shape[0], so_far_LE=loads, whole_LE=whole_LE)
+        balance = balance_losses(routings, balancers, scoped, num_tokens)
+        trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
+        loss = sum_tensors([ce, *trained])
         loss.backward()
         sums.append(torch.stack([loss.detach(), ce.detach(), *(value.detach() for value in balance.values())]))
-        loads.append(stack_loads(routings))
     total_loss, ce, *values = all_reduce_sum(sum_tensors(sums)).unbind()
-    load_LE = all_reduce_sum(sum_tensors(loads))  # one collective for all layers
+    load_LE = sum_tensors(loads)
+    if "global_batch" not in scopes:
+        all_reduce_sum(load_LE)  # one collective for all layers
 
     grad_norm = clip_grad_norm(model.parameters(), max_norm)
     load_factors = step_by_load(optimizer, load_LE)
     optimizer.zero_grad()
-    update_expert_biases(expert_biases, load_LE, balancers)
+    update_expert_biases(expert_biases, load_LE, observations, balancers, progress)
     return StepOutput(
         loss=ce,
         balance_losses=dict(zip(balance, values, strict=True)),
@@ -90,6 +100,8 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_b
     """Sums over all validation batches of all ranks, each of which must have the same number of batches."""
     device = token_bytes.device
     outputs = [eval_step(model, tokens.to(device), labels.to(device), token_bytes) for tokens, labels in batches]
+    if isinstance(model, FSDPModule):
+        model.reshard()  # without a backward the root module would keep its parameters gathered
     return EvalOutput(*(all_reduce_sum(sum_tensors(field)) for field in zip(*outputs, strict=True)))
 
 
@@ -98,30 +110,95 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def balance_losses(routings: Sequence[Routing], balancers: Balancers, num_tokens: Tensor) -> dict[str, Tensor]:
+@torch.no_grad()
+def route_ahead(model: nn.Module, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The load (L, E) of the whole step, all ranks, by a forward pass over all micro-batches before the real ones."""
+    return all_reduce_sum(sum_tensors([stack_loads(model(tokens)[1]) for tokens, _ in micro_batches]))
+
+
+def scoped_loads(
+    routings: Sequence[Routing],
+    scopes: Iterable[str],
+    *,
+    sequences: int,
+    so_far_LE: Sequence[Tensor],
+    whole_LE: Tensor | None,
+) -> dict[str, Sequence[Tensor]]:
+    """For each scope in use the load of every layer as `Balancer.loss` wants it.
+
+    `so_far_LE` are the loads of this micro-batch and the ones before, of all ranks when `global_batch` is in use.
+    """
+    loads: dict[str, Sequence[Tensor]] = {"micro_batch": [r.tokens_per_expert for r in routings]}
+    if "sequence" in scopes:
+        loads["sequence"] = [sequence_load(r, sequences) for r in routings]
+    if "global_batch" in scopes:
+        loads["global_batch"] = sum_tensors(so_far_LE).unbind()
+    if whole_LE is not None:
+        loads["global_batch_exact"] = whole_LE.unbind()
+    return loads
+
+
+def sequence_load(routing: Routing, sequences: int) -> Tensor:
+    """Tokens per expert of each sequence, (B, E) int64, of a micro-batch of B sequences."""
+    ids_BN = routing.topk_experts.view(sequences, -1)
+    counts_BE = ids_BN.new_zeros(sequences, routing.scores.shape[-1])
+    return counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))
+
+
+def balance_losses(
+    routings: Sequence[Routing], balancers: Balancers, loads: Mapping[str, Sequence[Tensor]], num_tokens: Tensor
+) -> dict[str, Tensor]:
     """Each balancer's loss at coefficient 1, mean over layers, as this micro-batch's share of the step."""
+    losses = {}
+    for name, (_, balancer) in balancers.items():
+        if balancer.loss is not no_loss:
+            with torch.set_grad_enabled(balancer.train):
+                layers = zip(routings, loads[balancer.scope], strict=True)
+                losses[name] = sum_tensors([balancer.loss(r, load, num_tokens) for r, load in layers]) / len(routings)
+    return losses
+
+
+@torch.no_grad()
+def observe(routings: Sequence[Routing], expert_biases: Sequence[Tensor], balancers: Balancers) -> dict[str, Tensor]:
+    """What the balancers' post steps want to know of this micro-batch beside its load, stacked over layers."""
     return {
-        name: sum_tensors([balancer.loss(r, r.tokens_per_expert, num_tokens) for r in routings]) / len(routings)
+        name: torch.stack([balancer.observe(r, bias) for r, bias in zip(routings, expert_biases, strict=True)])
         for name, (_, balancer) in balancers.items()
-        if balancer.loss is not no_loss
+        if balancer.observe is not None
     }
 
 
 @torch.no_grad()
-def update_expert_biases(expert_biases: Sequence[Tensor], load_LE: Tensor, balancers: Balancers) -> None:
-    """Apply the balancers' post steps: the only write to model state outside the optimizer."""
-    post_steps = [balancer.post_step for _, balancer in balancers.values() if balancer.post_step is not keep_bias]
+def update_expert_biases(
+    expert_biases: Sequence[Tensor],
+    load_LE: Tensor,
+    observations: Sequence[Mapping[str, Tensor]],
+    balancers: Balancers,
+    progress: float,
+) -> None:
+    """Apply the balancers' post steps: the only write to model state outside the optimizer.
+
+    `load_LE` is of all ranks, the `observations` are those of this rank's micro-batches.
+    """
+    post_steps = {name: b for name, (_, b) in balancers.items() if b.post_step is not keep_bias}
     if not post_steps:
         return
     bias_LE = torch.stack(list(expert_biases))
-    for post_step in post_steps:
-        bias_LE = post_step(load_LE, bias_LE)
+    for name, balancer in post_steps.items():
+        seen = load_LE
+        if balancer.observe is not None:
+            seen = all_reduce_sum(sum_tensors([observed[name] for observed in observations]))
+        moved_LE, factor = balancer.post_step(seen, bias_LE), balancer.schedule(progress)
+        bias_LE = moved_LE if factor == 1 else torch.lerp(bias_LE, moved_LE, factor)
     torch._foreach_copy_(list(expert_biases), list(bias_LE.unbind()))
 
 
-def stack_loads(routings: Sequence[Routing]) -> Tensor:
-    """Tokens per expert of all layers, (L, E) int64; (0,) for a dense model."""
-    return torch.stack([r.tokens_per_expert for r in routings]) if routings else torch.zeros(0, dtype=torch.int64)
+def stack_loads(routings: Sequence[Routing], *, reduce: bool = False) -> Tensor:
+    """Tokens per expert of all layers, (L, E) int64, of all ranks with `reduce`; (0,) for a dense model."""
+    if not routings:
+        return torch.zeros(0, dtype=torch.int64)
+    load_LE = torch.stack([r.tokens_per_expert for r in routings])
+    return all_reduce_sum(load_LE) if reduce else load_LE
 
 
 def stack(values: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -82,6 +82,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
     mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
     if rt.world_size > 1 or mixed:
         runtime.init_process_group(rt, config.comm.init_timeout_seconds)
+    if rt.device.type == "cpu":
+        runtime.return_large_buffers()
     runtime.seed_everything(training.seed, deterministic=training.deterministic)
 
     data = load_data(config, rt)
@@ -197,7 +199,13 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             micro_batches = [(tokens.to(rt.device), labels.to(rt.device)) for tokens, labels in micro_batches]
             lrs = set_lr(job.optimizer, job.base_lrs, job.schedule(step))
             output = train_step(
-                job.model, micro_batches, job.optimizer, job.balancers, expert_biases, max_norm=config.training.max_norm
+                job.model,
+                micro_batches,
+                job.optimizer,
+                job.balancers,
+                expert_biases,
+                max_norm=config.training.max_norm,
+                progress=step / steps,
             )
             seconds = time.perf_counter() - begin
             step_tokens = rt.world_size * sum(labels.numel() for _, labels in micro_batches)
@@ -211,12 +219,15 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             signal, last = stop.on_any_rank(), step == steps
             validating = config.validation.enable and (step % config.validation.freq == 0 or last)
             saving = config.checkpoint.enable and (step % config.checkpoint.interval == 0 or last or signal > 0)
-            if step % config.metrics.log_freq == 0 or validating or saving or signal or last:
+            waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
+            if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
                 flush(sinks, pending)
-            if validating:
+            if validating and not signal:
                 validate(job, sinks, step)
             if saving:
                 save(job, step, num_tokens, must_succeed=last or signal > 0)
+            if validating and signal:  # after the save, which a scheduler's patience may not outlast
+                validate(job, sinks, step)
             if signal and not last:
                 return signal
             if step == start + 1:
@@ -229,7 +240,10 @@ def validate(job: Job, sinks: Sink, step: int) -> None:
     assert job.data.validation is not None
     bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
     output = evaluate(job.model, job.data.validation(), bytes_V)
-    flush(sinks, [{"step": step, "kind": "validation", **eval_metrics(output)}])
+    record: Record = {"step": step, "kind": "validation", **eval_metrics(output)}
+    if output.load.numel():
+        record["load"] = output.load  # for the heatmap
+    flush(sinks, [record])
 
 
 def save(job: Job, step: int, num_tokens: int, *, must_succeed: bool) -> None:
@@ -257,6 +271,7 @@ def write_run_files(job: Job) -> None:
     """Leave config.toml, which gives this run again, and run.json, which says where it ran, in the dump folder."""
     if not job.runtime.is_main:
         return
+    job.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(job.folder / "config.toml", to_toml(job.config))
     facts = {**runtime.describe_machine(job.runtime), **job.data.fingerprints}
     write_atomic(job.folder / "run.json", json.dumps(facts, indent=1) + "\n")

@@ -51,6 +51,7 @@ def train_sharded(rank: int, world: int) -> dict[str, Any]:
         results[mode] = summarize(model, outputs)
     tokens, labels = (part.chunk(world)[rank] for part in batch(9))
     results["evaluation"] = evaluate(model, [(tokens, labels)], torch.ones(64))
+    assert all(isinstance(p, DTensor) for p in model.parameters())  # sharded again, as a save needs them
     return results
 
 

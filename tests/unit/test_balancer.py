@@ -3,18 +3,24 @@ import math
 import pytest
 import torch
 
+from tests.cases import cases
 from titan_moe.balancer import BALANCERS, Balancer, keep_bias, no_loss
+from titan_moe.metrics import maxvio
 from titan_moe.model.routing import ROUTERS, Routing
+from titan_moe.quantile import margin_counts, quantile_shift
+from titan_moe.step import sequence_load
 
 T, E, K = 12, 4, 2
+CASES = cases(BALANCERS)
 
 
-def route(logits_TE, name="topk_softmax"):
-    return ROUTERS[name](top_k=K)(logits_TE, None)
+def route(logits_TE, name="topk_softmax", bias_E=None):
+    return ROUTERS[name](top_k=K)(logits_TE, bias_E)
 
 
-def loss_of(balancer: Balancer, routing: Routing) -> torch.Tensor:
-    return balancer.loss(routing, routing.tokens_per_expert, routing.scores.shape[0])
+def loss_of(balancer: Balancer, routing: Routing, sequences: int = 1, num_tokens: int | None = None) -> torch.Tensor:
+    load = sequence_load(routing, sequences) if balancer.scope == "sequence" else routing.tokens_per_expert
+    return balancer.loss(routing, load, num_tokens or routing.scores.shape[0])
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -37,6 +43,32 @@ def test_aux_loss_by_hand():
     assert loss_of(BALANCERS["aux_loss"](coeff=1.0), route(logits)).item() == pytest.approx(K / E)
 
 
+@pytest.mark.parametrize("router", ["topk_softmax", "softmax_topk", "sigmoid"])
+def test_aux_loss_is_megatrons_times_k_over_e(router):
+    """Megatron-core: c * E * sum_e(counts_e * sum_t P_te) / (k * N^2), P normalised over experts."""
+    logits = torch.randn(T, E)
+    p = (
+        logits.sigmoid() / (logits.sigmoid().sum(-1, keepdim=True) + 1e-20)
+        if router == "sigmoid"
+        else logits.softmax(-1)
+    )
+    counts = logits.topk(K).indices.flatten().bincount(minlength=E)
+    megatron = 0.01 * E * (counts * p.sum(0)).sum() / (K * T**2)
+    ours = loss_of(BALANCERS["aux_loss"](coeff=0.01), route(logits, router))
+    torch.testing.assert_close(ours, K / E * megatron)
+
+
+def test_aux_loss_of_sequences_is_the_mean_of_theirs():
+    logits, balancer = torch.randn(T, E), BALANCERS["aux_loss"](coeff=1.0, scope="sequence")
+    whole = BALANCERS["aux_loss"](coeff=1.0)
+    expected = sum(loss_of(whole, route(part)) for part in logits.split(T // 3)) / 3
+    torch.testing.assert_close(loss_of(balancer, route(logits), sequences=3), expected)
+    # DeepSeek-V3, equations 17 to 20: f_i = E / (k T) * counts, P_i = mean probability; ours times E / k
+    f = torch.stack([route(part).tokens_per_expert * E / (K * 4) for part in logits.split(4)])
+    p = torch.stack([part.softmax(-1).mean(0) for part in logits.split(4)])
+    torch.testing.assert_close(E / K * expected, (f * p).sum(-1).mean())
+
+
 def test_z_and_entropy_by_hand():
     routing = route(torch.zeros(3, 4))
     assert loss_of(BALANCERS["z_loss"](coeff=2.0), routing).item() == pytest.approx(2 * math.log(4) ** 2)
@@ -45,29 +77,98 @@ def test_z_and_entropy_by_hand():
     assert loss_of(BALANCERS["entropy_loss"](coeff=1.0), peaked).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_entropy_of_the_mean():
+    batch = BALANCERS["entropy_loss"](coeff=2.0, form="batch")
+    apart = route(torch.tensor([[100.0, 0, 0, 0], [0, 100, 0, 0]]))  # each peaked, half and half on average
+    assert loss_of(batch, apart).item() == pytest.approx(-2 * math.log(2))
+    logits = torch.randn(T, E)
+    mean = [sum(row[j] for row in logits.softmax(-1).tolist()) / T for j in range(E)]
+    assert loss_of(batch, route(logits)).item() == pytest.approx(2 * sum(p * math.log(p) for p in mean), rel=1e-5)
+
+
+LOAD = torch.tensor([[10, 2, 6, 6], [0, 0, 0, 24]])
+
+
 def test_loss_free_moves_the_bias_by_rate_towards_balance():
     balancer = BALANCERS["loss_free"](rate=0.01)
-    load = torch.tensor([[10, 2, 6, 6], [0, 0, 0, 24]])
-    bias = balancer.post_step(load, torch.zeros(2, 4))
+    bias = balancer.post_step(LOAD, torch.zeros(2, 4))
     assert torch.equal(bias, torch.tensor([[-0.01, 0.01, 0, 0], [0.01, 0.01, 0.01, -0.01]]))
     assert balancer.loss is no_loss
+    torch.testing.assert_close(BALANCERS["loss_free"]().post_step(LOAD, torch.zeros(2, 4)), bias / 10)
 
 
-@pytest.mark.parametrize("name", BALANCERS)
+def test_loss_free_proportional_and_recentred():
+    proportional = BALANCERS["loss_free"](rate=0.3, rule="proportional").post_step(LOAD, torch.ones(2, 4))
+    expected = torch.tensor([[1 - 0.2, 1 + 0.2, 1, 1], [1.3, 1.3, 1.3, 1 - 0.9]])
+    torch.testing.assert_close(proportional, expected)
+    recentred = BALANCERS["loss_free"](rate=0.3, recenter=True).post_step(LOAD, torch.ones(2, 4))
+    torch.testing.assert_close(recentred, torch.tensor([[-0.3, 0.3, 0, 0], [0.15, 0.15, 0.15, -0.45]]))
+    assert torch.equal(BALANCERS["loss_free"](rule="proportional").post_step(LOAD * 0, LOAD * 0.0), LOAD * 0.0)
+
+
+def test_loss_free_decays_at_the_end():
+    schedule = BALANCERS["loss_free"](decay_ratio=0.25).schedule
+    assert [schedule(p) for p in (0.0, 0.5, 0.75, 0.875, 1.0)] == [1, 1, 1, 0.5, 0]
+    assert BALANCERS["loss_free"]().schedule(1.0) == 1
+
+
+class TestQuantile:
+    @pytest.mark.parametrize("router", ["topk_softmax", "sigmoid"])
+    def test_it_balances(self, router):
+        """A few steps on the same skewed tokens: each expert gets its share."""
+        logits = torch.randn(512, 8, generator=torch.Generator().manual_seed(1)) * 2 + torch.linspace(-3, 3, 8)
+        balancer, bias = BALANCERS["loss_free"](rule="quantile"), torch.zeros(8)
+        violations = []
+        for _ in range(8):
+            routing = route(logits, router, bias)
+            violations.append(maxvio(routing.tokens_per_expert).item())
+            assert balancer.observe is not None
+            bias = balancer.post_step(balancer.observe(routing, bias), bias)
+        assert violations[0] > 1
+        assert violations[-1] < 0.1
+
+    def test_shift_is_the_quantile_of_the_margins(self):
+        logits, bias = torch.randn(400, E), torch.tensor([0.5, -0.5, 0.0, 1.0])
+        routing = route(logits, bias_E=bias)
+        shift = quantile_shift(margin_counts(routing, bias))
+        biased = logits + bias
+        cutoffs = biased.sort(descending=True).values[:, K - 1 : K + 1].mean(-1, keepdim=True)
+        margins = cutoffs - biased
+        assert torch.equal((margins < 0).sum(0), routing.tokens_per_expert)
+        # with its bias changed by the shift, an expert reaches the cutoff of K / E of the tokens, up to a bin's width
+        reached = (margins <= shift).sum(0)
+        assert (reached - 400 * K / E).abs().max() <= 6
+        torch.testing.assert_close(shift, torch.quantile(margins, K / E, dim=0), rtol=0.06, atol=1e-3)
+
+    def test_counts_add_up(self):
+        logits, bias = torch.randn(T, E), torch.randn(E)
+        whole = margin_counts(route(logits, bias_E=bias), bias)
+        parts = sum(margin_counts(route(part, bias_E=bias), bias) for part in logits.split(4))
+        assert torch.equal(whole, parts)
+        assert whole[:, :-1].sum(-1).tolist() == [T] * E
+        assert torch.equal(whole[:, -1], route(logits, bias_E=bias).tokens_per_expert.int())
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 class TestContract:
-    def test_permuting_experts_permutes_the_result(self, name):
-        balancer, order = BALANCERS[name](), torch.tensor([2, 0, 3, 1])
-        logits = torch.randn(T, E)
-        assert loss_of(balancer, route(logits)).item() == pytest.approx(
-            loss_of(balancer, route(logits[:, order])).item(), abs=1e-7
+    def test_permuting_experts_permutes_the_result(self, case):
+        balancer, order = BALANCERS[case.name](**case.arguments), torch.tensor([2, 0, 3, 1])
+        logits, bias = torch.randn(T, E), torch.randn(E)
+        plain, permuted = route(logits, bias_E=bias), route(logits[:, order], bias_E=bias[order])
+        assert loss_of(balancer, plain).item() == pytest.approx(loss_of(balancer, permuted).item(), abs=1e-7)
+        seen = balancer.observe or (lambda routing, _: routing.tokens_per_expert)
+        moved, other = (
+            balancer.post_step(seen(plain, bias), bias),
+            balancer.post_step(seen(permuted, bias[order]), bias[order]),
         )
-        load, bias = torch.randint(0, 9, (E,)), torch.randn(E)
-        assert torch.equal(balancer.post_step(load, bias)[order], balancer.post_step(load[order], bias[order]))
+        torch.testing.assert_close(moved[order], other, rtol=0, atol=1e-6)
 
-    def test_no_push_at_uniform_load(self, name):
-        balancer = BALANCERS[name]()
+    def test_no_push_at_uniform_load(self, case):
+        balancer = BALANCERS[case.name](**case.arguments)
         bias = torch.randn(E)
-        assert torch.equal(balancer.post_step(torch.full((E,), 6), bias), bias)
+        bias -= bias.mean()
+        if balancer.observe is None:
+            torch.testing.assert_close(balancer.post_step(torch.full((E,), 6), bias), bias, rtol=0, atol=1e-7)
         # uniform load and uniform probabilities: nothing tells experts apart, so no logit moves against another
         logits = torch.zeros(T, E, requires_grad=True)
         routing = route(logits)
@@ -78,20 +179,20 @@ class TestContract:
             (grad,) = torch.autograd.grad(loss, logits)
             assert (grad - grad.mean(-1, keepdim=True)).abs().max() < 1e-8
 
-    def test_shares_of_micro_batches_add_up(self, name):
+    def test_shares_of_micro_batches_add_up(self, case):
         """Each token's part is divided by the tokens of the whole step, so a mean loss is not counted per part."""
-        balancer, logits = BALANCERS[name](), torch.randn(T, E)
+        balancer, logits = BALANCERS[case.name](**case.arguments), torch.randn(T, E)
         parts = [route(part) for part in logits.split(T // 2)]
-        added = sum(balancer.loss(part, part.tokens_per_expert, T).item() for part in parts)
+        added = sum(loss_of(balancer, part, num_tokens=T).item() for part in parts)
         means = [loss_of(balancer, part).item() for part in parts]
         assert added == pytest.approx(sum(means) / 2, rel=1e-5)
 
-    def test_does_something(self, name):
-        balancer = BALANCERS[name]()
+    def test_does_something(self, case):
+        balancer = BALANCERS[case.name](**case.arguments)
         assert balancer.loss is not no_loss or balancer.post_step is not keep_bias
 
-    def test_gradient_reaches_the_logits(self, name):
-        balancer = BALANCERS[name]()
+    def test_gradient_reaches_the_logits(self, case):
+        balancer = BALANCERS[case.name](**case.arguments)
         if balancer.loss is no_loss:
             pytest.skip("has no loss")
         logits = torch.randn(T, E, requires_grad=True)

@@ -12,6 +12,7 @@ LAYERS = {
     "model.routing": 0,
     "model.dispatch": 0,
     "balancer": 0,
+    "quantile": 0,
     "optimizer.groups": 0,
     "optimizer.load_lr": 0,
     "optimizer.adamw": 0,

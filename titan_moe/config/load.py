@@ -39,7 +39,7 @@ _FACTOR, _BETA = Field(ge=0, le=1), Field(ge=0, lt=1)
 
 KINDS = {
     "router": Kind(ROUTERS, {"top_k": "moe.top_k"}, {"temperature": _POSITIVE, "score_scale": _POSITIVE}),
-    "balancer": Kind(BALANCERS, {}, {"coeff": _NOT_NEGATIVE, "rate": _NOT_NEGATIVE}),
+    "balancer": Kind(BALANCERS, {}, {"coeff": _NOT_NEGATIVE, "rate": _NOT_NEGATIVE, "decay_ratio": _FACTOR}),
     "optimizer": Kind(
         OPTIMIZERS,
         {"param_groups": "the model", "params": "the model"},  # `params` in torch.optim's own classes

@@ -22,6 +22,7 @@ class Routing(NamedTuple):
     topk_scores: Tensor  # (T, K) fp32, the weights that combine the experts' outputs
     topk_experts: Tensor  # (T, K) int64
     tokens_per_expert: Tensor  # (E,) int64, sums to T * K
+    selection: Tensor | None = None  # (T, E) fp32, what the choice compared before the bias; no gradient
 
 
 Router = Callable[[Tensor, Tensor | None], Routing]
@@ -42,7 +43,7 @@ def topk_softmax(*, top_k: int, temperature: float = 1.0) -> Router:
         z_TE = logits_TE / temperature
         topk_experts_TK = _select(z_TE, expert_bias_E, top_k)
         topk_scores_TK = z_TE.gather(-1, topk_experts_TK).softmax(-1)
-        return _routing(logits_TE, z_TE.softmax(-1), topk_scores_TK, topk_experts_TK)
+        return _routing(logits_TE, z_TE.softmax(-1), topk_scores_TK, topk_experts_TK, z_TE)
 
     return route
 
@@ -61,7 +62,7 @@ def softmax_topk(*, top_k: int, temperature: float = 1.0) -> Router:
         z_TE = logits_TE / temperature
         topk_experts_TK = _select(z_TE, expert_bias_E, top_k)
         scores_TE = z_TE.softmax(-1)
-        return _routing(logits_TE, scores_TE, scores_TE.gather(-1, topk_experts_TK), topk_experts_TK)
+        return _routing(logits_TE, scores_TE, scores_TE.gather(-1, topk_experts_TK), topk_experts_TK, z_TE)
 
     return route
 
@@ -84,7 +85,7 @@ def sigmoid(*, top_k: int, temperature: float = 1.0, norm_topk: bool = True, sco
         if norm_topk:
             topk_scores_TK = topk_scores_TK / (topk_scores_TK.sum(-1, keepdim=True) + 1e-20)
         scores_TE = s_TE / (s_TE.sum(-1, keepdim=True) + 1e-20)
-        return _routing(logits_TE, scores_TE, topk_scores_TK * score_scale, topk_experts_TK)
+        return _routing(logits_TE, scores_TE, topk_scores_TK * score_scale, topk_experts_TK, s_TE)
 
     return route
 
@@ -123,11 +124,18 @@ def _select(selection_TE: Tensor, expert_bias_E: Tensor | None, top_k: int) -> T
     return selection_TE.topk(top_k, dim=-1).indices
 
 
-def _routing(logits_TE: Tensor, scores_TE: Tensor, topk_scores_TK: Tensor, topk_experts_TK: Tensor) -> Routing:
+def _routing(
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    topk_scores_TK: Tensor,
+    topk_experts_TK: Tensor,
+    selection_TE: Tensor | None = None,
+) -> Routing:
     """A Routing with its counts; a scatter because bincount has a data-dependent shape."""
     ids_N = topk_experts_TK.flatten()
     counts_E = ids_N.new_zeros(logits_TE.shape[-1]).scatter_add_(0, ids_N, torch.ones_like(ids_N))
-    return Routing(logits_TE, scores_TE, topk_scores_TK, topk_experts_TK, counts_E)
+    selection_TE = None if selection_TE is None else selection_TE.detach()
+    return Routing(logits_TE, scores_TE, topk_scores_TK, topk_experts_TK, counts_E, selection_TE)
 
 
 ROUTERS: dict[str, Callable[..., Router]] = {
