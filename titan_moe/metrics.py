@@ -22,6 +22,7 @@ class StepOutput(NamedTuple):
     grad_norm: Tensor  # scalar, before clipping
     load: Tensor  # (L, E) int64
     num_tokens: Tensor  # scalar int64
+    load_factors: Tensor | None = None  # (L, E) of the experts' learning rates, None where loads do not set them
 
 
 class EvalOutput(NamedTuple):
@@ -72,6 +73,12 @@ def train_metrics(output: StepOutput) -> dict[str, Tensor]:
         metrics["load_entropy"] = load_entropy(output.load).mean()
         metrics["dead_experts"] = dead_experts(output.load)
     return metrics
+
+
+def expert_lr_range(lr: float, load_factors: Tensor) -> dict[str, Tensor]:
+    """Smallest and largest learning rate that the experts (L, E) had in a step, 0 for those without a token."""
+    smallest, largest = load_factors.to(torch.float64).aminmax()
+    return {"lr/expert_min": lr * smallest, "lr/expert_max": lr * largest}
 
 
 def eval_metrics(output: EvalOutput) -> dict[str, Tensor]:
