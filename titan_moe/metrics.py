@@ -23,6 +23,7 @@ class StepOutput(NamedTuple):
     load: Tensor  # (L, E) int64
     num_tokens: Tensor  # scalar int64
     load_factors: Tensor | None = None  # (L, E) of the experts' learning rates, None where loads do not set them
+    nonfinite: Tensor | None = None  # (L,), above 0 where a router logit was NaN or infinite
 
 
 class EvalOutput(NamedTuple):

@@ -54,8 +54,10 @@ def train_step(
         trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
-        sums.append(torch.stack([loss.detach(), ce.detach(), *(value.detach() for value in balance.values())]))
+        values = [loss, ce, *balance.values(), *map(nonfinite, routings)]
+        sums.append(torch.stack([value.detach().float() for value in values]))
     total_loss, ce, *values = all_reduce_sum(sum_tensors(sums)).unbind()
+    balance_values, nonfinite_L = values[: len(balance)], values[len(balance) :]
     load_LE = sum_tensors(loads)
     if "global_batch" not in scopes:
         all_reduce_sum(load_LE)  # one collective for all layers
@@ -66,12 +68,13 @@ def train_step(
     update_expert_biases(expert_biases, load_LE, observations, balancers, progress)
     return StepOutput(
         loss=ce,
-        balance_losses=dict(zip(balance, values, strict=True)),
+        balance_losses=dict(zip(balance, balance_values, strict=True)),
         total_loss=total_loss,
         grad_norm=grad_norm,
         load=load_LE,
         num_tokens=num_tokens,
         load_factors=load_factors,
+        nonfinite=torch.stack(nonfinite_L) if nonfinite_L else None,
     )
 
 
@@ -191,6 +194,11 @@ def update_expert_biases(
         moved_LE, factor = balancer.post_step(seen, bias_LE), balancer.schedule(progress)
         bias_LE = moved_LE if factor == 1 else torch.lerp(bias_LE, moved_LE, factor)
     torch._foreach_copy_(list(expert_biases), list(bias_LE.unbind()))
+
+
+def nonfinite(routing: Routing) -> Tensor:
+    """Whether a router logit is NaN or infinite: a flag that stays on the device, 0 or 1."""
+    return (~routing.router_logits.isfinite()).any()
 
 
 def stack_loads(routings: Sequence[Routing], *, reduce: bool = False) -> Tensor:

@@ -22,7 +22,7 @@ from titan_moe.optimizer.build import set_lr
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import build_mesh, resolve_shard_degree
 from titan_moe.parallelize.parallelize import DTYPES, parallelize
-from titan_moe.records import Record, flush, log_parameters, speed_record, train_record
+from titan_moe.records import Record, flush, log_parameters, moe_layer_names, speed_record, train_record
 from titan_moe.runtime import Runtime, StopRequest, logger
 from titan_moe.sinks import Sink, console, fan_out, jsonl, summary, tensorboard, wandb
 from titan_moe.step import Balancers, evaluate, train_step
@@ -185,6 +185,7 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
     config, rt, profiling = job.config, job.runtime, job.config.profiling
     stop, steps, batches = StopRequest(), config.training.steps, iter(job.data.train)
     expert_biases = job.model.expert_biases()
+    moe_layers = moe_layer_names(job.model)
     pending: list[Record] = []
     with runtime.profiler(
         rt,
@@ -221,7 +222,7 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             saving = config.checkpoint.enable and (step % config.checkpoint.interval == 0 or last or signal > 0)
             waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
             if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
-                flush(sinks, pending)
+                flush(sinks, pending, moe_layers)
             if validating and not signal:
                 validate(job, sinks, step)
             if saving:
