@@ -57,7 +57,7 @@ class Ended(NamedTuple):
 def write_text(path: Path, documents: int = 120) -> Path:
     """A small jsonl corpus of sentences with some regularity."""
     draw = random.Random(0)
-    words = "the cat sat on a mat while some dog ran far from our big red house ünder blue sky".split()
+    words = ["the", "cat", "sat", "on", "a", "mat", "while", "some", "dog", "ran", "far", "from", "our", "big", "red", "house", "ünder", "blue", "sky"]
     texts = [" ".join(draw.choices(words, k=30)) + "." for _ in range(documents)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path

@@ -60,7 +60,7 @@ def test_what_a_run_leaves(train: Train, tmp_path: Path) -> None:
         assert set(line) == VALIDATION_KEYS | VALIDATION_KEYS_MOE
         assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
         assert isinstance(line["num_tokens"], int)
-        assert 0 < line["num_tokens"]
+        assert line["num_tokens"] > 0
 
     facts = json.loads((run / "run.json").read_text())
     assert {"titan_moe", "git_commit", "torch", "data", "tokenizer", "world_size", "device"} <= set(facts)
