@@ -14,13 +14,13 @@ from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 
 def main(args: list[str]) -> int:
     """Print the prompt and what the model makes of it."""
-    options = parse(args)
+    options, rt = parse(args), runtime.read_world()
+    runtime.init_logging(rt)
     step_folder = resolve_checkpoint(options.checkpoint)
     model, config = load_model(step_folder)
-    device = runtime.read_world().device
     tokenizer = load_tokenizer(str(step_folder / "tokenizer.json"))
     text = generate(
-        model.to(device),
+        model.to(rt.device),
         tokenizer,
         options.prompt,
         max_new_tokens=options.max_new_tokens,
