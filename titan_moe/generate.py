@@ -50,6 +50,8 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, default=50, help="choose among the k most probable tokens; 0: all (50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (0)")
     options = parser.parse_args(args)
+    if any("\ud800" <= char <= "\udfff" for char in options.prompt):  # how Python keeps bytes of other encodings
+        raise ValueError(f"--prompt ({options.prompt!a}) must be UTF-8 text")
     for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if not getattr(options, name) >= least:  # so that nan is refused
             raise ValueError(f"--{name} ({getattr(options, name)}) must be at least {least}")

@@ -39,14 +39,19 @@ class Sink(NamedTuple):
 def fan_out(*sinks: Sink) -> Sink:
     """One sink that writes to all. A full disk or a closed pipe stops none of the others and no training: it warns."""
     failing: set[str] = set()
+    gone: set[str] = set()  # a closed pipe stays closed
 
     def attempt(sink: Sink, task: Callable[[], None]) -> None:
+        if sink.name in gone:
+            return
         try:
             task()
         except OSError as error:
             if sink.name not in failing:
                 logger.error("CANNOT WRITE TO %s (%s): training goes on without it", sink.name, error)
             failing.add(sink.name)
+            if isinstance(error, BrokenPipeError):
+                gone.add(sink.name)
         else:
             if sink.name in failing:
                 logger.warning("%s can be written again", sink.name)

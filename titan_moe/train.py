@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -61,7 +62,8 @@ def main(args: list[str]) -> int:
     finally:
         sinks.close()
     if stopped:
-        logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
+        if rt.is_main:
+            logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
         return 128 + stopped
     if rt.is_main:
         print(closing_words(job))
@@ -288,9 +290,12 @@ def closing_words(job: Job) -> str:
     """Say how the run ended and where things are; the last validation is the one in metrics.jsonl."""
     lines = (job.folder / METRICS).read_text().splitlines()
     validations = [record for record in map(json.loads, lines) if record["kind"] == "validation"]
+    last = (
+        {key: math.nan if value is None else value for key, value in validations[-1].items()} if validations else None
+    )
     config = job.config
     return summary(
-        validations[-1] if validations else None,
+        last,
         checkpoint=job.folder / config.checkpoint.folder if config.checkpoint.enable else None,
         tensorboard=job.folder / "tensorboard" if config.metrics.enable_tensorboard else None,
     )

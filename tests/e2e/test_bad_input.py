@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -238,18 +239,27 @@ def test_a_fault_is_no_error_of_the_user(train: Train, monkeypatch: pytest.Monke
 
 
 def test_in_real_processes(arguments: Arguments, tmp_path: Path) -> None:
-    """The same with nothing in between: exit code, one line on standard error, nothing else there."""
+    """The same with nothing in between: exit code, one line on standard error, no noise of libraries there."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
-    def run(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", *words], env=environment, capture_output=True, text=True, timeout=100, check=False
+    def start(*words: str) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "titan_moe.train", *words]
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
         )
 
-    bad = run("titan_moe.train", *arguments(data__path="nowhere.txt"))
-    assert (bad.returncode, bad.stdout) == (2, "")
-    assert bad.stderr == "error: data.path: no such file or folder: nowhere.txt\n"
-    good = run("titan_moe.train", *arguments(training__steps=2, checkpoint__enable=False))
-    assert good.returncode == 0
-    assert all(line.startswith(("token", "model: ", "  ")) for line in good.stderr.splitlines()), good.stderr
-    assert len(records(tmp_path / "run")) == 2
+    with start(*arguments("bad", data__path="nowhere.txt")) as bad:
+        out, err = bad.communicate(timeout=100)
+    assert (bad.returncode, out) == (2, "")
+    assert err == "error: data.path: no such file or folder: nowhere.txt\n"
+
+    with start(*arguments("unheard", training__steps=3)) as unheard:
+        assert unheard.stdout is not None
+        assert unheard.stderr is not None
+        unheard.stdout.close()  # as `| head` does
+        err = unheard.stderr.read()
+    assert unheard.returncode == 128 + signal.SIGPIPE
+    *lines, last = err.splitlines()
+    assert last.startswith("error: CANNOT WRITE TO the console")
+    assert all(line.startswith(("token", "model: ", "  ")) for line in lines), err
+    assert len(records(tmp_path / "unheard")) == 3

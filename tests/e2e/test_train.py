@@ -131,6 +131,14 @@ def test_balancers_that_are_off_have_no_keys(train: Train, tmp_path: Path) -> No
     assert set(line) == VALIDATION_KEYS | VALIDATION_KEYS_MOE  # measured all the same
 
 
+def test_a_run_that_diverges_says_so_to_the_end(train: Train, tmp_path: Path) -> None:
+    """Numbers that are not finite are null in metrics.jsonl, nan on the console and in the summary."""
+    ended = train(optimizer__lr=1e30, training__steps=3)
+    assert ended.code == 0, ended.err
+    assert lines(tmp_path / "run", "train")[-1]["loss"] is None
+    assert ended.out.splitlines()[-3].startswith("validation   loss nan  ppl nan  accuracy 0.00%")
+
+
 def test_golden_losses(train: Train, tmp_path: Path) -> None:
     """The losses of a tiny fp32 run are those of the past: a refactoring that changes numerics shows here.
 

@@ -86,6 +86,7 @@ def test_bad_arguments_of_generate(run: Path) -> None:
         "no number": (["--checkpoint", str(run), "--temperature", "warm"], "--temperature"),
         "negative": (["--checkpoint", str(run), "--temperature", "-1"], "--temperature (-1.0) must be at least 0"),
         "nan": (["--checkpoint", str(run), "--temperature", "nan"], "--temperature (nan) must be at least 0"),
+        "latin-1": (["--checkpoint", str(run), "--prompt", "caf\udce9"], "must be UTF-8 text"),
         "no tokens": (["--checkpoint", str(run), "--max_new_tokens", "0"], "--max_new_tokens (0)"),
     }
     for name, (words, part) in cases.items():
