@@ -49,9 +49,7 @@ class _ExpertSwiGLU(Function):
     """Keeps what a dense SwiGLU keeps: x, both pre-activations, silu(h1), and its product with h3."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Tensor) -> Tensor:
         h1_NF = grouped_mm(x_ND, w1.transpose(1, 2), offs_E)
         h3_NF = grouped_mm(x_ND, w3.transpose(1, 2), offs_E)
         silu_NF = F.silu(h1_NF)
