@@ -131,9 +131,17 @@ def test_balancers_that_are_off_have_no_keys(train: Train, tmp_path: Path) -> No
     assert set(line) == VALIDATION_KEYS | VALIDATION_KEYS_MOE  # measured all the same
 
 
-def test_a_run_that_diverges_says_so_to_the_end(train: Train, tmp_path: Path) -> None:
+def test_a_run_that_diverges_stops_with_the_layers_name(train: Train, tmp_path: Path) -> None:
+    ended = train(optimizer__lr=1e30, training__steps=4)
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith("error: step 2: NaN or infinite router logits in layers.0.moe")
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").glob("step-*")] == []
+
+
+def test_a_dense_run_that_diverges_says_so_to_the_end(train: Train, tmp_path: Path) -> None:
     """Numbers that are not finite are null in metrics.jsonl, nan on the console and in the summary."""
-    ended = train(optimizer__lr=1e30, training__steps=3)
+    off = "--moe.num_experts 0 --balancer.aux_loss false --balancer.entropy_loss false --balancer.z_loss false"
+    ended = train(more=off + " --balancer.loss_free false", optimizer__lr=1e30, training__steps=3)
     assert ended.code == 0, ended.err
     assert lines(tmp_path / "run", "train")[-1]["loss"] is None
     assert ended.out.splitlines()[-3].startswith("validation   loss nan  ppl nan  accuracy 0.00%")
