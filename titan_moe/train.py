@@ -308,6 +308,7 @@ def closing_words(job: Job) -> str:
         last,
         checkpoint=job.folder / config.checkpoint.folder if config.checkpoint.enable else None,
         tensorboard=job.folder / "tensorboard" if config.metrics.enable_tensorboard else None,
+        prompt="def " if config.data.dataset == "stdlib" else "The ",
     )
 
 
