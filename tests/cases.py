@@ -1,8 +1,12 @@
 """Every component of a registry with its defaults, and once more for each other choice that its signature offers."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+
+from titan_moe.model.routing import ROUTERS, Router
 
 
 class Case(NamedTuple):
@@ -13,15 +17,67 @@ class Case(NamedTuple):
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.arguments.items())])
 
 
-def cases(registry: Mapping[str, Callable[..., Any]], extra: Mapping[str, list[dict[str, Any]]] | None = None) -> list:
-    """One Case per entry, one per value of an argument that is a Literal or a bool, and those of `extra`."""
+def cases(
+    registry: Mapping[str, Callable[..., Any]],
+    extra: Mapping[str, list[dict[str, Any]]] | None = None,
+    without: Collection[str] = (),
+) -> list[Case]:
+    """One Case per entry, one per value of an argument that is a Literal or a bool, and those of `extra`.
+
+    The arguments in `without` have no case of their own.
+    """
     found = []
     for name, builder in registry.items():
         found.append(Case(name, {}))
         hints = get_type_hints(builder)
         for key, parameter in inspect.signature(builder).parameters.items():
+            if key in without:
+                continue
             choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
             choices = (True, False) if hints[key] is bool else choices
             found += [Case(name, {key: choice}) for choice in choices if choice != parameter.default]
         found += [Case(name, arguments) for arguments in (extra or {}).get(name, [])]
     return found
+
+
+def top_k_of(name: str) -> int:
+    """2, or 1 for a router that takes no other."""
+    try:
+        ROUTERS[name](top_k=2)
+    except ValueError:
+        return 1
+    return 2
+
+
+def build_router(name: str, **arguments: Any) -> Router:
+    return ROUTERS[name](top_k=top_k_of(name), **arguments)
+
+
+def takes_bias(name: str) -> bool:
+    try:
+        build_router(name)(torch.zeros(4, 4), torch.zeros(4))
+    except ValueError:
+        return False
+    return True
+
+
+# These look at all tokens of a forward pass together; in all others a token's choice is its own.
+WHOLE_BATCH = ("expert_choice", "base", "sinkhorn")
+
+ROUTER_CASES = cases(
+    ROUTERS,
+    without=["drop_policy"],  # means nothing without a capacity factor
+    extra={
+        "topk_softmax": [
+            {"num_groups": 2, "topk_groups": 1},
+            {"capacity_factor": 0.75},
+            {"capacity_factor": 0.75, "drop_policy": "score"},
+            {"jitter": 0.2},
+            {"noise_std": 0.5},
+        ],
+        "softmax_topk": [{"capacity_factor": 0.75}],
+        "switch": [{"capacity_factor": 0.75, "drop_policy": "score"}],
+        "sigmoid": [{"num_groups": 2, "topk_groups": 1}],
+        "expert_choice": [{"capacity_factor": 0.5}, {"capacity_factor": 1.5, "order": "topk_softmax"}],
+    },
+)

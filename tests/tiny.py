@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.cases import Case, build_router, takes_bias
 from titan_moe.balancer import BALANCERS
 from titan_moe.metrics import StepOutput
-from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
@@ -16,10 +16,11 @@ from titan_moe.step import train_step
 VOCAB, SEQ = 64, 16
 
 
-def tiny_model(router: str | None = "topk_softmax", *, device: str = "cpu", **arguments: Any) -> Transformer:
+def tiny_model(router: str | Case | None = "topk_softmax", *, device: str = "cpu", **arguments: Any) -> Transformer:
+    case = Case(router, {}) if isinstance(router, str) else router
     sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32}
-    experts = {"num_experts": 4, "expert_dim": 16, "expert_bias": True}
-    route = None if router is None else ROUTERS[router](top_k=2)
+    experts = {"num_experts": 4, "expert_dim": 16, "expert_bias": case is None or takes_bias(case.name)}
+    route = None if case is None else build_router(case.name, **case.arguments)
     with torch.device(device):
         return Transformer(vocab_size=VOCAB, **{**sizes, **experts, "router": route, **arguments})
 
@@ -31,12 +32,12 @@ def batch(step: int, sequences: int = 8) -> tuple[Tensor, Tensor]:
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def balancers() -> dict[str, Any]:
-    return {
+def balancers(bias: bool = True) -> dict[str, Any]:
+    losses = {
         "aux_loss": (0.1, BALANCERS["aux_loss"](coeff=1.0)),
         "z_loss": (0.001, BALANCERS["z_loss"](coeff=1.0)),
-        "loss_free": (1.0, BALANCERS["loss_free"](rate=0.01)),
     }
+    return losses | ({"loss_free": (1.0, BALANCERS["loss_free"](rate=0.01))} if bias else {})
 
 
 def adamw(model: torch.nn.Module, **arguments: Any) -> torch.optim.Optimizer:

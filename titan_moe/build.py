@@ -12,6 +12,7 @@ from titan_moe.model.routing import ROUTERS, force_balanced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.load_lr import expand_load_lr, load_groups, scale_steps
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
 
 
@@ -62,9 +63,15 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer of [optimizer] over the model's parameter groups."""
-    groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), config.optimizer.groups)
-    return find_component(OPTIMIZERS, config.optimizer.name)(groups, **config.optimizer.arguments)
+    """Build the optimizer of [optimizer] over the model's parameter groups, with load-based rates if asked for."""
+    arguments = dict(config.optimizer.groups)
+    if "expert" in arguments:
+        arguments["expert"] = expand_load_lr(arguments["expert"], top_k=config.moe.top_k)
+    groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), arguments)
+    optimizer = find_component(OPTIMIZERS, config.optimizer.name)(groups, **config.optimizer.arguments)
+    if load_groups(optimizer):
+        scale_steps(optimizer)
+    return optimizer
 
 
 def build_schedule(config: Config) -> Schedule:

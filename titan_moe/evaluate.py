@@ -10,13 +10,26 @@ from titan_moe.data.tokenizer import load_tokenizer
 from titan_moe.metrics import eval_metrics, to_numbers
 from titan_moe.step import evaluate
 
-USAGE = """usage: python -m titan_moe.evaluate --checkpoint DIR [--data.path FILE ...] [--section.key value ...]
+OVERRIDES = (  # what the command line may change: the rest belongs to the checkpoint
+    "data.dataset",
+    "data.path",
+    "data.validation_path",
+    "data.validation_fraction",
+    "data.cache_folder",
+    "validation.steps",
+    "validation.local_batch_size",
+    "training.seq_len",
+)
+USAGE = f"""usage: python -m titan_moe.evaluate --checkpoint DIR [--data.path FILE ...] [--section.key value ...]
 
 Evaluate a checkpoint: loss, perplexity, accuracy, bits per byte, routing losses and MaxVio.
 
   --checkpoint DIR        step folder, or dump folder (its latest complete step)
   --data.path FILE ...    files to evaluate on, all of them; without it: the validation data of the run
-  --section.key value     any key of the run's configuration, for example --validation.local_batch_size 4
+  --section.key value     instead of the run's: {", ".join(OVERRIDES[:4])},
+                          {", ".join(OVERRIDES[4:])}
+
+Text is cut into sequences of training.seq_len tokens; a rest of less than one is left out.
 """
 
 
@@ -29,17 +42,16 @@ def main(args: list[str]) -> int:
     rt = runtime.read_world()
     runtime.init_logging(rt)
     step_folder = resolve_checkpoint(checkpoint)
-    config = load_config(["--job.config_file", str(step_folder / "config.toml"), *overrides])
-    files = config.data.path if any(arg.partition("=")[0] == "--data.path" for arg in overrides) else []
+    config, files = evaluation_config(step_folder, overrides)
     model, _ = load_model(step_folder)
-    tokenizer = step_folder / "tokenizer.json"
+    tokenizer = str(step_folder / "tokenizer.json")
     output = evaluate(
         model.to(rt.device),
         validation_batches(config, tokenizer, files),
-        token_bytes(load_tokenizer(str(tokenizer))).to(rt.device),
+        token_bytes(load_tokenizer(tokenizer)).to(rt.device),
     )
     for name, value in to_numbers([eval_metrics(output)])[0].items():
-        print(f"{name:24} {value:.6g}" if isinstance(value, float) else f"{name:24} {value}")
+        print(f"{name:24} {value:.8g}" if isinstance(value, float) else f"{name:24} {value}")
     return 0
 
 
@@ -53,14 +65,24 @@ def split_checkpoint(args: list[str]) -> tuple[Path, list[str]]:
     raise ValueError("--checkpoint DIR is missing: a step folder or a run's dump folder")
 
 
-def validation_batches(config: Config, tokenizer: Path, files: list[str]) -> Batches:
-    """Iterate over all of `files`, or over the run's validation data where there are none."""
+def evaluation_config(step_folder: Path, overrides: list[str]) -> tuple[Config, list[str]]:
+    """Give the run's configuration with the overrides, and the files of --data.path: of these all is evaluated."""
+    given = {arg[2:].partition("=")[0] for arg in overrides if arg.startswith("--")}
+    with_all = ["--validation.steps", "-1"] if "data.path" in given and "validation.steps" not in given else []
+    config = load_config([*overrides, *with_all, "--job.config_file", str(step_folder / "config.toml")])
+    if useless := sorted(given.difference(OVERRIDES)):
+        raise ValueError(f"--{useless[0]} changes nothing here: an evaluation takes {', '.join(OVERRIDES)}")
+    return config, config.data.path if "data.path" in given else []
+
+
+def validation_batches(config: Config, tokenizer: str, files: list[str]) -> Batches:
+    """Iterate over `files`, or over the run's validation data where there are none."""
     data, training, validation = config.data, config.training, config.validation
     folder = data.cache_folder or str(runtime.user_cache_folder())
     if files:
         return build_validation(
             path=files,
-            tokenizer=str(tokenizer),
+            tokenizer=tokenizer,
             seq_len=training.seq_len,
             steps=validation.steps,
             local_batch_size=validation.local_batch_size,
@@ -69,7 +91,7 @@ def validation_batches(config: Config, tokenizer: Path, files: list[str]) -> Bat
     made = build_data(
         dataset=data.dataset,
         path=data.path,
-        tokenizer=data.tokenizer,
+        tokenizer=tokenizer,
         seq_len=training.seq_len,
         seed=training.seed,
         global_batch_size=1,

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +14,13 @@ from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 
 def main(args: list[str]) -> int:
     """Print the prompt and what the model makes of it."""
-    options = parse(args)
+    options, rt = parse(args), runtime.read_world()
+    runtime.init_logging(rt)
     step_folder = resolve_checkpoint(options.checkpoint)
     model, config = load_model(step_folder)
-    device = runtime.read_world().device
     tokenizer = load_tokenizer(str(step_folder / "tokenizer.json"))
     text = generate(
-        model.to(device),
+        model.to(rt.device),
         tokenizer,
         options.prompt,
         max_new_tokens=options.max_new_tokens,
@@ -32,9 +33,16 @@ def main(args: list[str]) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists the arguments)")
+
+
 def parse(args: list[str]) -> argparse.Namespace:
-    """Read the command line; argparse's own error exits with 2 and one `error:` line after the usage."""
-    parser = argparse.ArgumentParser(prog="titan_moe.generate", description="Generate text from a checkpoint.")
+    """Read the command line; a mistake in it is a ValueError of one line."""
+    parser = _Parser(
+        prog="python -m titan_moe.generate", description="Generate text from a checkpoint.", allow_abbrev=False
+    )
     parser.add_argument("--checkpoint", required=True, help="step folder, or dump folder (its latest complete step)")
     parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most (200)")
@@ -42,8 +50,10 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, default=50, help="choose among the k most probable tokens; 0: all (50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (0)")
     options = parser.parse_args(args)
+    if any("\ud800" <= char <= "\udfff" for char in options.prompt):  # how Python keeps bytes of other encodings
+        raise ValueError(f"--prompt ({options.prompt!a}) must be UTF-8 text")
     for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if getattr(options, name) < least:
+        if not getattr(options, name) >= least:  # so that nan is refused
             raise ValueError(f"--{name} ({getattr(options, name)}) must be at least {least}")
     return options
 

@@ -22,6 +22,7 @@ class StepOutput(NamedTuple):
     grad_norm: Tensor  # scalar, before clipping
     load: Tensor  # (L, E) int64
     num_tokens: Tensor  # scalar int64
+    load_factors: Tensor | None = None  # (L, E) of the experts' learning rates, None where loads do not set them
     # (1, L) or (3, L): above 0 where a router logit was NaN or infinite; where choices can be lost, the number of
     # dropped choices and of tokens that no expert computed
     layer_counts: Tensor | None = None
@@ -82,6 +83,12 @@ def train_metrics(output: StepOutput) -> dict[str, Tensor]:
     return metrics
 
 
+def expert_lr_range(lr: float, load_factors: Tensor) -> dict[str, Tensor]:
+    """Smallest and largest learning rate that the experts (L, E) had in a step, 0 for those without a token."""
+    smallest, largest = load_factors.to(torch.float64).aminmax()
+    return {"lr/expert_min": lr * smallest, "lr/expert_max": lr * largest}
+
+
 def eval_metrics(output: EvalOutput) -> dict[str, Tensor]:
     """Scalar tensors by the names of metrics.jsonl for a whole evaluation.
 
@@ -89,7 +96,8 @@ def eval_metrics(output: EvalOutput) -> dict[str, Tensor]:
     """
     T = output.num_tokens.to(torch.float64)
     loss = output.loss_sum / T
-    metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": output.num_correct / T, "num_tokens": T}
+    metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": output.num_correct / T}
+    metrics["num_tokens"] = output.num_tokens
     metrics["bits_per_byte"] = output.loss_sum / math.log(2) / output.num_bytes
     if output.load.numel():
         metrics["aux_loss"] = (output.load / T * output.scores_sum / T).sum(-1).mean()

@@ -7,7 +7,7 @@ import torch
 
 from titan_moe import runtime
 from titan_moe.config import Config
-from titan_moe.metrics import StepOutput, active_parameters, flops_per_token, to_numbers, train_metrics
+from titan_moe.metrics import StepOutput, active_parameters, expert_lr_range, flops_per_token, to_numbers, train_metrics
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.grad import param_norm
@@ -25,6 +25,8 @@ def train_record(model: Transformer, output: StepOutput, lrs: dict[str, float]) 
     """
     record: Record = {"kind": "train", **train_metrics(output), "param_norm": param_norm(model.parameters())}
     record |= {f"lr/{name}": lr for name, lr in lrs.items()}
+    if output.load_factors is not None:  # lr/expert is the scheduled rate, these are the smallest and largest applied
+        record |= expert_lr_range(lrs["expert"], output.load_factors)
     if output.load.numel():
         record["load"] = output.load
     if output.layer_counts is not None:
@@ -89,10 +91,11 @@ def log_parameters(config: Config, model: Transformer, optimizer: torch.optim.Op
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         logger.info(
-            "  %-10s %15s parameters in %3d tensors, lr %g, weight decay %g",
+            "  %-10s %15s parameters in %3d tensors, lr %g%s, weight decay %g",
             group["name"],
             f"{count:,}",
             len(group["params"]),
             group["lr"],
+            f" by {group['load_lr']} of the load" if "load_lr" in group else "",
             group["weight_decay"],
         )

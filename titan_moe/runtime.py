@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import datetime
 import faulthandler
+import hashlib
 import logging
 import os
 import platform
@@ -12,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,6 +101,12 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators for one training step: what it draws does not depend on the steps before it."""
+    key = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -180,14 +188,15 @@ def signal_name(number: int) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder of a run; ValueError where nothing can be written there."""
-    probe = folder / f".writable-{os.getpid()}"
+    """Raise ValueError where the folder of a run cannot be written or made; leaves nothing behind."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=existing):
+            pass
     except OSError as error:
-        raise ValueError(f"job.dump_folder {folder} is not writable: {error.strerror}; give another one") from error
+        raise ValueError(
+            f"job.dump_folder {folder} is not writable: {error.strerror}: {existing}; give another one"
+        ) from error
 
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
@@ -245,10 +254,14 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     debug = os.environ.get("TITAN_MOE_DEBUG") == "1"
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has left, as `| head` does: end like other commands, quietly
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()
-        if read_world().rank == 0 or debug:
+        if read_world().local_rank == 0 or debug:  # one line a node: a disk may fail on one of them alone
             print(f"error: {describe(error)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:

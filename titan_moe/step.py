@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.routing import Routing
+from titan_moe.optimizer.load_lr import step_by_load
 from titan_moe.parallelize.grad import clip_grad_norm
 
 IGNORE = -100  # a label that does not count, torch's convention
@@ -62,7 +63,7 @@ def train_step(
         all_reduce_sum(load_LE)  # one collective for all layers
 
     grad_norm = clip_grad_norm(model.parameters(), max_norm)
-    optimizer.step()
+    load_factors = step_by_load(optimizer, load_LE)
     optimizer.zero_grad()
     update_expert_biases(expert_biases, load_LE, observations, balancers, progress)
     return StepOutput(
@@ -72,6 +73,7 @@ def train_step(
         grad_norm=grad_norm,
         load=load_LE,
         num_tokens=num_tokens,
+        load_factors=load_factors,
         layer_counts=torch.stack(counts).view(-1, load_LE.shape[0]) if counts else None,
         num_positions=world_size() * sum(tokens.numel() for tokens, _ in micro_batches),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from titan_moe import runtime
 from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule
 from titan_moe.checkpoint import latest_complete, load_checkpoint, resolve_checkpoint, save_checkpoint
-from titan_moe.config import Config, help_text, load_config, to_toml
+from titan_moe.config import Config, cautions, help_text, load_config, to_toml
 from titan_moe.data.build import Data, build_data, check_batch_sizes, token_bytes
 from titan_moe.data.loader import merge_states
 from titan_moe.files import write_atomic
@@ -24,7 +25,7 @@ from titan_moe.parallelize.mesh import build_mesh, resolve_shard_degree
 from titan_moe.parallelize.parallelize import DTYPES, parallelize
 from titan_moe.records import Record, flush, log_parameters, moe_layer_names, speed_record, train_record
 from titan_moe.runtime import Runtime, StopRequest, logger
-from titan_moe.sinks import Sink, console, fan_out, jsonl, summary, tensorboard, wandb
+from titan_moe.sinks import Sink, check_wandb, console, fan_out, jsonl, summary, tensorboard, wandb
 from titan_moe.step import Balancers, evaluate, train_step
 
 METRICS = "metrics.jsonl"
@@ -61,7 +62,8 @@ def main(args: list[str]) -> int:
     finally:
         sinks.close()
     if stopped:
-        logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
+        if rt.is_main:
+            logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
         return 128 + stopped
     if rt.is_main:
         print(closing_words(job))
@@ -79,6 +81,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
     accumulation = batch_size // (training.local_batch_size * rt.world_size)
     folder = Path(config.job.dump_folder)
     runtime.check_writable(folder)
+    if config.metrics.enable_wandb:
+        check_wandb()
     mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
     if rt.world_size > 1 or mixed:
         runtime.init_process_group(rt, config.comm.init_timeout_seconds)
@@ -103,6 +107,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
     model.init_weights(training.seed)
     optimizer = build_optimizer(config, model)
     log_parameters(config, model, optimizer)
+    for caution in cautions(config):
+        logger.warning(caution)
     return Job(
         config=config,
         runtime=rt,
@@ -162,12 +168,12 @@ def resume(job: Job) -> tuple[int, int]:
         return 0, 0
     folder = job.folder / config.folder
     if config.load_step >= 0:
-        found = resolve_checkpoint(folder / f"step-{config.load_step}")
+        found = resolve_checkpoint(folder / f"step-{config.load_step}", "checkpoint.load_step")
     else:
         found = latest_complete(folder)
     if found is None:
         if config.initial_load_path:
-            source = resolve_checkpoint(config.initial_load_path)
+            source = resolve_checkpoint(config.initial_load_path, "checkpoint.initial_load_path")
             load_checkpoint(source, model=job.model, check=False)
             logger.info("starting from the weights of %s", source)
         return 0, 0
@@ -199,6 +205,7 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             data_seconds = time.perf_counter() - begin
             micro_batches = [(tokens.to(rt.device), labels.to(rt.device)) for tokens, labels in micro_batches]
             lrs = set_lr(job.optimizer, job.base_lrs, job.schedule(step))
+            runtime.seed_step(config.training.seed, step, rt.rank)
             output = train_step(
                 job.model,
                 micro_batches,
@@ -223,10 +230,12 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
             if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
                 flush(sinks, pending, moe_layers)
-            if validating:
+            if validating and not signal:
                 validate(job, sinks, step)
             if saving:
                 save(job, step, num_tokens, must_succeed=last or signal > 0)
+            if validating and signal:  # after the save, which a scheduler's patience may not outlast
+                validate(job, sinks, step)
             if signal and not last:
                 return signal
             if step == start + 1:
@@ -239,7 +248,10 @@ def validate(job: Job, sinks: Sink, step: int) -> None:
     assert job.data.validation is not None
     bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
     output = evaluate(job.model, job.data.validation(), bytes_V)
-    flush(sinks, [{"step": step, "kind": "validation", **eval_metrics(output)}])
+    record: Record = {"step": step, "kind": "validation", **eval_metrics(output)}
+    if output.load.numel():
+        record["load"] = output.load  # for the heatmap
+    flush(sinks, [record])
 
 
 def save(job: Job, step: int, num_tokens: int, *, must_succeed: bool) -> None:
@@ -267,6 +279,7 @@ def write_run_files(job: Job) -> None:
     """Leave config.toml, which gives this run again, and run.json, which says where it ran, in the dump folder."""
     if not job.runtime.is_main:
         return
+    job.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(job.folder / "config.toml", to_toml(job.config))
     facts = {**runtime.describe_machine(job.runtime), **job.data.fingerprints}
     write_atomic(job.folder / "run.json", json.dumps(facts, indent=1) + "\n")
@@ -290,11 +303,15 @@ def closing_words(job: Job) -> str:
     """Say how the run ended and where things are; the last validation is the one in metrics.jsonl."""
     lines = (job.folder / METRICS).read_text().splitlines()
     validations = [record for record in map(json.loads, lines) if record["kind"] == "validation"]
+    last = (
+        {key: math.nan if value is None else value for key, value in validations[-1].items()} if validations else None
+    )
     config = job.config
     return summary(
-        validations[-1] if validations else None,
+        last,
         checkpoint=job.folder / config.checkpoint.folder if config.checkpoint.enable else None,
         tensorboard=job.folder / "tensorboard" if config.metrics.enable_tensorboard else None,
+        prompt="def " if config.data.dataset == "stdlib" else "The ",
     )
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tests.cases import cases
+from tests.cases import build_router, cases
 from titan_moe.balancer import BALANCERS, Balancer, keep_bias, no_loss
 from titan_moe.metrics import maxvio
 from titan_moe.model.routing import ROUTERS, Routing
@@ -15,7 +15,7 @@ CASES = cases(BALANCERS)
 
 
 def route(logits_TE, name="topk_softmax", bias_E=None):
-    return ROUTERS[name](top_k=K)(logits_TE, bias_E)
+    return build_router(name)(logits_TE, bias_E)
 
 
 def loss_of(balancer: Balancer, routing: Routing, sequences: int = 1, num_tokens: int | None = None) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from titan_moe.config import find_component, help_text, load_config, to_toml
+from titan_moe.config import cautions, find_component, help_text, load_config, to_toml
 from titan_moe.config.checks import SUPPORTED
 from titan_moe.config.load import KINDS, SECTIONS
 from titan_moe.config.schema import check_value, document
@@ -68,8 +68,26 @@ def test_defaults_are_the_papers_table_1():
     assert config.optimizer.arguments == {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
     assert config.optimizer.groups == {"norm": {"weight_decay": 0.0}}
     assert (config.lr_scheduler.name, config.lr_scheduler.arguments["warmup_steps"]) == ("cosine", 300)
-    assert (config.router.name, config.router.arguments) == ("topk_softmax", {"temperature": 1.0})
+    assert (config.router.name, config.router.arguments["temperature"]) == ("topk_softmax", 1.0)
+    assert config.router.arguments["capacity_factor"] == 0  # dropless
     assert config.balancer == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "caution"),
+    [
+        (["--router.name", "expert_choice"], "sees the future, in training and in evaluation"),
+        (["--router.name", "sinkhorn"], "sees the future there"),
+        (["--router.capacity_factor", "1", "--router.drop_policy", "score"], "drop_policy = 'position' does not"),
+        (["--router.capacity_factor", "1"], ""),
+        (["--moe.num_experts", "0", "--router.name", "expert_choice"], ""),
+        ([], ""),
+    ],
+)
+def test_cautions(args: list[str], caution: str):
+    found = cautions(load(*args))
+    assert len(found) == bool(caution)
+    assert all(caution in text for text in found)
 
 
 def test_defaults_have_their_own_types():
@@ -147,7 +165,8 @@ def test_a_new_name_drops_only_inherited_arguments_of_the_old_component(write: W
     base = '[router]\nname = "sigmoid"\ntemperature = 2.0\nscore_scale = 3.0\n'
     write(base, "base.toml")
     config = load(file=write('base = "base.toml"\n[router]\nname = "softmax_topk"\n'))
-    assert config.router.arguments == {"temperature": 2.0}
+    assert config.router.arguments["temperature"] == 2.0
+    assert "score_scale" not in config.router.arguments
     message = error_of(file=write('base = "base.toml"\n[router]\nname = "softmax_topk"\nscore_scale = 3.0\n'))
     assert "x.toml: router.score_scale" in message
 
@@ -258,6 +277,42 @@ def test_a_mistake_on_the_command_line_names_the_argument(args: list[str], parts
         (["--data.validation_fraction", "0"], ["validation.enable = true", "data.validation_fraction"]),
         (["--data.dataset", "text"], ["data.dataset = 'text'", "data.path"]),
         (["--optimizer.lr", "0"], ["optimizer.lr = 0"]),
+        (["--router.name", "switch"], ["router.name = 'switch'", "moe.top_k (2) must be 1"]),
+        (
+            ["--router.num_groups", "3", "--router.topk_groups", "1"],
+            ["router.num_groups (3) must divide moe.num_experts (8)"],
+        ),
+        (["--router.num_groups", "8", "--router.topk_groups", "1"], ["hold 1 experts", "moe.top_k (2)"]),
+        (["--router.topk_groups", "2"], ["router.topk_groups (2) must be from 1 to router.num_groups (1)"]),
+        (
+            ["--router.name", "expert_choice", "--balancer.loss_free"],
+            ["'expert_choice' has no selection bias", "turn balancer.loss_free off"],
+        ),
+        (
+            ["--router.name", "sinkhorn", "--balancer.loss_free"],
+            ["'sinkhorn' has no selection bias", "turn balancer.loss_free off"],
+        ),
+        (
+            ["--router.name", "base", "--moe.top_k", "1", "--balancer.loss_free"],
+            ["'base' has no selection bias", "turn balancer.loss_free off"],
+        ),
+        (
+            ["--router.name", "expert_choice", "--balancer.aux_loss"],
+            ["balancer.aux_loss has no effect with router.name = 'expert_choice'", "aux_loss = false"],
+        ),
+        (
+            ["--router.name", "sigmoid", "--router.capacity_factor", "1"],
+            ["--router.capacity_factor", "it is one of topk_softmax, softmax_topk, switch, expert_choice"],
+        ),
+        (
+            ["--router.jitter", "0.1", "--balancer.aux_loss.scope", "global_batch_exact"],
+            ["routes every token twice", "router.jitter"],
+        ),
+        (
+            ["--router.num_groups", "2", "--router.topk_groups", "1", "--balancer.loss_free.rule", "quantile"],
+            ['rule = "quantile"', "router.num_groups (2)"],
+        ),
+        (["--router.name", "expert_choice", "--debug.force_balanced_routing"], ["even by construction"]),
     ],
 )
 def test_constraints_between_keys(args: list[str], parts: list[str]):

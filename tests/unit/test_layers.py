@@ -16,6 +16,8 @@ LAYERS = {
     "balancer": 0,
     "quantile": 0,
     "optimizer.groups": 0,
+    "optimizer.load_lr": 0,
+    "optimizer.adamw": 0,
     "optimizer.schedule": 0,
     "metrics": 0,
     "files": 0,

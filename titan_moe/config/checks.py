@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from titan_moe.config.combinations import check_combinations
 from titan_moe.config.sections import Config
+from titan_moe.optimizer.load_lr import expand_load_lr
 
 # What this version can do for keys whose table in the contract allows more: (section, key) -> values that work.
 SUPPORTED: dict[tuple[str, str], tuple[Any, ...]] = {
@@ -75,6 +77,7 @@ def _check_experts(config: Config) -> None:
             f"moe.first_dense_layers ({moe.first_dense_layers}) must be less than model.num_layers "
             f"({config.model.num_layers}); for a dense model set moe.num_experts = 0"
         )
+    check_combinations(config)
 
 
 def _check_batches(config: Config) -> None:
@@ -96,3 +99,11 @@ def _check_batches(config: Config) -> None:
 def _check_optimizer(config: Config) -> None:
     if config.optimizer.arguments.get("lr") == 0:
         raise ValueError("optimizer.lr = 0 trains nothing: it must be greater than 0 (a group's own lr may be 0)")
+    expert = config.optimizer.groups.get("expert", {})
+    options = [key for key in expert if key.startswith("load_lr_")]
+    if options and "load_lr" not in expert:
+        raise ValueError(
+            f"optimizer.expert.{options[0]} is set, but optimizer.expert.load_lr is not: "
+            "set load_lr to 'batch_fraction' or 'ideal_normalized', or to 'none' to leave its options aside"
+        )
+    expand_load_lr(expert, top_k=config.moe.top_k)

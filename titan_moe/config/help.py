@@ -33,7 +33,7 @@ COMPONENTS = {
 }
 
 
-def render_help(kinds: Mapping[str, Kind], groups: tuple[str, ...]) -> str:
+def render_help(kinds: Mapping[str, Kind], load_lr: Kind, groups: tuple[str, ...]) -> str:
     """Lay out the help for a terminal of 100 columns; `groups` are the names of the parameter groups."""
     blocks = [textwrap.fill(paragraph, WIDTH) for paragraph in USAGE.split("\n\n")]
     default = Config()
@@ -41,6 +41,8 @@ def render_help(kinds: Mapping[str, Kind], groups: tuple[str, ...]) -> str:
         if section in kinds:
             intro = COMPONENTS[section].format(groups=", ".join(groups))
             blocks.append(_component_block(section, kinds[section], intro, getattr(default, section)))
+            if section == "optimizer":
+                blocks.append(_load_lr_block(load_lr))
         else:
             lines = [f"[{section}]  {inspect.getdoc(hint)}"]
             for key, annotation in get_type_hints(hint, include_extras=True).items():
@@ -64,6 +66,16 @@ def _component_block(section: str, kind: Kind, intro: str, default: Any) -> str:
         lines += ["", *textwrap.wrap(f"{title}: {summary}", WIDTH - 4, initial_indent="  ", subsequent_indent="    ")]
         for key, (annotation, value) in parameters_of(kind, name, "help", section).items():
             lines += _entry(f"    {key}", value, _type(annotation))
+    return "\n".join(lines)
+
+
+def _load_lr_block(kind: Kind) -> str:
+    """Describe what [optimizer.expert] takes beside the arguments of the optimizer."""
+    about = " ".join((inspect.getdoc(kind.registry["load_lr"]) or "").partition("Returns a parameter")[0].split())
+    title = f"[optimizer.expert], with every optimizer: {about}"
+    lines = textwrap.wrap(title, WIDTH - 2, initial_indent="  ", subsequent_indent="    ")
+    for key, (annotation, value) in parameters_of(kind, "load_lr", "help", "optimizer.expert").items():
+        lines += _entry(f"    {key}", value, f"{document(annotation)} {_type(annotation)}")
     return "\n".join(lines)
 
 

@@ -31,13 +31,27 @@ from titan_moe.config.sections import Component, Config, Optimizer
 from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import GROUP_PATTERNS
+from titan_moe.optimizer.load_lr import load_lr
 from titan_moe.optimizer.schedule import SCHEDULES
 
 _POSITIVE, _NOT_NEGATIVE = Field(gt=0, allow_inf_nan=False), Field(ge=0, allow_inf_nan=False)
-_FACTOR, _BETA = Field(ge=0, le=1), Field(ge=0, lt=1)
+_FACTOR, _BETA, _COUNT = Field(ge=0, le=1), Field(ge=0, lt=1), Field(ge=1)
 
 KINDS = {
-    "router": Kind(ROUTERS, {"top_k": "moe.top_k"}, {"temperature": _POSITIVE, "score_scale": _POSITIVE}),
+    "router": Kind(
+        ROUTERS,
+        {"top_k": "moe.top_k"},
+        {
+            "temperature": _POSITIVE,
+            "score_scale": _POSITIVE,
+            "num_groups": _COUNT,
+            "topk_groups": _COUNT,
+            "jitter": _BETA,
+            "noise_std": _NOT_NEGATIVE,
+            "capacity_factor": _NOT_NEGATIVE,
+            "iterations": _COUNT,
+        },
+    ),
     "balancer": Kind(BALANCERS, {}, {"coeff": _NOT_NEGATIVE, "rate": _NOT_NEGATIVE, "decay_ratio": _FACTOR}),
     "optimizer": Kind(
         OPTIMIZERS,
@@ -50,6 +64,17 @@ KINDS = {
         {"warmup_steps": _NOT_NEGATIVE, "min_lr_factor": _FACTOR, "decay_ratio": _FACTOR},
     ),
 }
+# What [optimizer.expert] takes besides, whatever the optimizer.
+LOAD_LR = Kind(
+    {"load_lr": load_lr},
+    {},
+    {
+        "load_lr_power": Field(allow_inf_nan=False),
+        "load_lr_ema": _BETA,
+        "load_lr_floor": _NOT_NEGATIVE,
+        "load_lr_ceiling": Field(gt=0),
+    },
+)
 SECTIONS = get_type_hints(Config)
 
 State = dict[str, dict[str, Any]]  # section -> checked values; of a component {"name", "arguments", "origin", ...}
@@ -80,7 +105,7 @@ def find_component(registry: Mapping[str, Callable[..., Any]], name: str) -> Cal
 
 def help_text() -> str:
     """Describe every section, key and component with types and defaults, for --help."""
-    return render_help(KINDS, tuple(GROUP_PATTERNS))
+    return render_help(KINDS, LOAD_LR, tuple(GROUP_PATTERNS))
 
 
 def to_toml(config: Config) -> str:
@@ -169,9 +194,15 @@ def _apply_component(state: State, section: str, table: dict[str, Any], origin: 
         current["origin"] = origin
     else:
         changed = False
-    parameters = parameters_of(kind, current["name"], origin, f"{section}.name")
+    own = parameters_of(kind, current["name"], origin, f"{section}.name")
+    by_load = parameters_of(LOAD_LR, "load_lr", origin, section) if section == "optimizer" else {}
 
     def merge(old: dict[str, Any], new: dict[str, Any], prefix: str, siblings: tuple[str, ...] = ()) -> dict[str, Any]:
+        parameters = {**own, **by_load} if prefix == "optimizer.expert" else own
+        for key in new.keys() & (by_load.keys() - parameters.keys()):
+            raise key_error(
+                origin, f"{prefix}.{key}", "only experts have a load: set it in [optimizer.expert]", new[key]
+            )
         kept = {key: value for key, value in old.items() if key in parameters} if changed else old
         kept = check_arguments(parameters, kept, f"{origin} (inherited)", prefix, kind=kind) if changed else kept
         return {**kept, **check_arguments(parameters, new, origin, prefix, kind=kind, siblings=siblings)}

@@ -184,9 +184,18 @@ def check_arguments(
         if name in kind.supplied:
             raise key_error(origin, key, f"cannot be set here: it comes from {kind.supplied[name]}", value)
         if name not in parameters:
-            raise unknown_key(origin, key, (*siblings, *parameters), "argument")
+            raise _unknown_argument(origin, key, (*siblings, *parameters), kind)
         checked[name] = check_value(parameters[name].annotation, value, origin, key)
     return checked
+
+
+def _unknown_argument(origin: str, key: str, valid: Collection[str], kind: Kind) -> ValueError:
+    """Make the error for an argument that a component does not take: say which do, if any, else the nearest name."""
+    name = key.rpartition(".")[2]
+    takers = [other for other, builder in kind.registry.items() if name in inspect.signature(builder).parameters]
+    if takers:
+        return key_error(origin, key, f"unknown argument; it is one of {', '.join(takers)}")
+    return unknown_key(origin, key, valid, "argument")
 
 
 def with_defaults(

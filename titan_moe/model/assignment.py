@@ -11,6 +11,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titan_moe.model.selection import Router, Routing, check_top_k, make_routing, rank_in_expert
@@ -70,11 +71,11 @@ def expert_choice(
 def sinkhorn(*, top_k: int, temperature: float = 1.0, iterations: int = 32) -> Router:
     """Choose by the Sinkhorn-normalised matrix of exp(logits), weigh by the plain scores.
 
-    exp(z) of z = logits / temperature is scaled by rows and columns, `iterations` times each, towards rows that sum to
-    1 / T and columns that sum to 1 / E; experts = topk of the result; weights = softmax(z)[experts], sigmoid(z)[experts]
-    for top_k = 1; scores = softmax(z). Source: Clark et al. (2022), S-BASE; Megatron-core's `sinkhorn` balancing, which
-    iterates to a tolerance where we, to not wait for the device, iterate a fixed number of times. Evaluation takes the
-    topk of z. Raises ValueError when top_k < 1, temperature <= 0, iterations < 1, or for a selection bias.
+    exp(z), z = logits / temperature, is scaled by rows and columns, `iterations` times each, towards rows that sum to
+    1 / T and columns that sum to 1 / E; experts = topk of the result; weights = softmax(z)[experts], for top_k = 1
+    sigmoid(z)[experts]; scores = softmax(z). Source: S-BASE (Clark et al., 2022); Megatron-core's `sinkhorn` balancing,
+    which iterates to a tolerance where we, to not wait for the device, iterate a fixed number of times. Evaluation is
+    the topk of z. Raises ValueError when top_k < 1, temperature <= 0, iterations < 1, or for a selection bias.
     """
     check_top_k(top_k, temperature)
     _check_iterations(iterations)
@@ -157,12 +158,14 @@ def auction_assignment(value_TE: Tensor, rounds: int) -> Tensor:
     In a round every token without an expert bids for the one that is worth most to it over its price, as much as makes
     it indifferent to the second best, and a bit more; an expert keeps its ceil(T / E) highest bids, and costs the least
     of them once it is full (Bertsekas, 1988). Starting from `balancing_prices`, a few rounds come within 1 % of the
-    best sum; from zero it takes hundreds.
+    best sum; from zero it takes hundreds. Tokens to whom all experts are equal take the seats that T leaves empty.
     """
-    T, E = value_TE.shape
+    num_tokens, E = value_TE.shape
     if E == 1:
         return torch.zeros_like(value_TE[:, 0], dtype=torch.int64)
-    seats = -(-T // E)
+    seats = -(-num_tokens // E)
+    value_TE = F.pad(value_TE, (0, 0, 0, seats * E - num_tokens))
+    T = seats * E
     step = 1e-3 * value_TE.std() + 1e-6
     price_E, bid_T = balancing_prices(value_TE, PRICE_STEPS), value_TE.new_zeros(T)
     expert_T = torch.full((T,), E, device=value_TE.device)  # E: none
@@ -181,7 +184,7 @@ def auction_assignment(value_TE: Tensor, rounds: int) -> Tensor:
     free_T = expert_T == E
     seat_T = (free_T.cumsum(0) - 1).clamp(min=0)
     left_T = torch.searchsorted((seats - load_E).cumsum(0), seat_T, right=True).clamp(max=E - 1)
-    return torch.where(free_T, left_T, expert_T)
+    return torch.where(free_T, left_T, expert_T)[:num_tokens]
 
 
 def balancing_prices(value_TE: Tensor, steps: int) -> Tensor:

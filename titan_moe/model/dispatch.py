@@ -32,9 +32,9 @@ class Dispatcher(NamedTuple):
 class Permutation(NamedTuple):
     """Where the row of each choice is, and back."""
 
-    order_N: Tensor  # (N,) int64: row i of the sorted rows is choice order[i] = t * K + k
-    row_TK: Tensor  # (T, K) int64: the row of choice k of token t; 0 where it was not kept
-    kept_TK: Tensor | None = None  # (T, K) bool; None: all
+    order: Tensor  # (N,) int64: row i of the sorted rows is choice order[i] = t * K + k
+    row: Tensor  # (T, K) int64: the row of choice k of token t; 0 where it was not kept
+    kept: Tensor | None = None  # (T, K) bool; None: all
 
 
 def local() -> Dispatcher:
@@ -81,7 +81,7 @@ def combine_rows(y_ND: Tensor, topk_scores_TK: Tensor, permutation: Permutation)
 
     Accumulated in fp32.
     """
-    return _Combine.apply(y_ND, topk_scores_TK, permutation.order_N, permutation.row_TK)
+    return _Combine.apply(y_ND, topk_scores_TK, permutation.order, permutation.row)
 
 
 # embedding_bag is a gather and a sum in one pass over memory, without the (T, K, D) tensor between them.
@@ -94,7 +94,7 @@ class _Gather(Function):
         return x_TD.index_select(0, order_N // row_TK.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore
         row_TK, kept_TK = ctx.saved_tensors
         weights_TK = None if kept_TK is None else kept_TK.to(grad_ND.dtype)
         return F.embedding_bag(row_TK, grad_ND, mode="sum", per_sample_weights=weights_TK), None, None, None
@@ -107,11 +107,11 @@ class _Combine(Function):
         return F.embedding_bag(row_TK, y_ND, mode="sum", per_sample_weights=scores_TK.to(y_ND.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyrefly: ignore
         y_ND, scores_TK, order_N, row_TK = ctx.saved_tensors
         grad_ND = grad_TD.index_select(0, order_N // row_TK.shape[1])
-        grad_scores_N = (grad_ND * y_ND).sum(-1, dtype=scores_TK.dtype)
-        grad_y_ND = grad_ND * scores_TK.flatten().index_select(0, order_N).to(y_ND.dtype).unsqueeze(-1)
+        grad_scores_N = (grad_ND * y_ND).sum(-1).to(scores_TK.dtype)
+        grad_y_ND = grad_ND.mul_(scores_TK.flatten().index_select(0, order_N).to(y_ND.dtype).unsqueeze(-1))
         return grad_y_ND, grad_scores_N[row_TK], None, None
 
 

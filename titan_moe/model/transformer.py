@@ -78,9 +78,11 @@ class Transformer(nn.Module):
 
         def feed_forward(layer: int) -> FeedForward | MoE:
             if layer not in moe_layers:
-                _check_positive("ffn_dim", ffn_dim, f"layer {layer} is dense")
+                _check_positive("model.ffn_dim", ffn_dim, f"layer {layer} is dense")
                 return FeedForward(dim, ffn_dim)
-            _check_positive("expert_dim", expert_dim, f"layer {layer} is a MoE layer")
+            _check_positive("moe.expert_dim", expert_dim, f"layer {layer} is a MoE layer")
+            _check_multiple_of_8("model.dim", dim)
+            _check_multiple_of_8("moe.expert_dim", expert_dim)
             if router is None:
                 raise ValueError(f"a router must be given when num_experts ({num_experts}) is above 0")
             return MoE(
@@ -161,6 +163,11 @@ def _check_positive(name: str, value: int, why: str) -> None:
         raise ValueError(f"{name} ({value}) must be at least 1: {why}")
 
 
+def _check_multiple_of_8(name: str, value: int) -> None:
+    if value % 8:
+        raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
+
+
 def _check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"model.num_heads ({num_heads}) must divide model.dim ({dim})")
@@ -174,6 +181,9 @@ def _fill_normal(parameter: Tensor, std: float, key: str) -> None:
     """Fill with fp32 normal numbers that depend on `key` and the full shape alone; a shard takes its part of them."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
     generator = torch.Generator(device=parameter.device).manual_seed(seed)
+    if parameter.dtype == torch.float32 and not isinstance(parameter, DTensor):
+        parameter.normal_(0.0, std, generator=generator)
+        return
     full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
     full.normal_(0.0, std, generator=generator)
     if isinstance(parameter, DTensor):

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from titan_moe.optimizer.adamw import AdamW
+
 
 def adamw(
     param_groups: list[dict[str, Any]],
@@ -23,7 +25,7 @@ def adamw(
     for group in param_groups:
         own = {k: v for k, v in group.items() if k not in ("beta1", "beta2")}
         groups.append({**own, "betas": (group.get("beta1", beta1), group.get("beta2", beta2))})
-    return torch.optim.AdamW(groups, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
+    return AdamW(groups, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, base_lrs: Sequence[float], factor: float) -> dict[str, float]:

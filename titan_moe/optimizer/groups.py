@@ -1,7 +1,7 @@
 """Parameter groups: every parameter belongs to exactly one of expert, router, embedding, norm, dense."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,14 +28,28 @@ def parameter_groups(
     """Sort parameters into torch.optim groups {"name", "params", **the group's own arguments}.
 
     Groups without a parameter are left out; one that has arguments in `group_arguments` but no parameter is a
-    ValueError, for example [optimizer.expert] of a dense model.
+    ValueError, for example [optimizer.expert] of a dense model. A group with load-based rates gets `layers`: of each
+    parameter the index of its MoE layer, the row of the step's load that it goes by.
     """
     groups: dict[str, dict[str, Any]] = {}
+    members: dict[str, list[str]] = {}
     for name, parameter in named_parameters:
         group = groups.setdefault(group_of(name), {"name": group_of(name), "params": []})
         group["params"].append(parameter)
+        members.setdefault(group_of(name), []).append(name)
     for name, arguments in group_arguments.items():
         if name not in groups:
             raise ValueError(f"[optimizer.{name}] is set, but the model has no {name} parameters: remove that table")
         groups[name].update(arguments)
+        if "load_lr" in arguments:
+            if name != "expert":
+                raise ValueError(f"[optimizer.{name}] load_lr: only experts have a load, set it in [optimizer.expert]")
+            groups[name]["layers"] = layer_indices(members[name])
     return [groups[name] for name in GROUP_PATTERNS if name in groups]
+
+
+def layer_indices(names: Sequence[str]) -> list[int]:
+    """Of each parameter's name (`layers.I. ...`) the index of its layer among the layers that occur: 0, 1, ..."""
+    layers = [int(name.partition("layers.")[2].partition(".")[0]) for name in names]
+    order = sorted(set(layers))
+    return [order.index(layer) for layer in layers]

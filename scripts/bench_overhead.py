@@ -1,0 +1,135 @@
+"""What features cost of a training step: each step with the feature is compared with the plain steps around it.
+
+    python scripts/bench_overhead.py load_lr                 # learning rates by load over one rate for all experts
+    python scripts/bench_overhead.py load_lr --model many    # 64 experts of width 256 instead of 8 of 512
+
+Whole optimizer steps on one thread in fp32, four sequences of 512 tokens, a fresh random batch each; processor seconds,
+so that other programs on the machine do not count. Both sides are models of their own with the same weights. The table
+has medians; `ratio by the part alone` times what the feature changes by itself, finer than the noise of whole steps.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titan_moe.balancer import BALANCERS
+from titan_moe.model.routing import ROUTERS
+from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.load_lr import expand_load_lr, step_by_load
+from titan_moe.step import train_step
+
+TOP_K, VOCAB, SEQ, BATCH, WARMUP = 2, 2048, 512, 4, 2
+MODELS = {"ref": (8, 512), "many": (64, 256)}  # (num_experts, expert_dim)
+
+
+class Side(NamedTuple):
+    """One side of a comparison: a whole step on a batch, and the part that the feature changes, alone."""
+
+    step: Callable[[Tensor], Any]
+    part: Callable[[], Any]
+
+
+def build(name: str) -> Transformer:
+    """Build the model with 4 layers of width 256."""
+    num_experts, expert_dim = MODELS[name]
+    model = Transformer(
+        vocab_size=VOCAB,
+        dim=256,
+        num_layers=4,
+        num_heads=4,
+        num_experts=num_experts,
+        expert_dim=expert_dim,
+        router=ROUTERS["topk_softmax"](top_k=TOP_K),
+    )
+    model.init_weights(0)
+    return model
+
+
+def seconds(task: Callable[[], Any]) -> float:
+    """Processor seconds of a call."""
+    start = time.process_time()
+    task()
+    return time.process_time() - start
+
+
+def load_lr(name: str) -> tuple[Side, Side]:
+    """AdamW with one rate for all experts, and with load-based rates."""
+    balancers = {name: (0.01, BALANCERS[name](coeff=1.0)) for name in ("aux_loss", "z_loss")}
+
+    def side(**options: Any) -> Side:
+        model = build(name)
+        groups = parameter_groups(model.named_parameters(), {"expert": expand_load_lr(options, top_k=TOP_K)})
+        optimizer = OPTIMIZERS["adamw"](groups, lr=1e-4)
+        load_LE = torch.arange(1, 4 * MODELS[name][0] + 1).view(4, -1)
+        gradients = {p: torch.full_like(p, 1e-4) for p in model.parameters()}
+
+        def step(tokens: Tensor) -> None:
+            train_step(model, [(tokens[:, :-1], tokens[:, 1:])], optimizer, balancers, [], max_norm=1.0)
+
+        def part() -> None:
+            step_by_load(optimizer, load_LE)
+
+        def prepared() -> float:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+            spent = seconds(part)
+            optimizer.zero_grad()
+            return spent
+
+        return Side(step, prepared)
+
+    return side(), side(load_lr="ideal_normalized", load_lr_ema=0.9, load_lr_power=0.5)
+
+
+MODES = {"load_lr": load_lr}
+
+
+def compare(plain: Side, feature: Side, pairs: int) -> dict[str, float]:
+    """Time plain, feature, plain, feature, ..., plain; each feature step against the mean of its two neighbours."""
+    generator = torch.Generator().manual_seed(0)
+
+    def timed(side: Side) -> float:
+        tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
+        return seconds(lambda: side.step(tokens))
+
+    for _ in range(WARMUP):
+        timed(plain), timed(feature)
+    before, ratios, steps = timed(plain), [], []
+    for _ in range(pairs):
+        own, after = timed(feature), timed(plain)
+        ratios.append(own / ((before + after) / 2))
+        steps.append((before + after) / 2)
+        before = after
+    parts = [(plain.part(), feature.part()) for _ in range(2 * pairs)]
+    step = statistics.median(steps)
+    extra = statistics.median(b - a for a, b in parts)
+    return {
+        "plain step, ms": 1000 * step,
+        "ratio of whole steps": statistics.median(ratios),
+        "part without, ms": 1000 * statistics.median(a for a, _ in parts),
+        "part with, ms": 1000 * statistics.median(b for _, b in parts),
+        "ratio by the part alone": 1 + extra / step,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("feature", choices=MODES)
+    parser.add_argument("--model", choices=MODELS, default="ref")
+    parser.add_argument("--pairs", type=int, default=15)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    plain, feature = MODES[arguments.feature](arguments.model)
+    for label, value in compare(plain, feature, arguments.pairs).items():
+        print(f"{arguments.feature} on {arguments.model}  {label:<24} {value:10.4f}")
+
+
+if __name__ == "__main__":
+    main()

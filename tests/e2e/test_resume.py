@@ -1,0 +1,235 @@
+"""A run that was stopped, at any moment and in any way, goes on to the bit as one that was not."""
+
+import itertools
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Arguments
+from tests.e2e.harness import Command, Ended, contents, records
+
+Train = Callable[..., Ended]
+STEPS = 16
+OPTIONS = {"training__steps": STEPS, "validation__freq": 5, "validation__steps": 2, "checkpoint__interval": 4}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where the run that others are compared with lies, once it was run."""
+    return {"folder": tmp_path_factory.mktemp("uninterrupted") / "run"}
+
+
+@pytest.fixture
+def whole(uninterrupted: dict[str, Path], arguments: Arguments, tmp_path: Path) -> Path:
+    """The folder of a run that nothing interrupted."""
+    folder = uninterrupted["folder"]
+    if not folder.exists():
+        log = tmp_path / "whole-log"
+        ended = Command("train", [*arguments(**OPTIONS), "--job.dump_folder", str(folder)], log).end()
+        assert ended.code == 0, ended.err
+    return folder
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """Every number of every step equal to the bit, each step there once, and so are the final weights."""
+    for kind in ("train", "validation"):
+        assert records(run, kind) == records(whole, kind)
+    assert [record["step"] for record in records(run)] == list(range(1, STEPS + 1))
+    for path in (whole / "checkpoint" / f"step-{STEPS}").glob("*.distcp"):
+        assert (run / "checkpoint" / f"step-{STEPS}" / path.name).read_bytes() == path.read_bytes()
+
+
+def step_of(command: Command) -> int:
+    """The last step that a command has shown (log_freq is 1)."""
+    lines = [line for line in command.written(".out").splitlines() if line.startswith("step ")]
+    return int(lines[-1].split()[1].partition("/")[0]) if lines else 0
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_signals_save_first(
+    arguments: Arguments, train: Train, whole: Path, tmp_path: Path, number: signal.Signals, workers: int
+) -> None:
+    """The whole process group gets the signal, as from a terminal's Ctrl-C, and twice, as through torchrun."""
+    command = Command("train", arguments(**OPTIONS, data__num_workers=workers), tmp_path / "log")
+    command.wait_for(lambda: step_of(command) >= 5)
+    os.killpg(command.pid, number)
+    os.kill(command.pid, number)
+    ended = command.end()
+    assert ended.code == 128 + number, ended.err
+    assert f"stopped by {number.name}: the same command goes on from here" in ended.err
+    assert "Traceback" not in ended.err
+    last = max(record["step"] for record in records(tmp_path / "run"))
+    assert 5 <= last < STEPS
+    assert (tmp_path / "run" / "checkpoint" / f"step-{last}").is_dir()
+
+    again = train(**OPTIONS, data__num_workers=workers)
+    assert again.code == 0, again.err
+    assert f"resuming from {tmp_path / 'run' / 'checkpoint' / f'step-{last}'}" in again.err
+    assert_same(tmp_path / "run", whole)
+
+
+def test_kill_9_at_random_moments(arguments: Arguments, train: Train, whole: Path, tmp_path: Path) -> None:
+    """Killed without a word three times, somewhere in training, then run to the end."""
+    draw, words = random.Random(), arguments(**OPTIONS)
+    for kill in range(3):
+        command = Command("train", words, tmp_path / "log")
+        target = draw.randint(4 * kill, 4 * kill + 3)
+        command.wait_for(lambda command=command, target=target: step_of(command) >= target)
+        os.kill(command.pid, signal.SIGKILL)
+        ended = command.end()
+        assert ended.code == -signal.SIGKILL, ended.err
+    assert train(**OPTIONS).code == 0
+    assert_same(tmp_path / "run", whole)
+
+
+def test_kill_9_during_a_save(arguments: Arguments, train: Train, whole: Path, tmp_path: Path) -> None:
+    """Killed while the folder of a save is not whole yet: the next run takes the one before and cleans up."""
+    folder = tmp_path / "run" / "checkpoint"
+    command = Command("train", arguments(**OPTIONS), tmp_path / "log")
+    command.wait_for((folder / "step-8.tmp").exists)
+    os.kill(command.pid, signal.SIGKILL)
+    assert command.end().code == -signal.SIGKILL
+    left = {path.name for path in folder.iterdir()}
+    again = train(**OPTIONS)
+    assert again.code == 0, again.err
+    assert f"resuming from {folder / ('step-4' if 'step-8.tmp' in left else 'step-8')}" in again.err
+    assert {path.name for path in folder.iterdir()} == {f"step-{step}" for step in (4, 8, 12, 16)}
+    assert_same(tmp_path / "run", whole)
+
+
+def start_two(words: list[str], log: Path) -> list[Command]:
+    """Start two processes as torchrun does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [{**place, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    return [Command("train", words, log.with_name(f"log-{env['RANK']}"), env) for env in ranks]
+
+
+def end_two(commands: list[Command]) -> list[int]:
+    return [command.end().code for command in commands]
+
+
+@pytest.mark.dist
+def test_two_processes_stop_together(arguments: Arguments, whole: Path, tmp_path: Path) -> None:
+    """A signal to one of two stops both after the same step; the same two then go on to the bit."""
+    assert end_two(start_two(arguments("whole", **OPTIONS), tmp_path / "log")) == [0, 0]
+    commands = start_two(arguments(**OPTIONS), tmp_path / "log")
+    commands[0].wait_for(lambda: step_of(commands[0]) >= 5)
+    os.kill(commands[1].pid, signal.SIGTERM)
+    assert end_two(commands) == [128 + signal.SIGTERM] * 2, commands[0].written(".err")
+    assert [command.written(".err").count("stopped by SIGTERM") for command in commands] == [1, 0]
+    assert end_two(start_two(arguments(**OPTIONS), tmp_path / "log")) == [0, 0]
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    for two, one in zip(records(tmp_path / "run"), records(whole), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_a_finished_run_does_nothing_but_tell(train: Train, tmp_path: Path) -> None:
+    first = train()
+    before = contents(tmp_path / "run" / "checkpoint"), records(tmp_path / "run")
+    again = train()
+    assert (first.code, again.code) == (0, 0)
+    assert (contents(tmp_path / "run" / "checkpoint"), records(tmp_path / "run")) == before
+    assert "step 1/" not in again.out
+    assert again.out.splitlines() == first.out.splitlines()[-len(again.out.splitlines()) :]
+    assert again.out.startswith("validation ")
+
+
+def test_more_steps_than_before(train: Train, tmp_path: Path) -> None:
+    """A finished run goes on when training.steps grows; with a constant rate it is the longer run to the bit."""
+    options = {"lr_scheduler__name": "constant", "lr_scheduler__warmup_steps": 2, "validation__freq": 3}
+    assert train("long", **options, training__steps=9).code == 0
+    assert train("short", **options, training__steps=6).code == 0
+    ended = train("short", **options, training__steps=9)
+    assert ended.code == 0, ended.err
+    assert "step 7/9" in ended.out
+    for kind in ("train", "validation"):
+        assert records(tmp_path / "short", kind) == records(tmp_path / "long", kind)
+
+
+def test_broken_checkpoints_are_skipped_in_one_line(train: Train, tmp_path: Path) -> None:
+    """A truncated checkpoint and one without its metadata: resume takes the last complete one and says so."""
+    assert train().code == 0
+    expected = records(tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoint"
+    with open(folder / "step-6" / "__0_0.distcp", "r+b") as file:
+        file.truncate(1000)
+    (folder / "step-4" / ".metadata").unlink()
+    ended = train()
+    assert ended.code == 0, ended.err
+    (warning,) = [line for line in ended.err.splitlines() if line.startswith("warning: ")]
+    assert "step-6 is broken: file __0_0.distcp has 1000 bytes" in warning
+    assert "step-4 is broken: file .metadata is missing" in warning
+    assert f"using {folder / 'step-2'}" in warning
+    assert f"resuming from {folder / 'step-2'}" in ended.err
+    assert records(tmp_path / "run") == expected
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Let no file grow above `limit` bytes: a write fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_full_disk_while_saving(train: Train, tmp_path: Path) -> None:
+    """Training goes on with a warning until the last save, which is an error; what was saved before is intact."""
+    assert train("whole", training__steps=8).code == 0
+    assert train(more="--checkpoint.load_step -1", training__steps=8).code == 0
+    folder = tmp_path / "run" / "checkpoint"
+    for step in (6, 8):
+        shutil.rmtree(folder / f"step-{step}")
+    before = contents(folder)
+    with full_disk(100_000):
+        ended = train(training__steps=8)
+    assert ended.code == 2
+    warning, error = [line for line in ended.err.splitlines() if line.startswith(("warning", "error"))]
+    assert "step-6" in warning
+    assert "File too large" in warning
+    assert "training goes on" in warning
+    assert "step-8" in error
+    assert "File too large" in error
+    assert "earlier checkpoints are intact" in error
+    assert "Traceback" not in ended.err
+    assert contents(folder) == before
+
+    ended = train(training__steps=8)
+    assert ended.code == 0, ended.err
+    assert f"resuming from {folder / 'step-4'}" in ended.err
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+def test_fewer_files_than_steps(train: Train, tmp_path: Path) -> None:
+    """keep_latest_k checkpoints stay, the newest; an earlier one that stays can be gone back to."""
+    assert train(checkpoint__keep_latest_k=2).code == 0
+    folder = tmp_path / "run" / "checkpoint"
+    assert {path.name for path in folder.iterdir()} == {"step-4", "step-6"}
+    before = records(tmp_path / "run")
+    assert train(checkpoint__keep_latest_k=2, more="--checkpoint.load_step 4").code == 0
+    assert records(tmp_path / "run") == before
+
+
+def test_weights_of_another_run(train: Train, tmp_path: Path) -> None:
+    """initial_load_path takes the weights alone: step 1 begins where the other run ended."""
+    assert train("first").code == 0
+    ended = train("second", checkpoint__initial_load_path=str(tmp_path / "first"))
+    assert ended.code == 0, ended.err
+    assert f"starting from the weights of {tmp_path / 'first' / 'checkpoint' / 'step-6'}" in ended.err
+    first, second = (records(tmp_path / name) for name in ("first", "second"))
+    assert [record["step"] for record in second] == [1, 2, 3, 4, 5, 6]
+    assert second[0]["loss"] < first[0]["loss"] - 0.3
+    assert not any(a == b for a, b in itertools.product(first, second))

@@ -1,0 +1,107 @@
+"""AdamW as torch has it, fused, with rows of their own learning rate where a group asks for load-based rates.
+
+Shapes: E experts, R the rows (experts) of a tensor that this rank holds.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_moe.optimizer.load_lr import Group, load_groups, local, next_factors, rows
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW whose step also takes `load` (L, E), tokens per expert, for groups with load-based rates.
+
+    There every expert is updated as if it were a parameter of its own, with the learning rate factor * lr and a step
+    count of its own (state `step` is (E,)): torch's fused kernel is called for each expert, and nothing is copied. An
+    expert without a token is left alone, moments and step count too. Other groups are updated by torch's step.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, load: Tensor | None = None) -> Any:
+        """Update all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = load_groups(self)
+        gradients = {p: p.grad for group in groups for p in group["params"] if p.grad is not None}
+        for parameter in gradients:
+            parameter.grad = None  # torch's step passes over parameters without a gradient
+        super().step()
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for group in groups:
+            self._step_experts(group, load)
+        return loss
+
+    def _step_experts(self, group: Group, load: Tensor | None) -> None:
+        """Update the expert parameters of all layers, layer by layer."""
+        layers: dict[int, list[Tensor]] = {}
+        for parameter, layer in zip(group["params"], group["layers"], strict=True):
+            if parameter.grad is not None:
+                layers.setdefault(layer, []).append(parameter)
+                if "step" not in self.state[parameter]:
+                    self.state[parameter].update(_fresh_state(parameter))
+        factor_LE = next_factors(self, group, load)
+        for layer, parameters in layers.items():
+            if load is None or factor_LE is None:
+                factor_E = torch.ones(parameters[0].shape[0], device=parameters[0].device)
+                self._step_layer(group, parameters, factor_E, torch.zeros_like(factor_E))
+            else:
+                self._step_layer(group, parameters, factor_LE[layer], (load[layer] == 0).to(torch.float32))
+
+    def _step_layer(self, group: Group, parameters: list[Tensor], factor_E: Tensor, is_dead_E: Tensor) -> None:
+        """Update the expert parameters of one layer, expert by expert; no value is read on the host of a GPU."""
+        states = [self.state[parameter] for parameter in parameters]
+        weight_decay = group["weight_decay"]
+        if not group["load_lr_decay"]:
+            for parameter in parameters:
+                local(parameter).mul_(1 - group["lr"] * weight_decay)
+            weight_decay = 0.0
+        for state in states:
+            state["step"] += 1 - is_dead_E
+
+        mine = rows(parameters[0])
+        rates, skips = (factor_E * group["lr"])[mine].unbind(), is_dead_E[mine].unbind()
+        steps = [state["step"][mine].unbind() for state in states]
+        row_lists = [
+            [local(tensor).unbind() for tensor in tensors]
+            for tensors in (
+                parameters,
+                [parameter.grad for parameter in parameters if parameter.grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+            )
+        ]
+        for row, (rate, skip) in enumerate(zip(rates, skips, strict=True)):
+            weights, gradients, exp_avgs, exp_avg_sqs = ([tensor[row] for tensor in lists] for lists in row_lists)
+            torch._fused_adamw_(
+                weights,
+                gradients,
+                exp_avgs,
+                exp_avg_sqs,
+                [],
+                [step[row] for step in steps],
+                lr=rate,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=weight_decay,
+                eps=group["eps"],
+                amsgrad=False,
+                maximize=False,
+                grad_scale=None,
+                found_inf=skip,  # the kernel's own switch: 1 leaves everything as it is
+            )
+
+
+def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
+    """Make the state of a stacked parameter: moments like it, and a step count for each of its experts on any rank."""
+    return {
+        "step": torch.zeros(parameter.shape[0], dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
