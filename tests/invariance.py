@@ -1,0 +1,108 @@
+"""What must not depend on how a step is cut or run: every router with every balancer of the registries.
+
+`is_cut_router` and `CUT_BALANCERS` name what by its definition depends on the tokens of one forward pass on one rank;
+it is left out of comparisons of other cuts, and of those alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.cases import ROUTER_CASES, WHOLE_BATCH, Case, cases, top_k_of
+from tests.tiny import batch, tiny_model
+from titan_moe.balancer import BALANCERS, keep_bias
+from titan_moe.config.combinations import check_combinations
+from titan_moe.config.sections import Component, Config, Moe
+from titan_moe.metrics import maxvio
+from titan_moe.model.transformer import Transformer
+from titan_moe.step import train_step
+
+BALANCER_CASES = cases(BALANCERS)
+NOISE = {"jitter", "noise_std"}
+
+
+def is_cut_router(case: Case) -> bool:
+    """It looks at all tokens of a forward pass, or has a capacity for them, or draws noise for them."""
+    return case.name in WHOLE_BATCH or bool(case.arguments.keys() & {"capacity_factor", *NOISE})
+
+
+CUT_BALANCERS = {
+    "aux_loss": "scope micro_batch is of the tokens of one forward pass on one rank",
+    "aux_loss-scope=global_batch": "the running average is of the micro-batches so far",
+    "entropy_loss-form=batch": "the mean is over the tokens of one forward pass on one rank",
+}
+
+
+def fits(router: Case, balancer: Case) -> bool:
+    """Whether the configuration lets them together; what it refuses has its own tests."""
+    arguments = {"scope": "micro_batch", **balancer.arguments} if balancer.name == "aux_loss" else balancer.arguments
+    config = Config(
+        moe=Moe(top_k=top_k_of(router.name), num_experts=4),
+        router=Component(router.name, router.arguments),
+        balancer={balancer.name: arguments},
+    )
+    try:
+        check_combinations(config)
+    except ValueError:
+        return False
+    return True
+
+
+PAIRS = [(router, balancer) for router in ROUTER_CASES for balancer in BALANCER_CASES if fits(router, balancer)]
+
+
+def partners(router: Case) -> list[Case]:
+    """The balancers that go with a router."""
+    return [balancer for other, balancer in PAIRS if other == router]
+
+
+def fresh(router: Case, wrap: Callable[[Transformer], None] | None = None, device: str = "cpu") -> Transformer:
+    """A model of one layer with selection biases that are not 0."""
+    model = tiny_model(router, num_layers=1, device=device)
+    if wrap is not None:
+        wrap(model)
+        model.to_empty(device="cpu")
+    model.init_weights(0)
+    for bias in model.expert_biases():
+        bias.copy_(torch.linspace(-0.05, 0.05, 4))
+    return model
+
+
+def outcome(
+    model: Any, balancers: Sequence[Case], *, micro_batches: int = 1, rank: int = 0, world: int = 1
+) -> dict[str, Any]:
+    """Everything that a step of plain SGD makes: losses, norm, loads, MaxVio, biases, gradients by the new weights."""
+    torch.manual_seed(0)
+    built = {str(case): BALANCERS[case.name](**case.arguments) for case in balancers}
+    weighed = {name: (0.5 if balancer.post_step is keep_bias else 1.0, balancer) for name, balancer in built.items()}
+    tokens, labels = (part.chunk(world)[rank] for part in batch(0))
+    micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    output = train_step(model, micro, sgd, weighed, model.expert_biases(), max_norm=0.0)
+    return {
+        "loss": output.loss,
+        "total_loss": output.total_loss,
+        "balance": dict(output.balance_losses),
+        "grad_norm": output.grad_norm,
+        "load": output.load,
+        "maxvio": maxvio(output.load),
+        "layer_counts": output.layer_counts,
+        "bias": model.expert_biases(),
+        "parameters": {plain(name): full(p) for name, p in model.named_parameters()},
+    }
+
+
+def plain(name: str) -> str:
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+
+
+def full(parameter: Tensor) -> Tensor:
+    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.detach().clone()
+
+
+def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
+    """Integers alike, fp32 up to round-off: parameters move by their gradients, so these agree too."""
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
