@@ -54,13 +54,15 @@ def expert_choice(
         capacity = min(T, math.ceil(T * top_k / E * capacity_factor))
         z_TE = logits_TE / temperature
         scores_TE = z_TE.softmax(-1)
-        ranked_TE = scores_TE if order == "softmax_topk" else z_TE
-        values_CE, tokens_CE = ranked_TE.topk(capacity, dim=0)
-        weights_CE = values_CE if order == "softmax_topk" else values_CE.softmax(0)
-        weights_TE = torch.zeros_like(scores_TE).scatter(0, tokens_CE, weights_CE)
-        kept_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter(0, tokens_CE, True)
-        experts_TE = torch.arange(E, device=kept_TE.device).expand(T, E).masked_fill(~kept_TE, E)
-        load_E = tokens_CE.new_full((E,), capacity)
+        ranked_TE = scores_TE.detach() if order == "softmax_topk" else z_TE.detach()
+        # the rank of each token with each expert; two sorts and no scatter, for the reason in `rank_in_expert`
+        kept_TE = ranked_TE.argsort(dim=0, descending=True, stable=True).argsort(dim=0) < capacity
+        if order == "softmax_topk":
+            weights_TE = scores_TE * kept_TE
+        else:
+            weights_TE = z_TE.masked_fill(~kept_TE, -math.inf).softmax(0)
+        experts_TE = torch.where(kept_TE, torch.arange(E, device=kept_TE.device), E)
+        load_E = experts_TE.new_full((E,), capacity)
         return Routing(
             logits_TE, scores_TE, weights_TE, experts_TE, load_E, z_TE.detach(), kept=kept_TE, capacity=capacity
         )

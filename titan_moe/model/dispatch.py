@@ -65,10 +65,9 @@ def sort_kept(routing: Routing) -> tuple[Permutation, Tensor]:
     key_N = torch.where(routing.kept, routing.topk_experts, num_experts).flatten()
     counts_E = key_N.new_zeros(num_experts + 1).scatter_add_(0, key_N, torch.ones_like(key_N))[:num_experts]
     rows = min(key_N.numel(), num_experts * routing.capacity)
-    order_N = key_N.argsort(stable=True)[:rows]
-    row_N = torch.zeros_like(key_N).scatter_(0, order_N, torch.arange(rows, device=key_N.device))
-    row_TK = row_N.view_as(routing.kept) * routing.kept
-    return Permutation(order_N, row_TK, routing.kept), counts_E
+    order_N = key_N.argsort(stable=True)
+    row_TK = order_N.argsort().view_as(routing.kept) * routing.kept  # the inverse, without a scatter (`rank_in_expert`)
+    return Permutation(order_N[:rows], row_TK, routing.kept), counts_E
 
 
 def gather_rows(x_TD: Tensor, permutation: Permutation) -> Tensor:

@@ -114,8 +114,8 @@ def limit_groups(selection_TE: Tensor, options: Options) -> Tensor:
     grouped_TGE = selection_TE.view(T, groups, -1)
     best = min(max(1, options.top_k // kept), E // groups)
     value_TG = grouped_TGE.topk(best, dim=-1).values.sum(-1)
-    chosen_TG = torch.zeros_like(value_TG, dtype=torch.bool).scatter_(1, value_TG.topk(kept, dim=-1).indices, True)
-    return grouped_TGE.masked_fill(~chosen_TG.unsqueeze(-1), -math.inf).view(T, E)
+    chosen_TKG = value_TG.topk(kept, dim=-1).indices.unsqueeze(-1) == torch.arange(groups, device=value_TG.device)
+    return grouped_TGE.masked_fill(~chosen_TKG.any(1).unsqueeze(-1), -math.inf).view(T, E)
 
 
 def make_routing(
@@ -160,4 +160,4 @@ def rank_in_expert(expert_N: Tensor, order_N: Tensor, tokens_per_expert_E: Tenso
     sorted_N = order_N[expert_N[order_N].argsort(stable=True)]  # by expert, then by the order
     start_E = tokens_per_expert_E.cumsum(0) - tokens_per_expert_E
     rank_N = torch.arange(expert_N.numel(), device=expert_N.device) - start_E[expert_N[sorted_N]]
-    return torch.empty_like(rank_N).scatter_(0, sorted_N, rank_N)
+    return rank_N[sorted_N.argsort()]  # not a scatter: inductor 2.13 reads a fused scatter's output before it writes it
