@@ -54,8 +54,11 @@ def train_step(
         trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
-        sums.append(torch.stack([loss.detach(), ce.detach(), *(value.detach() for value in balance.values())]))
-    total_loss, ce, *values = all_reduce_sum(sum_tensors(sums)).unbind()
+        scalars = torch.stack([loss.detach(), ce.detach(), *(value.detach() for value in balance.values())])
+        sums.append(torch.cat([scalars, router_sums(routings, scalars)]))
+    totals = all_reduce_sum(sum_tensors(sums))
+    total_loss, ce, *values = totals[: 2 + len(balance)].unbind()
+    logit_norm_L, confidence_L, routed_L = totals[2 + len(balance) :].view(3, -1)
     load_LE = sum_tensors(loads)
     if "global_batch" not in scopes:
         all_reduce_sum(load_LE)  # one collective for all layers
@@ -72,6 +75,8 @@ def train_step(
         load=load_LE,
         num_tokens=num_tokens,
         load_factors=load_factors,
+        router_logit_norm=logit_norm_L / routed_L if routings else None,
+        router_confidence=confidence_L / routed_L if routings else None,
     )
 
 
@@ -191,6 +196,15 @@ def update_expert_biases(
         moved_LE, factor = balancer.post_step(seen, bias_LE), balancer.schedule(progress)
         bias_LE = moved_LE if factor == 1 else torch.lerp(bias_LE, moved_LE, factor)
     torch._foreach_copy_(list(expert_biases), list(bias_LE.unbind()))
+
+
+@torch.no_grad()
+def router_sums(routings: Sequence[Routing], like: Tensor) -> Tensor:
+    """Sums over tokens, (3 * L,) fp32: of all layers the logits' 2-norms, then the largest scores, then ones."""
+    norms = [torch.linalg.vector_norm(r.router_logits, dim=-1).sum() for r in routings]
+    confidences = [r.scores.amax(-1).sum() for r in routings]
+    counts = [like.new_full((), float(r.scores.shape[0])) for r in routings]
+    return torch.stack([*norms, *confidences, *counts]) if routings else like.new_zeros(0)
 
 
 def stack_loads(routings: Sequence[Routing], *, reduce: bool = False) -> Tensor:

@@ -134,7 +134,9 @@ def test_balancers_that_are_off_have_no_keys(train: Train, tmp_path: Path) -> No
     assert train(more="--balancer.entropy_loss false --balancer.z_loss false", training__steps=1).code == 0
     (line,) = lines(tmp_path / "run", "train")
     assert set(line) == TRAIN_KEYS | TRAIN_KEYS_MOE - {"entropy_loss", "z_loss"}
-    assert set(lines(tmp_path / "run", "validation")[0]) == VALIDATION_KEYS | VALIDATION_KEYS_MOE  # measured all the same
+    assert (
+        set(lines(tmp_path / "run", "validation")[0]) == VALIDATION_KEYS | VALIDATION_KEYS_MOE
+    )  # measured all the same
 
 
 def test_golden_losses(train: Train, tmp_path: Path) -> None:
