@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from titan_moe.optimizer.expert_stats import ExpertStats
 from titan_moe.optimizer.groups import group_of
 
 _TINY = 1e-300  # what a mean load of 0 is taken for in a denominator
@@ -27,6 +28,7 @@ class StepOutput(NamedTuple):
     load_factors: Tensor | None = None  # (L, E) of the experts' learning rates, None where loads do not set them
     router_logit_norm: Tensor | None = None  # (L,) mean over tokens of the 2-norm of a token's router logits
     router_confidence: Tensor | None = None  # (L,) mean over tokens of the largest routing probability
+    expert_stats: ExpertStats | None = None  # where the step was asked to measure its experts
 
 
 class EvalOutput(NamedTuple):
@@ -114,6 +116,21 @@ def train_metrics(output: StepOutput) -> dict[str, Tensor]:
     if output.router_logit_norm is not None and output.router_confidence is not None:
         metrics |= _per_layer("router_logit_norm", output.router_logit_norm)
         metrics |= _per_layer("router_confidence", output.router_confidence)
+    return metrics
+
+
+def expert_metrics(output: StepOutput) -> dict[str, Tensor]:
+    """The measures of each expert, by name: mean over all and of each layer, and (L, E) as `NAME/experts`.
+
+    The experts' loads of the step are with them, to see both side by side. Experts that have no measure do not count.
+    """
+    if output.expert_stats is None:
+        return {}
+    metrics = {"load/experts": output.load}
+    for name, values_LE in output.expert_stats._asdict().items():
+        if values_LE is not None:
+            means_L = {f"{name}/layer_{i}": mean for i, mean in enumerate(values_LE.nanmean(-1))}
+            metrics |= {name: values_LE.nanmean(), **means_L, f"{name}/experts": values_LE}
     return metrics
 
 

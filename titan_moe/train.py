@@ -206,6 +206,7 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
                 expert_biases,
                 max_norm=config.training.max_norm,
                 progress=step / steps,
+                measure_experts=is_due(step, config.metrics.expert_stats_freq),
             )
             seconds = time.perf_counter() - begin
             step_tokens = rt.world_size * sum(labels.numel() for _, labels in micro_batches)
@@ -233,6 +234,11 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             if step == start + 1:
                 runtime.set_timeout(config.comm.train_timeout_seconds)
     return 0
+
+
+def is_due(step: int, freq: int) -> bool:
+    """Whether something that happens every `freq` steps, 0 for never, happens at `step`."""
+    return freq > 0 and step % freq == 0
 
 
 def validate(job: Job, sinks: Sink, step: int) -> None:

@@ -16,6 +16,7 @@ LAYERS = {
     "optimizer.groups": 0,
     "optimizer.load_lr": 0,
     "optimizer.adamw": 0,
+    "optimizer.expert_stats": 0,
     "optimizer.schedule": 0,
     "metrics": 0,
     "files": 0,

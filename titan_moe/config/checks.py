@@ -68,6 +68,9 @@ def _check_experts(config: Config) -> None:
                 )
         if config.debug.force_balanced_routing:
             raise ValueError("debug.force_balanced_routing = true needs experts, but moe.num_experts is 0")
+        for key in ("expert_stats_freq",):
+            if freq := getattr(config.metrics, key):
+                raise ValueError(f"metrics.{key} = {freq} needs experts, but moe.num_experts is 0: set it to 0")
         return
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) must be at most moe.num_experts ({moe.num_experts})")
