@@ -69,7 +69,7 @@ def evaluation_config(step_folder: Path, overrides: list[str]) -> tuple[Config, 
     """Give the run's configuration with the overrides, and the files of --data.path: of these all is evaluated."""
     given = {arg[2:].partition("=")[0] for arg in overrides if arg.startswith("--")}
     with_all = ["--validation.steps", "-1"] if "data.path" in given and "validation.steps" not in given else []
-    config = load_config(["--job.config_file", str(step_folder / "config.toml"), *overrides, *with_all])
+    config = load_config([*overrides, *with_all, "--job.config_file", str(step_folder / "config.toml")])
     if useless := sorted(given.difference(OVERRIDES)):
         raise ValueError(f"--{useless[0]} changes nothing here: an evaluation takes {', '.join(OVERRIDES)}")
     return config, config.data.path if "data.path" in given else []

@@ -14,13 +14,13 @@ from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 
 def main(args: list[str]) -> int:
     """Print the prompt and what the model makes of it."""
-    options = parse(args)
+    options, rt = parse(args), runtime.read_world()
+    runtime.init_logging(rt)
     step_folder = resolve_checkpoint(options.checkpoint)
     model, config = load_model(step_folder)
-    device = runtime.read_world().device
     tokenizer = load_tokenizer(str(step_folder / "tokenizer.json"))
     text = generate(
-        model.to(device),
+        model.to(rt.device),
         tokenizer,
         options.prompt,
         max_new_tokens=options.max_new_tokens,
@@ -50,6 +50,8 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, default=50, help="choose among the k most probable tokens; 0: all (50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (0)")
     options = parser.parse_args(args)
+    if any("\ud800" <= char <= "\udfff" for char in options.prompt):  # how Python keeps bytes of other encodings
+        raise ValueError(f"--prompt ({options.prompt!a}) must be UTF-8 text")
     for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if not getattr(options, name) >= least:  # so that nan is refused
             raise ValueError(f"--{name} ({getattr(options, name)}) must be at least {least}")

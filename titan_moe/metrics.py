@@ -29,6 +29,7 @@ class StepOutput(NamedTuple):
     router_logit_norm: Tensor | None = None  # (L,) mean over tokens of the 2-norm of a token's router logits
     router_confidence: Tensor | None = None  # (L,) mean over tokens of the largest routing probability
     expert_stats: ExpertStats | None = None  # where the step was asked to measure its experts
+    nonfinite: Tensor | None = None  # (L,), above 0 where a router logit was NaN or infinite
 
 
 class EvalOutput(NamedTuple):

@@ -1,5 +1,6 @@
 """Records of a run: the flat dicts that sinks get, and what the user is told about the model at the start."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +16,21 @@ from titan_moe.metrics import (
     to_numbers,
     train_metrics,
 )
+from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.runtime import Runtime, logger
 from titan_moe.sinks import Sink
 
 Record = dict[str, Any]  # its tensors may still be on the device
+NONFINITE = "nonfinite"  # never written
 
 
 def train_record(model: Transformer, output: StepOutput, lrs: dict[str, float]) -> Record:
-    """What a `train` line says of the step itself; the load (L, E) goes along for the heatmap."""
+    """What a `train` line says of the step itself.
+
+    The load (L, E) goes along for the heatmap, and for `flush` which layers' routers left the finite numbers.
+    """
     record: Record = {
         "kind": "train",
         **train_metrics(output),
@@ -36,6 +42,8 @@ def train_record(model: Transformer, output: StepOutput, lrs: dict[str, float]) 
         record |= expert_lr_range(lrs["expert"], output.load_factors)
     if output.load.numel():
         record["load"] = output.load
+    if output.nonfinite is not None:
+        record[NONFINITE] = output.nonfinite
     return record
 
 
@@ -64,11 +72,29 @@ def count_active(config: Config, model: Transformer) -> int:
     return active_parameters(parameters, config.moe.num_experts, config.moe.top_k)
 
 
-def flush(sinks: Sink, pending: list[Record]) -> None:
-    """Bring the pending records to the host, all at once, and write them."""
+def flush(sinks: Sink, pending: list[Record], moe_layers: Sequence[str] = ()) -> None:
+    """Bring the pending records to the host, all at once, and write them.
+
+    Raises ValueError, on every rank alike, after the record of a step in which router logits were NaN or infinite:
+    from there on choices mean nothing. `moe_layers` are the names of the layers to blame.
+    """
     for record in to_numbers(pending):
+        nonfinite = record.pop(NONFINITE, None)
         sinks.write(record)
+        if nonfinite is not None and nonfinite.any():
+            names = ", ".join(name for name, flag in zip(moe_layers, nonfinite.tolist(), strict=True) if flag)
+            raise ValueError(
+                f"step {record['step']}: NaN or infinite router logits in {names}: the run has diverged and stops. "
+                "Lower optimizer.lr (or optimizer.router.lr), warm up longer, or turn balancer.z_loss on; the last "
+                "checkpoint is from before"
+            )
     pending.clear()
+
+
+def moe_layer_names(model: Transformer) -> list[str]:
+    """The model's names of its MoE layers, in order, without those of wrappers."""
+    names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
+    return [name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "") for name in names]
 
 
 def log_parameters(config: Config, model: Transformer, optimizer: torch.optim.Optimizer) -> None:

@@ -247,6 +247,10 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     debug = os.environ.get("TITAN_MOE_DEBUG") == "1"
     try:
         code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has left, as `| head` does: end like other commands, quietly
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         if debug:
             traceback.print_exc()

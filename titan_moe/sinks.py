@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -38,14 +39,19 @@ class Sink(NamedTuple):
 def fan_out(*sinks: Sink) -> Sink:
     """One sink that writes to all. A full disk or a closed pipe stops none of the others and no training: it warns."""
     failing: set[str] = set()
+    gone: set[str] = set()  # a closed pipe stays closed
 
     def attempt(sink: Sink, task: Callable[[], None]) -> None:
+        if sink.name in gone:
+            return
         try:
             task()
         except OSError as error:
             if sink.name not in failing:
                 logger.error("CANNOT WRITE TO %s (%s): training goes on without it", sink.name, error)
             failing.add(sink.name)
+            if isinstance(error, BrokenPipeError):
+                gone.add(sink.name)
         else:
             if sink.name in failing:
                 logger.warning("%s can be written again", sink.name)
@@ -163,15 +169,20 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
     return Sink(write, close, "the console")
 
 
+def check_wandb() -> None:
+    """Raise ValueError if the package that `wandb` needs is missing."""
+    if find_spec("wandb") is None:
+        raise ValueError("metrics.enable_wandb needs a package: pip install 'titan_moe[wandb]'")
+
+
 def wandb(folder: Path, config: Mapping[str, Any], project: str = "titan_moe") -> Sink:
     """Log `KIND/KEY` numbers to Weights & Biases; the run is named after `folder`, and its id is kept there to resume.
 
     Raises ValueError if the package is missing.
     """
-    try:
-        import wandb as client  # pyrefly: ignore[missing-import]
-    except ImportError:
-        raise ValueError("metrics.enable_wandb needs a package: pip install 'titan_moe[wandb]'") from None
+    check_wandb()
+    import wandb as client  # pyrefly: ignore[missing-import]
+
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
         write_atomic(id_file, secrets.token_hex(4) + "\n")

@@ -58,11 +58,11 @@ def train_step(
         trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
-        scalars = torch.stack([loss.detach(), ce.detach(), *(value.detach() for value in balance.values())])
+        scalars = torch.stack([value.detach().float() for value in (loss, ce, *balance.values())])
         sums.append(torch.cat([scalars, router_sums(routings, scalars)]))
     totals = all_reduce_sum(sum_tensors(sums))
-    total_loss, ce, *values = totals[: 2 + len(balance)].unbind()
-    logit_norm_L, confidence_L, routed_L = totals[2 + len(balance) :].view(3, -1)
+    total_loss, ce, *balance_values = totals[: 2 + len(balance)].unbind()
+    logit_norm_L, confidence_L, routed_L, nonfinite_L = totals[2 + len(balance) :].view(4, -1)
     load_LE = sum_tensors(loads)
     if "global_batch" not in scopes:
         all_reduce_sum(load_LE)  # one collective for all layers
@@ -75,7 +75,7 @@ def train_step(
     update_expert_biases(expert_biases, load_LE, observations, balancers, progress)
     return StepOutput(
         loss=ce,
-        balance_losses=dict(zip(balance, values, strict=True)),
+        balance_losses=dict(zip(balance, balance_values, strict=True)),
         total_loss=total_loss,
         grad_norm=grad_norm,
         load=load_LE,
@@ -83,6 +83,7 @@ def train_step(
         load_factors=load_factors,
         router_logit_norm=logit_norm_L / routed_L if routings else None,
         router_confidence=confidence_L / routed_L if routings else None,
+        nonfinite=nonfinite_L if routings else None,
         expert_stats=measured(experts, before, optimizer) if experts else None,
     )
 
@@ -212,11 +213,15 @@ def measured(experts: Mapping[nn.Parameter, int], before: Sequence[Tensor], opti
 
 @torch.no_grad()
 def router_sums(routings: Sequence[Routing], like: Tensor) -> Tensor:
-    """Sums over tokens, (3 * L,) fp32: of all layers the logits' 2-norms, then the largest scores, then ones."""
+    """Sums over tokens, (4 * L,) fp32, first of all layers the 2-norms of a token's logits, then the largest scores.
+
+    Then ones, and last whether any logit is NaN or infinite: a flag that stays on the device, 0 or 1.
+    """
     norms = [torch.linalg.vector_norm(r.router_logits, dim=-1).sum() for r in routings]
     confidences = [r.scores.amax(-1).sum() for r in routings]
     counts = [like.new_full((), float(r.scores.shape[0])) for r in routings]
-    return torch.stack([*norms, *confidences, *counts]) if routings else like.new_zeros(0)
+    nonfinite = [(~r.router_logits.isfinite()).any().to(like) for r in routings]
+    return torch.stack([*norms, *confidences, *counts, *nonfinite]) if routings else like.new_zeros(0)
 
 
 def stack_loads(routings: Sequence[Routing], *, reduce: bool = False) -> Tensor:

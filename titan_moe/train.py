@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -22,9 +23,9 @@ from titan_moe.optimizer.build import set_lr
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import build_mesh, resolve_shard_degree
 from titan_moe.parallelize.parallelize import DTYPES, parallelize
-from titan_moe.records import Record, flush, log_parameters, speed_record, train_record
+from titan_moe.records import Record, flush, log_parameters, moe_layer_names, speed_record, train_record
 from titan_moe.runtime import Runtime, StopRequest, logger
-from titan_moe.sinks import Sink, console, fan_out, jsonl, summary, tensorboard, wandb
+from titan_moe.sinks import Sink, check_wandb, console, fan_out, jsonl, summary, tensorboard, wandb
 from titan_moe.step import Balancers, evaluate, train_step
 
 METRICS = "metrics.jsonl"
@@ -61,7 +62,8 @@ def main(args: list[str]) -> int:
     finally:
         sinks.close()
     if stopped:
-        logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
+        if rt.is_main:
+            logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
         return 128 + stopped
     if rt.is_main:
         print(closing_words(job))
@@ -79,6 +81,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
     accumulation = batch_size // (training.local_batch_size * rt.world_size)
     folder = Path(config.job.dump_folder)
     runtime.check_writable(folder)
+    if config.metrics.enable_wandb:
+        check_wandb()
     mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
     if rt.world_size > 1 or mixed:
         runtime.init_process_group(rt, config.comm.init_timeout_seconds)
@@ -162,12 +166,12 @@ def resume(job: Job) -> tuple[int, int]:
         return 0, 0
     folder = job.folder / config.folder
     if config.load_step >= 0:
-        found = resolve_checkpoint(folder / f"step-{config.load_step}")
+        found = resolve_checkpoint(folder / f"step-{config.load_step}", "checkpoint.load_step")
     else:
         found = latest_complete(folder)
     if found is None:
         if config.initial_load_path:
-            source = resolve_checkpoint(config.initial_load_path)
+            source = resolve_checkpoint(config.initial_load_path, "checkpoint.initial_load_path")
             load_checkpoint(source, model=job.model, check=False)
             logger.info("starting from the weights of %s", source)
         return 0, 0
@@ -185,6 +189,7 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
     config, rt, profiling = job.config, job.runtime, job.config.profiling
     stop, steps, batches = StopRequest(), config.training.steps, iter(job.data.train)
     expert_biases = job.model.expert_biases()
+    moe_layers = moe_layer_names(job.model)
     pending: list[Record] = []
     with runtime.profiler(
         rt,
@@ -222,7 +227,7 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             saving = config.checkpoint.enable and (step % config.checkpoint.interval == 0 or last or signal > 0)
             waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
             if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
-                flush(sinks, pending)
+                flush(sinks, pending, moe_layers)
             if validating and not signal:
                 validate(job, sinks, step)
             if saving:
@@ -301,9 +306,12 @@ def closing_words(job: Job) -> str:
     """Say how the run ended and where things are; the last validation is the one in metrics.jsonl."""
     lines = (job.folder / METRICS).read_text().splitlines()
     validations = [record for record in map(json.loads, lines) if record["kind"] == "validation"]
+    last = (
+        {key: math.nan if value is None else value for key, value in validations[-1].items()} if validations else None
+    )
     config = job.config
     return summary(
-        validations[-1] if validations else None,
+        last,
         checkpoint=job.folder / config.checkpoint.folder if config.checkpoint.enable else None,
         tensorboard=job.folder / "tensorboard" if config.metrics.enable_tensorboard else None,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.harness import Ended, command, tiny_config, write_text
+from tests.e2e.harness import STARTED, Ended, command, tiny_config, write_text
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +17,8 @@ def _process_as_before() -> Iterator[None]:
     handlers, threads = [signal.getsignal(number) for number in numbers], torch.get_num_threads()
     torch.set_num_threads(1)
     yield
+    while STARTED:
+        STARTED.pop().kill()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
     logger.handlers, logger.propagate = before[:2]

@@ -21,6 +21,7 @@ import torch
 from titan_moe import runtime
 
 PATIENCE = 120  # seconds that a process may take before the test fails
+STARTED: list[BaseProcess] = []  # what a test has started; its end kills what is left
 
 TINY: dict[str, dict[str, Any]] = {
     "model": {"dim": 32, "num_layers": 2, "num_heads": 2, "ffn_dim": 64},
@@ -43,6 +44,7 @@ TINY: dict[str, dict[str, Any]] = {
     "data": {"dataset": "text", "tokenizer": "bytes", "validation_fraction": 0.1},
     "validation": {"freq": 3},
     "checkpoint": {"interval": 2, "keep_latest_k": 0},
+    "metrics": {"log_freq": 1, "enable_tensorboard": False},
 }
 
 
@@ -57,8 +59,8 @@ class Ended(NamedTuple):
 def write_text(path: Path, documents: int = 120) -> Path:
     """A small jsonl corpus of sentences with some regularity."""
     draw = random.Random(0)
-    words = "the cat sat on a mat while some dog ran far from our big red house ünder blue sky".split()
-    texts = [" ".join(draw.choices(words, k=30)) + "." for _ in range(documents)]
+    words = "the cat sat on a mat while some dog ran far from our big red house ünder blue sky"
+    texts = [" ".join(draw.choices(words.split(), k=30)) + "." for _ in range(documents)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
@@ -101,6 +103,7 @@ def command(verb: str, args: list[str]) -> Ended:
 def _process(verb: str, args: list[str], log: str, environment: dict[str, str]) -> None:
     os.setpgrp()  # so that a test can signal it with its children, as a terminal does
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # as in a process that nobody has forked
     for stream, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)
@@ -115,8 +118,11 @@ class Command:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["titan_moe.train"])
         self.log = str(log)
+        for suffix in (".out", ".err"):
+            Path(self.log + suffix).unlink(missing_ok=True)
         self.process: BaseProcess = context.Process(target=_process, args=(verb, args, self.log, environment or {}))
         self.process.start()
+        STARTED.append(self.process)
 
     @property
     def pid(self) -> int:
@@ -136,8 +142,6 @@ class Command:
         """Wait for its end; the code of one that a signal killed is minus the signal."""
         self.process.join(PATIENCE)
         code = self.process.exitcode
-        if code is None:
-            self.process.kill()
         assert code is not None, f"it did not end:\n{self.written('.err')}"
         return Ended(code, self.written(".out"), self.written(".err"))
 

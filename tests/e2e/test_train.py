@@ -22,9 +22,11 @@ TRAIN_KEYS = {
     *("step", "kind", "loss", "total_loss", "grad_norm", "param_norm", "num_tokens", "lr/dense", "lr/embedding"),
     *("lr/norm", "tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib"),
 }
+PER_LAYER = ("maxvio_batch", "router_logit_norm", "router_confidence")
 TRAIN_KEYS_MOE = {
     *("aux_loss", "z_loss", "entropy_loss", "lr/expert", "lr/router", "load_entropy", "dead_experts"),
-    *("maxvio_batch", "maxvio_batch/layer_0", "maxvio_batch/layer_1"),
+    *("minvio_batch", "avgvio_batch", "load_cv", "expert_batch_mean", "expert_batch_min"),
+    *(f"{name}{of}" for name in PER_LAYER for of in ("", "/layer_0", "/layer_1")),
 }
 VALIDATION_KEYS = {"step", "kind", "loss", "perplexity", "accuracy", "num_tokens", "bits_per_byte"}
 VALIDATION_KEYS_MOE = {
@@ -40,7 +42,7 @@ def lines(folder: Path, kind: str) -> list[dict[str, float]]:
 
 
 def test_what_a_run_leaves(train: Train, tmp_path: Path) -> None:
-    ended = train()
+    ended = train(metrics__enable_tensorboard=True)
     run = tmp_path / "run"
     assert ended.code == 0, ended.err
     assert {p.name for p in run.iterdir()} == {"config.toml", "metrics.jsonl", "run.json", "tensorboard", "checkpoint"}
@@ -60,7 +62,7 @@ def test_what_a_run_leaves(train: Train, tmp_path: Path) -> None:
         assert set(line) == VALIDATION_KEYS | VALIDATION_KEYS_MOE
         assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
         assert isinstance(line["num_tokens"], int)
-        assert 0 < line["num_tokens"]
+        assert line["num_tokens"] > 0
 
     facts = json.loads((run / "run.json").read_text())
     assert {"titan_moe", "git_commit", "torch", "data", "tokenizer", "world_size", "device"} <= set(facts)
@@ -89,23 +91,16 @@ def check_words(ended: Ended, validation: dict[str, float], run: Path) -> None:
 
 
 def check_tensorboard(run: Path) -> None:
+    """Scalars as in metrics.jsonl, and at each validation the load of layers x experts as a picture."""
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
     losses = [line["loss"] for line in lines(run, "train")]
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses)
     assert events.Scalars("train_per_layer/maxvio_batch/layer_1")
     assert [event.step for event in events.Scalars("validation/maxvio_global")] == [3, 6]
-
-
-def test_heatmap(train: Train, tmp_path: Path) -> None:
-    """The load of layers x experts as a picture in TensorBoard, at each validation."""
-    assert train(training__steps=3).code == 0
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"), size_guidance={"images": 0}).Reload()
-    (image,) = events.Images("validation/load")
-    assert image.step == 3
-    assert image.encoded_image_string.startswith(b"\x89PNG")
-    assert image.width > 0
-    assert image.height > 0
+    pictures = events.Images("validation/load")
+    assert [picture.step for picture in pictures] == [3, 6]
+    assert all(picture.encoded_image_string.startswith(b"\x89PNG") and picture.width > 0 for picture in pictures)
 
 
 def test_the_resolved_configuration_is_the_same_run(train: Train, tmp_path: Path) -> None:
@@ -134,9 +129,16 @@ def test_balancers_that_are_off_have_no_keys(train: Train, tmp_path: Path) -> No
     assert train(more="--balancer.entropy_loss false --balancer.z_loss false", training__steps=1).code == 0
     (line,) = lines(tmp_path / "run", "train")
     assert set(line) == TRAIN_KEYS | TRAIN_KEYS_MOE - {"entropy_loss", "z_loss"}
-    assert (
-        set(lines(tmp_path / "run", "validation")[0]) == VALIDATION_KEYS | VALIDATION_KEYS_MOE
-    )  # measured all the same
+    (line,) = lines(tmp_path / "run", "validation")
+    assert set(line) == VALIDATION_KEYS | VALIDATION_KEYS_MOE  # measured all the same
+
+
+def test_a_run_that_diverges_says_so_to_the_end(train: Train, tmp_path: Path) -> None:
+    """Numbers that are not finite are null in metrics.jsonl, nan on the console and in the summary."""
+    ended = train(optimizer__lr=1e30, training__steps=3)
+    assert ended.code == 0, ended.err
+    assert lines(tmp_path / "run", "train")[-1]["loss"] is None
+    assert ended.out.splitlines()[-3].startswith("validation   loss nan  ppl nan  accuracy 0.00%")
 
 
 def test_golden_losses(train: Train, tmp_path: Path) -> None:

@@ -331,7 +331,7 @@ def test_wandb_missing(tmp_path, monkeypatch):
 def test_wandb_resumes_by_the_id_in_the_folder(tmp_path, monkeypatch):
     inits, logs = [], []
     run = types.SimpleNamespace(log=logs.append, finish=lambda: logs.append("end"), define_metric=lambda *a, **k: None)
-    fake = types.SimpleNamespace(init=lambda **arguments: (inits.append(arguments), run)[1])
+    fake = types.SimpleNamespace(init=lambda **arguments: (inits.append(arguments), run)[1], __spec__="found")
     monkeypatch.setitem(sys.modules, "wandb", fake)
     folder = tmp_path / "moe8x"
     folder.mkdir()

@@ -166,21 +166,24 @@ def latest_complete(folder: Path) -> Path | None:
     return found
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
+def resolve_checkpoint(path: str | Path, key: str = "checkpoint") -> Path:
     """The verified step folder that `path` means: itself, or the latest complete step of a dump or checkpoint folder.
 
-    Call it on every rank. Raises ValueError in one line if there is none or if the step folder named is broken.
+    Call it on every rank. Raises ValueError in one line if there is none or if the step folder named is broken; where
+    there is none it says under which `key` the path was given.
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"checkpoint {path}: no such folder (give a step folder or a run's dump folder)")
+        there = ", ".join(f"step-{step}" for step in complete_steps(path.parent))
+        hint = f"{path.parent} has {there}" if there else "give a step folder or a run's dump folder"
+        raise ValueError(f"{key} {path}: no such folder ({hint})")
     if is_step_folder(path):
         verify(path)
         return path
     folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
     found = latest_complete(folder)
     if found is None:
-        raise ValueError(f"checkpoint {path}: no complete step-N folder in {folder}")
+        raise ValueError(f"{key} {path}: no complete step-N folder in {folder}")
     return found
 
 

@@ -192,7 +192,10 @@ def _is_streamed(dataset: str) -> bool:
 
 def _check_length(file: TokenFile, seq_len: int, key: str) -> None:
     if not num_windows(file, seq_len):
-        raise ValueError(f"training.seq_len ({seq_len}) is longer than the data of {key} ({file.num_tokens} tokens)")
+        raise ValueError(
+            f"training.seq_len ({seq_len}) is longer than the data of {key} ({file.num_tokens} tokens): "
+            "shorten it or give more data"
+        )
 
 
 def _stream_loader(

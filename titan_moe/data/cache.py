@@ -95,8 +95,7 @@ def open_cache(home: Path) -> TokenCache | None:
 def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int, progress: bool) -> None:
     parts = home / "parts"
     parts.mkdir(exist_ok=True)
-    for leftover in [*parts.glob("*.tmp-*"), *home.glob("*.tmp-*")]:
-        leftover.unlink(missing_ok=True)
+    _remove_leftovers(home)
     tokenizer_path = str(parts / "tokenizer.json")
     write_whole(tokenizer_path, tokenizer.to_json())
     split = make_split(corpus, str(home.parent)) if corpus.train else Split(0.0)
@@ -104,7 +103,13 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
     jobs = [_Job(shard, how, str(parts / f"{index:06d}"), tokenizer_path) for index, (shard, how) in enumerate(shards)]
     todo = [job for job in jobs if not os.path.exists(f"{job.output}.json")]
     log.info("tokenizing into %s: %d of %d parts to do", home, len(todo), len(jobs))
-    _show_progress(run_parallel(tokenize_shard, todo, num_processes), jobs, todo, progress)
+    try:
+        _show_progress(run_parallel(tokenize_shard, todo, num_processes), jobs, todo, progress)
+    except ValueError:  # the data are bad: once mended they are others, with another cache
+        shutil.rmtree(parts, ignore_errors=True)
+        raise
+    finally:
+        _remove_leftovers(home)
 
     results = [json.loads(Path(f"{job.output}.json").read_text()) for job in jobs]
     for name in SPLITS:
@@ -113,6 +118,12 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
     write_whole(home / "meta.json", json.dumps({"dtype": tokenizer.dtype.name, **totals}))
     shutil.rmtree(parts, ignore_errors=True)
     log.info("token cache ready: %s tokens, %s documents", totals["num_tokens"], totals["num_documents"])
+
+
+def _remove_leftovers(home: Path) -> None:
+    """Remove what processes that died or failed were writing."""
+    for leftover in [*home.glob("parts/*.tmp-*"), *home.glob("*.tmp-*")]:
+        leftover.unlink(missing_ok=True)
 
 
 def _join(parts: Sequence[str], path: str) -> None:

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data.cache import TokenFile
+from titan_moe.data.processes import outlive_signals
 
 IGNORE = -100  # label of what is no token of the data, as in torch.nn.functional.cross_entropy
 ROUNDS = 6
@@ -130,6 +131,7 @@ def make_loader(dataset: Any, num_workers: int, sampler: Any = None) -> Stateful
             num_workers=num_workers,
             collate_fn=_identity,
             generator=torch.Generator().manual_seed(0),
+            worker_init_fn=outlive_signals,
             prefetch_factor=4 if num_workers else None,
         )
 

@@ -5,6 +5,7 @@ main module again (torch and all, in every worker). These workers import what th
 """
 
 import contextlib
+import multiprocessing
 import os
 import pickle
 import queue
@@ -97,6 +98,25 @@ def _drive(
                 return
     except (EOFError, OSError, pickle.UnpicklingError):  # it ended, perhaps in the middle of an answer
         news.put(_Done(RuntimeError(f"a data worker ended early (exit code {worker.wait()}): was it short of memory?")))
+
+
+def outlive_signals(worker: int) -> None:
+    """Leave SIGINT and SIGTERM to the trainer, which needs batches to finish its step; the `worker_init_fn` of loaders.
+
+    A terminal and schedulers signal whole groups of processes. The trainer itself may still end `worker` by SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sends a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer.pid:
+        pass
+    os._exit(0)
 
 
 def serve() -> None:

@@ -1,7 +1,7 @@
 """Dispatchers: how tokens get to their experts and the experts' outputs back.
 
-A dispatcher is a pair of functions. `dispatch(x_TD, routing)` gives (x_ND, tokens_per_expert_E, state): one row for each
-of the N = T * K choices, sorted by expert, and how many rows each of this process's experts has. `combine(y_ND,
+A dispatcher is a pair of functions. `dispatch(x_TD, routing)` gives (x_ND, tokens_per_expert_E, state): one row for
+each of the N = T * K choices, sorted by expert, and how many rows each of this process's experts has. `combine(y_ND,
 topk_scores_TK, state)` gives y_TD: for each token the weighted sum of its rows.
 
 Nothing is dropped, no (T, E) mask is built, and nothing waits for the device. Sorting gives a permutation, so the
@@ -31,8 +31,8 @@ class Dispatcher(NamedTuple):
 class Permutation(NamedTuple):
     """Where the row of each choice is, and back."""
 
-    order_N: Tensor  # (N,) int64: row i of the sorted rows is choice order[i] = t * K + k
-    row_TK: Tensor  # (T, K) int64: the row of choice k of token t
+    order: Tensor  # (N,) int64: row i of the sorted rows is choice order[i] = t * K + k
+    row: Tensor  # (T, K) int64: the row of choice k of token t
 
 
 def local() -> Dispatcher:
@@ -72,7 +72,7 @@ class _Gather(Function):
         return x_TD.index_select(0, order_N // row_TK.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore
         (row_TK,) = ctx.saved_tensors
         return F.embedding_bag(row_TK, grad_ND, mode="sum"), None, None
 
@@ -84,11 +84,11 @@ class _Combine(Function):
         return F.embedding_bag(row_TK, y_ND, mode="sum", per_sample_weights=scores_TK.to(y_ND.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyrefly: ignore
         y_ND, scores_TK, order_N, row_TK = ctx.saved_tensors
         grad_ND = grad_TD.index_select(0, order_N // row_TK.shape[1])
-        grad_scores_N = (grad_ND * y_ND).sum(-1, dtype=scores_TK.dtype)
-        grad_y_ND = grad_ND * scores_TK.flatten().index_select(0, order_N).to(y_ND.dtype).unsqueeze(-1)
+        grad_scores_N = (grad_ND * y_ND).sum(-1).to(scores_TK.dtype)
+        grad_y_ND = grad_ND.mul_(scores_TK.flatten().index_select(0, order_N).to(y_ND.dtype).unsqueeze(-1))
         return grad_y_ND, grad_scores_N[row_TK], None, None
 
 

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.routing import Router, Routing
 
+torch.library.define("titan_moe::grouped_mm", "(Tensor a, Tensor b, Tensor offs) -> Tensor")
 
-@torch.library.custom_op("titan_moe::grouped_mm", mutates_args=())
+
 def grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     """One matrix product per expert, rows of expert e being offs[e-1]:offs[e] (offs: (E,) int32 cumulative counts).
 
@@ -24,10 +25,16 @@ def grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     bf16 only. On CUDA bf16 is one kernel without synchronisation; fp32 there takes torch's fallback, a loop over
     experts that reads `offs` on the host. Not differentiable: `expert_swiglu` has the gradients.
     """
+    return torch.ops.titan_moe.grouped_mm(a, b, offs)
+
+
+# Not torch.library.custom_op, whose Python wrapper costs as much as a small expert's product.
+@torch.library.impl("titan_moe::grouped_mm", ("cpu", "cuda"))
+def _(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     return F.grouped_mm(a, b, offs=offs)
 
 
-@grouped_mm.register_fake
+@torch.library.register_fake("titan_moe::grouped_mm")
 def _(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
     shape = (a.shape[0], b.shape[-1]) if b.dim() == 3 else (offs.shape[0], a.shape[0], b.shape[-1])
     return a.new_empty(shape)
@@ -39,28 +46,33 @@ def _(a_shape: tuple[int, ...], b_shape: tuple[int, ...], *_: Any, **__: Any) ->
 
 
 class _ExpertSwiGLU(Function):
-    """Keeps x and the two pre-activations; silu(h1) * h3 is made again in backward, which costs less than its memory."""
+    """Keeps what a dense SwiGLU keeps: x, both pre-activations, silu(h1), and its product with h3."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Tensor) -> Tensor:
         h1_NF = grouped_mm(x_ND, w1.transpose(1, 2), offs_E)
         h3_NF = grouped_mm(x_ND, w3.transpose(1, 2), offs_E)
-        ctx.save_for_backward(x_ND, w1, w2, w3, offs_E, h1_NF, h3_NF)
-        return grouped_mm(F.silu(h1_NF) * h3_NF, w2.transpose(1, 2), offs_E)
+        silu_NF = F.silu(h1_NF)
+        h_NF = silu_NF * h3_NF
+        ctx.save_for_backward(x_ND, w1, w2, w3, offs_E, h1_NF, h3_NF, silu_NF, h_NF)
+        return grouped_mm(h_NF, w2.transpose(1, 2), offs_E)
 
     @staticmethod
-    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        x_ND, w1, w2, w3, offs_E, h1_NF, h3_NF = ctx.saved_tensors
+    def backward(  # pyrefly: ignore
+        ctx: Any, grad_y_ND: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        x_ND, w1, w2, w3, offs_E, h1_NF, h3_NF, silu_NF, h_NF = ctx.saved_tensors
+        # grouped_mm refuses expanded (zero-stride) tensors.
         grad_y_ND = grad_y_ND.contiguous()
-        silu_NF = F.silu(h1_NF)
         # (D, N) x (N, F): the weight gradients come out contiguous, so that autograd keeps them instead of copying.
-        grad_w2 = grouped_mm(grad_y_ND.t(), silu_NF * h3_NF, offs_E)
+        grad_w2 = grouped_mm(grad_y_ND.t(), h_NF, offs_E)
         grad_h_NF = grouped_mm(grad_y_ND, w2, offs_E)
         grad_h3_NF = grad_h_NF * silu_NF
-        grad_w3 = grouped_mm(grad_h3_NF.t(), x_ND, offs_E)
-        grad_h1_NF = torch.ops.aten.silu_backward(grad_h_NF * h3_NF, h1_NF)
+        # In place where nothing needs the old value: on a CPU, new memory costs more than the arithmetic.
+        grad_h1_NF = torch.ops.aten.silu_backward.grad_input(grad_h_NF.mul_(h3_NF), h1_NF, grad_input=grad_h_NF)
         grad_w1 = grouped_mm(grad_h1_NF.t(), x_ND, offs_E)
-        grad_x_ND = grouped_mm(grad_h1_NF, w1, offs_E) + grouped_mm(grad_h3_NF, w3, offs_E)
+        grad_w3 = grouped_mm(grad_h3_NF.t(), x_ND, offs_E)
+        grad_x_ND = grouped_mm(grad_h1_NF, w1, offs_E).add_(grouped_mm(grad_h3_NF, w3, offs_E))
         return grad_x_ND, grad_w1, grad_w2, grad_w3, None
 
 

@@ -78,9 +78,11 @@ class Transformer(nn.Module):
 
         def feed_forward(layer: int) -> FeedForward | MoE:
             if layer not in moe_layers:
-                _check_positive("ffn_dim", ffn_dim, f"layer {layer} is dense")
+                _check_positive("model.ffn_dim", ffn_dim, f"layer {layer} is dense")
                 return FeedForward(dim, ffn_dim)
-            _check_positive("expert_dim", expert_dim, f"layer {layer} is a MoE layer")
+            _check_positive("moe.expert_dim", expert_dim, f"layer {layer} is a MoE layer")
+            _check_multiple_of_8("model.dim", dim)
+            _check_multiple_of_8("moe.expert_dim", expert_dim)
             if router is None:
                 raise ValueError(f"a router must be given when num_experts ({num_experts}) is above 0")
             return MoE(
@@ -159,6 +161,11 @@ def moe_layer_ids(num_layers: int, num_experts: int, first_dense_layers: int, la
 def _check_positive(name: str, value: int, why: str) -> None:
     if value < 1:
         raise ValueError(f"{name} ({value}) must be at least 1: {why}")
+
+
+def _check_multiple_of_8(name: str, value: int) -> None:
+    if value % 8:
+        raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
 
 
 def _check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:

@@ -1,0 +1,192 @@
+"""Time and memory of a MoE model against a dense model with the same active FLOPs (the dense roof), and its peers.
+
+    python scripts/bench_moe.py                            # whole steps: ratio to the roof, peak memory
+    python scripts/bench_moe.py --mode growth              # forward and backward with 8 to 128 experts
+    python scripts/bench_moe.py --mode profile             # where our step's time goes
+
+A step is forward, cross-entropy, backward and fused AdamW on one thread. Each peer's step is taken between two steps of
+the roof and compared with their mean; the tables have medians. Every step has a fresh random batch, so that the
+experts' loads, and with them the shapes of their matrix products, change as they do in training. Peak memory is the
+largest resident set of a process of its own during warm steps, less what it was before the model was built.
+"""
+
+import argparse
+import gc
+import importlib.util
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bench_peers import DIM, LAYERS, PEERS, SEQ, TOP_K, VOCAB, decoder  # pyrefly: ignore
+from torch import nn
+
+BATCH = 4
+MODELS = {"ref": (8, 512), "many": (64, 256)}  # (num_experts, expert_dim)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16_compiled": torch.bfloat16}
+WARMUP = 3
+
+
+def build_step(model: nn.Module, dtype: str, train: bool = True) -> Callable[[], None]:
+    """A function that does one step on a fresh random batch; without `train`, forward and backward alone."""
+    if dtype.endswith("compiled"):
+        blocks: Any = getattr(model, "layers", None) or model.model.layers  # pyrefly: ignore
+        for block in blocks:
+            block.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
+        output = model(tokens[:, :-1])
+        logits = output[0] if isinstance(output, tuple) else output.logits
+        F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        if train:
+            optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Processor seconds of one step: on one thread the wall time, less what other programs took of the machine."""
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def available(peer: str) -> bool:
+    """Whether the peer's library is installed."""
+    library = peer.split(maxsplit=1)[0]
+    return library in ("dense", "titan_moe") or importlib.util.find_spec(library) is not None
+
+
+def measure_steps(model: str, dtype: str, peers: list[str], rounds: int) -> dict[str, tuple[float, float]]:
+    """(median seconds, median ratio to the roof) of every peer."""
+    steps = {peer: build_step(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype) for peer in peers}
+    for step in steps.values():
+        for _ in range(WARMUP):
+            step()
+    roof = steps["dense roof"]
+    times: dict[str, list[tuple[float, float]]] = {peer: [] for peer in peers}
+    for _ in range(rounds):
+        before = timed(roof)
+        for peer in peers[1:]:
+            seconds = timed(steps[peer])
+            after = timed(roof)
+            times[peer].append((seconds, seconds / ((before + after) / 2)))
+            times["dense roof"].append((after, 1.0))
+            before = after
+    return {
+        peer: (statistics.median(s for s, _ in values), statistics.median(r for _, r in values))
+        for peer, values in times.items()
+    }
+
+
+def resident(field: str) -> float:
+    """VmRSS (now) or VmHWM (largest) of this process in GiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 2**20
+
+
+def print_peak_memory(peer: str, model: str, dtype: str) -> None:
+    """Run by a process of its own: prints the peak of warm steps in GiB."""
+    PEERS[peer](8, 8, DTYPES[dtype])  # imports
+    gc.collect()
+    base = resident("VmRSS")
+    step = build_step(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype)
+    for _ in range(2):
+        step()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    for _ in range(3):
+        step()
+    print(resident("VmHWM") - base)
+
+
+def peak_memory(peer: str, model: str, dtype: str) -> float:
+    """GiB, from a fresh process."""
+    command = [sys.executable, __file__, "--mode", "memory", "--peers", peer, "--models", model, "--dtypes", dtype]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(result.stdout.split()[-1]) if result.returncode == 0 else float("nan")
+
+
+def step_table(models: list[str], dtypes: list[str], peers: list[str], rounds: int, memory: bool) -> None:
+    """Print ratios to the roof with peak memory."""
+    print("| model | dtype | peer | step, s | x roof | peak, GiB |\n|---|---|---|---|---|---|")
+    for model in models:
+        for dtype in dtypes:
+            torch.compiler.reset()
+            for peer, (seconds, ratio) in measure_steps(model, dtype, peers, rounds).items():
+                peak = f"{peak_memory(peer, model, dtype):.2f}" if memory else "-"
+                print(f"| {model} | {dtype} | {peer} | {seconds:.3f} | {ratio:.3f} | {peak} |", flush=True)
+
+
+def growth_table(dtypes: list[str], rounds: int) -> None:
+    """Print forward + backward of our model with more and more experts, each round over all sizes."""
+    sizes, expert_dim = (8, 16, 32, 64, 128), MODELS["many"][1]
+    print("| dtype | " + " | ".join(f"{size} experts" for size in sizes) + " |\n" + "|---" * (len(sizes) + 1) + "|")
+    for dtype in dtypes:
+        torch.compiler.reset()
+        steps = {size: build_step(decoder(size, expert_dim).to(DTYPES[dtype]), dtype, train=False) for size in sizes}
+        for step in steps.values():
+            for _ in range(WARMUP):
+                step()
+        times = [[timed(step) for step in steps.values()] for _ in range(rounds)]
+        columns = list(zip(*times, strict=True))
+        ratios = [statistics.median(t / first for t, first in zip(c, columns[0], strict=True)) for c in columns]
+        cells = [f"{statistics.median(c):.3f} s ({r:.2f}x)" for c, r in zip(columns, ratios, strict=True)]
+        print(f"| {dtype} | " + " | ".join(cells) + " |", flush=True)
+
+
+def profile(model: str, dtype: str, peer: str) -> None:
+    """Print the operators of three warm steps by their own time."""
+    step = build_step(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype)
+    for _ in range(WARMUP):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        for _ in range(3):
+            step()
+    print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+
+
+def machine() -> str:
+    """Processor, its bf16 instructions, and versions."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), "?")
+    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info] or ["no bf16 instructions"]
+    return f"{name} ({', '.join(bf16)}), 1 thread, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--mode", choices=("step", "growth", "profile", "memory"), default="step")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="all that are installed; the profile is of the first")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--no_memory", action="store_true", help="leave out the peak memory column")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if arguments.mode == "memory":
+        return print_peak_memory(arguments.peers[0], arguments.models[0], arguments.dtypes[0])
+    print(f"`python {' '.join(sys.argv)}`\n\n{machine()}. Decoder: dim {DIM}, {LAYERS} layers,")
+    print(f"vocabulary {VOCAB}, {BATCH} x {SEQ} tokens, top-{TOP_K}; medians of {arguments.rounds} rounds.\n")
+    if arguments.mode == "growth":
+        return growth_table(arguments.dtypes, arguments.rounds)
+    if arguments.mode == "profile":
+        return profile(arguments.models[0], arguments.dtypes[0], (arguments.peers or ["titan_moe"])[0])
+    peers = ["dense roof", *(p for p in arguments.peers or PEERS if p != "dense roof" and available(p))]
+    step_table(arguments.models, arguments.dtypes, peers, arguments.rounds, not arguments.no_memory)
+    return None
+
+
+if __name__ == "__main__":
+    main()
