@@ -6,21 +6,21 @@
 
 A step is forward, cross-entropy, backward and fused AdamW on one thread. Each peer's step is taken between two steps of
 the roof and compared with their mean; the tables have medians. Every step has a fresh random batch, so that the
-experts' loads, and with them the shapes of their matrix products, change as they do in training. Peak memory is the
-largest resident set of a process of its own during warm steps, less what it was before the model was built.
+experts' loads, and with them the shapes of their matrix products, change as they do in training. Time is processor
+time: on one thread the wall time, less what other programs took. Peak memory is parameters, optimizer states, and the
+most that torch had allocated on top of them within a step.
 """
 
 import argparse
-import gc
 import importlib.util
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16_compiled": torch.
 WARMUP = 3
 
 
-def build_step(model: nn.Module, dtype: str, train: bool = True) -> Callable[[], None]:
-    """A function that does one step on a fresh random batch; without `train`, forward and backward alone."""
+class Bench(NamedTuple):
+    """A step and the bytes that its parameters and optimizer states will take."""
+
+    step: Callable[[], None]
+    state_bytes: int
+
+
+def build(model: nn.Module, dtype: str, train: bool = True) -> Bench:
+    """A step on a fresh random batch; without `train`, forward and backward alone."""
     if dtype.endswith("compiled"):
         blocks: Any = getattr(model, "layers", None) or model.model.layers  # pyrefly: ignore
         for block in blocks:
@@ -51,11 +58,11 @@ def build_step(model: nn.Module, dtype: str, train: bool = True) -> Callable[[],
             optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return Bench(step, 3 * sum(p.numel() * p.element_size() for p in model.parameters()))
 
 
 def timed(step: Callable[[], None]) -> float:
-    """Processor seconds of one step: on one thread the wall time, less what other programs took of the machine."""
+    """Processor seconds of one step."""
     start = time.process_time()
     step()
     return time.process_time() - start
@@ -67,65 +74,49 @@ def available(peer: str) -> bool:
     return library in ("dense", "titan_moe") or importlib.util.find_spec(library) is not None
 
 
-def measure_steps(model: str, dtype: str, peers: list[str], rounds: int) -> dict[str, tuple[float, float]]:
-    """(median seconds, median ratio to the roof) of every peer."""
-    steps = {peer: build_step(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype) for peer in peers}
-    for step in steps.values():
+def measure_steps(model: str, dtype: str, peers: list[str], rounds: int) -> dict[str, tuple[float, float, float]]:
+    """(median seconds, median ratio to the roof, peak GiB) of every peer."""
+    benches = {peer: build(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype) for peer in peers}
+    for bench in benches.values():
         for _ in range(WARMUP):
-            step()
-    roof = steps["dense roof"]
+            bench.step()
+    roof = benches["dense roof"].step
     times: dict[str, list[tuple[float, float]]] = {peer: [] for peer in peers}
     for _ in range(rounds):
         before = timed(roof)
         for peer in peers[1:]:
-            seconds = timed(steps[peer])
+            seconds = timed(benches[peer].step)
             after = timed(roof)
             times[peer].append((seconds, seconds / ((before + after) / 2)))
             times["dense roof"].append((after, 1.0))
             before = after
     return {
-        peer: (statistics.median(s for s, _ in values), statistics.median(r for _, r in values))
+        peer: (
+            statistics.median(s for s, _ in values),
+            statistics.median(r for _, r in values),
+            peak_memory(*benches[peer]),
+        )
         for peer, values in times.items()
     }
 
 
-def resident(field: str) -> float:
-    """VmRSS (now) or VmHWM (largest) of this process in GiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 2**20
-
-
-def print_peak_memory(peer: str, model: str, dtype: str) -> None:
-    """Run by a process of its own: prints the peak of warm steps in GiB."""
-    PEERS[peer](8, 8, DTYPES[dtype])  # imports
-    gc.collect()
-    base = resident("VmRSS")
-    step = build_step(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype)
-    for _ in range(2):
+def peak_memory(step: Callable[[], None], state_bytes: int) -> float:
+    """GiB: what parameters and optimizer states keep, and the most that torch had allocated on top within one step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    for _ in range(3):
-        step()
-    print(resident("VmHWM") - base)
+    assert trace.profiler is not None
+    events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyrefly: ignore
+    return (state_bytes + max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))) / 2**30
 
 
-def peak_memory(peer: str, model: str, dtype: str) -> float:
-    """GiB, from a fresh process."""
-    command = [sys.executable, __file__, "--mode", "memory", "--peers", peer, "--models", model, "--dtypes", dtype]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(result.stdout.split()[-1]) if result.returncode == 0 else float("nan")
-
-
-def step_table(models: list[str], dtypes: list[str], peers: list[str], rounds: int, memory: bool) -> None:
+def step_table(models: list[str], dtypes: list[str], peers: list[str], rounds: int) -> None:
     """Print ratios to the roof with peak memory."""
     print("| model | dtype | peer | step, s | x roof | peak, GiB |\n|---|---|---|---|---|---|")
     for model in models:
         for dtype in dtypes:
             torch.compiler.reset()
-            for peer, (seconds, ratio) in measure_steps(model, dtype, peers, rounds).items():
-                peak = f"{peak_memory(peer, model, dtype):.2f}" if memory else "-"
-                print(f"| {model} | {dtype} | {peer} | {seconds:.3f} | {ratio:.3f} | {peak} |", flush=True)
+            for peer, (seconds, ratio, peak) in measure_steps(model, dtype, peers, rounds).items():
+                print(f"| {model} | {dtype} | {peer} | {seconds:.3f} | {ratio:.3f} | {peak:.3f} |", flush=True)
 
 
 def growth_table(dtypes: list[str], rounds: int) -> None:
@@ -134,7 +125,8 @@ def growth_table(dtypes: list[str], rounds: int) -> None:
     print("| dtype | " + " | ".join(f"{size} experts" for size in sizes) + " |\n" + "|---" * (len(sizes) + 1) + "|")
     for dtype in dtypes:
         torch.compiler.reset()
-        steps = {size: build_step(decoder(size, expert_dim).to(DTYPES[dtype]), dtype, train=False) for size in sizes}
+        models = {size: decoder(size, expert_dim).to(DTYPES[dtype]) for size in sizes}
+        steps = {size: build(model, dtype, train=False).step for size, model in models.items()}
         for step in steps.values():
             for _ in range(WARMUP):
                 step()
@@ -147,7 +139,7 @@ def growth_table(dtypes: list[str], rounds: int) -> None:
 
 def profile(model: str, dtype: str, peer: str) -> None:
     """Print the operators of three warm steps by their own time."""
-    step = build_step(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype)
+    step = build(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype).step
     for _ in range(WARMUP):
         step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
@@ -166,17 +158,14 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--mode", choices=("step", "growth", "profile", "memory"), default="step")
+    parser.add_argument("--mode", choices=("step", "growth", "profile"), default="step")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="all that are installed; the profile is of the first")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--no_memory", action="store_true", help="leave out the peak memory column")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if arguments.mode == "memory":
-        return print_peak_memory(arguments.peers[0], arguments.models[0], arguments.dtypes[0])
     print(f"`python {' '.join(sys.argv)}`\n\n{machine()}. Decoder: dim {DIM}, {LAYERS} layers,")
     print(f"vocabulary {VOCAB}, {BATCH} x {SEQ} tokens, top-{TOP_K}; medians of {arguments.rounds} rounds.\n")
     if arguments.mode == "growth":
@@ -184,7 +173,7 @@ def main() -> None:
     if arguments.mode == "profile":
         return profile(arguments.models[0], arguments.dtypes[0], (arguments.peers or ["titan_moe"])[0])
     peers = ["dense roof", *(p for p in arguments.peers or PEERS if p != "dense roof" and available(p))]
-    step_table(arguments.models, arguments.dtypes, peers, arguments.rounds, not arguments.no_memory)
+    step_table(arguments.models, arguments.dtypes, peers, arguments.rounds)
     return None
 
 

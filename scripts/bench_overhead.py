@@ -106,7 +106,7 @@ def metrics(name: str) -> tuple[Side, Side]:
     def side(measure: bool) -> Side:
         model = build(name)
         optimizer = OPTIMIZERS["adamw"](parameter_groups(model.named_parameters(), {}), lr=1e-4)
-        sums = step_module.router_sums if measure else lambda routings, like: like.new_zeros(3 * len(routings))
+        sums = step_module.router_sums if measure else lambda routings, like: like.new_zeros(4 * len(routings))
         latest: list[StepOutput] = []
 
         def record() -> None:

@@ -1,5 +1,6 @@
 """The picture of a load: layers x experts, coloured by how far each expert is from its fair share."""
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,3 +53,12 @@ def load_figure(load: Any, title: str, name: str = "load", mean: str = "ideal lo
     bar = figure.colorbar(image, ax=axes, pad=0.2 / size[0], ticks=[0, 0.5, 1, 1.5, 2], extend="max")
     bar.set_label(f"{name} / {mean}")
     return figure
+
+
+def picture(array: Any, title: str, name: str) -> tuple[bytes, tuple[int, int]]:
+    """The heatmap of `array` (L, E) as PNG, with its width and height; `name` is `load` or another measure."""
+    figure = load_figure(array, title) if name == "load" else load_figure(array, title, name, "mean")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    width, height = figure.get_size_inches() * figure.dpi
+    return buffer.getvalue(), (int(width), int(height))

@@ -98,6 +98,8 @@ def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sin
     from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
     from tensorboard.summary.writer.record_writer import RecordWriter
 
+    from titan_moe.heatmap import picture
+
     folder.mkdir(parents=True, exist_ok=True)
     name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{socket.gethostname()}.{os.getpid()}"
     append, close = appender(folder / name)
@@ -117,7 +119,7 @@ def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sin
         if "load" in record and (kind != "train" or step % heatmap_freq == 0) and "load/experts" not in maps:
             maps["load"] = record["load"]
         for key, array in maps.items():
-            png, (width, height) = _picture(array, f"{kind}, step {step}", key.removesuffix("/experts"))
+            png, (width, height) = picture(array, f"{kind}, step {step}", key.removesuffix("/experts"))
             image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
             tag = f"{kind}/load" if key == "load/experts" else f"{kind}/{key}"
             values.append(Summary.Value(tag=tag, image=image))
@@ -292,17 +294,6 @@ def _of_experts(record: Record) -> dict[str, float]:
         for layer, values in enumerate(array.tolist())
         for expert, value in enumerate(values)
     }
-
-
-def _picture(array: Any, title: str, name: str) -> tuple[bytes, tuple[int, int]]:
-    """The heatmap as PNG, with its width and height."""
-    from titan_moe.heatmap import load_figure
-
-    figure = load_figure(array, title) if name == "load" else load_figure(array, title, name, "mean")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    width, height = figure.get_size_inches() * figure.dpi
-    return buffer.getvalue(), (int(width), int(height))
 
 
 def _drop_after(path: Path, resume_step: int) -> None:

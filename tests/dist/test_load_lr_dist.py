@@ -20,6 +20,7 @@ from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr, scale_steps
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.parallelize.parallelize import parallelize
+from titan_moe.probe import balance_tax, routing_choices, routing_drift
 from titan_moe.step import train_step
 
 OPTIONS = {"load_lr": "ideal_normalized", "load_lr_ema": 0.5, "load_lr_power": 2.0, "load_lr_decay": False}
@@ -81,6 +82,10 @@ def train_sharded(rank: int, world: int, folder: Path) -> list[dict[str, Any]]:
         model, optimizer = build(num_experts, name, world)
         outputs = train(model, optimizer, range(2), rank, world, 2)
         save(folder / f"two-{number}", model, optimizer)
+        tokens, labels = (part.chunk(world)[rank] for part in batch(9))  # measured beside training, which goes on alike
+        choices = routing_choices(model, tokens, labels)
+        assert balance_tax(model, tokens, labels, repeats=1) > 0
+        assert routing_drift(choices, routing_choices(model, tokens, labels)) == 0
         outputs += train(model, optimizer, range(2, 4), rank, world, 2)
         results.append(summarize(model, outputs))
 

@@ -32,6 +32,7 @@ LAYERS = {
     "sinks": 2,
     "heatmap": 2,
     "records": 2,
+    "probe": 2,
     "train": 3,
     "generate": 3,
     "evaluate": 3,

@@ -9,7 +9,7 @@ from titan_moe.config.schema import COMMAND_LINE, Words, key_error
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyrefly: ignore[missing-import]
 
 
 class Layer(NamedTuple):

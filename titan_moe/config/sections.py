@@ -177,6 +177,9 @@ class Metrics:
     expert_stats_freq: Annotated[
         NonNegativeInt, "optimizer steps between measures of each expert's gradient_snr and update_ratio (0: never)"
     ] = 0
+    balance_tax_freq: Annotated[
+        NonNegativeInt, "optimizer steps between timings of learned against balanced routing (0: never)"
+    ] = 0
 
 
 @dataclass(frozen=True)

@@ -45,35 +45,40 @@ def _(a_shape: tuple[int, ...], b_shape: tuple[int, ...], *_: Any, **__: Any) ->
     return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
 
 
-class _ExpertSwiGLU(Function):
-    """Keeps what a dense SwiGLU keeps: x, both pre-activations, silu(h1), and its product with h3."""
+# The experts' gradients, by hand to save memory: what w2's function kept is freed before those of w1 and w3 are made;
+# it writes into what nothing needs any more, because on a CPU new memory costs more than arithmetic; and weight
+# gradients come out contiguous, so that autograd keeps them instead of copying.
+
+
+class _GroupedLinear(Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, offs_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight, offs_E)
+        return grouped_mm(x_ND, weight.transpose(1, 2), offs_E)
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Tensor) -> Tensor:
-        h1_NF = grouped_mm(x_ND, w1.transpose(1, 2), offs_E)
-        h3_NF = grouped_mm(x_ND, w3.transpose(1, 2), offs_E)
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore
+        x_ND, weight, offs_E = ctx.saved_tensors
+        return grouped_mm(grad_NF, weight, offs_E), grouped_mm(grad_NF.t(), x_ND, offs_E), None
+
+
+class _GatedDown(Function):
+    @staticmethod
+    def forward(ctx: Any, h1_NF: Tensor, h3_NF: Tensor, w2: Tensor, offs_E: Tensor) -> Tensor:
         silu_NF = F.silu(h1_NF)
-        h_NF = silu_NF * h3_NF
-        ctx.save_for_backward(x_ND, w1, w2, w3, offs_E, h1_NF, h3_NF, silu_NF, h_NF)
-        return grouped_mm(h_NF, w2.transpose(1, 2), offs_E)
+        ctx.save_for_backward(h1_NF, h3_NF, silu_NF, w2, offs_E)
+        return grouped_mm(silu_NF * h3_NF, w2.transpose(1, 2), offs_E)
 
     @staticmethod
-    def backward(  # pyrefly: ignore
-        ctx: Any, grad_y_ND: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        x_ND, w1, w2, w3, offs_E, h1_NF, h3_NF, silu_NF, h_NF = ctx.saved_tensors
-        # grouped_mm refuses expanded (zero-stride) tensors.
-        grad_y_ND = grad_y_ND.contiguous()
-        # (D, N) x (N, F): the weight gradients come out contiguous, so that autograd keeps them instead of copying.
+    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyrefly: ignore
+        h1_NF, h3_NF, silu_NF, w2, offs_E = ctx.saved_tensors
+        grad_y_ND = grad_y_ND.contiguous()  # grouped_mm refuses expanded (zero-stride) tensors
+        h_NF = silu_NF * h3_NF
         grad_w2 = grouped_mm(grad_y_ND.t(), h_NF, offs_E)
         grad_h_NF = grouped_mm(grad_y_ND, w2, offs_E)
-        grad_h3_NF = grad_h_NF * silu_NF
-        # In place where nothing needs the old value: on a CPU, new memory costs more than the arithmetic.
+        grad_h3_NF = torch.mul(grad_h_NF, silu_NF, out=h_NF)
         grad_h1_NF = torch.ops.aten.silu_backward.grad_input(grad_h_NF.mul_(h3_NF), h1_NF, grad_input=grad_h_NF)
-        grad_w1 = grouped_mm(grad_h1_NF.t(), x_ND, offs_E)
-        grad_w3 = grouped_mm(grad_h3_NF.t(), x_ND, offs_E)
-        grad_x_ND = grouped_mm(grad_h1_NF, w1, offs_E).add_(grouped_mm(grad_h3_NF, w3, offs_E))
-        return grad_x_ND, grad_w1, grad_w2, grad_w3, None
+        return grad_h1_NF, grad_h3_NF, grad_w2, None
 
 
 def expert_swiglu(x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
@@ -82,7 +87,8 @@ def expert_swiglu(x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, tokens_per_e
     w1, w3 are (E, F, D), w2 is (E, D, F), tokens_per_expert_E sums to N. Source: Shazeer (2020), SwiGLU.
     """
     offs_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-    return _ExpertSwiGLU.apply(x_ND, w1, w2, w3, offs_E)
+    h1_NF, h3_NF = _GroupedLinear.apply(x_ND, w1, offs_E), _GroupedLinear.apply(x_ND, w3, offs_E)
+    return _GatedDown.apply(h1_NF, h3_NF, w2, offs_E)
 
 
 class FeedForward(nn.Module):

@@ -181,6 +181,9 @@ def _fill_normal(parameter: Tensor, std: float, key: str) -> None:
     """Fill with fp32 normal numbers that depend on `key` and the full shape alone; a shard takes its part of them."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
     generator = torch.Generator(device=parameter.device).manual_seed(seed)
+    if parameter.dtype == torch.float32 and not isinstance(parameter, DTensor):
+        parameter.normal_(0.0, std, generator=generator)
+        return
     full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
     full.normal_(0.0, std, generator=generator)
     if isinstance(parameter, DTensor):
