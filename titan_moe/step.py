@@ -10,10 +10,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
 
 from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.routing import Routing
+from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.load_lr import step_by_load
 from titan_moe.parallelize.grad import clip_grad_norm
 
@@ -26,19 +28,21 @@ Balancers = Mapping[str, tuple[float, Balancer]]
 def train_step(
     model: nn.Module,
     micro_batches: Sequence[tuple[Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     balancers: Balancers,
     expert_biases: Sequence[Tensor],
     *,
     max_norm: float,
     progress: float = 0.0,
+    measure_experts: bool = False,
 ) -> StepOutput:
     """Update the model once from all micro-batches of tokens and labels (B, S) that this rank holds.
 
     `expert_biases` are the selection biases (E,) of the MoE layers, in order, or empty. Every returned number is over
     all ranks and micro-batches. The loss is a sum divided by the global number of tokens of the step, so gradients do
     not depend on how the step is cut into ranks and micro-batches. `progress` is the part of the run that is done
-    with this step, for balancers with a schedule.
+    with this step, for balancers with a schedule. With `measure_experts` the output has `expert_stats`, at the cost of
+    a copy of this rank's experts during the step.
     """
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
     scopes = {balancer.scope for _, balancer in balancers.values()}
@@ -54,15 +58,18 @@ def train_step(
         trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
-        values = [loss, ce, *balance.values(), *map(nonfinite, routings)]
-        sums.append(torch.stack([value.detach().float() for value in values]))
-    total_loss, ce, *values = all_reduce_sum(sum_tensors(sums)).unbind()
-    balance_values, nonfinite_L = values[: len(balance)], values[len(balance) :]
+        scalars = torch.stack([value.detach().float() for value in (loss, ce, *balance.values())])
+        sums.append(torch.cat([scalars, router_sums(routings, scalars)]))
+    totals = all_reduce_sum(sum_tensors(sums))
+    total_loss, ce, *balance_values = totals[: 2 + len(balance)].unbind()
+    logit_norm_L, confidence_L, routed_L, nonfinite_L = totals[2 + len(balance) :].view(4, -1)
     load_LE = sum_tensors(loads)
     if "global_batch" not in scopes:
         all_reduce_sum(load_LE)  # one collective for all layers
 
     grad_norm = clip_grad_norm(model.parameters(), max_norm)
+    experts = expert_parameters(model.named_parameters()) if measure_experts else {}
+    before = copies(experts)
     load_factors = step_by_load(optimizer, load_LE)
     optimizer.zero_grad()
     update_expert_biases(expert_biases, load_LE, observations, balancers, progress)
@@ -74,7 +81,10 @@ def train_step(
         load=load_LE,
         num_tokens=num_tokens,
         load_factors=load_factors,
-        nonfinite=torch.stack(nonfinite_L) if nonfinite_L else None,
+        router_logit_norm=logit_norm_L / routed_L if routings else None,
+        router_confidence=confidence_L / routed_L if routings else None,
+        nonfinite=nonfinite_L if routings else None,
+        expert_stats=measured(experts, before, optimizer) if experts else None,
     )
 
 
@@ -196,9 +206,22 @@ def update_expert_biases(
     torch._foreach_copy_(list(expert_biases), list(bias_LE.unbind()))
 
 
-def nonfinite(routing: Routing) -> Tensor:
-    """Whether a router logit is NaN or infinite: a flag that stays on the device, 0 or 1."""
-    return (~routing.router_logits.isfinite()).any()
+def measured(experts: Mapping[nn.Parameter, int], before: Sequence[Tensor], optimizer: Optimizer) -> ExpertStats:
+    """What the optimizer's step did to each expert, over all ranks; `before` are their parameters of before."""
+    return expert_stats(experts, all_reduce_sum(expert_sums(experts, before, optimizer)), optimizer)
+
+
+@torch.no_grad()
+def router_sums(routings: Sequence[Routing], like: Tensor) -> Tensor:
+    """Sums over tokens, (4 * L,) fp32, first of all layers the 2-norms of a token's logits, then the largest scores.
+
+    Then ones, and last whether any logit is NaN or infinite: a flag that stays on the device, 0 or 1.
+    """
+    norms = [torch.linalg.vector_norm(r.router_logits, dim=-1).sum() for r in routings]
+    confidences = [r.scores.amax(-1).sum() for r in routings]
+    counts = [like.new_full((), float(r.scores.shape[0])) for r in routings]
+    nonfinite = [(~r.router_logits.isfinite()).any().to(like) for r in routings]
+    return torch.stack([*norms, *confidences, *counts, *nonfinite]) if routings else like.new_zeros(0)
 
 
 def stack_loads(routings: Sequence[Routing], *, reduce: bool = False) -> Tensor:

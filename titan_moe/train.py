@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from titan_moe import runtime
-from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule
+from titan_moe.build import (
+    build_balancers,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    load_data,
+    with_vocab_size,
+)
 from titan_moe.checkpoint import latest_complete, load_checkpoint, resolve_checkpoint, save_checkpoint
 from titan_moe.config import Config, help_text, load_config, to_toml
-from titan_moe.data.build import Data, build_data, check_batch_sizes, token_bytes
+from titan_moe.data.build import Data, check_batch_sizes, token_bytes
 from titan_moe.data.loader import merge_states
 from titan_moe.files import write_atomic
 from titan_moe.metrics import eval_metrics
@@ -23,6 +31,7 @@ from titan_moe.optimizer.build import set_lr
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import build_mesh, resolve_shard_degree
 from titan_moe.parallelize.parallelize import DTYPES, parallelize
+from titan_moe.probe import balance_tax, routing_choices, routing_drift
 from titan_moe.records import Record, flush, log_parameters, moe_layer_names, speed_record, train_record
 from titan_moe.runtime import Runtime, StopRequest, logger
 from titan_moe.sinks import Sink, check_wandb, console, fan_out, jsonl, summary, tensorboard, wandb
@@ -46,6 +55,14 @@ class Job(NamedTuple):
     folder: Path
 
 
+class Progress(NamedTuple):
+    """How far a run has come."""
+
+    step: int = 0
+    num_tokens: int = 0
+    choices: Tensor | None = None  # of experts at the last validation, on the first batch of it
+
+
 def main(args: list[str]) -> int:
     """Train as the configuration says; return the exit code."""
     if "-h" in args or "--help" in args:
@@ -54,11 +71,11 @@ def main(args: list[str]) -> int:
     config, rt = load_config(args), runtime.read_world()
     runtime.init_logging(rt)
     job = build_job(config, rt)
-    start, num_tokens = resume(job)
+    progress = resume(job)
     write_run_files(job)
-    sinks = open_sinks(job, start)
+    sinks = open_sinks(job, progress.step)
     try:
-        stopped = run(job, sinks, start, num_tokens)
+        stopped = run(job, sinks, progress)
     finally:
         sinks.close()
     if stopped:
@@ -121,49 +138,14 @@ def build_job(config: Config, rt: Runtime) -> Job:
     )
 
 
-def load_data(config: Config, rt: Runtime) -> Data:
-    """Prepare the tokenizer and this rank's batches."""
-    data, training, validation = config.data, config.training, config.validation
-    return build_data(
-        dataset=data.dataset,
-        path=data.path,
-        tokenizer=data.tokenizer,
-        seq_len=training.seq_len,
-        seed=training.seed,
-        global_batch_size=training.global_batch_size,
-        local_batch_size=training.local_batch_size,
-        dp_rank=rt.rank,
-        dp_degree=rt.world_size,
-        num_workers=data.num_workers,
-        validation_fraction=data.validation_fraction,
-        validation_path=data.validation_path,
-        validation_steps=validation.steps,
-        validation_local_batch_size=validation.local_batch_size,
-        cache_folder=data.cache_folder or str(runtime.user_cache_folder()),
-        is_main=rt.local_rank == 0,
-        barrier=runtime.barrier,
-    )
-
-
-def with_vocab_size(config: Config, tokens: int) -> Config:
-    """Fill in model.vocab_size: the tokenizer's size padded to a multiple of 64, or the configured one if it fits."""
-    size = config.model.vocab_size or -(-tokens // 64) * 64
-    if tokens > size:
-        raise ValueError(
-            f"model.vocab_size ({size}) is smaller than the tokenizer's vocabulary ({tokens}): "
-            "raise it, or set it to 0 to take the tokenizer's"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-
-
-def resume(job: Job) -> tuple[int, int]:
-    """Load the latest complete checkpoint of the run, if there is one: its step and the tokens seen so far.
+def resume(job: Job) -> Progress:
+    """Load the latest complete checkpoint of the run, if there is one, and say how far it had come.
 
     The configuration decides the hyperparameters, also where the checkpoint was saved with others.
     """
     config = job.config.checkpoint
     if not config.enable:
-        return 0, 0
+        return Progress()
     folder = job.folder / config.folder
     if config.load_step >= 0:
         found = resolve_checkpoint(folder / f"step-{config.load_step}", "checkpoint.load_step")
@@ -174,18 +156,19 @@ def resume(job: Job) -> tuple[int, int]:
             source = resolve_checkpoint(config.initial_load_path, "checkpoint.initial_load_path")
             load_checkpoint(source, model=job.model, check=False)
             logger.info("starting from the weights of %s", source)
-        return 0, 0
+        return Progress()
     configured = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
     restored = load_checkpoint(found, model=job.model, optimizer=job.optimizer, check=False)
     for group, values in zip(job.optimizer.param_groups, configured, strict=True):
         group.update(values)
     job.data.train.load_state_dict(restored.extra["data"])
     logger.info("resuming from %s", found)
-    return restored.step, restored.extra["num_tokens"]
+    return Progress(restored.step, restored.extra["num_tokens"], restored.extra.get("choices"))
 
 
-def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
-    """Train from step `start` + 1 to the end; the signal that stopped the run early, else 0."""
+def run(job: Job, sinks: Sink, progress: Progress) -> int:
+    """Train from where `progress` is to the end; the signal that stopped the run early, else 0."""
+    start, num_tokens, choices = progress
     config, rt, profiling = job.config, job.runtime, job.config.profiling
     stop, steps, batches = StopRequest(), config.training.steps, iter(job.data.train)
     expert_biases = job.model.expert_biases()
@@ -211,6 +194,7 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
                 expert_biases,
                 max_norm=config.training.max_norm,
                 progress=step / steps,
+                measure_experts=is_due(step, config.metrics.expert_stats_freq),
             )
             seconds = time.perf_counter() - begin
             step_tokens = rt.world_size * sum(labels.numel() for _, labels in micro_batches)
@@ -218,6 +202,8 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             record = {"step": step, "num_tokens": num_tokens, "data_seconds": data_seconds}
             record |= train_record(job.model, output, lrs)
             record |= speed_record(config, job.model, rt, step_tokens, seconds)
+            if is_due(step, config.metrics.balance_tax_freq):
+                record["balance_tax"] = balance_tax(job.model, *micro_batches[0])
             pending.append(record)
             profile_step()
 
@@ -227,12 +213,13 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
             if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
                 flush(sinks, pending, moe_layers)
+            before, choices = choices, probe(job) if validating else choices
             if validating and not signal:
-                validate(job, sinks, step)
+                validate(job, sinks, step, before, choices)
             if saving:
-                save(job, step, num_tokens, must_succeed=last or signal > 0)
+                save(job, Progress(step, num_tokens, choices), must_succeed=last or signal > 0)
             if validating and signal:  # after the save, which a scheduler's patience may not outlast
-                validate(job, sinks, step)
+                validate(job, sinks, step, before, choices)
             if signal and not last:
                 return signal
             if step == start + 1:
@@ -240,26 +227,43 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
     return 0
 
 
-def validate(job: Job, sinks: Sink, step: int) -> None:
-    """Evaluate on the held-out data and record it."""
+def is_due(step: int, freq: int) -> bool:
+    """Whether something that happens every `freq` steps, 0 for never, happens at `step`."""
+    return freq > 0 and step % freq == 0
+
+
+def probe(job: Job) -> Tensor | None:
+    """The experts chosen on this rank's first batch of validation, None for a dense model. The main rank's count."""
+    assert job.data.validation is not None
+    if not job.config.moe.num_experts:
+        return None
+    tokens, labels = next(iter(job.data.validation()))
+    return routing_choices(job.model, tokens.to(job.runtime.device), labels.to(job.runtime.device))
+
+
+def validate(job: Job, sinks: Sink, step: int, before: Tensor | None, choices: Tensor | None) -> None:
+    """Evaluate on the held-out data and record it, and how far the probe's choices drifted from those `before`."""
     assert job.data.validation is not None
     bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
     output = evaluate(job.model, job.data.validation(), bytes_V)
     record: Record = {"step": step, "kind": "validation", **eval_metrics(output)}
     if output.load.numel():
         record["load"] = output.load  # for the heatmap
+    if before is not None and choices is not None and job.runtime.is_main:
+        record["routing_drift"] = routing_drift(before, choices)
     flush(sinks, [record])
 
 
-def save(job: Job, step: int, num_tokens: int, *, must_succeed: bool) -> None:
+def save(job: Job, progress: Progress, *, must_succeed: bool) -> None:
     """Save a checkpoint; one that fails on the way is a loud warning, the last one an error."""
     config = job.config
     files = {"config.toml": to_toml(config), "tokenizer.json": job.data.tokenizer.to_json()}
-    extra = {"num_tokens": num_tokens, "data": merge_states(runtime.all_gather(job.data.train.state_dict()))}
+    data = merge_states(runtime.all_gather(job.data.train.state_dict()))
+    extra = {"num_tokens": progress.num_tokens, "choices": progress.choices, "data": data}
     try:
         save_checkpoint(
             job.folder / config.checkpoint.folder,
-            step,
+            progress.step,
             model=job.model,
             optimizer=job.optimizer,
             extra=extra,

@@ -32,7 +32,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def summarize(model: Any, outputs: list[Any]) -> dict[str, Any]:
-    names = ("loss", "total_loss", "grad_norm", "load", "num_tokens")
+    names = ("loss", "total_loss", "grad_norm", "load", "num_tokens", "router_logit_norm", "router_confidence")
     parameters = {k.replace("_checkpoint_wrapped_module.", ""): full(v) for k, v in model.state_dict().items()}
     return {
         **{name: torch.stack([getattr(o, name) for o in outputs]) for name in names},
