@@ -2,6 +2,7 @@
 
     python scripts/bench_overhead.py load_lr                 # learning rates by load over one rate for all experts
     python scripts/bench_overhead.py load_lr --model many    # 64 experts of width 256 instead of 8 of 512
+    python scripts/bench_overhead.py metrics                 # what every step records, jsonl and TensorBoard included
 
 Whole optimizer steps on one thread in fp32, four sequences of 512 tokens, a fresh random batch each; processor seconds,
 so that other programs on the machine do not count. Both sides are models of their own with the same weights. The table
@@ -10,19 +11,28 @@ has medians; `ratio by the part alone` times what the feature changes by itself,
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from titan_moe import step as step_module
 from titan_moe.balancer import BALANCERS
+from titan_moe.config import load_config
+from titan_moe.metrics import StepOutput
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr, step_by_load
+from titan_moe.records import flush, speed_record, train_record
+from titan_moe.runtime import read_world
+from titan_moe.sinks import fan_out, jsonl, tensorboard
 from titan_moe.step import train_step
 
 TOP_K, VOCAB, SEQ, BATCH, WARMUP = 2, 2048, 512, 4, 2
@@ -30,10 +40,10 @@ MODELS = {"ref": (8, 512), "many": (64, 256)}  # (num_experts, expert_dim)
 
 
 class Side(NamedTuple):
-    """One side of a comparison: a whole step on a batch, and the part that the feature changes, alone."""
+    """One side of a comparison."""
 
-    step: Callable[[Tensor], Any]
-    part: Callable[[], Any]
+    step: Callable[[Tensor], None]  # a whole step on a batch of tokens
+    part: Callable[[], float]  # seconds that the part takes that the feature changes
 
 
 def build(name: str) -> Transformer:
@@ -73,22 +83,57 @@ def load_lr(name: str) -> tuple[Side, Side]:
         def step(tokens: Tensor) -> None:
             train_step(model, [(tokens[:, :-1], tokens[:, 1:])], optimizer, balancers, [], max_norm=1.0)
 
-        def part() -> None:
-            step_by_load(optimizer, load_LE)
-
-        def prepared() -> float:
+        def part() -> float:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
-            spent = seconds(part)
+            spent = seconds(lambda: step_by_load(optimizer, load_LE))
             optimizer.zero_grad()
             return spent
 
-        return Side(step, prepared)
+        return Side(step, part)
 
     return side(), side(load_lr="ideal_normalized", load_lr_ema=0.9, load_lr_power=0.5)
 
 
-MODES = {"load_lr": load_lr}
+def metrics(name: str) -> tuple[Side, Side]:
+    """Steps that measure nothing beside losses, norm and loads, and steps whose whole record is written."""
+    balancers = {name: (0.01, BALANCERS[name](coeff=1.0)) for name in ("aux_loss", "z_loss")}
+    folder = tempfile.TemporaryDirectory()
+    sink = fan_out(jsonl(Path(folder.name) / "metrics.jsonl", 0), tensorboard(Path(folder.name), 0))
+    config = load_config(["--training.mixed_precision_param=float32"])
+    runtime = read_world()
+
+    def side(measure: bool) -> Side:
+        model = build(name)
+        optimizer = OPTIMIZERS["adamw"](parameter_groups(model.named_parameters(), {}), lr=1e-4)
+        sums = step_module.router_sums if measure else lambda routings, like: like.new_zeros(4 * len(routings))
+        latest: list[StepOutput] = []
+
+        def record() -> None:
+            lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
+            line = {"step": 1, "num_tokens": 1, "data_seconds": 0.0, **train_record(model, latest[-1], lrs)}
+            flush(sink, [line | speed_record(config, model, runtime, BATCH * SEQ, 1.0)])
+
+        def step(tokens: Tensor) -> None:
+            with mock.patch.object(step_module, "router_sums", sums):
+                output = train_step(model, [(tokens[:, :-1], tokens[:, 1:])], optimizer, balancers, [], max_norm=1.0)
+            latest[:] = [output]
+            if measure:
+                record()
+
+        def part() -> float:
+            if not measure:
+                return 0.0
+            with torch.no_grad():
+                _, routings = model(torch.randint(0, VOCAB, (BATCH, SEQ)))
+            return seconds(lambda: (sums(routings, latest[-1].loss), record()))
+
+        return Side(step, part)
+
+    return side(False), side(True)
+
+
+MODES = {"load_lr": load_lr, "metrics": metrics}
 
 
 def compare(plain: Side, feature: Side, pairs: int) -> dict[str, float]:

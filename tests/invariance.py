@@ -88,7 +88,8 @@ def outcome(
         "grad_norm": output.grad_norm,
         "load": output.load,
         "maxvio": maxvio(output.load),
-        "layer_counts": output.layer_counts,
+        "router": (output.router_logit_norm, output.router_confidence, output.nonfinite),
+        "lost": (output.dropped_fraction, output.unrouted_fraction),
         "bias": model.expert_biases(),
         "parameters": {plain(name): full(p) for name, p in model.named_parameters()},
     }

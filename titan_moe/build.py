@@ -1,19 +1,23 @@
 """From a Config to its parts: the one place that turns sections into arguments."""
 
+import dataclasses
 import inspect
 from typing import Any
 
 import torch
 from torch import nn
 
+from titan_moe import runtime
 from titan_moe.balancer import BALANCERS, Balancer, keep_bias
 from titan_moe.config import Config, find_component
+from titan_moe.data.build import Data, build_data
 from titan_moe.model.routing import ROUTERS, force_balanced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr, load_groups, scale_steps
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
+from titan_moe.runtime import Runtime
 
 
 def build_model(config: Config) -> Transformer:
@@ -78,3 +82,38 @@ def build_schedule(config: Config) -> Schedule:
     """Build the schedule of [lr_scheduler] for training.steps steps."""
     builder = find_component(SCHEDULES, config.lr_scheduler.name)
     return builder(steps=config.training.steps, **config.lr_scheduler.arguments)
+
+
+def load_data(config: Config, rt: Runtime) -> Data:
+    """Prepare the tokenizer and this rank's batches."""
+    data, training, validation = config.data, config.training, config.validation
+    return build_data(
+        dataset=data.dataset,
+        path=data.path,
+        tokenizer=data.tokenizer,
+        seq_len=training.seq_len,
+        seed=training.seed,
+        global_batch_size=training.global_batch_size,
+        local_batch_size=training.local_batch_size,
+        dp_rank=rt.rank,
+        dp_degree=rt.world_size,
+        num_workers=data.num_workers,
+        validation_fraction=data.validation_fraction,
+        validation_path=data.validation_path,
+        validation_steps=validation.steps,
+        validation_local_batch_size=validation.local_batch_size,
+        cache_folder=data.cache_folder or str(runtime.user_cache_folder()),
+        is_main=rt.local_rank == 0,
+        barrier=runtime.barrier,
+    )
+
+
+def with_vocab_size(config: Config, tokens: int) -> Config:
+    """Fill in model.vocab_size: the tokenizer's size padded to a multiple of 64, or the configured one if it fits."""
+    size = config.model.vocab_size or -(-tokens // 64) * 64
+    if tokens > size:
+        raise ValueError(
+            f"model.vocab_size ({size}) is smaller than the tokenizer's vocabulary ({tokens}): "
+            "raise it, or set it to 0 to take the tokenizer's"
+        )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))

@@ -1,5 +1,6 @@
 """The picture of a load: layers x experts, coloured by how far each expert is from its fair share."""
 
+import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,18 +12,20 @@ _MOST = 2.0  # twice the fair share or more is the darkest red: one scale, so th
 _MAX_TICKS = 16
 
 
-def load_figure(load: Any, title: str) -> "Figure":
+def load_figure(load: Any, title: str, name: str = "load", mean: str = "ideal load") -> "Figure":
     """A heatmap of `load` (L, E) (tokens per expert, any array or tensor), each layer divided by its mean.
 
     1.0 is the ideal load (white), below is blue, above red (colours that the colour-blind tell apart); a layer that
-    got no tokens is grey. Few experts also carry their numbers. `title` goes above, with the extreme ratios.
+    got no tokens is grey. Few experts also carry their numbers. `title` goes above, with the extreme ratios. Other
+    positive measures of experts are drawn alike, with their `name` and what their `mean` is called; NaN is grey.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     load_LE = np.asarray(load.detach().cpu() if hasattr(load, "detach") else load, dtype=np.float64)
-    mean_L1 = load_LE.mean(axis=1, keepdims=True)
+    counts_L1 = np.isfinite(load_LE).sum(axis=1, keepdims=True)
+    mean_L1 = np.nansum(load_LE, axis=1, keepdims=True) / np.maximum(counts_L1, 1)
     ratio_LE = np.divide(load_LE, mean_L1, out=np.full_like(load_LE, np.nan), where=mean_L1 > 0)
     num_layers, num_experts = ratio_LE.shape
     has_numbers = num_experts <= 16
@@ -41,12 +44,21 @@ def load_figure(load: Any, title: str) -> "Figure":
     axes.set_xlabel("expert")
     axes.set_ylabel("MoE layer")
     if np.isfinite(ratio_LE).any():
-        title = f"{title} · {np.nanmin(ratio_LE):.2f} to {np.nanmax(ratio_LE):.2f} of the ideal load"
+        title = f"{title} · {np.nanmin(ratio_LE):.2f} to {np.nanmax(ratio_LE):.2f} of the {mean}"
     axes.set_title(title, fontsize=10)
     if has_numbers:
         for (layer, expert), ratio in np.ndenumerate(ratio_LE):
             color = "white" if abs(ratio - 1) > 0.65 else "black"
             axes.text(expert, layer, f"{ratio:.2f}", ha="center", va="center", fontsize=8, color=color)
     bar = figure.colorbar(image, ax=axes, pad=0.2 / size[0], ticks=[0, 0.5, 1, 1.5, 2], extend="max")
-    bar.set_label("load / ideal load")
+    bar.set_label(f"{name} / {mean}")
     return figure
+
+
+def picture(array: Any, title: str, name: str) -> tuple[bytes, tuple[int, int]]:
+    """The heatmap of `array` (L, E) as PNG, with its width and height; `name` is `load` or another measure."""
+    figure = load_figure(array, title) if name == "load" else load_figure(array, title, name, "mean")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    width, height = figure.get_size_inches() * figure.dpi
+    return buffer.getvalue(), (int(width), int(height))

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from titan_moe.optimizer.expert_stats import ExpertStats
 from titan_moe.optimizer.groups import group_of
+
+_TINY = 1e-300  # what a mean load of 0 is taken for in a denominator
 
 
 class StepOutput(NamedTuple):
@@ -23,10 +26,12 @@ class StepOutput(NamedTuple):
     load: Tensor  # (L, E) int64
     num_tokens: Tensor  # scalar int64
     load_factors: Tensor | None = None  # (L, E) of the experts' learning rates, None where loads do not set them
-    # (1, L) or (3, L): above 0 where a router logit was NaN or infinite; where choices can be lost, the number of
-    # dropped choices and of tokens that no expert computed
-    layer_counts: Tensor | None = None
-    num_positions: int = 0  # tokens that were routed, ignored labels included
+    router_logit_norm: Tensor | None = None  # (L,) mean over tokens of the 2-norm of a token's router logits
+    router_confidence: Tensor | None = None  # (L,) mean over tokens of the largest routing probability
+    expert_stats: ExpertStats | None = None  # where the step was asked to measure its experts
+    dropped_fraction: Tensor | None = None  # (L,) of the choices; None where none can be lost
+    unrouted_fraction: Tensor | None = None  # (L,) of the tokens, that no expert computed; None likewise
+    nonfinite: Tensor | None = None  # (L,), above 0 where a router logit was NaN or infinite
 
 
 class EvalOutput(NamedTuple):
@@ -52,6 +57,36 @@ def maxvio(load: Tensor) -> Tensor:
     return torch.where(mean > 0, load.amax(-1) / mean - 1, 0.0)
 
 
+def minvio(load: Tensor) -> Tensor:
+    """Minimal violation of balance: min_i (L_i - mean L) / mean L, (..., E) -> (...).
+
+    0 at uniform load, -1 when an expert got nothing, 0 when nothing was routed. As in VeOmni's monitor.
+    """
+    load = load.to(torch.float64)
+    mean = load.mean(-1)
+    return torch.where(mean > 0, load.amin(-1) / mean - 1, 0.0)
+
+
+def avgvio(load: Tensor) -> Tensor:
+    """Average violation of balance: mean_i |L_i - mean L| / mean L, (..., E) -> (...); 0 when nothing was routed.
+
+    Half of it is the part of the assignments that another expert would have to take for a uniform load.
+    """
+    load = load.to(torch.float64)
+    mean = load.mean(-1, keepdim=True)
+    return (load - mean).abs().mean(-1) / mean.squeeze(-1).clamp(min=_TINY)
+
+
+def load_cv(load: Tensor) -> Tensor:
+    """Coefficient of variation: standard deviation over experts (of all E, not E - 1) / mean, (..., E) -> (...).
+
+    0 at uniform load, sqrt(E - 1) when one expert takes everything, 0 when nothing was routed. Its square is the
+    importance loss of Shazeer et al. (2017), section 4, of loads.
+    """
+    load = load.to(torch.float64)
+    return load.std(-1, correction=0) / load.mean(-1).clamp(min=_TINY)
+
+
 def load_entropy(load: Tensor) -> Tensor:
     """Entropy of the load's distribution over experts divided by log E: 1 at uniform load, (..., E) -> (...)."""
     load = load.to(torch.float64)
@@ -74,12 +109,34 @@ def train_metrics(output: StepOutput) -> dict[str, Tensor]:
     }
     if output.load.numel():
         metrics |= _per_layer("maxvio_batch", maxvio(output.load))
+        metrics["minvio_batch"] = minvio(output.load).mean()
+        metrics["avgvio_batch"] = avgvio(output.load).mean()
+        metrics["load_cv"] = load_cv(output.load).mean()
         metrics["load_entropy"] = load_entropy(output.load).mean()
         metrics["dead_experts"] = dead_experts(output.load)
-    if output.layer_counts is not None and len(output.layer_counts) > 1:
-        _, dropped_L, unrouted_L = output.layer_counts.double()
-        metrics["dropped_fraction"] = (dropped_L / output.load.sum(-1)).mean()
-        metrics["unrouted_fraction"] = (unrouted_L / output.num_positions).mean()
+        metrics["expert_batch_mean"] = output.load.to(torch.float64).mean()
+        metrics["expert_batch_min"] = output.load.amin()
+    if output.router_logit_norm is not None and output.router_confidence is not None:
+        metrics |= _per_layer("router_logit_norm", output.router_logit_norm)
+        metrics |= _per_layer("router_confidence", output.router_confidence)
+    if output.dropped_fraction is not None and output.unrouted_fraction is not None:
+        metrics["dropped_fraction"] = output.dropped_fraction.mean()
+        metrics["unrouted_fraction"] = output.unrouted_fraction.mean()
+    return metrics
+
+
+def expert_metrics(output: StepOutput) -> dict[str, Tensor]:
+    """The measures of each expert, by name: mean over all and of each layer, and (L, E) as `NAME/experts`.
+
+    The experts' loads of the step are with them, to see both side by side. Experts that have no measure do not count.
+    """
+    if output.expert_stats is None:
+        return {}
+    metrics = {"load/experts": output.load}
+    for name, values_LE in output.expert_stats._asdict().items():
+        if values_LE is not None:
+            means_L = {f"{name}/layer_{i}": mean for i, mean in enumerate(values_LE.nanmean(-1))}
+            metrics |= {name: values_LE.nanmean(), **means_L, f"{name}/experts": values_LE}
     return metrics
 
 

@@ -7,7 +7,15 @@ import torch
 
 from titan_moe import runtime
 from titan_moe.config import Config
-from titan_moe.metrics import StepOutput, active_parameters, expert_lr_range, flops_per_token, to_numbers, train_metrics
+from titan_moe.metrics import (
+    StepOutput,
+    active_parameters,
+    expert_lr_range,
+    expert_metrics,
+    flops_per_token,
+    to_numbers,
+    train_metrics,
+)
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.grad import param_norm
@@ -23,14 +31,19 @@ def train_record(model: Transformer, output: StepOutput, lrs: dict[str, float]) 
 
     The load (L, E) goes along for the heatmap, and for `flush` which layers' routers left the finite numbers.
     """
-    record: Record = {"kind": "train", **train_metrics(output), "param_norm": param_norm(model.parameters())}
+    record: Record = {
+        "kind": "train",
+        **train_metrics(output),
+        **expert_metrics(output),
+        "param_norm": param_norm(model.parameters()),
+    }
     record |= {f"lr/{name}": lr for name, lr in lrs.items()}
     if output.load_factors is not None:  # lr/expert is the scheduled rate, these are the smallest and largest applied
         record |= expert_lr_range(lrs["expert"], output.load_factors)
     if output.load.numel():
         record["load"] = output.load
-    if output.layer_counts is not None:
-        record[NONFINITE] = output.layer_counts[0]
+    if output.nonfinite is not None:
+        record[NONFINITE] = output.nonfinite
     return record
 
 

@@ -71,6 +71,8 @@ def fan_out(*sinks: Sink) -> Sink:
 def jsonl(path: Path, resume_step: int) -> Sink:
     """Append each record's numbers as one line of JSON; a number that is not finite becomes null.
 
+    An array `NAME/experts` (L, E) becomes the numbers `NAME/layer_I/expert_J`.
+
     Lines of steps after `resume_step`, and torn ones, are dropped first, so that after a crash the file holds each step
     once. A record that the disk refuses is kept and tried again with the next one.
     """
@@ -78,7 +80,8 @@ def jsonl(path: Path, resume_step: int) -> Sink:
     append, close = appender(path)
 
     def write(record: Record) -> None:
-        numbers = {key: None if _is_odd(value) else value for key, value in _scalars(record).items()}
+        values = {**_scalars(record), **_of_experts(record)}
+        numbers = {key: None if _is_odd(value) else value for key, value in values.items()}
         append((json.dumps(numbers, allow_nan=False) + "\n").encode())
 
     return Sink(write, close, str(path))
@@ -88,11 +91,14 @@ def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sin
     """Write `KIND/KEY` scalars (those of single layers as `KIND_per_layer/KEY`), and the load as a picture.
 
     Pictures, drawn when a record carries `load`: each validation and each `heatmap_freq`-th training step (one takes
-    as long as many scalars). What an earlier run wrote after `resume_step` is purged from view.
+    as long as many scalars); those of `NAME/experts` always. What an earlier run wrote after `resume_step` is purged
+    from view.
     """
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
     from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
     from tensorboard.summary.writer.record_writer import RecordWriter
+
+    from titan_moe.heatmap import picture
 
     folder.mkdir(parents=True, exist_ok=True)
     name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{socket.gethostname()}.{os.getpid()}"
@@ -109,10 +115,14 @@ def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sin
     def write(record: Record) -> None:
         step, kind = record["step"], record["kind"]
         values = [Summary.Value(tag=tag, simple_value=number) for tag, number in _tagged(record).items()]
-        if "load" in record and (kind != "train" or step % heatmap_freq == 0):
-            png, (width, height) = _picture(record["load"], f"{kind}, step {step}")
+        maps = {key: value for key, value in record.items() if key.endswith("/experts")}
+        if "load" in record and (kind != "train" or step % heatmap_freq == 0) and "load/experts" not in maps:
+            maps["load"] = record["load"]
+        for key, array in maps.items():
+            png, (width, height) = picture(array, f"{kind}, step {step}", key.removesuffix("/experts"))
             image = Summary.Image(height=height, width=width, colorspace=4, encoded_image_string=png)
-            values.append(Summary.Value(tag=f"{kind}/load", image=image))
+            tag = f"{kind}/load" if key == "load/experts" else f"{kind}/{key}"
+            values.append(Summary.Value(tag=tag, image=image))
         write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     return Sink(write, close, str(folder))
@@ -275,15 +285,15 @@ def _tagged(record: Record) -> dict[str, float]:
     }
 
 
-def _picture(load: Any, title: str) -> tuple[bytes, tuple[int, int]]:
-    """The heatmap as PNG, with its width and height."""
-    from titan_moe.heatmap import load_figure
-
-    figure = load_figure(load, title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    width, height = figure.get_size_inches() * figure.dpi
-    return buffer.getvalue(), (int(width), int(height))
+def _of_experts(record: Record) -> dict[str, float]:
+    """The numbers of each expert, from the arrays that the record carries of them."""
+    arrays = {key.removesuffix("/experts"): value for key, value in record.items() if key.endswith("/experts")}
+    return {
+        f"{name}/layer_{layer}/expert_{expert}": value
+        for name, array in arrays.items()
+        for layer, values in enumerate(array.tolist())
+        for expert, value in enumerate(values)
+    }
 
 
 def _drop_after(path: Path, resume_step: int) -> None:

@@ -4,16 +4,19 @@ Shapes: B sequences, S positions, V vocabulary, L MoE layers, E experts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
 
 from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.routing import Routing
+from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.load_lr import step_by_load
 from titan_moe.parallelize.grad import clip_grad_norm
 
@@ -26,19 +29,21 @@ Balancers = Mapping[str, tuple[float, Balancer]]
 def train_step(
     model: nn.Module,
     micro_batches: Sequence[tuple[Tensor, Tensor]],
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     balancers: Balancers,
     expert_biases: Sequence[Tensor],
     *,
     max_norm: float,
     progress: float = 0.0,
+    measure_experts: bool = False,
 ) -> StepOutput:
     """Update the model once from all micro-batches of tokens and labels (B, S) that this rank holds.
 
     `expert_biases` are the selection biases (E,) of the MoE layers, in order, or empty. Every returned number is over
     all ranks and micro-batches. The loss is a sum divided by the global number of tokens of the step, so gradients do
     not depend on how the step is cut into ranks and micro-batches. `progress` is the part of the run that is done
-    with this step, for balancers with a schedule.
+    with this step, for balancers with a schedule. With `measure_experts` the output has `expert_stats`, at the cost of
+    a copy of this rank's experts during the step.
     """
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
     scopes = {balancer.scope for _, balancer in balancers.values()}
@@ -54,15 +59,17 @@ def train_step(
         trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
-        values = [loss, ce, *balance.values(), *layer_counts(routings)]
-        sums.append(torch.stack([value.detach().float() for value in values]))
-    total_loss, ce, *values = all_reduce_sum(sum_tensors(sums)).unbind()
-    balance_values, counts = values[: len(balance)], values[len(balance) :]
+        scalars = torch.stack([value.detach().float() for value in (loss, ce, *balance.values())])
+        sums.append(torch.cat([scalars, router_sums(routings, scalars)]))
+    totals = all_reduce_sum(sum_tensors(sums))
+    total_loss, ce, *balance_values = totals[: 2 + len(balance)].unbind()
     load_LE = sum_tensors(loads)
     if "global_batch" not in scopes:
         all_reduce_sum(load_LE)  # one collective for all layers
 
     grad_norm = clip_grad_norm(model.parameters(), max_norm)
+    experts = expert_parameters(model.named_parameters()) if measure_experts else {}
+    before = copies(experts)
     load_factors = step_by_load(optimizer, load_LE)
     optimizer.zero_grad()
     update_expert_biases(expert_biases, load_LE, observations, balancers, progress)
@@ -74,8 +81,8 @@ def train_step(
         load=load_LE,
         num_tokens=num_tokens,
         load_factors=load_factors,
-        layer_counts=torch.stack(counts).view(-1, load_LE.shape[0]) if counts else None,
-        num_positions=world_size() * sum(tokens.numel() for tokens, _ in micro_batches),
+        **router_means(totals[2 + len(balance) :], load_LE),
+        expert_stats=measured(experts, before, optimizer) if experts else None,
     )
 
 
@@ -197,15 +204,43 @@ def update_expert_biases(
     torch._foreach_copy_(list(expert_biases), list(bias_LE.unbind()))
 
 
-def layer_counts(routings: Sequence[Routing]) -> list[Tensor]:
-    """Of every layer: whether a router logit is not finite; where choices can be lost, also how many were.
+def measured(experts: Mapping[nn.Parameter, int], before: Sequence[Tensor], optimizer: Optimizer) -> ExpertStats:
+    """What the optimizer's step did to each expert, over all ranks; `before` are their parameters of before."""
+    return expert_stats(experts, all_reduce_sum(expert_sums(experts, before, optimizer)), optimizer)
 
-    These are the dropped choices, and the tokens that no expert computes.
+
+@torch.no_grad()
+def router_sums(routings: Sequence[Routing], like: Tensor) -> Tensor:
+    """Sums over tokens, fp32, of all layers one after the other: what `router_means` makes means of.
+
+    They are 2-norms of a token's logits, largest scores, ones, a flag (0 or 1, it stays on the device) whether any
+    logit is NaN or infinite; and where choices can be lost, lost choices and tokens that no expert computes.
     """
-    counts = [(~r.router_logits.isfinite()).any() for r in routings]
+    norms = [torch.linalg.vector_norm(r.router_logits, dim=-1).sum() for r in routings]
+    confidences = [r.scores.amax(-1).sum() for r in routings]
+    counts = [like.new_full((), float(r.scores.shape[0])) for r in routings]
+    nonfinite = [(~r.router_logits.isfinite()).any().to(like) for r in routings]
     kept = [(r, r.kept) for r in routings if r.kept is not None]
-    counts += [((r.topk_experts < r.scores.shape[-1]) & ~k).sum() for r, k in kept]
-    return counts + [(~k.any(-1)).sum() for _, k in kept]
+    dropped = [((r.topk_experts < r.scores.shape[-1]) & ~k).sum().to(like) for r, k in kept]
+    unrouted = [(~k.any(-1)).sum().to(like) for _, k in kept]
+    sums = [*norms, *confidences, *counts, *nonfinite, *dropped, *unrouted]
+    return torch.stack(sums) if sums else like.new_zeros(0)
+
+
+def router_means(sums: Tensor, load_LE: Tensor) -> dict[str, Any]:
+    """The fields of a `StepOutput`, (L,) each, from `router_sums` of the whole step; none for a dense model."""
+    if not sums.numel():
+        return {}
+    norm_L, confidence_L, tokens_L, nonfinite_L, *lost = sums.view(-1, load_LE.shape[0])
+    means = {
+        "router_logit_norm": norm_L / tokens_L,
+        "router_confidence": confidence_L / tokens_L,
+        "nonfinite": nonfinite_L,
+    }
+    if lost:
+        dropped_L, unrouted_L = lost
+        means |= {"dropped_fraction": dropped_L / load_LE.sum(-1), "unrouted_fraction": unrouted_L / tokens_L}
+    return means
 
 
 def stack_loads(routings: Sequence[Routing], *, reduce: bool = False) -> Tensor:
@@ -226,13 +261,8 @@ def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
     return sum(tensors[1:], start=tensors[0])
 
 
-def world_size() -> int:
-    """How many ranks take part in the step."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over all ranks, in place; unchanged when there is one."""
-    if world_size() > 1:
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(tensor)
     return tensor

@@ -5,45 +5,34 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from titan_moe import runtime
-from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule
 from titan_moe.checkpoint import latest_complete, load_checkpoint, resolve_checkpoint, save_checkpoint
-from titan_moe.config import Config, cautions, help_text, load_config, to_toml
-from titan_moe.data.build import Data, build_data, check_batch_sizes, token_bytes
+from titan_moe.config import help_text, load_config, to_toml
+from titan_moe.data.build import token_bytes
 from titan_moe.data.loader import merge_states
 from titan_moe.files import write_atomic
+from titan_moe.job import Job, build_job
 from titan_moe.metrics import eval_metrics
-from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import set_lr
-from titan_moe.optimizer.schedule import Schedule
-from titan_moe.parallelize.mesh import build_mesh, resolve_shard_degree
-from titan_moe.parallelize.parallelize import DTYPES, parallelize
-from titan_moe.records import Record, flush, log_parameters, moe_layer_names, speed_record, train_record
-from titan_moe.runtime import Runtime, StopRequest, logger
-from titan_moe.sinks import Sink, check_wandb, console, fan_out, jsonl, summary, tensorboard, wandb
-from titan_moe.step import Balancers, evaluate, train_step
+from titan_moe.probe import balance_tax, routing_choices, routing_drift
+from titan_moe.records import Record, flush, moe_layer_names, speed_record, train_record
+from titan_moe.runtime import StopRequest, logger
+from titan_moe.sinks import Sink, console, fan_out, jsonl, summary, tensorboard, wandb
+from titan_moe.step import evaluate, train_step
 
 METRICS = "metrics.jsonl"
 
 
-class Job(NamedTuple):
-    """Everything a training run consists of."""
+class Progress(NamedTuple):
+    """How far a run has come."""
 
-    config: Config
-    runtime: Runtime
-    data: Data
-    model: Transformer
-    optimizer: torch.optim.Optimizer
-    base_lrs: list[float]  # of the optimizer's groups, before the schedule
-    schedule: Schedule
-    balancers: Balancers
-    accumulation: int  # micro-batches of a step on each rank
-    folder: Path
+    step: int = 0
+    num_tokens: int = 0
+    choices: Tensor | None = None  # of experts at the last validation, on the first batch of it
 
 
 def main(args: list[str]) -> int:
@@ -54,11 +43,11 @@ def main(args: list[str]) -> int:
     config, rt = load_config(args), runtime.read_world()
     runtime.init_logging(rt)
     job = build_job(config, rt)
-    start, num_tokens = resume(job)
+    progress = resume(job)
     write_run_files(job)
-    sinks = open_sinks(job, start)
+    sinks = open_sinks(job, progress.step)
     try:
-        stopped = run(job, sinks, start, num_tokens)
+        stopped = run(job, sinks, progress)
     finally:
         sinks.close()
     if stopped:
@@ -70,102 +59,14 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def build_job(config: Config, rt: Runtime) -> Job:
-    """Build the run's parts; what can be refused is refused before any process group or file exists."""
-    parallel, training = config.parallelism, config.training
-    replicate = parallel.data_parallel_replicate_degree
-    shard = resolve_shard_degree(
-        world_size=rt.world_size, replicate=replicate, shard=parallel.data_parallel_shard_degree
-    )
-    batch_size = check_batch_sizes(training.global_batch_size, training.local_batch_size, rt.world_size)
-    accumulation = batch_size // (training.local_batch_size * rt.world_size)
-    folder = Path(config.job.dump_folder)
-    runtime.check_writable(folder)
-    if config.metrics.enable_wandb:
-        check_wandb()
-    mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
-    if rt.world_size > 1 or mixed:
-        runtime.init_process_group(rt, config.comm.init_timeout_seconds)
-    if rt.device.type == "cpu":
-        runtime.return_large_buffers()
-    runtime.seed_everything(training.seed, deterministic=training.deterministic)
-
-    data = load_data(config, rt)
-    config = with_vocab_size(config, data.tokenizer.vocab_size)
-    with torch.device("meta"):
-        model = build_model(config)
-    mesh = build_mesh(device=rt.device, shard=shard) if rt.world_size > 1 or mixed else None
-    parallelize(
-        model,
-        mesh=mesh,
-        param_dtype=DTYPES[training.mixed_precision_param],
-        reduce_dtype=DTYPES[training.mixed_precision_reduce],
-        checkpoint_mode=config.activation_checkpoint.mode,
-        compile_blocks=config.compile.enable,
-    )
-    model.to(DTYPES[training.dtype]).to_empty(device=rt.device)
-    model.init_weights(training.seed)
-    optimizer = build_optimizer(config, model)
-    log_parameters(config, model, optimizer)
-    for caution in cautions(config):
-        logger.warning(caution)
-    return Job(
-        config=config,
-        runtime=rt,
-        data=data,
-        model=model,
-        optimizer=optimizer,
-        base_lrs=[group["lr"] for group in optimizer.param_groups],
-        schedule=build_schedule(config),
-        balancers=build_balancers(config),
-        accumulation=accumulation,
-        folder=folder,
-    )
-
-
-def load_data(config: Config, rt: Runtime) -> Data:
-    """Prepare the tokenizer and this rank's batches."""
-    data, training, validation = config.data, config.training, config.validation
-    return build_data(
-        dataset=data.dataset,
-        path=data.path,
-        tokenizer=data.tokenizer,
-        seq_len=training.seq_len,
-        seed=training.seed,
-        global_batch_size=training.global_batch_size,
-        local_batch_size=training.local_batch_size,
-        dp_rank=rt.rank,
-        dp_degree=rt.world_size,
-        num_workers=data.num_workers,
-        validation_fraction=data.validation_fraction,
-        validation_path=data.validation_path,
-        validation_steps=validation.steps,
-        validation_local_batch_size=validation.local_batch_size,
-        cache_folder=data.cache_folder or str(runtime.user_cache_folder()),
-        is_main=rt.local_rank == 0,
-        barrier=runtime.barrier,
-    )
-
-
-def with_vocab_size(config: Config, tokens: int) -> Config:
-    """Fill in model.vocab_size: the tokenizer's size padded to a multiple of 64, or the configured one if it fits."""
-    size = config.model.vocab_size or -(-tokens // 64) * 64
-    if tokens > size:
-        raise ValueError(
-            f"model.vocab_size ({size}) is smaller than the tokenizer's vocabulary ({tokens}): "
-            "raise it, or set it to 0 to take the tokenizer's"
-        )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
-
-
-def resume(job: Job) -> tuple[int, int]:
-    """Load the latest complete checkpoint of the run, if there is one: its step and the tokens seen so far.
+def resume(job: Job) -> Progress:
+    """Load the latest complete checkpoint of the run, if there is one, and say how far it had come.
 
     The configuration decides the hyperparameters, also where the checkpoint was saved with others.
     """
     config = job.config.checkpoint
     if not config.enable:
-        return 0, 0
+        return Progress()
     folder = job.folder / config.folder
     if config.load_step >= 0:
         found = resolve_checkpoint(folder / f"step-{config.load_step}", "checkpoint.load_step")
@@ -176,18 +77,19 @@ def resume(job: Job) -> tuple[int, int]:
             source = resolve_checkpoint(config.initial_load_path, "checkpoint.initial_load_path")
             load_checkpoint(source, model=job.model, check=False)
             logger.info("starting from the weights of %s", source)
-        return 0, 0
+        return Progress()
     configured = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
     restored = load_checkpoint(found, model=job.model, optimizer=job.optimizer, check=False)
     for group, values in zip(job.optimizer.param_groups, configured, strict=True):
         group.update(values)
     job.data.train.load_state_dict(restored.extra["data"])
     logger.info("resuming from %s", found)
-    return restored.step, restored.extra["num_tokens"]
+    return Progress(restored.step, restored.extra["num_tokens"], restored.extra.get("choices"))
 
 
-def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
-    """Train from step `start` + 1 to the end; the signal that stopped the run early, else 0."""
+def run(job: Job, sinks: Sink, progress: Progress) -> int:
+    """Train from where `progress` is to the end; the signal that stopped the run early, else 0."""
+    start, num_tokens, choices = progress
     config, rt, profiling = job.config, job.runtime, job.config.profiling
     stop, steps, batches = StopRequest(), config.training.steps, iter(job.data.train)
     expert_biases = job.model.expert_biases()
@@ -214,6 +116,7 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
                 expert_biases,
                 max_norm=config.training.max_norm,
                 progress=step / steps,
+                measure_experts=is_due(step, config.metrics.expert_stats_freq),
             )
             seconds = time.perf_counter() - begin
             step_tokens = rt.world_size * sum(labels.numel() for _, labels in micro_batches)
@@ -221,6 +124,8 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             record = {"step": step, "num_tokens": num_tokens, "data_seconds": data_seconds}
             record |= train_record(job.model, output, lrs)
             record |= speed_record(config, job.model, rt, step_tokens, seconds)
+            if is_due(step, config.metrics.balance_tax_freq):
+                record["balance_tax"] = balance_tax(job.model, *micro_batches[0])
             pending.append(record)
             profile_step()
 
@@ -230,12 +135,13 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
             waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
             if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
                 flush(sinks, pending, moe_layers)
+            before, choices = choices, probe(job) if validating else choices
             if validating and not signal:
-                validate(job, sinks, step)
+                validate(job, sinks, step, before, choices)
             if saving:
-                save(job, step, num_tokens, must_succeed=last or signal > 0)
+                save(job, Progress(step, num_tokens, choices), must_succeed=last or signal > 0)
             if validating and signal:  # after the save, which a scheduler's patience may not outlast
-                validate(job, sinks, step)
+                validate(job, sinks, step, before, choices)
             if signal and not last:
                 return signal
             if step == start + 1:
@@ -243,26 +149,43 @@ def run(job: Job, sinks: Sink, start: int, num_tokens: int) -> int:
     return 0
 
 
-def validate(job: Job, sinks: Sink, step: int) -> None:
-    """Evaluate on the held-out data and record it."""
+def is_due(step: int, freq: int) -> bool:
+    """Whether something that happens every `freq` steps, 0 for never, happens at `step`."""
+    return freq > 0 and step % freq == 0
+
+
+def probe(job: Job) -> Tensor | None:
+    """The experts chosen on this rank's first batch of validation, None for a dense model. The main rank's count."""
+    assert job.data.validation is not None
+    if not job.config.moe.num_experts:
+        return None
+    tokens, labels = next(iter(job.data.validation()))
+    return routing_choices(job.model, tokens.to(job.runtime.device), labels.to(job.runtime.device))
+
+
+def validate(job: Job, sinks: Sink, step: int, before: Tensor | None, choices: Tensor | None) -> None:
+    """Evaluate on the held-out data and record it, and how far the probe's choices drifted from those `before`."""
     assert job.data.validation is not None
     bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
     output = evaluate(job.model, job.data.validation(), bytes_V)
     record: Record = {"step": step, "kind": "validation", **eval_metrics(output)}
     if output.load.numel():
         record["load"] = output.load  # for the heatmap
+    if before is not None and choices is not None and job.runtime.is_main:
+        record["routing_drift"] = routing_drift(before, choices)
     flush(sinks, [record])
 
 
-def save(job: Job, step: int, num_tokens: int, *, must_succeed: bool) -> None:
+def save(job: Job, progress: Progress, *, must_succeed: bool) -> None:
     """Save a checkpoint; one that fails on the way is a loud warning, the last one an error."""
     config = job.config
     files = {"config.toml": to_toml(config), "tokenizer.json": job.data.tokenizer.to_json()}
-    extra = {"num_tokens": num_tokens, "data": merge_states(runtime.all_gather(job.data.train.state_dict()))}
+    data = merge_states(runtime.all_gather(job.data.train.state_dict()))
+    extra = {"num_tokens": progress.num_tokens, "choices": progress.choices, "data": data}
     try:
         save_checkpoint(
             job.folder / config.checkpoint.folder,
-            step,
+            progress.step,
             model=job.model,
             optimizer=job.optimizer,
             extra=extra,

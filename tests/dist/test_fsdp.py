@@ -32,7 +32,7 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def summarize(model: Any, outputs: list[Any]) -> dict[str, Any]:
-    names = ("loss", "total_loss", "grad_norm", "load", "num_tokens")
+    names = ("loss", "total_loss", "grad_norm", "load", "num_tokens", "router_logit_norm", "router_confidence")
     parameters = {k.replace("_checkpoint_wrapped_module.", ""): full(v) for k, v in model.state_dict().items()}
     return {
         **{name: torch.stack([getattr(o, name) for o in outputs]) for name in names},
@@ -74,9 +74,14 @@ def test_two_ranks_equal_one() -> None:
 def mixed_precision(rank: int, world: int) -> dict[str, Any]:
     model = sharded(world, param_dtype=torch.bfloat16)
     tokens, labels = (part.chunk(world)[rank] for part in batch(0))
+    seen: list[torch.dtype] = []
+    hook = lambda module, inputs: seen.extend([inputs[0].dtype, inputs[1][0].dtype])  # noqa: E731
+    handle = model.layers[0].attention.register_forward_pre_hook(hook)
     logits, routings = model(tokens)
+    handle.remove()
     output = train_step(model, [(tokens, labels)], adamw(model), balancers(), model.expert_biases(), max_norm=0.1)
     return {
+        "inputs": seen,
         "logits": logits.dtype,
         "router": routings[0].router_logits.dtype,
         "master": next(model.parameters()).dtype,
@@ -90,6 +95,7 @@ def test_mixed_precision_keeps_fp32_masters_and_router() -> None:
     model.init_weights(0)
     (alone,) = steps(model, 1)
     for result in run_ranks(2, mixed_precision):
+        assert result["inputs"] == [torch.bfloat16, torch.float32]  # activations, rotary angles
         assert result["logits"] == torch.bfloat16
         assert result["router"] == result["master"] == torch.float32
         torch.testing.assert_close(result["loss"], alone.loss, rtol=1e-2, atol=0)

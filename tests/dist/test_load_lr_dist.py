@@ -1,4 +1,7 @@
-"""Load-based rates on two processes equal those of one: FSDP2 with even and uneven shards of experts, and resharding."""
+"""Load-based rates on two processes equal those of one: FSDP2 with even and uneven shards of experts, and resharding.
+
+So do the measures of each expert.
+"""
 
 import tempfile
 from pathlib import Path
@@ -17,6 +20,7 @@ from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr, scale_steps
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.parallelize.parallelize import parallelize
+from titan_moe.probe import balance_tax, routing_choices, routing_drift
 from titan_moe.step import train_step
 
 OPTIONS = {"load_lr": "ideal_normalized", "load_lr_ema": 0.5, "load_lr_power": 2.0, "load_lr_decay": False}
@@ -50,7 +54,8 @@ def train(model: Any, optimizer: Any, steps: range, rank: int, world: int, micro
     for step in steps:
         tokens, labels = (part.chunk(world)[rank] for part in batch(step))
         micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
-        outputs.append(train_step(model, micro, optimizer, balancers(), model.expert_biases(), max_norm=0.1))
+        options = {"max_norm": 0.1, "measure_experts": True}
+        outputs.append(train_step(model, micro, optimizer, balancers(), model.expert_biases(), **options))
     return outputs
 
 
@@ -58,8 +63,13 @@ def summarize(model: nn.Module, outputs: list[Any]) -> dict[str, Any]:
     return {
         "factors": torch.stack([o.load_factors for o in outputs]),
         "loss": torch.stack([o.loss for o in outputs]),
+        "stats": tuple(outputs[-1].expert_stats),
         "parameters": {name: full(p) for name, p in model.named_parameters()},
     }
+
+
+def second_half(summary: dict[str, Any]) -> dict[str, Any]:
+    return {**summary, "factors": summary["factors"][2:], "loss": summary["loss"][2:]}
 
 
 def save(folder: Path, model: Any, optimizer: Any) -> None:
@@ -72,6 +82,10 @@ def train_sharded(rank: int, world: int, folder: Path) -> list[dict[str, Any]]:
         model, optimizer = build(num_experts, name, world)
         outputs = train(model, optimizer, range(2), rank, world, 2)
         save(folder / f"two-{number}", model, optimizer)
+        tokens, labels = (part.chunk(world)[rank] for part in batch(9))  # measured beside training, which goes on alike
+        choices = routing_choices(model, tokens, labels)
+        assert balance_tax(model, tokens, labels, repeats=1) > 0
+        assert routing_drift(choices, routing_choices(model, tokens, labels)) == 0
         outputs += train(model, optimizer, range(2, 4), rank, world, 2)
         results.append(summarize(model, outputs))
 
@@ -86,6 +100,7 @@ def test_two_ranks_equal_one() -> None:
     def close(actual: dict[str, Any], expected: dict[str, Any]) -> None:
         torch.testing.assert_close(actual["factors"], expected["factors"], rtol=1e-6, atol=0)
         torch.testing.assert_close(actual["loss"], expected["loss"], rtol=1e-5, atol=0)
+        torch.testing.assert_close(actual["stats"], expected["stats"], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(actual["parameters"], expected["parameters"], rtol=1e-4, atol=1e-5)
 
     with tempfile.TemporaryDirectory() as name:
@@ -101,9 +116,9 @@ def test_two_ranks_equal_one() -> None:
             for result, expected in zip(results, alone, strict=True):
                 assert expected["factors"].unique().numel() > 10
                 close(result, expected)
-                close(result["resharded"], {**expected, "factors": expected["factors"][2:], "loss": expected["loss"][2:]})
+                close(result["resharded"], second_half(expected))
         for number, (num_experts, optimizer_name) in enumerate(CASES):  # saved by two, loaded by one
             model, optimizer = build(num_experts, optimizer_name, 1)
             load_checkpoint(folder / f"two-{number}" / "step-2", model=model, optimizer=optimizer)
             outputs = train(model, optimizer, range(2, 4), 0, 1, 4)
-            close(summarize(model, outputs), {**alone[number], **{k: alone[number][k][2:] for k in ("factors", "loss")}})
+            close(summarize(model, outputs), second_half(alone[number]))

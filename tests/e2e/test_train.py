@@ -22,9 +22,11 @@ TRAIN_KEYS = {
     *("step", "kind", "loss", "total_loss", "grad_norm", "param_norm", "num_tokens", "lr/dense", "lr/embedding"),
     *("lr/norm", "tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib"),
 }
+PER_LAYER = ("maxvio_batch", "router_logit_norm", "router_confidence")
 TRAIN_KEYS_MOE = {
     *("aux_loss", "z_loss", "entropy_loss", "lr/expert", "lr/router", "load_entropy", "dead_experts"),
-    *("maxvio_batch", "maxvio_batch/layer_0", "maxvio_batch/layer_1"),
+    *("minvio_batch", "avgvio_batch", "load_cv", "expert_batch_mean", "expert_batch_min"),
+    *(f"{name}{of}" for name in PER_LAYER for of in ("", "/layer_0", "/layer_1")),
 }
 VALIDATION_KEYS = {"step", "kind", "loss", "perplexity", "accuracy", "num_tokens", "bits_per_byte"}
 VALIDATION_KEYS_MOE = {
@@ -57,7 +59,8 @@ def test_what_a_run_leaves(train: Train, tmp_path: Path) -> None:
     assert [line["num_tokens"] for line in lines(run, "train")] == [64 * step for step in range(1, 7)]
     assert [line["step"] for line in lines(run, "validation")] == [3, 6]
     for line in lines(run, "validation"):
-        assert set(line) == VALIDATION_KEYS | VALIDATION_KEYS_MOE
+        drift = {"routing_drift"} if line["step"] > 3 else set()  # since the validation before
+        assert set(line) == VALIDATION_KEYS | VALIDATION_KEYS_MOE | drift
         assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
         assert isinstance(line["num_tokens"], int)
         assert line["num_tokens"] > 0
@@ -147,6 +150,23 @@ def test_a_dense_run_that_diverges_says_so_to_the_end(train: Train, tmp_path: Pa
     assert ended.code == 0, ended.err
     assert lines(tmp_path / "run", "train")[-1]["loss"] is None
     assert ended.out.splitlines()[-3].startswith("validation   loss nan  ppl nan  accuracy 0.00%")
+
+
+def test_measurements_on_request_change_nothing(train: Train, tmp_path: Path) -> None:
+    """Timings of balanced routing and measures of experts come when they are due, and training does not notice."""
+    assert train("plain").code == 0
+    ended = train("measured", metrics__balance_tax_freq=2, metrics__expert_stats_freq=3)
+    assert ended.code == 0, ended.err
+    requested = {2: {"balance_tax"}, 3: {"gradient_snr", "update_ratio", "load/layer_1/expert_3"}}
+    plain, measured = (records(tmp_path / name) for name in ("plain", "measured"))
+    for before, after in zip(plain, measured, strict=True):
+        assert before == {key: after[key] for key in before}
+        for freq, keys in requested.items():
+            assert keys <= set(after) if after["step"] % freq == 0 else not keys & set(after)
+    assert all(0.2 < line["balance_tax"] < 5 for line in measured[1::2])
+    validations = [records(tmp_path / name, "validation") for name in ("plain", "measured")]
+    assert validations[0] == validations[1]
+    assert 0 <= validations[0][1]["routing_drift"] <= 1
 
 
 def test_golden_losses(train: Train, tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ from titan_moe.metrics import (
     EvalOutput,
     StepOutput,
     active_parameters,
+    avgvio,
     dead_experts,
     eval_metrics,
     flops_per_token,
+    load_cv,
     load_entropy,
     maxvio,
+    minvio,
     to_numbers,
     train_metrics,
 )
@@ -37,6 +40,22 @@ def test_load_entropy_and_dead_experts():
     assert load_entropy(half).item() == pytest.approx(math.log(2) / math.log(4))
 
 
+@pytest.mark.parametrize(
+    ("load", "smallest", "average", "variation"),
+    [
+        ([6, 6, 6, 6], 0.0, 0.0, 0.0),
+        ([24, 0, 0, 0], -1.0, 1.5, math.sqrt(3)),
+        ([12, 4, 4, 4], -1 / 3, 0.5, math.sqrt(1 / 3)),
+        ([0, 0, 0, 0], 0.0, 0.0, 0.0),
+    ],
+)
+def test_other_violations(load, smallest, average, variation):
+    load = torch.tensor(load)
+    assert (minvio(load).item(), avgvio(load).item()) == pytest.approx((smallest, average))
+    assert load_cv(load).item() == pytest.approx(variation)
+    assert load_cv(torch.stack([load, load])).shape == (2,)
+
+
 def step_output(load):
     one = torch.tensor(1.0)
     return StepOutput(one, {"aux_loss": torch.tensor(0.25)}, 2 * one, 3 * one, load, torch.tensor(24))
@@ -52,8 +71,13 @@ def test_train_metrics_have_the_names_of_the_contract():
         "maxvio_batch": 0.25,
         "maxvio_batch/layer_0": 0.0,
         "maxvio_batch/layer_1": 0.5,
+        "minvio_batch": -0.25,
+        "avgvio_batch": 0.25,
+        "load_cv": 0.25,
         "load_entropy": pytest.approx((1 + load_entropy(torch.tensor([3, 1])).item()) / 2),
         "dead_experts": 0,
+        "expert_batch_mean": 2.0,
+        "expert_batch_min": 1,
     }
 
 

@@ -24,8 +24,8 @@ def test_the_run_stops_with_the_layers_name(value: float) -> None:
     with torch.no_grad():
         model.layers[2].moe.router.weight[1, 0] = value
     output = step(model)
-    assert output.layer_counts is not None
-    assert output.layer_counts.tolist() == [[0, 1]]
+    assert output.nonfinite is not None
+    assert output.nonfinite.tolist() == [0, 1]
     records = [{"step": 1, **good}, {"step": 2, **train_record(model, output, {})}]
     written: list[dict[str, Any]] = []
     with pytest.raises(ValueError, match=r"step 2: NaN or infinite router logits in layers\.2\.moe:"):

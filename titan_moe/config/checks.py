@@ -69,7 +69,11 @@ def _check_experts(config: Config) -> None:
                 )
         if config.debug.force_balanced_routing:
             raise ValueError("debug.force_balanced_routing = true needs experts, but moe.num_experts is 0")
+        for key in ("expert_stats_freq", "balance_tax_freq"):
+            if freq := getattr(config.metrics, key):
+                raise ValueError(f"metrics.{key} = {freq} needs experts, but moe.num_experts is 0: set it to 0")
         return
+    _check_balance_tax(config)
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) must be at most moe.num_experts ({moe.num_experts})")
     if moe.first_dense_layers >= config.model.num_layers:
@@ -78,6 +82,20 @@ def _check_experts(config: Config) -> None:
             f"({config.model.num_layers}); for a dense model set moe.num_experts = 0"
         )
     check_combinations(config)
+
+
+def _check_balance_tax(config: Config) -> None:
+    freq = config.metrics.balance_tax_freq
+    if freq and config.debug.force_balanced_routing:
+        raise ValueError(
+            f"metrics.balance_tax_freq = {freq} compares learned with balanced routing, but "
+            "debug.force_balanced_routing = true: turn one of them off"
+        )
+    if freq and config.router.name == "expert_choice":
+        raise ValueError(
+            f"metrics.balance_tax_freq = {freq} has nothing to compare with router.name = 'expert_choice', whose load "
+            "is always even: set it to 0"
+        )
 
 
 def _check_batches(config: Config) -> None:

@@ -174,6 +174,12 @@ class Metrics:
     log_freq: Annotated[PositiveInt, "optimizer steps between lines on the console"] = 10
     enable_tensorboard: Annotated[bool, "write tensorboard/ in job.dump_folder"] = True
     enable_wandb: Annotated[bool, "log to Weights & Biases (the wandb extra)"] = False
+    expert_stats_freq: Annotated[
+        NonNegativeInt, "optimizer steps between measures of each expert's gradient_snr and update_ratio (0: never)"
+    ] = 0
+    balance_tax_freq: Annotated[
+        NonNegativeInt, "optimizer steps between timings of learned against balanced routing (0: never)"
+    ] = 0
 
 
 @dataclass(frozen=True)

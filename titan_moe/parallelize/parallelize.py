@@ -1,5 +1,6 @@
 """Parallelism, applied to the model from outside, in one order: activation checkpointing, compile, FSDP2."""
 
+import dataclasses
 from typing import cast
 
 import torch
@@ -39,8 +40,10 @@ def shard(model: Transformer, mesh: DeviceMesh, policy: MixedPrecisionPolicy) ->
     Gradients are summed, not averaged, over ranks: the loss is already divided by the step's global token count, so
     expert and dense gradients are right whatever the layout. gloo has no pre-multiplied sum, hence the forced one.
     """
+    # Activations come in the parameters' type already; the cast would only take the rotary angles out of fp32.
+    block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     for block in model.layers.children():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=block_policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -1,0 +1,102 @@
+"""Measurements that run the model beside training and change nothing: routing drift and the balance tax.
+
+Shapes: B sequences, S positions, L MoE layers, T = B * S tokens, K choices.
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from titan_moe.model.moe import MoE
+from titan_moe.model.routing import Router, force_balanced
+from titan_moe.step import IGNORE, cross_entropy_sum
+
+NO_EXPERT = -1  # in the choices of tokens that do not count
+
+
+@torch.no_grad()
+def routing_choices(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """The experts that every MoE layer chooses for each token of a batch (B, S), (L, T, K) int16 on the host.
+
+    A token whose label does not count has NO_EXPERT, as has a choice that is not an expert.
+    """
+    _, routings = model(tokens)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # without a backward the root module would keep its parameters gathered
+    counts_T1 = (labels != IGNORE).view(-1, 1)
+    choices = []
+    for routing in routings:
+        is_expert_TK = counts_T1 & (routing.topk_experts < routing.scores.shape[-1])
+        choices.append(torch.where(is_expert_TK, routing.topk_experts, NO_EXPERT).to(torch.int16))
+    return torch.stack(choices).cpu()
+
+
+def routing_drift(before: Tensor, after: Tensor) -> float:
+    """Part of the choices (L, T, K) of `after` whose expert the token did not have in `before`.
+
+    The order of a token's choices does not matter; 0 when all tokens keep their experts, 1 when none keeps any, NaN
+    when the two are of different batches (a run that went on with another batch size) or no token counts.
+    """
+    if before.shape != after.shape:
+        return math.nan
+    counts_LTK = after != NO_EXPERT
+    kept_LTK = (after.unsqueeze(-1) == before.unsqueeze(-2)).any(-1)
+    return ((counts_LTK & ~kept_LTK).sum() / counts_LTK.sum()).item()
+
+
+def balance_tax(model: nn.Module, tokens: Tensor, labels: Tensor, repeats: int = 3) -> float:
+    """Tokens/s of forward and backward with the learned router over tokens/s with forced balance, on one batch (B, S).
+
+    1 where imbalance costs nothing, 0.5 where it halves the speed. One pass of each warms up, then `repeats` of each
+    alternate and the medians count, so it takes the time of 2 * (repeats + 1) micro-batches. Call it on every rank
+    and between steps: gradients are discarded, random states are put back, and no weight is touched.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    learned = [layer.route for layer in layers]
+    forced = [_forced(route) for route in learned]
+    device = tokens.device
+    times: dict[bool, list[float]] = {False: [], True: []}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            for _ in range(repeats + 1):
+                for is_forced, routes in ((False, learned), (True, forced)):
+                    _set_routes(layers, routes)
+                    times[is_forced].append(_seconds(model, tokens, labels))
+        finally:
+            _set_routes(layers, learned)
+            model.zero_grad()
+    return statistics.median(times[True][1:]) / statistics.median(times[False][1:])
+
+
+@functools.cache
+def _forced(route: Router) -> Router:
+    """One forced router for each learned one: torch.compile takes a new function for new code."""
+    return force_balanced(route)
+
+
+def _set_routes(layers: Sequence[MoE], routes: Sequence[Router]) -> None:
+    for layer, route in zip(layers, routes, strict=True):
+        layer.route = route
+
+
+def _seconds(model: nn.Module, tokens: Tensor, labels: Tensor) -> float:
+    """Time of forward, cross-entropy and backward."""
+    _wait(tokens.device)
+    begin = time.perf_counter()
+    logits, _ = model(tokens)
+    (cross_entropy_sum(logits, labels) / labels.numel()).backward()
+    _wait(tokens.device)
+    spent = time.perf_counter() - begin
+    model.zero_grad()
+    return spent
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
