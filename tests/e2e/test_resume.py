@@ -90,6 +90,21 @@ def test_kill_9_at_random_moments(arguments: Arguments, train: Train, whole: Pat
     assert_same(tmp_path / "run", whole)
 
 
+def test_noise_of_a_router_is_drawn_again(train: Train, tmp_path: Path) -> None:
+    """Steps after a resume draw the noise that an uninterrupted run draws there, and it does change the run."""
+    noise = {"router__noise_std": 0.5, "router__jitter": 0.1}
+    assert train(**noise).code == 0
+    before = records(tmp_path / "run")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoint" / f"step-{step}")
+    again = train(**noise)
+    assert "step-2" in again.err, again.err
+    assert records(tmp_path / "run") == before
+    quiet = train("quiet")
+    assert quiet.code == 0, quiet.err
+    assert records(tmp_path / "quiet") != before
+
+
 def test_kill_9_during_a_save(arguments: Arguments, train: Train, whole: Path, tmp_path: Path) -> None:
     """Killed while the folder of a save is not whole yet: the next run takes the one before and cleans up."""
     folder = tmp_path / "run" / "checkpoint"

@@ -302,7 +302,7 @@ def test_a_mistake_on_the_command_line_names_the_argument(args: list[str], parts
         ),
         (
             ["--router.name", "sigmoid", "--router.capacity_factor", "1"],
-            ["--router.capacity_factor", "it is one of topk_softmax, softmax_topk, switch, expert_choice"],
+            ["--router.capacity_factor", "it belongs to topk_softmax, softmax_topk, switch, expert_choice"],
         ),
         (
             ["--router.jitter", "0.1", "--balancer.aux_loss.scope", "global_batch_exact"],

@@ -194,7 +194,7 @@ def _unknown_argument(origin: str, key: str, valid: Collection[str], kind: Kind)
     name = key.rpartition(".")[2]
     takers = [other for other, builder in kind.registry.items() if name in inspect.signature(builder).parameters]
     if takers:
-        return key_error(origin, key, f"unknown argument; it is one of {', '.join(takers)}")
+        return key_error(origin, key, f"unknown argument here; it belongs to {', '.join(takers)}")
     return unknown_key(origin, key, valid, "argument")
 
 
