@@ -3,6 +3,7 @@
     python scripts/bench_moe.py                            # whole steps: ratio to the roof, peak memory
     python scripts/bench_moe.py --mode growth              # forward and backward with 8 to 128 experts
     python scripts/bench_moe.py --mode profile             # where our step's time goes
+    python scripts/bench_moe.py --mode floor               # what separate experts cost before any token is moved
 
 A step is forward, cross-entropy, backward and fused AdamW on one thread. Each peer's step is taken between two steps of
 the roof and compared with their mean; the tables have medians. Every step has a fresh random batch, so that the
@@ -137,6 +138,58 @@ def growth_table(dtypes: list[str], rounds: int) -> None:
         print(f"| {dtype} | " + " | ".join(cells) + " |", flush=True)
 
 
+def floor_table(models: list[str], dtypes: list[str], rounds: int) -> None:
+    """Print what a step takes over the roof when only its products are by expert and its parameters updated.
+
+    Every expert has the same number of rows, and nothing is routed, gathered, weighted or summed. The products of a
+    layer are three of each kind: to the hidden width, back from it, and for the weights.
+    """
+    print("| model | dtype | products, by expert over one | AdamW over the roof's | step over the roof |")
+    print("|---" * 5 + "|")
+    for model in models:
+        for dtype in dtypes:
+            torch.compiler.reset()
+            roof = build(PEERS["dense roof"](*MODELS[model], DTYPES[dtype]), dtype).step
+            tasks = floor_tasks(*MODELS[model], DTYPES[dtype])
+            for task in (roof, *tasks) * WARMUP:
+                task()
+            times = [[timed(roof), *map(timed, tasks)] for _ in range(rounds)]
+            ratios = [
+                (separate / one, ours / theirs, (step + separate - one + ours - theirs) / step)
+                for step, one, separate, theirs, ours in times
+            ]
+            cells = [f"{statistics.median(column):.3f}" for column in zip(*ratios, strict=True)]
+            print(f"| {model} | {dtype} | " + " | ".join(cells) + " |", flush=True)
+
+
+def floor_tasks(num_experts: int, expert_dim: int, dtype: torch.dtype) -> list[Callable[[], None]]:
+    """Make a step's feed-forward products as one product each and by expert, and AdamW on the dense and MoE models."""
+
+    def products(groups: int, hidden: int) -> Callable[[], None]:
+        rows = BATCH * SEQ * TOP_K * expert_dim // hidden // groups
+        x, h = torch.randn(groups, rows, DIM).to(dtype), torch.randn(groups, rows, hidden).to(dtype)
+        weight = torch.randn(groups, hidden, DIM).to(dtype)
+        out_x, out_h, out_w = torch.empty_like(x), torch.empty_like(h), torch.empty_like(weight)
+
+        def run() -> None:
+            for _ in range(3 * LAYERS):
+                for group in range(groups):
+                    torch.mm(x[group], weight[group].t(), out=out_h[group])
+                    torch.mm(h[group], weight[group], out=out_x[group])
+                    torch.mm(h[group].t(), x[group], out=out_w[group])
+
+        return run
+
+    def updates(peer: str) -> Callable[[], None]:
+        model = PEERS[peer](num_experts, expert_dim, dtype)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        return torch.optim.AdamW(model.parameters(), fused=True).step  # pyrefly: ignore
+
+    dense, separate = products(1, TOP_K * expert_dim), products(num_experts, expert_dim)
+    return [dense, separate, updates("dense roof"), updates("titan_moe")]
+
+
 def profile(model: str, dtype: str, peer: str) -> None:
     """Print the operators of three warm steps by their own time."""
     step = build(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype).step
@@ -158,7 +211,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--mode", choices=("step", "growth", "profile"), default="step")
+    parser.add_argument("--mode", choices=("step", "growth", "profile", "floor"), default="step")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="all that are installed; the profile is of the first")
@@ -170,6 +223,8 @@ def main() -> None:
     print(f"vocabulary {VOCAB}, {BATCH} x {SEQ} tokens, top-{TOP_K}; medians of {arguments.rounds} rounds.\n")
     if arguments.mode == "growth":
         return growth_table(arguments.dtypes, arguments.rounds)
+    if arguments.mode == "floor":
+        return floor_table(arguments.models, arguments.dtypes, arguments.rounds)
     if arguments.mode == "profile":
         return profile(arguments.models[0], arguments.dtypes[0], (arguments.peers or ["titan_moe"])[0])
     peers = ["dense roof", *(p for p in arguments.peers or PEERS if p != "dense roof" and available(p))]
