@@ -29,10 +29,12 @@ def parallelize(
     compile_blocks: bool,
 ) -> None:
     """Parallelize `model` in place; with `mesh` None it stays whole, on one process."""
+    has_expert_axis = mesh is not None and mesh.ep is not None
     if mesh is not None and mesh.ep is not None:
         share_out_experts(model, mesh.ep)
     for name, block in model.layers.named_children():
-        model.layers.register_module(name, checkpoint_block(block, checkpoint_mode))
+        wrapped = checkpoint_block(block, checkpoint_mode, keep_random=compile_blocks and has_expert_axis)
+        model.layers.register_module(name, wrapped)
     if compile_blocks:
         torch._dynamo.config.capture_scalar_outputs = True  # the split sizes of dispatch are numbers in the graph
         for name, block in model.layers.named_children():
