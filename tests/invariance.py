@@ -58,15 +58,17 @@ def partners(router: Case) -> list[Case]:
     return [balancer for other, balancer in PAIRS if other == router]
 
 
-def fresh(router: Case, wrap: Callable[[Transformer], None] | None = None, device: str = "cpu") -> Transformer:
-    """A model of one layer with selection biases that are not 0."""
-    model = tiny_model(router, num_layers=1, device=device)
+def fresh(
+    router: Case, wrap: Callable[[Transformer], None] | None = None, device: str = "cpu", **sizes: int
+) -> Transformer:
+    """A model, of one layer unless `sizes` say otherwise, with selection biases that are not 0."""
+    model = tiny_model(router, device=device, **{"num_layers": 1, **sizes})
     if wrap is not None:
         wrap(model)
         model.to_empty(device="cpu")
     model.init_weights(0)
     for bias in model.expert_biases():
-        bias.copy_(torch.linspace(-0.05, 0.05, 4))
+        bias.copy_(torch.linspace(-0.05, 0.05, bias.numel()))
     return model
 
 
@@ -80,6 +82,9 @@ def outcome(
     tokens, labels = (part.chunk(world)[rank] for part in batch(0))
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    gradients: dict[str, Tensor] = {}
+    names = {p: plain(name) for name, p in model.named_parameters()}
+    sgd.register_step_pre_hook(lambda *_: gradients.update({n: full(p.grad) for p, n in names.items()}))
     output = train_step(model, micro, sgd, weighed, model.expert_biases(), max_norm=0.0)
     return {
         "loss": output.loss,
@@ -91,7 +96,7 @@ def outcome(
         "router": (output.router_logit_norm, output.router_confidence, output.nonfinite),
         "lost": (output.dropped_fraction, output.unrouted_fraction),
         "bias": model.expert_biases(),
-        "parameters": {plain(name): full(p) for name, p in model.named_parameters()},
+        "gradients": gradients,
     }
 
 
@@ -105,5 +110,10 @@ def full(parameter: Tensor) -> Tensor:
 
 
 def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
-    """Integers alike, fp32 up to round-off: parameters move by their gradients, so these agree too."""
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
+    """Integers alike, numbers to 1e-5, every parameter's gradient to 1e-5 of its norm."""
+    numbers = [{key: value for key, value in one.items() if key != "gradients"} for one in (got, want)]
+    torch.testing.assert_close(*numbers, rtol=1e-5, atol=1e-6)
+    assert got["gradients"].keys() == want["gradients"].keys()
+    for name, gradient in want["gradients"].items():
+        error = torch.linalg.vector_norm(got["gradients"][name] - gradient) / torch.linalg.vector_norm(gradient)
+        assert error <= 1e-5, f"gradient of {name}: off by {error:.1e} of its norm"

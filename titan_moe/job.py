@@ -1,17 +1,19 @@
 """A training run: all its parts, built from a configuration."""
 
+import dataclasses
+import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from titan_moe import runtime
+from titan_moe import __version__, runtime
 from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule, load_data, with_vocab_size
 from titan_moe.config import Config, cautions
 from titan_moe.data.build import Data, check_batch_sizes
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
-from titan_moe.parallelize.mesh import build_mesh, resolve_shard_degree
+from titan_moe.parallelize.mesh import build_mesh, resolve_degrees
 from titan_moe.parallelize.parallelize import DTYPES, parallelize
 from titan_moe.records import log_parameters
 from titan_moe.runtime import Runtime, logger
@@ -37,9 +39,12 @@ class Job(NamedTuple):
 def build_job(config: Config, rt: Runtime) -> Job:
     """Build the run's parts; what can be refused is refused before any process group or file exists."""
     parallel, training = config.parallelism, config.training
-    replicate = parallel.data_parallel_replicate_degree
-    shard = resolve_shard_degree(
-        world_size=rt.world_size, replicate=replicate, shard=parallel.data_parallel_shard_degree
+    degrees = resolve_degrees(
+        world_size=rt.world_size,
+        replicate=parallel.data_parallel_replicate_degree,
+        shard=parallel.data_parallel_shard_degree,
+        expert=parallel.expert_parallel_degree,
+        num_experts=config.moe.num_experts,
     )
     batch_size = check_batch_sizes(training.global_batch_size, training.local_batch_size, rt.world_size)
     accumulation = batch_size // (training.local_batch_size * rt.world_size)
@@ -52,13 +57,14 @@ def build_job(config: Config, rt: Runtime) -> Job:
         runtime.init_process_group(rt, config.comm.init_timeout_seconds)
     if rt.device.type == "cpu":
         runtime.return_large_buffers()
+    check_same_on_all_ranks(config)
     runtime.seed_everything(training.seed, deterministic=training.deterministic)
 
     data = load_data(config, rt)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     with torch.device("meta"):
         model = build_model(config)
-    mesh = build_mesh(device=rt.device, shard=shard) if rt.world_size > 1 or mixed else None
+    mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
     parallelize(
         model,
         mesh=mesh,
@@ -85,3 +91,31 @@ def build_job(config: Config, rt: Runtime) -> Job:
         accumulation=accumulation,
         folder=folder,
     )
+
+
+def check_same_on_all_ranks(config: Config) -> None:
+    """Raise ValueError, on every rank alike, where a rank has another configuration or other versions than rank 0.
+
+    Else they would train different models, or wait for each other in different collectives until the time limit.
+    """
+    mine = {**_keys(dataclasses.asdict(config)), "version of titan_moe": __version__, "version of torch": str(torch.__version__)}
+    del mine["job.config_file"]  # where the configuration came from is not part of it
+    digests = runtime.all_gather(hashlib.sha256(repr(mine).encode()).hexdigest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is None:
+        return
+    all_keys = runtime.all_gather(mine)  # only now: there may be many ranks
+    here, there = all_keys[0], all_keys[other]
+    name = next(name for name in (*here, *there) if here.get(name) != there.get(name))
+    raise ValueError(
+        f"ranks have different configurations: {name} is {here.get(name, 'not set')} on rank 0 and "
+        f"{there.get(name, 'not set')} on rank {other}: give every rank the same file, arguments and versions"
+    )
+
+
+def _keys(value: object, prefix: str = "") -> dict[str, str]:
+    """Nested tables as `section.key` -> value."""
+    if not isinstance(value, dict):
+        return {prefix: repr(value)}
+    joined = {name: f"{prefix}.{name}" if prefix else name for name in value}
+    return {key: text for name, inner in value.items() for key, text in _keys(inner, joined[name]).items()}

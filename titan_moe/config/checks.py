@@ -8,12 +8,8 @@ from titan_moe.optimizer.load_lr import expand_load_lr
 
 # What this version can do for keys whose table in the contract allows more: (section, key) -> values that work.
 SUPPORTED: dict[tuple[str, str], tuple[Any, ...]] = {
-    ("parallelism", "data_parallel_replicate_degree"): (1,),
-    ("parallelism", "expert_parallel_degree"): (1,),
     ("parallelism", "tensor_parallel_degree"): (1,),
     ("parallelism", "context_parallel_degree"): (1,),
-    ("moe", "dispatcher"): ("local",),
-    ("activation_checkpoint", "mode"): ("none", "full"),
     ("checkpoint", "async_mode"): ("disabled",),
     ("checkpoint", "export_dtype"): ("float32",),
 }
@@ -73,6 +69,7 @@ def _check_experts(config: Config) -> None:
             if freq := getattr(config.metrics, key):
                 raise ValueError(f"metrics.{key} = {freq} needs experts, but moe.num_experts is 0: set it to 0")
         return
+    _check_dispatcher(config)
     _check_balance_tax(config)
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) must be at most moe.num_experts ({moe.num_experts})")
@@ -82,6 +79,15 @@ def _check_experts(config: Config) -> None:
             f"({config.model.num_layers}); for a dense model set moe.num_experts = 0"
         )
     check_combinations(config)
+
+
+def _check_dispatcher(config: Config) -> None:
+    degree, name = config.parallelism.expert_parallel_degree, config.moe.dispatcher
+    if name != "auto" and (name == "all_to_all") != (degree > 1):
+        raise ValueError(
+            f"moe.dispatcher = {name!r} does not go with parallelism.expert_parallel_degree = {degree}: "
+            "local is for 1, all_to_all for more; auto takes the right one"
+        )
 
 
 def _check_balance_tax(config: Config) -> None:
