@@ -1,6 +1,6 @@
 """Gradients over meshes: the global norm and clipping."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +25,18 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float, check: Callable[[Tensor], None] | None = None
+) -> Tensor:
     """Scale gradients so that their global 2-norm is at most `max_norm` (0: leave them); return the norm before.
 
-    Equals the single-process norm whatever the layout, up to round-off.
+    Equals the single-process norm whatever the layout, up to round-off. `check` sees it before anything is scaled.
     """
     groups = _by_mesh(parameters)
     norms = [total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
     norm = torch.linalg.vector_norm(torch.stack(norms))
+    if check is not None:
+        check(norm)
     if max_norm > 0:
         for group in groups:
             clip_grads_with_norm_(group, max_norm, norm)
