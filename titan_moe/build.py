@@ -14,8 +14,9 @@ from titan_moe.data.build import Data, build_data
 from titan_moe.model.routing import ROUTERS, force_balanced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.combined import combine
 from titan_moe.optimizer.groups import parameter_groups
-from titan_moe.optimizer.load_lr import expand_load_lr, load_groups, scale_steps
+from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
 from titan_moe.runtime import Runtime
 
@@ -67,15 +68,24 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer of [optimizer] over the model's parameter groups, with load-based rates if asked for."""
-    arguments = dict(config.optimizer.groups)
+    """Build the optimizer of [optimizer] over the model's parameter groups, with load-based rates if asked for.
+
+    A group that names another optimizer gets from [optimizer] those arguments that this one takes.
+    """
+    arguments = {group: dict(own) for group, own in config.optimizer.groups.items()}
+    names = {group: own.pop("name") for group, own in arguments.items() if "name" in own}
     if "expert" in arguments:
         arguments["expert"] = expand_load_lr(arguments["expert"], top_k=config.moe.top_k)
     groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), arguments)
-    optimizer = find_component(OPTIMIZERS, config.optimizer.name)(groups, **config.optimizer.arguments)
-    if load_groups(optimizer):
-        scale_steps(optimizer)
-    return optimizer
+
+    def build(name: str, members: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        builder, shared = find_component(OPTIMIZERS, name), config.optimizer.arguments
+        if name != config.optimizer.name:
+            taken = inspect.signature(builder).parameters
+            shared = {key: value for key, value in shared.items() if key in taken}
+        return builder(members, **shared)
+
+    return combine(groups, {group["name"]: names.get(group["name"], config.optimizer.name) for group in groups}, build)
 
 
 def build_schedule(config: Config) -> Schedule:

@@ -18,6 +18,7 @@ from titan_moe.metrics import (
 )
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.combined import describe_group
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.runtime import Runtime, logger
 from titan_moe.sinks import Sink
@@ -104,11 +105,12 @@ def log_parameters(config: Config, model: Transformer, optimizer: torch.optim.Op
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         logger.info(
-            "  %-10s %15s parameters in %3d tensors, lr %g%s, weight decay %g",
+            "  %-10s %15s parameters in %3d tensors, lr %g%s, weight decay %g: %s",
             group["name"],
             f"{count:,}",
             len(group["params"]),
             group["lr"],
             f" by {group['load_lr']} of the load" if "load_lr" in group else "",
             group["weight_decay"],
+            describe_group(optimizer, group),
         )

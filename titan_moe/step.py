@@ -4,6 +4,7 @@ Shapes: B sequences, S positions, V vocabulary, L MoE layers, E experts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.routing import Routing
+from titan_moe.optimizer.combined import refuse_nonfinite_gradients
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.load_lr import step_by_load
 from titan_moe.parallelize.grad import clip_grad_norm
@@ -67,7 +69,8 @@ def train_step(
     if "global_batch" not in scopes:
         all_reduce_sum(load_LE)  # one collective for all layers
 
-    grad_norm = clip_grad_norm(model.parameters(), max_norm)
+    refuse = partial(refuse_nonfinite_gradients, model, optimizer)
+    grad_norm = clip_grad_norm(model.parameters(), max_norm, refuse)
     experts = expert_parameters(model.named_parameters()) if measure_experts else {}
     before = copies(experts)
     load_factors = step_by_load(optimizer, load_LE)

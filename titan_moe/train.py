@@ -78,6 +78,11 @@ def resume(job: Job) -> Progress:
             load_checkpoint(source, model=job.model, check=False)
             logger.info("starting from the weights of %s", source)
         return Progress()
+    if "optimizer" in config.exclude:
+        restored = load_checkpoint(found, model=job.model, check=False)
+        job.data.train.load_state_dict(restored.extra["data"])
+        logger.warning("resuming from %s with a new optimizer, as checkpoint.exclude says", found)
+        return Progress(restored.step, restored.extra["num_tokens"], restored.extra.get("choices"))
     configured = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
     restored = load_checkpoint(found, model=job.model, optimizer=job.optimizer, check=False)
     for group, values in zip(job.optimizer.param_groups, configured, strict=True):

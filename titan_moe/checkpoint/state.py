@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from titan_moe.optimizer.combined import kind_of
+
 logger = logging.getLogger(__name__)
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # in parameter names under compile and checkpointing
@@ -91,9 +93,11 @@ def load_state(
     else:
         if saved_optimizer is None:
             raise ValueError(f"checkpoint {folder} holds a model without an optimizer: training cannot resume from it")
-        if saved_optimizer != type(optimizer).__name__:
-            mine = type(optimizer).__name__
-            raise ValueError(f"checkpoint {folder} holds another optimizer: {saved_optimizer} there, {mine} here")
+        if saved_optimizer != (mine := kind_of(optimizer)):
+            raise ValueError(
+                f"checkpoint {folder} holds another optimizer: {saved_optimizer} there, {mine} here; set "
+                'checkpoint.exclude = ["optimizer"] to go on with the weights and a new optimizer'
+            )
         _load_with_optimizer(folder, model, optimizer, tensors=tensors, saved=saved, values=values)
     set_model_state_dict(model, {name.removeprefix("model."): value for name, value in tensors.items()})
 

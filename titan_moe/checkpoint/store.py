@@ -46,6 +46,7 @@ from titan_moe.checkpoint.state import (
 from titan_moe.config import Config, load_config
 from titan_moe.files import write_synced
 from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.combined import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ def save_checkpoint(
             "step": step,
             "world_size": world_size(),
             "seed": torch.initial_seed(),
-            "optimizer": None if optimizer is None else type(optimizer).__name__,
+            "optimizer": None if optimizer is None else kind_of(optimizer),
             "model": _describe(state.tensors),
             "versions": {"titan_moe": __version__, "torch": str(torch.__version__)},
             "files": {name: entry for own in written for name, entry in own.items()},

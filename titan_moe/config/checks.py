@@ -5,6 +5,8 @@ from typing import Any
 from titan_moe.config.combinations import check_combinations
 from titan_moe.config.sections import Config
 from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.optimizer.matrix import NO_MATRICES
+from titan_moe.optimizer.matrix_builders import DIRECTIONS
 
 # What this version can do for keys whose table in the contract allows more: (section, key) -> values that work.
 SUPPORTED: dict[tuple[str, str], tuple[Any, ...]] = {
@@ -123,6 +125,13 @@ def _check_batches(config: Config) -> None:
 def _check_optimizer(config: Config) -> None:
     if config.optimizer.arguments.get("lr") == 0:
         raise ValueError("optimizer.lr = 0 trains nothing: it must be greater than 0 (a group's own lr may be 0)")
+    for group in NO_MATRICES:
+        name = config.optimizer.groups.get(group, {}).get("name")
+        if name in DIRECTIONS:
+            raise ValueError(
+                f"optimizer.{group}.name = {name!r}: it updates matrices, but the {group} group is always updated by "
+                "AdamW: leave the name out, or set it to 'adamw'"
+            )
     expert = config.optimizer.groups.get("expert", {})
     options = [key for key in expert if key.startswith("load_lr_")]
     if options and "load_lr" not in expert:

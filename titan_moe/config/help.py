@@ -28,7 +28,7 @@ COMPONENTS = {
     "balancer": "A table [balancer.NAME] for each balancer that is on, none by default. NAME = false switches off one "
     'that a base file turned on; NAME may be "my_pkg.my_mod:fn".',
     "optimizer": "A component by name and its arguments. A table [optimizer.GROUP] sets the same arguments for one "
-    "parameter group ({groups}); GROUP = false takes back what a base file set.",
+    "parameter group ({groups}), or names another optimizer for it; GROUP = false takes back what a base file set.",
     "lr_scheduler": "A component by name and its arguments: the factor of every learning rate at a step.",
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 import tomli_w
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from titan_moe.balancer import BALANCERS
 from titan_moe.config.checks import check_config, check_supported
@@ -27,7 +27,7 @@ from titan_moe.config.schema import (
     unknown_key,
     with_defaults,
 )
-from titan_moe.config.sections import Component, Config, Optimizer
+from titan_moe.config.sections import Component, Config, Optimizer, positive_or_minus_one
 from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import GROUP_PATTERNS
@@ -56,7 +56,16 @@ KINDS = {
     "optimizer": Kind(
         OPTIMIZERS,
         {"param_groups": "the model", "params": "the model"},  # `params` in torch.optim's own classes
-        {"lr": _NOT_NEGATIVE, "beta1": _BETA, "beta2": _BETA, "eps": _POSITIVE, "weight_decay": _NOT_NEGATIVE},
+        {
+            **dict.fromkeys(("lr", "weight_decay"), _NOT_NEGATIVE),
+            **dict.fromkeys(("beta1", "beta2", "momentum"), _BETA),
+            **dict.fromkeys(("eps", "epsilon"), _POSITIVE),
+            **dict.fromkeys(("precondition_frequency", "statistics_every"), _COUNT),
+            **dict.fromkeys(("max_preconditioner_dim", "adamw_above"), _COUNT),
+            "start_preconditioning_step": AfterValidator(positive_or_minus_one),
+            "exponent": _FACTOR,
+            "ns_steps": Field(ge=1, le=20),
+        },
     ),
     "lr_scheduler": Kind(
         SCHEDULES,
@@ -187,43 +196,66 @@ def _on_or_table(table: Any, origin: str, key: str) -> tuple[bool, dict[str, Any
 
 def _apply_component(state: State, section: str, table: dict[str, Any], origin: str) -> None:
     """Merge the table of a component; a new name drops the inherited arguments that the new component lacks."""
-    kind, current, table = KINDS[section], state[section], dict(table)
+    current, table = state[section], dict(table)
+    before = current["name"]
     if "name" in table:
-        name = check_value(str, table.pop("name"), origin, f"{section}.name")
-        changed, current["name"] = name != current["name"], name
-        current["origin"] = origin
-    else:
-        changed = False
-    own = parameters_of(kind, current["name"], origin, f"{section}.name")
-    by_load = parameters_of(LOAD_LR, "load_lr", origin, section) if section == "optimizer" else {}
+        current["name"], current["origin"] = check_value(str, table.pop("name"), origin, f"{section}.name"), origin
+    siblings: tuple[str, ...] = ("name",)
+    if section == "optimizer":
+        siblings = ("name", *GROUP_PATTERNS)
+        tables = {group: table.pop(group) for group in GROUP_PATTERNS if group in table}
+        merged = {
+            group: _merge_group(group, current["groups"].get(group, {}), tables.get(group, {}), before, current, origin)
+            for group in GROUP_PATTERNS
+        }
+        current["groups"] = {group: arguments for group, arguments in merged.items() if arguments}
+    names = before, current["name"]
+    current["arguments"] = _merge(section, current["arguments"], table, names, origin, section, siblings)
 
-    def merge(old: dict[str, Any], new: dict[str, Any], prefix: str, siblings: tuple[str, ...] = ()) -> dict[str, Any]:
-        parameters = {**own, **by_load} if prefix == "optimizer.expert" else own
+
+def _merge_group(
+    group: str, old: dict[str, Any], table: Any, before: str, current: dict[str, Any], origin: str
+) -> dict[str, Any]:
+    """Merge an [optimizer.GROUP] table, whose `name` may be its own; `GROUP = false` takes away what it has.
+
+    `before` is the name that [optimizer] had up to this layer, `current` has the one from this layer on.
+    """
+    prefix = f"optimizer.{group}"
+    on, table = _on_or_table(table, origin, prefix)
+    if not on:
+        return {}
+    own, given = dict(old), dict(table)
+    old_name = own.pop("name", before)
+    name = check_value(str, given.pop("name"), origin, f"{prefix}.name") if "name" in given else old.get("name")
+    names = old_name, name or current["name"]
+    merged = _merge("optimizer", own, given, names, origin, prefix, ("name",))
+    return merged if name is None else {"name": name, **merged}
+
+
+def _merge(
+    section: str,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    names: tuple[str, str],
+    origin: str,
+    prefix: str,
+    siblings: tuple[str, ...],
+) -> dict[str, Any]:
+    """Merge the arguments `new`, checked, into `old`; `names` are the component's until now and from now on."""
+    kind = KINDS[section]
+    parameters = parameters_of(kind, names[1], origin, f"{prefix}.name")
+    if section == "optimizer":
+        by_load = parameters_of(LOAD_LR, "load_lr", origin, section)
+        if prefix == "optimizer.expert":
+            parameters = {**parameters, **by_load}
         for key in new.keys() & (by_load.keys() - parameters.keys()):
             raise key_error(
                 origin, f"{prefix}.{key}", "only experts have a load: set it in [optimizer.expert]", new[key]
             )
-        kept = {key: value for key, value in old.items() if key in parameters} if changed else old
-        kept = check_arguments(parameters, kept, f"{origin} (inherited)", prefix, kind=kind) if changed else kept
-        return {**kept, **check_arguments(parameters, new, origin, prefix, kind=kind, siblings=siblings)}
-
-    siblings = ("name",)
-    if section == "optimizer":
-        siblings = ("name", *GROUP_PATTERNS)
-        groups = {group: table.pop(group) for group in GROUP_PATTERNS if group in table}
-        current["groups"] = _merge_groups(current["groups"], groups, merge, origin)
-    current["arguments"] = merge(current["arguments"], table, section, siblings)
-
-
-def _merge_groups(
-    old: dict[str, dict[str, Any]], tables: dict[str, Any], merge: Callable[..., dict[str, Any]], origin: str
-) -> dict[str, dict[str, Any]]:
-    """Merge [optimizer.GROUP] tables; `GROUP = false` takes away what the group has of its own."""
-    merged = {}
-    for group in GROUP_PATTERNS:
-        on, table = _on_or_table(tables.get(group, {}), origin, f"optimizer.{group}")
-        merged[group] = merge(old.get(group, {}), table, f"optimizer.{group}") if on else {}
-    return {group: arguments for group, arguments in merged.items() if arguments}
+    if names[0] != names[1]:
+        old = {key: value for key, value in old.items() if key in parameters}
+        old = check_arguments(parameters, old, f"{origin} (inherited)", prefix, kind=kind)
+    return {**old, **check_arguments(parameters, new, origin, prefix, kind=kind, siblings=siblings)}
 
 
 def _all_keys(state: State) -> list[str]:

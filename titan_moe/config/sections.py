@@ -14,7 +14,8 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _positive_or_minus_one(value: int) -> int:
+def positive_or_minus_one(value: int) -> int:
+    """Check a count that may be left open by -1."""
     if value != -1 and value < 1:
         raise ValueError("must be -1 or greater than 0")
     return value
@@ -23,7 +24,7 @@ def _positive_or_minus_one(value: int) -> int:
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-PositiveOrMinusOne = Annotated[int, AfterValidator(_positive_or_minus_one)]
+PositiveOrMinusOne = Annotated[int, AfterValidator(positive_or_minus_one)]
 Texts = Annotated[list[str], BeforeValidator(_as_list)]  # one string stands for a list of one
 
 
@@ -167,6 +168,9 @@ class Checkpoint:
     async_mode: Annotated[Literal["disabled", "async"], "whether training goes on during a save"] = "disabled"
     load_step: Annotated[int, Field(ge=-1), "step to resume from (-1: the latest)"] = -1
     initial_load_path: Annotated[str, "checkpoint that a new run takes its weights from"] = ""
+    exclude: Annotated[
+        list[Literal["optimizer"]], "what resuming leaves out: the optimizer's state, which then starts anew"
+    ] = field(default_factory=list)
     export_dtype: Annotated[Literal["float32", "bfloat16", "float16"], "type of final weights"] = "float32"
 
 

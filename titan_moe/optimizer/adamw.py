@@ -98,6 +98,15 @@ class AdamW(torch.optim.AdamW):
             )
 
 
+def with_betas(param_groups: list[Group], beta1: float, beta2: float) -> list[Group]:
+    """The groups with `betas`, torch's name, from their own beta1 and beta2 or the given ones."""
+    groups = []
+    for group in param_groups:
+        own = {k: v for k, v in group.items() if k not in ("beta1", "beta2")}
+        groups.append({**own, "betas": (group.get("beta1", beta1), group.get("beta2", beta2))})
+    return groups
+
+
 def _fresh_state(parameter: Tensor) -> dict[str, Tensor]:
     """Make the state of a stacked parameter: moments like it, and a step count for each of its experts on any rank."""
     return {

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from titan_moe.optimizer.adamw import AdamW
+from titan_moe.optimizer.adamw import AdamW, with_betas
+from titan_moe.optimizer.matrix_builders import muon, shampoo, shampoo_fast, soap
 
 
 def adamw(
@@ -21,11 +22,7 @@ def adamw(
 
     A group may carry any of the arguments as its own value.
     """
-    groups = []
-    for group in param_groups:
-        own = {k: v for k, v in group.items() if k not in ("beta1", "beta2")}
-        groups.append({**own, "betas": (group.get("beta1", beta1), group.get("beta2", beta2))})
-    return AdamW(groups, lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
+    return AdamW(with_betas(param_groups, beta1, beta2), lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, base_lrs: Sequence[float], factor: float) -> dict[str, float]:
@@ -35,4 +32,10 @@ def set_lr(optimizer: torch.optim.Optimizer, base_lrs: Sequence[float], factor: 
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": adamw}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "shampoo": shampoo,
+    "shampoo_fast": shampoo_fast,
+    "soap": soap,
+    "muon": muon,
+}

@@ -1,0 +1,105 @@
+"""Several optimizers as one: each parameter group is updated by the optimizer that it names."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from titan_moe.optimizer.load_lr import Group, load_groups, local, scale_steps
+from titan_moe.optimizer.matrix import MatrixOptimizer, first_nonfinite, nonfinite_text
+
+
+class Combined(Optimizer):
+    """One optimizer to the rest of the code: one list of groups, one state, one step.
+
+    `parts` are optimizers by name, whose groups say by `optimizer` which name is theirs. They keep no state of their
+    own: after a state is loaded they share the new one.
+    """
+
+    def __init__(self, parts: Mapping[str, Optimizer], order: list[str]) -> None:
+        self.parts = dict(parts)
+        groups = {group["name"]: group for part in parts.values() for group in part.param_groups}
+        super().__init__([groups[name] for name in order], {})
+        self._share()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a loaded state."""
+        super().__setstate__(state)
+        self._share()
+
+    def _share(self) -> None:
+        for name, part in self.parts.items():
+            part.state = self.state
+            part.param_groups = [group for group in self.param_groups if group["optimizer"] == name]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, load: Tensor | None = None) -> Any:
+        """Take a step of every part; `load` (L, E) goes to the one whose group has load-based rates."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts.values():
+            if load_groups(part):
+                part.step(load=load)  # pyrefly: ignore[no-matching-overload]
+            else:
+                part.step()
+        return loss
+
+
+def combine(groups: list[Group], names: Mapping[str, str], build: Callable[[str, list[Group]], Optimizer]) -> Optimizer:
+    """Build an optimizer over all groups, of which group g is updated by the optimizer called `names[g]`.
+
+    `build(name, groups)` makes one of them. If all groups have the same, it is that one.
+    """
+    own: dict[str, list[Group]] = {}
+    for group in groups:
+        own.setdefault(names[group["name"]], []).append(group)
+    if len(own) > 1:
+        own = {name: [{**group, "optimizer": name} for group in members] for name, members in own.items()}
+    parts = {name: build(name, members) for name, members in own.items()}
+    for part in parts.values():
+        if load_groups(part):
+            scale_steps(part)
+    return Combined(parts, [group["name"] for group in groups]) if len(parts) > 1 else next(iter(parts.values()))
+
+
+def kind_of(optimizer: Optimizer) -> str:
+    """What updates which groups, for checkpoints to compare: `AdamW`, or `AdamW (router, dense) + shampoo (expert)`."""
+    if isinstance(optimizer, Combined):
+        texts = []
+        for part in optimizer.parts.values():
+            members = ", ".join(group["name"] for group in part.param_groups)
+            texts.append(f"{kind_of(part)} ({members})")
+        return " + ".join(texts)
+    return optimizer.kind if isinstance(optimizer, MatrixOptimizer) else type(optimizer).__name__
+
+
+def describe_group(optimizer: Optimizer, group: Group) -> str:
+    """How a group is updated, where it is not all by AdamW: `shampoo, but AdamW for 2 tensors (1,024 parameters)`."""
+    if isinstance(optimizer, Combined):
+        return describe_group(optimizer.parts[group["optimizer"]], group)
+    if not isinstance(optimizer, MatrixOptimizer):
+        return kind_of(optimizer)
+    rest = [p for p in group["params"] if not optimizer.is_matrix(group, p)]
+    if len(rest) == len(group["params"]):
+        return f"AdamW (no matrices for {optimizer.kind})"
+    if rest:
+        count = sum(p.numel() for p in rest)
+        return f"{optimizer.kind}, but AdamW for {len(rest)} tensors ({count:,} parameters)"
+    return optimizer.kind
+
+
+def refuse_nonfinite_gradients(model: nn.Module, optimizer: Optimizer, norm: Tensor) -> None:
+    """Raise ValueError, on every rank, if the gradients' `norm` is not finite and a matrix optimizer would take them.
+
+    One NaN in a factor would stay there for ever, so these runs stop before the step; that reads `norm` on the host.
+    The name is that of the first bad parameter on this rank, if it has one.
+    """
+    parts = optimizer.parts.values() if isinstance(optimizer, Combined) else [optimizer]
+    if any(isinstance(part, MatrixOptimizer) for part in parts) and not norm.isfinite():
+        gradients = [(name, local(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
+        bad = first_nonfinite(gradients) or "a parameter on another rank"
+        raise ValueError(nonfinite_text(bad.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")))

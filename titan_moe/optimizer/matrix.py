@@ -1,0 +1,223 @@
+"""The torch optimizer around a transform: sharded states, AdamW for what is no matrix, rates by load, refusals.
+
+Shapes: L MoE layers, E experts, R the experts of a stacked tensor that this rank holds (1 for a dense matrix).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from titan_moe.optimizer.load_lr import Group, local, next_factors, rows
+from titan_moe.optimizer.transform import State, Tick, Transform, adam, fused_adamw
+
+NO_MATRICES = ("embedding", "norm")  # groups that are updated by AdamW whatever the shape
+COUNTS = ("step", "clock", "load_ema", "load_factor")  # states that are the same on every rank
+
+
+class MatrixOptimizer(Optimizer):
+    """Updates each expert of a stacked parameter (E, M, N), and each matrix (M, N), by a transform.
+
+    `make(group, offset)` gives the transform for a group's settings; `offset` spreads the periodic work of the
+    parameters over `period(group)` steps. What `fits` says no to goes to AdamW, fused, with the group's betas, eps, lr
+    and decay: other shapes, and embeddings and norms by the name of their group.
+
+    States are sharded as their parameter is, on whole experts, so that nothing is communicated. A dense matrix that is
+    sharded is gathered: each rank updates all of it and keeps its own part, and its state is on every rank.
+    A step whose gradients are not finite is refused; a step with lr 0 makes the states and changes nothing.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        param_groups: list[Group],
+        defaults: dict[str, Any],
+        *,
+        make: Callable[[Group, int], Transform],
+        period: Callable[[Group], int] = lambda _: 0,
+        fits: Callable[[Group, Tensor], bool] = lambda *_: True,
+    ) -> None:
+        super().__init__(param_groups, defaults)
+        self.kind = kind
+        self._make, self._fits = make, fits
+        matrices = [(group, p) for group in self.param_groups for p in group["params"] if self.is_matrix(group, p)]
+        self._offsets = {p: period(group) * i // len(matrices) for i, (group, p) in enumerate(matrices)}
+        for group, parameter in matrices:
+            check_whole_experts(kind, group, parameter)
+
+    def is_matrix(self, group: Group, parameter: Tensor) -> bool:
+        """Whether the transform updates this parameter, AdamW if not."""
+        return parameter.dim() in (2, 3) and group.get("name") not in NO_MATRICES and self._fits(group, parameter)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None, *, load: Tensor | None = None) -> Any:
+        """Update all parameters that have a gradient; `load` (L, E) are tokens per expert, for load-based rates.
+
+        There an expert without a token is left alone, with its state. Raises ValueError, before anything is changed,
+        if a gradient is NaN or infinite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        refuse_nonfinite(self.param_groups)
+        for group in self.param_groups:
+            by_load = "load_lr" in group
+            factor_LE = next_factors(self, group, load) if by_load else None
+            dense: list[Tensor] = []
+            for number, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if self.is_matrix(group, parameter) or by_load:
+                    layer = group["layers"][number] if by_load else 0
+                    factor_E = None if factor_LE is None else factor_LE[layer]
+                    alive_E = None if load is None or factor_E is None else load[layer] > 0
+                    self._step_matrix(group, parameter, factor_E, alive_E)
+                else:
+                    dense.append(parameter)
+            self._step_adamw(group, dense)
+        return loss
+
+    def _step_matrix(self, group: Group, parameter: Tensor, factor_E: Tensor | None, alive_E: Tensor | None) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        matrix = self.is_matrix(group, parameter)
+        offset = self._offsets.get(parameter, 0)
+        beta1, beta2 = group["betas"]
+        transform = self._make(group, offset) if matrix else adam(beta1, beta2, group["eps"])
+        state = self.state[parameter]
+        if "clock" not in state:
+            state.update(fresh_state(transform, parameter))
+        if group["lr"] == 0:
+            return
+        state["clock"] += 1
+        state["step"] += 1 if alive_E is None else alive_E
+        stacked = parameter.dim() == 3
+        mine = rows(parameter) if stacked else slice(0, 1)
+        tick = Tick(int(state["clock"]), state["step"][mine], None if alive_E is None else alive_E[mine])
+        local_state = {name: local(value) for name, value in state.items() if name not in COUNTS}
+        whole = local(gradient) if stacked else gathered(gradient).unsqueeze(0)
+        if not whole.numel():
+            return  # more ranks than experts: this one has none
+        direction = transform.update(whole.float(), local_state, tick)
+        target = local(parameter)
+        if not stacked:
+            direction = own_part(direction[0], parameter)
+        apply(target, direction, group, None if factor_E is None else factor_E[mine])
+
+    def _step_adamw(self, group: Group, parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        if group["lr"] == 0 or not parameters:
+            return
+        states = [self.state[parameter] for parameter in parameters]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        lists = [
+            [local(tensor) for tensor in tensors]
+            for tensors in (
+                parameters,
+                [parameter.grad for parameter in parameters if parameter.grad is not None],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+            )
+        ]
+        fused_adamw(lists, steps, group["lr"], group["betas"], group["eps"], group["weight_decay"])
+
+
+def apply(weight: Tensor, direction: Tensor, group: Group, factor_R: Tensor | None) -> None:
+    """W <- W - lr factor (direction + weight_decay W), in place; decay without the factor if the group says so."""
+    lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+    if factor_R is None:
+        weight.mul_(1 - decay).add_(direction, alpha=-lr)
+        return
+    factor = factor_R.view(-1, 1, 1)
+    weight.mul_(1 - decay * factor if group["load_lr_decay"] else 1 - decay)
+    # an expert without a token has factor 0, and its direction is undefined
+    weight.sub_(torch.where(factor > 0, direction * (lr * factor), 0.0))
+
+
+def fresh_state(transform: Transform, parameter: Tensor) -> State:
+    """A transform's first state, sharded as the parameter is, and how often the parameter and its rows were updated."""
+    stacked, device = parameter.dim() == 3, parameter.device
+    state = transform.init(local(parameter) if stacked else torch.empty((1, *parameter.shape), device=device))
+    if stacked and isinstance(parameter, DTensor):
+        state = {name: sharded_like(value, parameter) for name, value in state.items()}
+    count = parameter.shape[0] if stacked else 1
+    steps = torch.zeros(count, dtype=torch.float32, device=device)
+    return {"clock": torch.zeros((), dtype=torch.float32), "step": steps, **state}
+
+
+def sharded_like(rows: Tensor, parameter: DTensor) -> DTensor:
+    """A tensor of which `rows` are this rank's part, sharded on dim 0 as `parameter` is."""
+    shape = torch.Size((parameter.shape[0], *rows.shape[1:]))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        rows, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """All of a tensor, from all ranks that share it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of a matrix that every rank has."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+
+
+def check_whole_experts(kind: str, group: Group, parameter: Tensor) -> None:
+    """Raise ValueError for a stacked parameter whose shards are not whole experts."""
+    if not isinstance(parameter, DTensor) or parameter.dim() != 3:
+        return
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard) and placement.dim != 0:
+            mesh = parameter.device_mesh
+            names = mesh.mesh_dim_names or tuple(f"axis {i}" for i in range(mesh.ndim))
+            degrees = " x ".join(f"{name} {size}" for name, size in zip(names, mesh.shape, strict=True))
+            raise ValueError(
+                f"[optimizer.{group.get('name', 'expert')}] name = {kind!r} needs whole experts on each rank, but "
+                f"the degrees {degrees} cut the matrices of {parameter.shape[0]} experts on {names[axis]}: choose "
+                "degrees whose product on experts divides their number, or adamw"
+            )
+
+
+def refuse_nonfinite(groups: list[Group]) -> None:
+    """Raise ValueError if a gradient on this rank is NaN or infinite, for the first such parameter."""
+    found = [
+        (f"parameter {i} of group {group.get('name', number)!r}", local(p.grad))
+        for number, group in enumerate(groups)
+        for i, p in enumerate(group["params"])
+        if p.grad is not None
+    ]
+    if bad := first_nonfinite(found):
+        raise ValueError(nonfinite_text(bad))
+
+
+def first_nonfinite(named: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name the first tensor that holds a NaN or an infinity; waits for a GPU."""
+    named = [(name, tensor) for name, tensor in named if tensor.numel()]
+    if not named:
+        return None
+    norms = torch._foreach_norm([tensor for _, tensor in named], float("inf"))
+    finite = torch.stack([norm.float() for norm in norms]).isfinite()
+    return None if finite.all() else named[int(finite.int().argmin())][0]
+
+
+def nonfinite_text(name: str) -> str:
+    """Say that a step is refused because of a parameter's gradient."""
+    return (
+        f"the gradient of {name} is NaN or infinite: the step is refused and nothing was changed; lower optimizer.lr "
+        "or warm up longer, and resume from the last checkpoint"
+    )

@@ -1,0 +1,50 @@
+"""Muon for each expert by itself: the orthogonal factor of the momentum, by batched Newton-Schulz iterations.
+
+Jordan et al. (2024); the step size by shape of Liu et al. (2025, "Muon is scalable for LLM training") takes AdamW's
+learning rate and decay. Equal to torch.optim.Muon on a matrix.
+
+Shapes: R rows (experts), M x N a matrix.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from titan_moe.optimizer.factors import DTYPES
+from titan_moe.optimizer.transform import State, Tick, Transform, momentum
+
+COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic; steepest at zero, with no fixed point at one
+SMALLEST_NORM = 1e-7
+
+StepSize = Literal["match_rms_adamw", "original"]
+
+
+def muon_direction(*, beta: float, nesterov: bool, ns_steps: int, adjust_lr: StepSize, matmul_dtype: str) -> Transform:
+    """Orthogonalized momentum times a factor by shape.
+
+    The factor is 0.2 sqrt(max(M, N)), which gives the update the root mean square of AdamW's, or the "original"
+    sqrt(max(1, M / N)).
+    """
+    average = momentum(beta, "momentum_buffer", correct_bias=False)
+
+    def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
+        mean = average.update(gradient, state, tick)
+        direction = gradient.lerp(mean, beta) if nesterov else mean
+        height, width = gradient.shape[1:]
+        size = 0.2 * max(height, width) ** 0.5 if adjust_lr == "match_rms_adamw" else max(1, height / width) ** 0.5
+        return orthogonalize(direction, ns_steps, DTYPES[matmul_dtype]).float() * size
+
+    return Transform(average.init, update)
+
+
+def orthogonalize(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Bring the singular values of each matrix of (R, M, N) near one, in `dtype`; a zero matrix stays zero."""
+    wide = x.to(dtype).mT if x.shape[1] > x.shape[2] else x.to(dtype)
+    wide = wide / torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        gram = wide @ wide.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        wide = torch.baddbmm(wide, polynomial, wide, beta=a)
+    return wide.mT if x.shape[1] > x.shape[2] else wide

@@ -1,0 +1,110 @@
+"""Parts of optimizers: a transform turns the gradient of stacked matrices into the direction of their update.
+
+Shapes: R rows of a stacked tensor (the experts that this rank holds, or 1 for a dense matrix), M x N a matrix.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class Tick(NamedTuple):
+    """Where a parameter is in time.
+
+    `step` counts from 1 and is known on the host, so that what happens every n-th step needs no synchronisation.
+    `steps` (R,) fp32 is each row's own count, this step included. `alive` (R,) bool is None when every row takes
+    part; the state of a row that does not must stay as it is, and its direction is not used.
+    """
+
+    step: int
+    steps: Tensor
+    alive: Tensor | None = None
+
+
+class Transform(NamedTuple):
+    """A pair of functions; the step is W <- W - lr (update(G, state, tick) + weight_decay W).
+
+    `init(weight)` makes the state: tensors by name whose first dimension is that of `weight` (R, M, N), so that they
+    are sharded as it is. `update(gradient, state, tick)` gives the direction, (R, M, N) fp32 from such a gradient, and
+    writes the state in place, because a copy of it would cost as much as the step. It does not know the learning
+    rate: rates that differ by expert are then exact for every transform.
+    """
+
+    init: Callable[[Tensor], State]
+    update: Callable[[Tensor, State, Tick], Tensor]
+
+
+def adam(beta1: float, beta2: float, eps: float) -> Transform:
+    """Adam's direction m / (sqrt(v) + eps), both bias-corrected (Kingma and Ba, 2015, algorithm 1)."""
+
+    def init(weight: Tensor) -> State:
+        return {name: torch.zeros_like(weight, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+
+    def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
+        # torch's fused AdamW from a weight of 0 with learning rate -1: the direction in one pass over memory.
+        direction = torch.zeros_like(gradient)
+        tensors = [direction, gradient, state["exp_avg"], state["exp_avg_sq"]]
+        if tick.alive is None:
+            fused_adamw([[tensor] for tensor in tensors], [tick.steps[0]], -1.0, (beta1, beta2), eps, 0.0)
+            return direction
+        for row, dead in enumerate((~tick.alive).float().unbind()):
+            one = [[tensor[row]] for tensor in tensors]
+            fused_adamw(one, [tick.steps[row]], -1.0, (beta1, beta2), eps, 0.0, skip=dead)
+        return direction
+
+    return Transform(init, update)
+
+
+def fused_adamw(
+    tensors: Sequence[list[Tensor]],
+    steps: list[Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    *,
+    skip: Tensor | None = None,
+) -> None:
+    """Call torch's fused AdamW kernel on lists of weights, gradients, first moments and second moments.
+
+    `steps` count this step already; `skip`, a scalar, leaves everything as it is where it is 1.
+    """
+    weights, gradients, exp_avgs, exp_avg_sqs = tensors
+    torch._fused_adamw_(
+        weights,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=None,
+        found_inf=skip,
+    )
+
+
+def momentum(beta: float, name: str = "exp_avg", *, correct_bias: bool = True) -> Transform:
+    """Exponential average of the gradient, kept as `name`; bias-corrected as Adam's unless `correct_bias` is false."""
+
+    def init(weight: Tensor) -> State:
+        return {name: torch.zeros_like(weight, dtype=torch.float32)}
+
+    def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
+        average = state[name]
+        if tick.alive is None:
+            average.lerp_(gradient, 1 - beta)
+        else:
+            average.lerp_(gradient, ((1 - beta) * tick.alive).view(-1, 1, 1))
+        return average / (1 - beta**tick.steps).view(-1, 1, 1) if correct_bias else average
+
+    return Transform(init, update)
