@@ -39,6 +39,7 @@ LAYERS = {
     "train": 3,
     "generate": 3,
     "evaluate": 3,
+    "study": 3,
 }
 
 
