@@ -7,18 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from titan_moe.study.analysis import AxisInfo, Entry, Summary, best, by_seed, number_text, short_name
+from titan_moe.study.analysis import AxisInfo, Summary, best, by_seed, number_text, short_name
 from titan_moe.study.grid import value_text
-from titan_moe.study.measures import CURVES, MEASURES
-from titan_moe.study.theme import GRID, INK, WIDTH, colour, dashes, marker, new_figure
+from titan_moe.study.measures import MEASURES
+from titan_moe.study.theme import INK, colour, dashes, marker, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-MOST_LINES = 10  # of one figure: more cannot be told apart
-MOST_POINTS = 160  # of one line
-MOST_LOADS = 12
 
 
 class Panel(NamedTuple):
@@ -60,6 +56,8 @@ def _measure_label(measure: str) -> str:
 
 def u_curve(found: Sequence[Summary], x: AxisInfo, hue: AxisInfo | None, measure: str) -> "Figure":
     """A measure over a numeric axis, a line for each value of `hue`; the best point is ringed and named."""
+    from matplotlib.transforms import ScaledTranslation
+
     figure = new_figure(3.3 + (0.2 * math.ceil(len(hue.values) / 2) + 0.2 if hue else 0.0))
     axes = figure.add_subplot()
     winner = best(found, measure)
@@ -72,18 +70,24 @@ def u_curve(found: Sequence[Summary], x: AxisInfo, hue: AxisInfo | None, measure
         means = [s.measures[measure].mean for s in members]
         halves = [0.0 if math.isnan(s.measures[measure].half) else s.measures[measure].half for s in members]
         look: dict[str, Any] = {"color": colour(index), "linestyle": dashes(index), "marker": marker(index)}
+        aside = 0.0 if hue is None else 2.5 * (index - (len(hue.values) - 1) / 2)  # points, so that intervals part
+        where = axes.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+        look["transform"] = where
         label = None if group is None else value_text(group)
         axes.errorbar(points, means, yerr=halves if any(halves) else None, capsize=3, elinewidth=1, label=label, **look)
         for summary, point in zip(members, points, strict=True):
             seeds = list(by_seed(summary, measure).values())
             if len(seeds) > 1:
-                axes.plot([point] * len(seeds), seeds, ".", color=colour(index), markersize=4, alpha=0.5)
+                axes.plot(
+                    [point] * len(seeds), seeds, ".", color=colour(index), markersize=4, alpha=0.5, transform=where
+                )
         if winner in members and winner is not None:
             mean = winner.measures[measure].mean
-            axes.plot(winner.point[x.id], mean, "o", markersize=12, markerfacecolor="none", markeredgecolor=INK)
-            axes.set_title(
-                f"best at {value_text(winner.point[x.id])}: {number_text(measure, winner.measures[measure])[0]}"
-            )
+            ring: dict[str, Any] = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK}
+            axes.plot(winner.point[x.id], mean, "o", transform=where, **ring)
+            values = [winner.point[x.id], *([group] if hue else [])]
+            text = number_text(measure, winner.measures[measure])[0]
+            axes.set_title(f"best at {', '.join(map(value_text, values))}: {text}")
     _numeric_scale(axes, x.values)
     axes.set_xlabel(x.label)
     axes.set_ylabel(_measure_label(measure))
@@ -106,12 +110,14 @@ def _numeric_scale(axes: "Axes", values: Sequence[float]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     places = axes.transData.transform([(value, axes.get_ylim()[0]) for value in values])[:, 0]
     span = places.max() - places.min()
-    labels, free = [], -math.inf
-    for place, value in zip((places - places.min()) / (span or 1.0), values, strict=True):
-        text = value_text(value)
-        half = 0.012 * len(text) + 0.01  # of the width of the axes
-        labels.append(text if place - half >= free else "")
-        free = place + half if labels[-1] else free
+    places = (places - places.min()) / (span or 1.0)
+    texts = [value_text(value) for value in values]
+    halves = [0.012 * len(text) + 0.012 for text in texts]  # of the width of the axes
+    labelled: list[int] = []
+    for index in (0, len(values) - 1, *range(1, len(values) - 1)):  # the ends have precedence
+        if all(abs(places[index] - places[i]) >= halves[index] + halves[i] for i in labelled):
+            labelled.append(index)
+    labels = [text if index in labelled else "" for index, text in enumerate(texts)]
     axes.xaxis.set_major_locator(FixedLocator(list(values)))
     axes.xaxis.set_major_formatter(FixedFormatter(labels))
 
@@ -200,124 +206,4 @@ def rows(found: Sequence[Summary], axes_info: Sequence[AxisInfo], measure: str) 
     axes.grid(visible=False, axis="y")
     axes.locator_params(axis="x", nbins=5)
     _percent(axes.xaxis, measure)
-    return figure
-
-
-def curve_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], names: Sequence[str]) -> list[Panel]:
-    """Numbers over the steps, a line for each point with the range of its seeds."""
-    ranked = sorted(summaries, key=lambda s: s.measures["loss"].mean if "loss" in s.measures else math.inf)
-    kept = {id(summary) for summary in ranked[:MOST_LINES]}
-    shown = [summary for summary in summaries if id(summary) in kept]
-    panels = []
-    for name in names:
-        figure = curves(shown, axes, name)
-        if figure is not None:
-            of = f"; the {MOST_LINES} points of lowest loss" if len(summaries) > MOST_LINES else ""
-            text = f"{CURVES[name].label} over the steps: mean over seeds, shaded from lowest to highest{of}"
-            panels.append(Panel(f"curve_{name.replace('/', '_')}", text, figure))
-    return panels
-
-
-def curves(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo], name: str) -> "Figure | None":
-    """A number over the steps, a line for each point; None where no run has it."""
-    lines = []
-    for index, summary in enumerate(summaries):
-        of_seeds = [entry.history.curves[name] for entry in summary.entries if entry.history.curves.get(name)]
-        if of_seeds:
-            lines.append((index, short_name(summary.point, axes_info), *_band(of_seeds, CURVES[name].smooth)))
-    if not lines:
-        return None
-    columns = 2 if max(len(label) for _, label, *_ in lines) < 24 else 1
-    figure = new_figure(3.0 + 0.19 * math.ceil(len(lines) / columns))
-    axes = figure.add_subplot()
-    for index, label, steps, mean, low, high in lines:
-        style: dict[str, Any] = {"color": colour(index), "linestyle": dashes(index)}
-        every = 1 if len(steps) <= 24 else len(steps) // 6
-        axes.plot(steps, mean, label=label, marker=marker(index), markevery=every, **style)
-        if (high > low).any():
-            axes.fill_between(steps, low, high, color=colour(index), alpha=0.15, linewidth=0)
-    _cut_beginning(axes, [(steps, mean) for _, _, steps, mean, _, _ in lines], name)
-    axes.set_xlabel("step")
-    axes.set_ylabel(CURVES[name].label)
-    figure.legend(loc="outside lower center", ncols=columns)
-    return figure
-
-
-def _band(of_seeds: Sequence[Sequence[tuple[int, float]]], smooth: bool) -> tuple[np.ndarray, ...]:
-    """Steps that all seeds have, and at them the mean, the lowest and the highest of the (smoothed) curves."""
-    common = sorted(set.intersection(*({step for step, _ in curve} for curve in of_seeds)))
-    steps = np.array(common)
-    values_SN = np.array([[dict(curve)[step] for step in common] for curve in map(list, of_seeds)], dtype=float)
-    window = max(1, len(common) // 30) if smooth else 1
-    if window > 1:
-        kernel = np.ones(window)
-        counts = np.convolve(np.ones(len(common)), kernel)[: len(common)]
-        values_SN = np.stack([np.convolve(row, kernel)[: len(common)] / counts for row in values_SN])
-    kept = np.unique(np.linspace(0, len(common) - 1, min(len(common), MOST_POINTS)).round().astype(int))
-    values_SN = values_SN[:, kept]
-    return steps[kept], values_SN.mean(0), values_SN.min(0), values_SN.max(0)
-
-
-def _cut_beginning(axes: "Axes", lines: Sequence[tuple[np.ndarray, np.ndarray]], name: str) -> None:
-    """Give the y axis to what comes after the first tenth of the steps, where a loss would hide it by its fall."""
-    if not name.endswith(("loss", "perplexity", "grad_norm")):
-        return
-    last = max(steps[-1] for steps, _ in lines)
-    later = [value for steps, mean in lines for value in mean[steps >= last / 10] if math.isfinite(value)]
-    everything = [value for _, mean in lines for value in mean if math.isfinite(value)]
-    if later and max(everything) - min(later) > 1.5 * (max(later) - min(later)) > 0:
-        room = 0.06 * (max(later) - min(later))
-        axes.set_ylim(min(later) - room, max(later) + room)
-
-
-def load_panel(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo]) -> list[Panel]:
-    """Loads of the last validation, layers x experts, of the first run of each point."""
-    found: list[tuple[str, Entry]] = []
-    for summary in summaries:
-        entry = next((entry for entry in summary.counted if entry.history.load), None)
-        if entry is not None:
-            found.append((short_name(summary.point, axes_info), entry))
-    if not found:
-        return []
-    shown = found[:MOST_LOADS]
-    of = f" (the first {MOST_LOADS} points)" if len(found) > MOST_LOADS else ""
-    seed = shown[0][1].run.seed
-    text = (
-        f"load of each expert (columns) in each MoE layer (rows) at the last validation, over its even share{of}; "
-        f"seed {seed}: 1 is even (white), less is blue, more is red"
-    )
-    return [Panel("loads", text, loads([(name, np.array(entry.history.load)) for name, entry in shown]))]
-
-
-def loads(found: Sequence[tuple[str, np.ndarray]]) -> "Figure":
-    """Small heatmaps of loads (L, E), each layer over its mean, with one scale from 0 to 2."""
-    from matplotlib.colors import Normalize
-
-    columns = min(2, len(found))
-    lines = math.ceil(len(found) / columns)
-    layers = max(load_LE.shape[0] for _, load_LE in found)
-    figure = new_figure(lines * (0.55 + min(2.2, 0.13 * layers + 0.25)) + 0.75, WIDTH)
-    grid = figure.subplots(lines, columns, squeeze=False)
-    norm, mesh = Normalize(0.0, 2.0), None
-    for place, axes in enumerate(grid.flat):
-        axes.grid(visible=False)
-        if place >= len(found):
-            axes.set_visible(False)
-            continue
-        name, load_LE = found[place]
-        mean_L1 = load_LE.mean(1, keepdims=True)
-        ratio_LE = np.divide(load_LE, mean_L1, out=np.zeros_like(load_LE, dtype=float), where=mean_L1 > 0)
-        mesh = axes.pcolormesh(ratio_LE, cmap="RdBu_r", norm=norm, edgecolors=GRID, linewidth=0.3)
-        axes.invert_yaxis()
-        axes.set_title("\n".join(textwrap.wrap(name, 26)), fontsize=8, fontweight="normal")
-        axes.set_xticks([0.5, load_LE.shape[1] - 0.5], ["0", str(load_LE.shape[1] - 1)])
-        axes.set_yticks([0.5, load_LE.shape[0] - 0.5], ["0", str(load_LE.shape[0] - 1)])
-        axes.tick_params(length=0, labelsize=8)
-    assert mesh is not None
-    grid[-1, 0].set_xlabel("expert")
-    grid[-1, 0].set_ylabel("layer")
-    bar = figure.colorbar(
-        mesh, ax=grid, location="bottom", shrink=0.8, aspect=40, ticks=[0, 0.5, 1, 1.5, 2], extend="max"
-    )
-    bar.set_label("load / even share")
     return figure

@@ -37,7 +37,7 @@ MEASURES = {
 # The columns of the report's table.
 COLUMNS = (
     *("loss", "best_loss", "perplexity", "accuracy", "maxvio_batch", "maxvio_global"),
-    *("param_norm", "step_seconds", "tokens_per_second", "peak_memory_gib"),
+    *("param_norm", "step_seconds", "tokens_per_second", "peak_memory_gib"),  # best_loss where it differs
 )
 
 

@@ -19,9 +19,11 @@ from titan_moe.study.analysis import (
     number_text,
     paired_difference,
     read_entries,
+    short_name,
     summarize,
 )
-from titan_moe.study.figures import Panel, curve_panels, load_panel, measure_panels
+from titan_moe.study.curves import curve_panels, load_panel
+from titan_moe.study.figures import Panel, measure_panels
 from titan_moe.study.grid import Run, value_text
 from titan_moe.study.measures import COLUMNS, MEASURES
 from titan_moe.study.progress import counts
@@ -62,6 +64,8 @@ def write_report(page: Page, runs: Sequence[Run], folder: Path, refresh: float |
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder / "results.jsonl", [entry.result for entry in entries])
     columns = [c for c in dict.fromkeys((*COLUMNS, *page.report)) if any(c in s.measures for s in summaries)]
+    if all(s.measures.get("loss") == s.measures.get("best_loss") for s in summaries) and "best_loss" in columns:
+        columns.remove("best_loss")
     cells = table(summaries, axes, columns)
     write_atomic(folder / "table.md", markdown(cells))
     with theme.style():
@@ -70,7 +74,7 @@ def write_report(page: Page, runs: Sequence[Run], folder: Path, refresh: float |
         "page": page,
         "table": cells,
         "sections": sections,
-        "points": [point_context(summary) for summary in summaries],
+        "points": [point_context(summary, axes) for summary in summaries],
         "unfinished": [e for e in entries if e.status.state != "finished"],
         "best": headline(summaries, axes),
         "counts": counts([entry.status for entry in entries]),
@@ -106,9 +110,9 @@ def draw(page: Page, summaries: Sequence[Summary], axes: Sequence[AxisInfo], fol
     for title, found in panels.items():
         shown = []
         for panel in found:
-            theme.save_figure(panel.figure, folder, panel.name)
+            svg = theme.save_figure(panel.figure, folder, panel.name)
             kept |= {f"{panel.name}.png", f"{panel.name}.svg"}
-            shown.append({"caption": panel.caption, "name": panel.name, "svg": embed(panel)})
+            shown.append({"caption": panel.caption, "name": panel.name, "svg": embed(panel, svg)})
         if shown:
             sections.append({"title": title, "panels": shown})
     for path in folder.iterdir():
@@ -117,11 +121,11 @@ def draw(page: Page, summaries: Sequence[Summary], axes: Sequence[AxisInfo], fol
     return sections
 
 
-def embed(panel: Panel) -> Any:
+def embed(panel: Panel, svg: str) -> Any:
     """The panel's SVG, marked as safe to stand in a page: text in it was escaped by matplotlib."""
     from markupsafe import Markup, escape
 
-    return Markup(theme.embedded_svg(panel.figure, panel.name, str(escape(panel.caption))))
+    return Markup(theme.embedded(svg, panel.name, str(escape(panel.caption))))
 
 
 class Cell(NamedTuple):
@@ -144,6 +148,15 @@ def table(summaries: Sequence[Summary], axes: Sequence[AxisInfo], columns: Seque
     """The axes, the number of seeds, each measure with its interval, and how far the loss is from the best one's."""
     winners = {measure: best(summaries, measure) for measure in columns}
     lead = winners.get("loss")
+
+    def is_best(summary: Summary, measure: str) -> bool:  # equal as written is as good
+        winner = winners[measure]
+        if winner is None or not summary.is_final:
+            return False
+        texts = [number_text(measure, s.measures[measure])[0] for s in summaries if measure in s.measures]
+        text = number_text(measure, summary.measures[measure])[0]
+        return len(set(texts)) > 1 and text == number_text(measure, winner.measures[measure])[0]
+
     head = [(axis.label, "") for axis in axes] or [("point", "")]
     head += [("seeds", ""), *((MEASURES[c].label, MEASURES[c].unit) for c in columns)]
     place = len(head) - len(columns) + 1
@@ -156,7 +169,7 @@ def table(summaries: Sequence[Summary], axes: Sequence[AxisInfo], columns: Seque
         cells.append(Cell(str(len(summary.counted)) if summary.is_final else seeds_text(summary)))
         for measure in columns:
             found = summary.measures.get(measure)
-            cells.append(Cell(*number_text(measure, found), summary is winners[measure]) if found else Cell("-"))
+            cells.append(Cell(*number_text(measure, found), is_best(summary, measure)) if found else Cell("-"))
         if lead is not None:
             cells.insert(place, difference(summary, lead))
         rows.append((summary.is_final, cells))
@@ -200,12 +213,16 @@ def headline(summaries: Sequence[Summary], axes: Sequence[AxisInfo]) -> dict[str
     if winner is None:
         return None
     mean, half = number_text("loss", winner.measures["loss"])
-    return {"name": winner.name, "value": f"{mean} ± {half}" if half else mean, "seeds": str(len(winner.counted))}
+    return {
+        "name": short_name(winner.point, axes),
+        "value": f"{mean} ± {half}" if half else mean,
+        "seeds": str(len(winner.counted)),
+    }
 
 
-def point_context(summary: Summary) -> dict[str, Any]:
+def point_context(summary: Summary, axes: Sequence[AxisInfo]) -> dict[str, Any]:
     """A point with its runs, for the list of configurations."""
-    return {"name": summary.name, "runs": [run_context(entry) for entry in summary.entries]}
+    return {"name": short_name(summary.point, axes), "runs": [run_context(entry) for entry in summary.entries]}
 
 
 def run_context(entry: Entry) -> dict[str, Any]:

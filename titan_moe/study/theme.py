@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from titan_moe.files import write_atomic
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -86,17 +88,20 @@ def new_figure(height: float, width: float = WIDTH) -> "Figure":
     return figure
 
 
-def save_figure(figure: "Figure", folder: Path, name: str) -> None:
-    """Write NAME.png and NAME.svg, dark on white."""
+def save_figure(figure: "Figure", folder: Path, name: str) -> str:
+    """Write NAME.png and NAME.svg, dark on white; the SVG without its background."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # what was laid out stays so, once for both files
     figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
-    figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
-
-
-def embedded_svg(figure: "Figure", name: str, label: str) -> str:
-    """The figure as an SVG element without background whose colours are the report's variables."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
+    write_atomic(folder / f"{name}.svg", svg.replace("<svg ", '<svg style="background: white" ', 1))
+    return svg
+
+
+def embedded(svg: str, name: str, label: str) -> str:
+    """The SVG of `save_figure` as an element of a page, whose colours are the report's variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for index, light in enumerate(LIGHT):

@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -43,7 +44,8 @@ class Tab:
         while time.monotonic() < limit:
             piece, zero, rest = self.buffer.partition(b"\0")
             if not zero:
-                self.buffer += os.read(self.back, 1 << 20)
+                if select.select([self.back], [], [], 1.0)[0]:
+                    self.buffer += os.read(self.back, 1 << 20)
                 continue
             self.buffer = rest
             found = json.loads(piece)
@@ -111,7 +113,7 @@ def browser_tab(profile: Path) -> Iterator[Tab]:
             "--host-resolver-rules=MAP * ~NOTFOUND",
             f"--user-data-dir={profile}",
         ],
-        preexec_fn=pipes,
+        preexec_fn=pipes,  # noqa: PLW1509
         close_fds=False,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
