@@ -102,14 +102,20 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "the seed": (axis(key="training.seed", values=[1]), ["axes.coeff.key = 'training.seed'", "study.seeds"]),
     "the folder": (axis(key="job.dump_folder", values=["x"]), ["axes.coeff.key", "study.dump_folder"]),
     "no values": (axis(key="moe.top_k"), ["axes.coeff.values", "missing or empty"]),
-    "unknown word of an axis": (axis(key="moe.top_k", value=[1]), ["axes.coeff.value", "did you mean axes.coeff.values"]),
+    "unknown word of an axis": (
+        axis(key="moe.top_k", value=[1]),
+        ["axes.coeff.value", "did you mean axes.coeff.values"],
+    ),
     "options empty": (axis(options={}), ["axes.coeff.options", "empty"]),
     "no such option": (
         axis(options={"a": {}, "b": {}}, values=["c"]),
         ["axes.coeff.options.c: unknown option", "valid: a, b"],
     ),
     "the same value twice": (axis(key="moe.top_k", values=[2, 2.0]), ["two points collide", "coeff 2 and coeff 2"]),
-    "names that are one folder": (axis(options={"a b": {}, "a/b": {}}), ["two points collide", "coeff a b and coeff a/b"]),
+    "names that are one folder": (
+        axis(options={"a b": {}, "a/b": {}}),
+        ["two points collide", "coeff a b and coeff a/b"],
+    ),
     "one configuration": (
         axis(options={"a": {"training": {"max_norm": 1.0}}, "b": {}}),
         ["two points collide", "coeff a and coeff b", "the same configuration"],

@@ -59,12 +59,12 @@ class Summary(NamedTuple):
 
 def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """Mean and half width of Student's t-interval: t((1 + level) / 2, n - 1) * s / sqrt(n)."""
-    from scipy.stats import t
+    from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats takes seconds to import
 
     count = len(values)
     half = math.nan
     if count > 1:
-        half = float(t.ppf((1 + level) / 2, count - 1)) * stdev(values) / math.sqrt(count)
+        half = float(stdtrit(count - 1, (1 + level) / 2)) * stdev(values) / math.sqrt(count)
     return Interval(fmean(values), half, count)
 
 

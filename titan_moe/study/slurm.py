@@ -10,7 +10,7 @@ from pathlib import Path
 
 from titan_moe.files import write_atomic
 from titan_moe.study.grid import Run
-from titan_moe.study.runs import EXIT_CODE, LOG, POINT, prepare
+from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, prepare
 from titan_moe.study.spec import Study
 
 SCRIPT, LIST, JOB = "array.sbatch", "runs.txt", "job_id"
@@ -24,6 +24,9 @@ TEMPLATE = """\
 # One task trains the run in the line of its number; a SIGTERM lets the training save, and the study goes on from there.
 mapfile -t runs < {list}
 run=${{runs[$SLURM_ARRAY_TASK_ID]}}
+exec 9>> "$run/{lock}"
+flock -n 9
+[ $? -eq 1 ] && {{ echo "another process trains $run"; exit 0; }}
 cd {here}
 {command} --job.config_file "$run/{point}" >> "$run/{log}" 2>&1 &
 training=$!
@@ -92,6 +95,7 @@ def write_script(study: Study, runs: Sequence[Run], jobs: int) -> Path:
         command=f"{shlex.quote(sys.executable)} -m {launch}",
         point=POINT,
         log=LOG,
+        lock=LOCK,
         exit_code=EXIT_CODE,
     )
     write_atomic(folder / SCRIPT, text)
