@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -49,6 +49,18 @@ def read_world() -> Runtime:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     return Runtime(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), local_rank, device)
+
+
+def worker_environment(*, threads: int, devices: Sequence[int] = ()) -> dict[str, str]:
+    """Environment of a training process that this one starts: its CPU threads, and its GPUs, empty: as here.
+
+    Nothing of a torchrun that this process itself may run under goes along.
+    """
+    own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    if devices:
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {name: value for name, value in os.environ.items() if name not in launch} | own
 
 
 def init_process_group(runtime: Runtime, timeout_seconds: int) -> None:

@@ -175,7 +175,7 @@ def validate(job: Job, sinks: Sink, step: int, before: Tensor | None, choices: T
     output = evaluate(job.model, job.data.validation(), bytes_V)
     record: Record = {"step": step, "kind": "validation", **eval_metrics(output)}
     if output.load.numel():
-        record["load"] = output.load  # for the heatmap
+        record["load/experts"] = output.load  # each expert's, and a heatmap
     if before is not None and choices is not None and job.runtime.is_main:
         record["routing_drift"] = routing_drift(before, choices)
     flush(sinks, [record])

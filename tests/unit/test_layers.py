@@ -47,6 +47,7 @@ LAYERS = {
     "train": 3,
     "generate": 3,
     "evaluate": 3,
+    "study": 3,
 }
 
 

@@ -1,7 +1,7 @@
 """The configuration: strict TOML and command line; the builders' signatures are the schema of components."""
 
 from titan_moe.config.combinations import cautions
-from titan_moe.config.load import find_component, help_text, load_config, to_toml
+from titan_moe.config.load import find_component, help_text, load_config, merge_layers, to_toml
 from titan_moe.config.sections import Config
 
-__all__ = ["Config", "cautions", "find_component", "help_text", "load_config", "to_toml"]
+__all__ = ["Config", "cautions", "find_component", "help_text", "load_config", "merge_layers", "to_toml"]

@@ -76,12 +76,12 @@ def command_line_layer(args: list[str]) -> Layer:
             values.append(arg)
     table: dict[str, Any] = {}
     for key, values in given.items():
-        _insert(table, _split(key), Words(tuple(values)), key)
+        _insert(table, split_key(key), Words(tuple(values)), key)
     return Layer(COMMAND_LINE, table)
 
 
-def _split(key: str) -> list[str]:
-    """Split a dotted key; the dots of an outside component's `my_pkg.my_mod:fn` in it do not separate."""
+def split_key(key: str) -> list[str]:
+    """Split a dotted key; the dots in an outside component's `my_pkg.my_mod:fn` do not separate."""
     head, colon, tail = key.partition(":")
     if not colon:
         return key.split(".")

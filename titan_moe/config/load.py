@@ -5,7 +5,7 @@ components: the signature of a component's builder is the schema of its table.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_type_hints
 
 import tomli_w
@@ -97,8 +97,13 @@ def load_config(args: list[str]) -> Config:
     """
     command_line = command_line_layer(args)
     config_file = _config_file(command_line)
+    return merge_layers([*(file_layers(config_file) if config_file else []), command_line])
+
+
+def merge_layers(layers: Iterable[Layer]) -> Config:
+    """Build the configuration that the layers make, later ones over earlier ones, and check it as a whole."""
     state = _initial_state()
-    for layer in [*(file_layers(config_file) if config_file else []), command_line]:
+    for layer in layers:
         for section, table in layer.table.items():
             _apply(state, section, table, layer.origin)
     config = _finish(state)

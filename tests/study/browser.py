@@ -1,0 +1,129 @@
+"""Chromium without a window, driven over a pair of pipes: pages are loaded, measured and photographed in tests."""
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 60.0
+NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+def find_browser() -> str | None:
+    return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+class Tab:
+    """One tab; `send` is a method of the DevTools protocol."""
+
+    def __init__(self, to: int, back: int) -> None:
+        self.to, self.back, self.buffer, self.number, self.session = to, back, b"", 0, ""
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.send("Page.enable")
+
+    def send(self, method: str, **params: Any) -> dict[str, Any]:
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        answer = self.wait(lambda found: found.get("id") == self.number)
+        assert "error" not in answer, answer
+        return answer["result"]
+
+    def wait(self, wanted: Any) -> dict[str, Any]:
+        limit = time.monotonic() + PATIENCE
+        while time.monotonic() < limit:
+            piece, zero, rest = self.buffer.partition(b"\0")
+            if not zero:
+                if select.select([self.back], [], [], 1.0)[0]:
+                    self.buffer += os.read(self.back, 1 << 20)
+                continue
+            self.buffer = rest
+            found = json.loads(piece)
+            if wanted(found):
+                return found
+        raise TimeoutError("the browser did not answer")
+
+    def show(self, page: Path, *, width: int, dark: bool = False) -> None:
+        """Load a page as on a screen of this width."""
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.send("Emulation.setEmulatedMedia", features=[scheme])
+        self.size(width, 900)
+        self.send("Page.navigate", url=page.resolve().as_uri())
+        self.wait(lambda found: found.get("method") == "Page.loadEventFired")
+
+    def size(self, width: int, height: int) -> None:
+        mobile = width < 600
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if mobile else 1,
+            mobile=mobile,
+        )
+
+    def value(self, expression: str) -> Any:
+        """The value of a JavaScript expression on the page."""
+        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def photograph(self, path: Path, clip: dict[str, float] | None = None) -> None:
+        """The whole page, or a part of it, as a PNG."""
+        box = clip or {
+            "x": 0,
+            "y": 0,
+            "width": self.value("document.documentElement.clientWidth"),
+            "height": self.value("document.documentElement.scrollHeight"),
+        }
+        answer = self.send("Page.captureScreenshot", captureBeyondViewport=True, clip={**box, "scale": 1})
+        path.write_bytes(base64.b64decode(answer["data"]))
+
+
+@contextmanager
+def browser_tab(profile: Path) -> Iterator[Tab]:
+    """A tab of a browser of our own, which reaches no network and ends with the block."""
+    path = find_browser()
+    assert path is not None
+    their_in, to = os.pipe()
+    back, their_out = os.pipe()
+
+    def pipes() -> None:  # the protocol's pipes are descriptors 3 and 4
+        one, two = os.dup(their_in), os.dup(their_out)
+        os.dup2(one, 3)
+        os.dup2(two, 4)
+
+    process = subprocess.Popen(
+        [
+            path,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            f"--user-data-dir={profile}",
+        ],
+        preexec_fn=pipes,  # noqa: PLW1509
+        close_fds=False,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.close(their_in)
+    os.close(their_out)
+    try:
+        yield Tab(to, back)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(to)
+        os.close(back)

@@ -1,0 +1,215 @@
+"""Run a study, or compare runs: `python -m titan_moe.study STUDY.toml`, `... --compare DIR ...`."""
+
+import argparse
+import datetime
+import os
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from titan_moe import runtime
+from titan_moe.files import write_atomic
+from titan_moe.runtime import StopRequest
+from titan_moe.study.grid import Run, point_text, runs_of
+from titan_moe.study.progress import counts, progress, statuses
+from titan_moe.study.runner import Pool, check_pool, run_all, train_command
+from titan_moe.study.runs import changes, is_locked
+from titan_moe.study.spec import Study, load_study
+
+MARKER = "study.txt"  # what makes a folder that of a study
+PACKAGES = ("rich", "scipy", "jinja2", "matplotlib")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists the arguments)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, but for `--section.key value`."""
+    parser = _Parser(
+        prog="python -m titan_moe.study",
+        description="Run the points of a study as trainings of their own, and write results.jsonl, report.html and "
+        "figures; or compare any runs. Finished runs are skipped, interrupted ones resumed.",
+        epilog="--section.key value, after the study file: changes the configuration of every run, as in training.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", nargs="?", metavar="STUDY.toml", help="the study file")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (1)")
+    parser.add_argument("--resume", action="store_true", help="try runs that failed again, too")
+    parser.add_argument(
+        "--force", action="store_true", help="where the study's base has changed, put old runs aside and train anew"
+    )
+    parser.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where runs train (local)")
+    parser.add_argument("--dump_folder", default="", help="folder of the study or of the comparison")
+    parser.add_argument("--report", action="store_true", help="train nothing, write the report of what is there")
+    parser.add_argument("--compare", nargs="+", metavar="DIR", help="report on these runs (or studies), going or over")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=30.0,
+        metavar="SECONDS",
+        help="write the report again every so many seconds (30) until all runs are over",
+    )
+    return parser
+
+
+def main(args: list[str]) -> int:
+    """Do what the command line says; 1 where runs failed or are left, as a study's result is then not whole."""
+    words, overrides = split_overrides(args)
+    options = build_parser().parse_args(words)
+    if (options.study is None) == (options.compare is None):
+        raise ValueError("give a study file, or --compare DIR ... (--help lists the arguments)")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs ({options.jobs}) must be at least 1")
+    if options.watch is not None and not options.watch > 0:
+        raise ValueError(f"--watch ({options.watch}) must be above 0 seconds")
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"a study needs {', '.join(missing)}: pip install 'titan_moe[study]'")
+    runtime.init_logging(runtime.read_world())
+    if options.compare:
+        if overrides:
+            raise ValueError(f"{overrides[0]}: a comparison trains nothing, so it has no configuration to change")
+        from titan_moe.study.compare import compare
+
+        return compare(options.compare, Path(options.dump_folder or "outputs/compare"), options.watch)
+    study = load_study(options.study, overrides, options.dump_folder)
+    return conduct(study, runs_of(study), options)
+
+
+def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part `--section.key value ...` (up to the next argument that begins with `--`) from the study's own arguments."""
+    words: list[str] = []
+    overrides: list[str] = []
+    target = words
+    for arg in args:
+        if arg.startswith("--"):
+            target = overrides if "." in arg.partition("=")[0] else words
+        target.append(arg)
+    return words, overrides
+
+
+def conduct(study: Study, runs: Sequence[Run], options: argparse.Namespace) -> int:
+    """Run what is left of a study and report on it."""
+    claim_folder(study)
+    put_aside(study, runs, force=options.force)
+    found = statuses(runs)
+    wanted = {"new", "interrupted", "failed"} if options.resume else {"new", "interrupted"}
+    todo = [run for run, one in zip(runs, found, strict=True) if one.state in wanted]
+    print(f"{study.name}: {len(runs)} runs in {study.folder}: {counts(found)}", flush=True)
+    stopped = 0
+    if options.report:
+        todo = []
+    if options.launcher == "slurm":
+        from titan_moe.study.slurm import submit
+
+        submit(study, todo, options.jobs)
+    elif todo:
+        stopped = train(study, runs, todo, options)
+    if options.watch and not stopped and (options.report or options.launcher == "slurm"):
+        stopped = watch(study, runs, options.watch)
+    return closing(study, runs, stopped)
+
+
+def train(study: Study, runs: Sequence[Run], todo: Sequence[Run], options: argparse.Namespace) -> int:
+    """Train `todo` on this machine, with the table of all runs; the signal that stopped it, else 0."""
+    pool = Pool(options.jobs, study.section.nproc)
+    check_pool(pool)
+    written = time.monotonic()
+    with progress(study.section.title or study.name, runs, options.jobs) as (tick, ended):
+
+        def on_tick(active: object) -> None:
+            nonlocal written
+            tick(active)
+            if options.watch and time.monotonic() - written >= options.watch:
+                write_report(study, runs, refresh=options.watch)
+                written = time.monotonic()
+
+        return run_all(
+            todo,
+            pool=pool,
+            command=train_command(study.section.nproc),
+            keep_checkpoints=study.section.keep_checkpoints,
+            on_tick=on_tick,
+            on_end=ended,
+        )
+
+
+def watch(study: Study, runs: Sequence[Run], seconds: float) -> int:
+    """Write the report again and again until every run is over or a signal comes; that signal, else 0."""
+    stop = StopRequest()
+    while not stop.signal:
+        found = statuses(runs)
+        write_report(study, runs, refresh=seconds)
+        print(f"{datetime.datetime.now():%H:%M:%S}  {counts(found)}", flush=True)
+        if all(one.state in ("finished", "failed") for one in found):
+            return 0
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit and not stop.signal:
+            time.sleep(min(0.2, seconds))
+    return stop.signal
+
+
+def closing(study: Study, runs: Sequence[Run], stopped: int) -> int:
+    """Write the results, list what did not finish, and give the exit code."""
+    report = write_report(study, runs)
+    found = statuses(runs)
+    print(f"\n{counts(found)}\nresults      {study.folder / 'results.jsonl'}\nreport       {report}")
+    for run, one in zip(runs, found, strict=True):
+        if one.state in ("failed", "interrupted"):
+            print(f"{one.state:<12} {point_text(run.point)}, seed {run.seed}: {one.message}\n{'':12} {run.folder}")
+    if stopped:
+        print(f"stopped by {runtime.signal_name(stopped)}: the same command goes on from here")
+        return 128 + stopped
+    if any(one.state == "failed" for one in found):
+        print("the same command with --resume tries failed runs again")
+    return int(any(one.state in ("failed", "interrupted") for one in found))
+
+
+def write_report(study: Study, runs: Sequence[Run], refresh: float | None = None) -> Path:
+    """Write results.jsonl, report.html and the figures of a study."""
+    from titan_moe.study.report import study_report
+
+    return study_report(study, runs, refresh)
+
+
+def claim_folder(study: Study) -> None:
+    """Take the study's folder, or raise ValueError where it holds something else."""
+    folder, marker = study.folder, study.folder / MARKER
+    runtime.check_writable(folder)
+    if marker.exists():
+        name = marker.read_text(encoding="utf-8").strip()
+        if name != study.name:
+            raise ValueError(f"{folder} is the folder of the study {name!r}: give another by --dump_folder")
+        return
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and not the folder of a study: give another by --dump_folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(marker, study.name + "\n")
+
+
+def put_aside(study: Study, runs: Sequence[Run], *, force: bool) -> None:
+    """Find runs that were trained with another base; with `force` move them to `replaced/`, else raise ValueError."""
+    stale = [(run, found) for run in runs if (found := changes(run))]
+    if not stale:
+        return
+    run, found = stale[0]
+    if not force:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"{study.path}: {len(stale)} runs in {study.folder} were trained with another base, {run.folder} with "
+            f"{'; '.join(found[:3])}{more}: change it back, give another --dump_folder, or put them aside and train "
+            "anew with --force"
+        )
+    if going := [run for run, _ in stale if is_locked(run.folder)]:
+        raise ValueError(f"{going[0].folder} is still training with another base: stop it first")
+    aside = study.folder / "replaced" / f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    for run, _ in stale:
+        target = aside / run.folder.relative_to(study.folder / "runs")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(run.folder, target)
+    print(f"{len(stale)} runs of another base are now in {aside}")

@@ -1,0 +1,209 @@
+"""The figures that a study's axes suggest: U-curves, heatmaps, dots and bars with intervals, curves, loads."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from titan_moe.study.analysis import AxisInfo, Summary, best, by_seed, number_text, short_name
+from titan_moe.study.grid import value_text
+from titan_moe.study.measures import MEASURES
+from titan_moe.study.theme import INK, colour, dashes, marker, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class Panel(NamedTuple):
+    """A figure with its name (of the files) and what it shows."""
+
+    name: str
+    caption: str
+    figure: "Figure"
+
+
+def measure_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measure: str) -> list[Panel]:
+    """How a measure depends on the axes: one numeric axis gives a curve, two a heatmap too, names give rows."""
+    found = [summary for summary in summaries if summary.is_final and measure in summary.measures]
+    if len(found) < 2 or not axes:
+        return []
+    numeric = [axis for axis in axes if axis.is_numeric]
+    panels = []
+    if len(axes) <= 2 and numeric and len(numeric[0].values) > 2:
+        x = max(numeric, key=lambda axis: len(axis.values)) if len(axes) == 2 else numeric[0]
+        hue = next((axis for axis in axes if axis is not x), None)
+        panels.append(Panel(f"{measure}_by_{x.id}", _caption(measure, x.label), u_curve(found, x, hue, measure)))
+    if len(axes) == 2 and len(numeric) == 2:
+        figure = heatmap(found, axes[0], axes[1], measure)
+        text = f"{MEASURES[measure].label} by {axes[0].label} and {axes[1].label}; mean over seeds, the best framed"
+        panels.append(Panel(f"{measure}_heatmap", text, figure))
+    if not panels:
+        panels.append(Panel(f"{measure}_by_point", _caption(measure, "point"), rows(found, axes, measure)))
+    return panels
+
+
+def _caption(measure: str, axis: str) -> str:
+    return f"{MEASURES[measure].label} by {axis}: mean over seeds with its 95 % interval; small dots are single seeds"
+
+
+def _measure_label(measure: str) -> str:
+    shown = MEASURES[measure]
+    return f"{shown.label} ({shown.unit})" if shown.unit else shown.label
+
+
+def u_curve(found: Sequence[Summary], x: AxisInfo, hue: AxisInfo | None, measure: str) -> "Figure":
+    """A measure over a numeric axis, a line for each value of `hue`; the best point is ringed and named."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = new_figure(3.3 + (0.2 * math.ceil(len(hue.values) / 2) + 0.2 if hue else 0.0))
+    axes = figure.add_subplot()
+    winner = best(found, measure)
+    for index, group in enumerate(hue.values if hue else (None,)):
+        members = [s for s in found if hue is None or s.point[hue.id] == group]
+        members.sort(key=lambda s: s.point[x.id])
+        if not members:
+            continue
+        points = [s.point[x.id] for s in members]
+        means = [s.measures[measure].mean for s in members]
+        halves = [0.0 if math.isnan(s.measures[measure].half) else s.measures[measure].half for s in members]
+        look: dict[str, Any] = {"color": colour(index), "linestyle": dashes(index), "marker": marker(index)}
+        aside = 0.0 if hue is None else 2.5 * (index - (len(hue.values) - 1) / 2)  # points, so that intervals part
+        where = axes.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+        look["transform"] = where
+        label = None if group is None else value_text(group)
+        axes.errorbar(points, means, yerr=halves if any(halves) else None, capsize=3, elinewidth=1, label=label, **look)
+        for summary, point in zip(members, points, strict=True):
+            seeds = list(by_seed(summary, measure).values())
+            if len(seeds) > 1:
+                axes.plot(
+                    [point] * len(seeds), seeds, ".", color=colour(index), markersize=4, alpha=0.5, transform=where
+                )
+        if winner in members and winner is not None:
+            mean = winner.measures[measure].mean
+            ring: dict[str, Any] = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK}
+            axes.plot(winner.point[x.id], mean, "o", transform=where, **ring)
+            values = [winner.point[x.id], *([group] if hue else [])]
+            text = number_text(measure, winner.measures[measure])[0]
+            axes.set_title(f"best at {', '.join(map(value_text, values))}: {text}")
+    _numeric_scale(axes, x.values)
+    axes.set_xlabel(x.label)
+    axes.set_ylabel(_measure_label(measure))
+    _percent(axes.yaxis, measure)
+    if hue:
+        figure.legend(loc="outside lower center", ncols=min(4, len(hue.values)), title=hue.label)
+    return figure
+
+
+def _numeric_scale(axes: "Axes", values: Sequence[float]) -> None:
+    """Scale the x axis to its values, by logarithm where they span a factor of 20, and label those that have room."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+    positive = [value for value in values if value > 0]
+    wide = bool(positive) and max(positive) / min(positive) >= 20
+    if wide and min(values) > 0:
+        axes.set_xscale("log")
+    elif wide and min(values) == 0:
+        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.6)
+    axes.xaxis.set_minor_locator(NullLocator())
+    places = axes.transData.transform([(value, axes.get_ylim()[0]) for value in values])[:, 0]
+    span = places.max() - places.min()
+    places = (places - places.min()) / (span or 1.0)
+    texts = [value_text(value) for value in values]
+    halves = [0.012 * len(text) + 0.012 for text in texts]  # of the width of the axes
+    labelled: list[int] = []
+    for index in (0, len(values) - 1, *range(1, len(values) - 1)):  # the ends have precedence
+        if all(abs(places[index] - places[i]) >= halves[index] + halves[i] for i in labelled):
+            labelled.append(index)
+    labels = [text if index in labelled else "" for index, text in enumerate(texts)]
+    axes.xaxis.set_major_locator(FixedLocator(list(values)))
+    axes.xaxis.set_major_formatter(FixedFormatter(labels))
+
+
+def _percent(axis: Any, measure: str) -> None:
+    if MEASURES[measure].digits.endswith("%"):
+        from matplotlib.ticker import PercentFormatter
+
+        axis.set_major_formatter(PercentFormatter(1.0))
+
+
+def heatmap(found: Sequence[Summary], y: AxisInfo, x: AxisInfo, measure: str) -> "Figure":
+    """A measure over two axes: a cell for each pair of values, the better the lighter, the best framed."""
+    grid_YX = np.full((len(y.values), len(x.values)), np.nan)
+    for summary in found:
+        place = y.values.index(summary.point[y.id]), x.values.index(summary.point[x.id])
+        grid_YX[place] = summary.measures[measure].mean
+    figure = new_figure(0.42 * len(y.values) + 1.3)
+    axes = figure.add_subplot()
+    lower = MEASURES[measure].better == "lower"
+    low, high = float(np.nanmin(grid_YX)), float(np.nanmax(grid_YX))
+    span = high - low or 1.0
+    colours: dict[str, Any] = {"cmap": "cividis_r" if lower else "cividis", "vmin": low, "vmax": low + span}
+    axes.pcolormesh(grid_YX, edgecolors="white", linewidth=1, **colours)
+    winner = best(found, measure)
+    for (row, column), value in np.ndenumerate(grid_YX):
+        if math.isnan(value):
+            continue
+        share = (high - value if lower else value - low) / span
+        text = format(value, MEASURES[measure].digits)
+        ink = "#000000" if share > 0.55 else "#ffffff"
+        size = 8.5 if len(x.values) <= 6 else 7
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=size)
+    if winner is not None:
+        from matplotlib.patches import Rectangle
+
+        corner = x.values.index(winner.point[x.id]), y.values.index(winner.point[y.id])
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour(1), linewidth=2.5, clip_on=False))
+    axes.set_xticks(np.arange(len(x.values)) + 0.5, [value_text(v) for v in x.values])
+    axes.set_yticks(np.arange(len(y.values)) + 0.5, [value_text(v) for v in y.values])
+    axes.set_xlabel(x.label)
+    axes.set_ylabel(y.label)
+    axes.set_title(_measure_label(measure))
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return figure
+
+
+def rows(found: Sequence[Summary], axes_info: Sequence[AxisInfo], measure: str) -> "Figure":
+    """A row for each point: a bar where the size counts from zero, else a dot, with its interval and its seeds."""
+    shown = MEASURES[measure]
+    names = ["\n".join(textwrap.wrap(short_name(s.point, axes_info), 26)) for s in found]
+    lines = sum(name.count("\n") + 1 for name in names)
+    figure = new_figure(0.19 * lines + 0.16 * len(found) + 0.75)
+    axes = figure.add_subplot()
+    winner = best(found, measure)
+    for row, summary in enumerate(found):
+        mean, half, _ = summary.measures[measure]
+        is_best = summary is winner
+        tone = colour(1) if is_best else colour(0)
+        if shown.from_zero:
+            axes.barh(row, mean, height=0.6, color=tone, alpha=0.85)
+        error = None if math.isnan(half) else half
+        axes.errorbar(
+            mean,
+            row,
+            xerr=error,
+            color=INK if shown.from_zero else tone,
+            marker="none" if shown.from_zero else "D" if is_best else "o",
+            capsize=3,
+            elinewidth=1.2,
+        )
+        seeds = list(by_seed(summary, measure).values())
+        if len(seeds) > 1:
+            axes.plot(seeds, [row + 0.22] * len(seeds), ".", color=INK, markersize=4, alpha=0.5)
+    axes.set_yticks(range(len(found)), names)
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    if shown.from_zero:
+        axes.set_xlim(left=0)
+    else:
+        axes.margins(x=0.08)
+    if winner is not None:
+        axes.set_title(f"best: {number_text(measure, winner.measures[measure])[0]}", loc="right")
+    axes.set_xlabel(_measure_label(measure))
+    axes.grid(visible=False, axis="y")
+    axes.locator_params(axis="x", nbins=5)
+    _percent(axes.xaxis, measure)
+    return figure

@@ -1,0 +1,132 @@
+"""From a study to its runs: points of the axes, and for each point and seed a configuration and a folder."""
+
+import dataclasses
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titan_moe.config import Config, merge_layers
+from titan_moe.config.layers import Layer, split_key
+from titan_moe.config.sections import Job
+from titan_moe.study.spec import Axis, Study
+
+Point = Mapping[str, Any]  # axis id -> value; of an axis with options the option's name
+LONGEST = 150  # characters of a folder's name; file systems allow 255 bytes
+
+
+class Run(NamedTuple):
+    """One training run of a study."""
+
+    point: Point
+    seed: int
+    folder: Path
+    config: Config
+
+
+def expand(study: Study) -> list[Point]:
+    """The study's points, the last axis fastest; two that are the same are a ValueError."""
+    for axis in study.axes:
+        if not axis.values and study.section.combine != "points":
+            raise ValueError(f"{study.path}: axes.{axis.id}.values: is missing or empty: give a list of values")
+    if study.section.combine == "points":
+        grid: list[tuple[Any, ...]] = []
+        if not study.points:
+            raise ValueError(f'{study.path}: study.combine = "points" needs [[points]], but there are none')
+    elif study.section.combine == "zip":
+        lengths = {axis.id: len(axis.values) for axis in study.axes}
+        if len(set(lengths.values())) > 1:
+            shown = ", ".join(f"axes.{name} {length}" for name, length in lengths.items())
+            raise ValueError(f'{study.path}: study.combine = "zip" needs axes of the same length, but: {shown}')
+        grid = list(zip(*(axis.values for axis in study.axes), strict=True))
+    else:
+        grid = list(itertools.product(*(axis.values for axis in study.axes)))
+    ids = [axis.id for axis in study.axes]
+    points = [*(dict(zip(ids, values, strict=True)) for values in grid), *study.points]
+    _check_distinct(study, points)
+    return points
+
+
+def _check_distinct(study: Study, points: Sequence[Point]) -> None:
+    folders: dict[str, Point] = {}
+    for point in points:
+        other = folders.setdefault(folder_name(point), point)
+        if other is not point:
+            raise ValueError(
+                f"{study.path}: two points collide: {point_text(other)} and {point_text(point)}: remove one, or give "
+                "values that differ in letters, digits or .+-"
+            )
+
+
+def runs_of(study: Study) -> list[Run]:
+    """Every run of the study with its configuration checked; an axis that names no key or a wrong value is an error."""
+    runs, same = [], dict[str, Point]()
+    for point in expand(study):
+        for seed in study.section.seeds:
+            folder = study.folder / "runs" / folder_name(point) / f"seed-{seed}"
+            runs.append(Run(point, seed, folder, resolve(study, point, seed, folder)))
+        key = repr(without_job(runs[-1].config))
+        other = same.setdefault(key, point)
+        if other is not point:
+            raise ValueError(
+                f"{study.path}: two points collide: {point_text(other)} and {point_text(point)} are the same "
+                "configuration: remove one, or let an axis make the difference"
+            )
+    return runs
+
+
+def resolve(study: Study, point: Point, seed: int, folder: Path) -> Config:
+    """Build the configuration of one run."""
+    layers = [*study.config, *point_layers(study, point)]
+    own = {"job": {"dump_folder": str(folder), "description": f"{study.name}: {point_text(point)}, seed {seed}"}}
+    seeded = Layer(f"{study.path}: study.seeds", {"training": {"seed": seed}})
+    config = merge_layers([*layers, Layer(study.path, own), seeded])
+    if not config.validation.enable:
+        raise ValueError(f"{study.path}: validation.enable = false: a study compares validation losses: set it to true")
+    return config
+
+
+def point_layers(study: Study, point: Point) -> Iterator[Layer]:
+    """One layer of configuration for each axis of a point, whose errors name the axis."""
+    for axis in study.axes:
+        yield Layer(f"{study.path}: axes.{axis.id}", settings(axis, point[axis.id]))
+
+
+def settings(axis: Axis, value: Any) -> dict[str, Any]:
+    """What an axis sets at one of its values, as a table of a configuration file."""
+    if axis.options:
+        return dict(axis.options[value])
+    document: dict[str, Any] = {}
+    for key in axis.keys:
+        *parents, last = split_key(key)
+        table = document
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        table[last] = value
+    return document
+
+
+def without_job(config: Config) -> Config:
+    """The configuration without where it is written and its description, and without where tokens are cached."""
+    data = dataclasses.replace(config.data, cache_folder="")
+    return dataclasses.replace(config, job=Job(), data=data)
+
+
+def point_text(point: Point) -> str:
+    """A point for people: `coeff 0.1, experts 8`; a study without axes has the point `base`."""
+    return ", ".join(f"{name} {value_text(value)}" for name, value in point.items()) or "base"
+
+
+def value_text(value: Any) -> str:
+    """An axis value for people."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def folder_name(point: Point) -> str:
+    """A point as the name of a folder, the same whatever else is in the study: `coeff=0.1,experts=8`."""
+    whole = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in point.items()}  # 1.0 is 1
+    text = ",".join(f"{name}={value}" for name, value in whole.items())
+    name = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", text) or "base"
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,0 +1,69 @@
+"""The measures of a run: what results.jsonl has of it, and how a report calls and writes it."""
+
+from typing import NamedTuple
+
+
+class Measure(NamedTuple):
+    """How to show a number."""
+
+    label: str
+    better: str  # "lower", "higher", or "" where neither is
+    digits: str  # format of a value
+    from_zero: bool = False  # whether its size, not only its differences, means something: drawn as a bar
+    unit: str = ""
+
+
+# Measures of one run, by their key in results.jsonl.
+MEASURES = {
+    "loss": Measure("validation loss", "lower", ".4f", unit="nats/token"),
+    "best_loss": Measure("best validation loss", "lower", ".4f", unit="nats/token"),
+    "perplexity": Measure("perplexity", "lower", ".2f"),
+    "best_perplexity": Measure("best perplexity", "lower", ".2f"),
+    "accuracy": Measure("accuracy", "higher", ".2%"),
+    "best_accuracy": Measure("best accuracy", "higher", ".2%"),
+    "train_loss": Measure("training loss, last tenth", "lower", ".4f", unit="nats/token"),
+    "maxvio_batch": Measure("MaxVio batch, mean", "lower", ".3f", True),
+    "maxvio_batch_last": Measure("MaxVio batch, last tenth", "lower", ".3f", True),
+    "maxvio_global": Measure("MaxVio global", "lower", ".3f", True),
+    "load_entropy": Measure("load entropy, last tenth", "higher", ".4f"),
+    "aux_loss": Measure("load-balancing loss", "", ".4f"),
+    "z_loss": Measure("z-loss", "", ".4g"),
+    "param_norm": Measure("parameter norm", "", ".2f"),
+    "step_seconds": Measure("time per step", "lower", ".3f", True, "s"),
+    "train_seconds": Measure("training time", "lower", ".0f", True, "s"),
+    "tokens_per_second": Measure("tokens/s", "higher", ",.0f", True),
+    "peak_memory_gib": Measure("peak memory", "lower", ".2f", True, "GiB"),
+}
+# The columns of the report's table.
+COLUMNS = (
+    *("loss", "best_loss", "perplexity", "accuracy", "maxvio_batch", "maxvio_global"),
+    *("param_norm", "step_seconds", "tokens_per_second", "peak_memory_gib"),  # best_loss where it differs
+)
+
+
+class Curve(NamedTuple):
+    """How to show a number over the steps."""
+
+    label: str
+    smooth: bool = False  # whether to draw a running mean
+
+
+# Numbers of metrics.jsonl by kind/key.
+CURVES = {
+    "train/loss": Curve("training loss (nats/token)", True),
+    "train/maxvio_batch": Curve("MaxVio batch", True),
+    "train/load_entropy": Curve("load entropy", True),
+    "train/param_norm": Curve("parameter norm"),
+    "train/grad_norm": Curve("gradient norm before clipping", True),
+    "train/aux_loss": Curve("load-balancing loss", True),
+    "train/z_loss": Curve("z-loss", True),
+    "train/dead_experts": Curve("dead experts", True),
+    "train/router_confidence": Curve("router confidence", True),
+    "train/router_logit_norm": Curve("router logit norm", True),
+    "train/tokens_per_second": Curve("tokens/s", True),
+    "validation/loss": Curve("validation loss (nats/token)"),
+    "validation/perplexity": Curve("validation perplexity"),
+    "validation/accuracy": Curve("validation accuracy"),
+    "validation/maxvio_global": Curve("MaxVio global (validation)"),
+    "validation/routing_drift": Curve("routing drift (validation)"),
+}

@@ -1,0 +1,163 @@
+"""Runs as processes of this machine: some at a time, each with its share of cores and GPUs, one's end is no other's."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TextIO
+
+import torch
+
+from titan_moe import runtime
+from titan_moe.files import write_atomic
+from titan_moe.runtime import StopRequest
+from titan_moe.study.grid import Run
+from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, prepare, status, try_lock
+
+PATIENCE = 300.0  # seconds that a training may take to save and end after a SIGTERM
+Command = Callable[[Run], list[str]]
+
+
+class Worker(NamedTuple):
+    """A training under way."""
+
+    run: Run
+    process: subprocess.Popen[bytes]
+    slot: int
+    lock: TextIO
+    log: TextIO
+
+
+class Pool(NamedTuple):
+    """How many trainings at a time, of how many processes each."""
+
+    jobs: int
+    nproc: int = 1
+
+
+def train_command(nproc: int) -> Command:
+    """The command of a run: one process, or several of torchrun."""
+    launch = ["-m", "titan_moe.train"]
+    if nproc > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *launch]
+
+    def command(run: Run) -> list[str]:
+        return [sys.executable, *launch, "--job.config_file", str(run.folder / POINT)]
+
+    return command
+
+
+def check_pool(pool: Pool) -> None:
+    """Raise ValueError where this machine has fewer GPUs than the pool would use; without any it is the CPU."""
+    wanted, there = pool.jobs * pool.nproc, torch.cuda.device_count()
+    if there and wanted > there:
+        raise ValueError(
+            f"--jobs {pool.jobs} times study.nproc {pool.nproc} is {wanted} GPUs, but this machine has {there}: "
+            f"give --jobs {max(1, there // pool.nproc)}"
+        )
+
+
+def environment(pool: Pool, slot: int) -> dict[str, str]:
+    """The environment of the training in a slot: its share of the cores, and its own GPUs where there are any."""
+    threads = max(1, (os.cpu_count() or 1) // (pool.jobs * pool.nproc))
+    first = slot * pool.nproc
+    devices = range(first, first + pool.nproc) if torch.cuda.device_count() else ()
+    return runtime.worker_environment(threads=threads, devices=devices)
+
+
+def run_all(
+    runs: Iterable[Run],
+    *,
+    pool: Pool,
+    command: Command,
+    keep_checkpoints: bool = True,
+    on_tick: Callable[[Sequence[Worker]], None],
+    on_end: Callable[[Run], None],
+    interval: float = 0.2,
+) -> int:
+    """Train the runs, `pool.jobs` at a time; the signal that stopped it early, else 0.
+
+    A run that fails, or whose process dies, stops no other. A run that another process works on is left to it. At a
+    signal the trainings are asked to stop, which lets them save; the same command goes on from there.
+    """
+    stop, queue, free = StopRequest(), deque(runs), list(range(pool.jobs))
+    active: list[Worker] = []
+    try:
+        while (queue and not stop.signal) or active:
+            while queue and free and not stop.signal:
+                worker = start(queue.popleft(), pool, free[0], command)
+                if worker is not None:
+                    active.append(worker)
+                    free.remove(worker.slot)
+            if stop.signal:
+                _end(active)
+            for worker in [worker for worker in active if worker.process.poll() is not None]:
+                active.remove(worker)
+                free.append(worker.slot)
+                finish(worker, keep_checkpoints)
+                on_end(worker.run)
+            on_tick(active)
+            if active:
+                time.sleep(interval)
+    finally:
+        _end(active)  # an error of ours: leave no training behind
+        for worker in active:
+            finish(worker, keep_checkpoints)
+    return stop.signal
+
+
+def start(run: Run, pool: Pool, slot: int, command: Command) -> Worker | None:
+    """Start a training, None where another process works on the run.
+
+    The process inherits the lock on its folder: were this program to die, the lock would still end with the training.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    lock = open(run.folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115
+    if not try_lock(lock):
+        lock.close()
+        return None
+    prepare(run)
+    log = open(run.folder / LOG, "a", encoding="utf-8")  # noqa: SIM115
+    process = subprocess.Popen(
+        command(run),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=environment(pool, slot),
+        pass_fds=(lock.fileno(),),
+        start_new_session=True,  # a terminal's Ctrl-C comes to it through us alone
+    )
+    return Worker(run, process, slot, lock, log)
+
+
+def finish(worker: Worker, keep_checkpoints: bool) -> None:
+    """Note how a training ended; of a finished one the checkpoints go unless they are wanted."""
+    run = worker.run
+    code = worker.process.wait()
+    worker.log.close()
+    worker.lock.close()
+    write_atomic(run.folder / EXIT_CODE, f"{code}\n")
+    if not keep_checkpoints and status(run.folder, run.config.training.steps).state == "finished":
+        shutil.rmtree(run.folder / run.config.checkpoint.folder, ignore_errors=True)
+
+
+def _end(active: Sequence[Worker]) -> None:
+    """Ask the trainings to stop, wait for them, and kill those that have not ended in time."""
+    for worker in active:
+        _signal(worker, signal.SIGTERM)
+    limit = time.monotonic() + PATIENCE
+    for worker in active:
+        try:
+            worker.process.wait(max(0.1, limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            _signal(worker, signal.SIGKILL)
+            worker.process.wait()
+
+
+def _signal(worker: Worker, number: int) -> None:
+    if worker.process.poll() is None:
+        os.killpg(worker.process.pid, number)

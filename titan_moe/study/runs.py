@@ -1,0 +1,306 @@
+"""What is on the disk of a run: whether it is new, going, finished or failed, and what it measured.
+
+A run's folder is the dump folder of a training. Beside what training writes there, a study leaves `point.toml` (the
+configuration that it asked for), `log.txt` (what training said) and `exit_code` (how the last try ended).
+"""
+
+import contextlib
+import fcntl
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple, TextIO
+
+from titan_moe.config import Config, load_config, to_toml
+from titan_moe.files import write_atomic
+from titan_moe.study.grid import Run, point_text, without_job
+from titan_moe.study.measures import CURVES
+
+POINT, LOG, EXIT_CODE, METRICS, LOCK = "point.toml", "log.txt", "exit_code", "metrics.jsonl", ".lock"
+TAIL = 1 << 21  # bytes at the end of metrics.jsonl that hold the last step and the last validation
+Record = dict[str, Any]
+Curve = list[tuple[int, float]]  # step, value
+
+
+class Status(NamedTuple):
+    """How far a run has come: new, running, finished, interrupted (goes on by itself next time) or failed."""
+
+    state: str
+    step: int = 0
+    message: str = ""
+    train: Record | None = None  # its last line of each kind
+    validation: Record | None = None
+
+
+class History(NamedTuple):
+    """What a report needs of metrics.jsonl."""
+
+    curves: dict[str, Curve]  # kind/key -> its points
+    validations: list[Record]
+    load: list[list[float]] | None  # (L, E) tokens per expert in the last validation
+
+
+def status(folder: Path, steps: int) -> Status:
+    """Say how far the run in `folder` has come on its way to `steps`."""
+    train, validation = last_records(folder / METRICS)
+    step = train["step"] if train else 0
+    if is_locked(folder):
+        return Status("running", step, "", train, validation)
+    if step >= steps and validation is not None and validation["step"] == step:
+        return Status("finished", step, "", train, validation)
+    code = exit_code(folder)
+    if code is None:
+        started = (folder / LOG).exists() or step > 0
+        message = f"stopped at step {step} of {steps}" if started else ""
+        return Status("interrupted" if started else "new", step, message, train, validation)
+    if code < 0 or code >= 128:
+        number = -code if code < 0 else code - 128
+        message = f"ended by signal {number} at step {step} of {steps}"
+        if number == 9:
+            message += " (killed: was it short of memory?)"
+        return Status("interrupted", step, message, train, validation)
+    return Status(
+        "failed", step, f"exit code {code} at step {step} of {steps}: {last_words(folder)}", train, validation
+    )
+
+
+def exit_code(folder: Path) -> int | None:
+    """How the last try ended, None where it did not or nobody saw."""
+    try:
+        return int((folder / EXIT_CODE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def last_words(folder: Path) -> str:
+    """The last error in a run's log, or its last line."""
+    try:
+        with open(folder / LOG, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
+            lines = file.read().decode("utf-8", "replace").split("\n")
+    except FileNotFoundError:
+        return "it left no log"
+    lines = [line.strip() for line in lines if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or ["it said nothing"])[-1]
+
+
+def last_records(path: Path) -> tuple[Record | None, Record | None]:
+    """The last whole line of kind train and of kind validation, from the end of the file alone."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            lines = file.read().split(b"\n")[1 if size > TAIL else 0 :]
+    except FileNotFoundError:
+        return None, None
+    found: dict[str, Record] = {}
+    for line in reversed(lines):
+        record = _parse(line)
+        if record is not None:
+            found.setdefault(record["kind"], record)
+        if len(found) == 2:
+            break
+    return found.get("train"), found.get("validation")
+
+
+def _parse(line: bytes | str) -> Record | None:
+    """One line of metrics.jsonl; None where it is torn."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
+        return None
+    return {key: math.nan if value is None else value for key, value in record.items()}
+
+
+def history(path: Path) -> History:
+    """Read metrics.jsonl; a file that has not changed is read once."""
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return History({}, [], None)
+    return _history(path, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _history(path: Path, size: int, changed: int) -> History:
+    curves: dict[str, dict[int, float]] = {}
+    validations: list[Record] = []
+    load = None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            record = _parse(line)
+            if record is None:
+                continue
+            step, kind = record["step"], record["kind"]
+            for key in _kept(kind):
+                if key in record:
+                    curves.setdefault(f"{kind}/{key}", {})[step] = record[key]
+            if kind == "validation":
+                load = _load(record) or load
+                validations.append({key: value for key, value in record.items() if "/" not in key})
+    points = {name: sorted(curve.items()) for name, curve in curves.items()}
+    return History(points, validations, load)
+
+
+def _kept(kind: str) -> list[str]:
+    extra = ["step_seconds", "peak_memory_gib"] if kind == "train" else []
+    return [name.partition("/")[2] for name in CURVES if name.startswith(f"{kind}/")] + extra
+
+
+def _load(record: Record) -> list[list[float]] | None:
+    """The load (L, E) in a record, None where it has none."""
+    rows: list[list[float]] = []
+    while f"load/layer_{len(rows)}/expert_0" in record:
+        row: list[float] = []
+        while (key := f"load/layer_{len(rows)}/expert_{len(row)}") in record:
+            row.append(record[key])
+        rows.append(row)
+    return rows or None
+
+
+def measure(found: History) -> dict[str, float]:
+    """The measures of a run (see `measures.MEASURES`); those that it does not have are absent.
+
+    Validation numbers are of the last validation, `best_` ones of the best. Speed is the median over the steps after
+    the first, memory the peak; `maxvio_batch` is the mean over all steps (the paper, 3.3.4).
+    """
+    results = {}
+    if found.validations:
+        last = found.validations[-1]
+        keys = ("loss", "perplexity", "accuracy", "maxvio_global", "aux_loss", "z_loss")
+        results |= {key: last[key] for key in keys if key in last}
+        for key, choose in (("loss", min), ("perplexity", min), ("accuracy", max)):
+            values = [record[key] for record in found.validations if math.isfinite(record.get(key, math.nan))]
+            results |= {f"best_{key}": choose(values)} if values else {}
+    of_curves: dict[str, tuple[str, Callable[[list[float]], float]]] = {
+        "train_loss": ("loss", _last_tenth),
+        "maxvio_batch": ("maxvio_batch", fmean),
+        "maxvio_batch_last": ("maxvio_batch", _last_tenth),
+        "load_entropy": ("load_entropy", _last_tenth),
+        "param_norm": ("param_norm", lambda values: values[-1]),
+        "step_seconds": ("step_seconds", lambda values: median(values[1:] or values)),
+        "tokens_per_second": ("tokens_per_second", lambda values: median(values[1:] or values)),
+        "peak_memory_gib": ("peak_memory_gib", max),
+        "train_seconds": ("step_seconds", sum),
+    }
+    for name, (key, reduce) in of_curves.items():
+        if curve := found.curves.get(f"train/{key}"):
+            results[name] = reduce([value for _, value in curve])
+    return results
+
+
+def _last_tenth(values: list[float]) -> float:
+    return fmean(values[-max(1, len(values) // 10) :])
+
+
+def changes(run: Run) -> list[str]:
+    """What differs between the configuration on disk and the run's: `training.steps: 300, now 400`; empty if nothing.
+
+    Only a run that has taken steps has something to lose: for others it is empty.
+    """
+    path = run.folder / POINT
+    train, _ = last_records(run.folder / METRICS)
+    if train is None:
+        return []
+    if not path.exists():
+        raise ValueError(
+            f"{run.folder} holds a run that is not of this study (it has no {POINT}): "
+            "move it away, or give another study.dump_folder"
+        )
+    try:
+        before = load_config(["--job.config_file", str(path)])
+    except ValueError as error:  # a key of it has gone since
+        return [str(error)]
+    return differences(without_job(before), without_job(run.config))
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """The keys that differ between two configurations, with both values."""
+    old, new = flat(before), flat(after)
+    keys = [*old, *(key for key in new if key not in old)]
+    return [
+        f"{key}: {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in keys if old.get(key) != new.get(key)
+    ]
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every key of a configuration by its dotted name, as it stands in a file."""
+    from titan_moe.config.layers import tomllib
+
+    found: dict[str, Any] = {}
+
+    def collect(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                collect(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            found[prefix] = value
+
+    collect("", tomllib.loads(to_toml(config)))
+    return found
+
+
+def prepare(run: Run) -> None:
+    """Make a run's folder ready for a try: its configuration is there, the last exit code is not."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(run.folder / POINT, to_toml(run.config))
+    (run.folder / EXIT_CODE).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[TextIO]:
+    with open(folder / LOCK, "a", encoding="utf-8") as file:
+        yield file
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process works on the run: the lock ends with the last process that has it, however it ends."""
+    if not (folder / LOCK).exists():
+        return False
+    with _opened(folder) as file:
+        return not try_lock(file)
+
+
+def try_lock(file: TextIO) -> bool:
+    """Take the lock of a run on its open lock file; False where another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def result(run: Run, state: str) -> Record:
+    """One line of results.jsonl."""
+    facts = run.folder / "run.json"
+    machine = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
+    found = history(run.folder / METRICS)
+    train = found.curves.get("train/loss", [])
+    return {
+        "point": dict(run.point),
+        "name": point_text(run.point),
+        "seed": run.seed,
+        "state": state,
+        "step": train[-1][0] if train else 0,
+        "steps": run.config.training.steps,
+        **measure(found),
+        "folder": str(run.folder),
+        "git_commit": machine.get("git_commit"),
+        "device": machine.get("device"),
+    }
+
+
+def write_results(path: Path, results: list[Record]) -> None:
+    """Write results.jsonl; a number that is not finite becomes null."""
+    lines = []
+    for record in results:
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        lines.append(json.dumps(plain, allow_nan=False) + "\n")
+    write_atomic(path, "".join(lines))

@@ -1,0 +1,102 @@
+"""The SLURM launcher: one job array for the runs that are left, whose tasks are trainings."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from titan_moe.files import write_atomic
+from titan_moe.study.grid import Run
+from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, prepare
+from titan_moe.study.spec import Study
+
+SCRIPT, LIST, JOB = "array.sbatch", "runs.txt", "job_id"
+TEMPLATE = """\
+#!/usr/bin/env bash
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}%{jobs}
+#SBATCH --output={folder}/task-%a.log
+#SBATCH --signal=B:TERM@120
+{lines}
+# One task trains the run in the line of its number; a SIGTERM lets the training save, and the study goes on from there.
+mapfile -t runs < {list}
+run=${{runs[$SLURM_ARRAY_TASK_ID]}}
+exec 9>> "$run/{lock}"
+flock -n 9
+[ $? -eq 1 ] && {{ echo "another process trains $run"; exit 0; }}
+cd {here}
+{command} --job.config_file "$run/{point}" >> "$run/{log}" 2>&1 &
+training=$!
+trap 'kill -TERM $training' TERM
+wait $training
+code=$?
+trap '' TERM
+wait $training 2> /dev/null && code=0
+echo "$code" > "$run/{exit_code}"
+"""
+
+
+def submit(study: Study, runs: Sequence[Run], jobs: int = 1) -> None:
+    """Write the job array of the runs, at most `jobs` of them at a time, and submit it.
+
+    Raises ValueError where there is no sbatch, it refuses, or an array of this study is still queued or running.
+    """
+    folder = study.folder / "slurm"
+    if not runs:
+        print("nothing is left to submit")
+        return
+    if shutil.which("sbatch") is None:
+        raise ValueError("--launcher slurm needs sbatch, which is not here: run it on a login node, or leave it out")
+    check_idle(folder)
+    script = write_script(study, runs, jobs)
+    for run in runs:
+        prepare(run)
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"sbatch refused {script}: {' '.join(done.stderr.split())}: see study.sbatch in {study.path}")
+    job = done.stdout.strip().partition(";")[0]
+    write_atomic(folder / JOB, job + "\n")
+    print(f"submitted {len(runs)} runs as job array {job}; --report --watch shows how they go")
+
+
+def check_idle(folder: Path) -> None:
+    """Raise ValueError where SLURM still has the array that was submitted last."""
+    try:
+        job = (folder / JOB).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return
+    asked = subprocess.run(["squeue", "--noheader", "--job", job], capture_output=True, text=True, check=False)
+    if asked.returncode == 0 and asked.stdout.strip():
+        raise ValueError(
+            f"job array {job} of this study is still queued or running: --report --watch shows how it goes"
+        )
+
+
+def write_script(study: Study, runs: Sequence[Run], jobs: int) -> Path:
+    """Write the list of runs and the script that trains one of them for each task of the array."""
+    folder = study.folder.absolute() / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / LIST, "".join(f"{run.folder.absolute()}\n" for run in runs))
+    nproc = study.section.nproc
+    launch = "titan_moe.train"
+    if nproc > 1:
+        launch = f"torch.distributed.run --standalone --nproc_per_node={nproc} -m titan_moe.train"
+    text = TEMPLATE.format(
+        name=re.sub(r"[^A-Za-z0-9_.-]", "_", study.name),
+        last=len(runs) - 1,
+        jobs=jobs,
+        folder=folder,
+        lines="\n".join(f"#SBATCH {line}" for line in study.section.sbatch),
+        list=shlex.quote(str(folder / LIST)),
+        here=shlex.quote(str(Path.cwd())),
+        command=f"{shlex.quote(sys.executable)} -m {launch}",
+        point=POINT,
+        log=LOG,
+        lock=LOCK,
+        exit_code=EXIT_CODE,
+    )
+    write_atomic(folder / SCRIPT, text)
+    return folder / SCRIPT
