@@ -26,6 +26,7 @@ LAYERS = {
     "parallelize": 1,
     "optimizer": 1,
     "runtime": 1,
+    "commands": 1,
     "config": 2,
     "build": 2,
     "step": 2,
@@ -39,6 +40,7 @@ LAYERS = {
     "train": 3,
     "generate": 3,
     "evaluate": 3,
+    "convert": 3,
 }
 
 

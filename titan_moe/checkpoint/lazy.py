@@ -1,0 +1,164 @@
+"""Tensors that are read when they are needed: how a checkpoint is rewritten with one tensor in memory at a time."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import WriteItem
+
+
+class Lazy(NamedTuple):
+    """A tensor that is known by shape and dtype; `load()` makes it, anew at each call."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Lazy":
+        """The result of an elementwise function of the tensor, as lazy as it."""
+        return self._replace(load=lambda: function(self.load()))
+
+
+LazyTensors = dict[str, Lazy]
+
+
+def lazy(tensor: Tensor) -> Lazy:
+    """A tensor that is there already."""
+    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def read_lazily(folder: Path) -> LazyTensors:
+    """Every tensor of a folder that torch.distributed.checkpoint wrote, by name; whole, whatever its shards were.
+
+    Raises ValueError where the folder is not one.
+    """
+    try:
+        entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a checkpoint of torch.distributed: it has no .metadata") from None
+    except Exception as error:  # the metadata are a pickle: a broken one may raise anything
+        raise ValueError(f"{folder}: .metadata cannot be read ({type(error).__name__})") from error
+    return {
+        name: Lazy(tuple(entry.size), entry.properties.dtype, _reader(folder, name, entry))
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _reader(folder: Path, name: str, entry: TensorStorageMetadata) -> Callable[[], Tensor]:
+    def load() -> Tensor:
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.load({name: tensor}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        return tensor
+
+    return load
+
+
+def write_lazily(folder: Path, tensors: Mapping[str, Lazy]) -> None:
+    """Write tensors as torch.distributed.checkpoint does, each in a file of its own and gone before the next is made.
+
+    Names must be free of parallelism: one process writes everything.
+    """
+    writer = Writer(folder, single_file_per_rank=False)
+    blanks = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.save(blanks, storage_writer=writer, planner=_LazyPlanner(tensors), no_dist=True)
+
+
+class Writer(dcp.FileSystemWriter):
+    """DCP's writer, with the disk's own error where torch.save hides it behind one about its archive."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Write, or raise OSError."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            hidden: BaseException | None = error
+            while hidden is not None and not isinstance(hidden, OSError):
+                hidden = hidden.__context__
+            if hidden is None:
+                raise
+            raise OSError(*hidden.args) from error
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """DCP's planner, which plans with tensors without memory and makes each one when the writer asks for it."""
+
+    def __init__(self, tensors: Mapping[str, Lazy]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._tensors = tensors
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
+        made = self._tensors[write_item.index.fqn]
+        tensor = made.load()
+        assert (tuple(tensor.shape), tensor.dtype) == (made.shape, made.dtype), write_item.index.fqn
+        return tensor
+
+
+def stacked(parts: list[Lazy]) -> Lazy:
+    """Equal parts as the rows of one tensor, filled one at a time."""
+
+    def load() -> Tensor:
+        whole = torch.empty(len(parts), *parts[0].shape, dtype=parts[0].dtype)
+        for row, part in zip(whole, parts, strict=True):
+            row.copy_(part.load())
+        return whole
+
+    return Lazy((len(parts), *parts[0].shape), parts[0].dtype, load)
+
+
+def joined(parts: list[Lazy], dim: int) -> Lazy:
+    """Parts one after the other along `dim`."""
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return Lazy(tuple(shape), parts[0].dtype, lambda: torch.cat([part.load() for part in parts], dim))
+
+
+def rows(whole: Lazy) -> list[Lazy]:
+    """The rows of a tensor, in order; reading them in this order reads the whole once."""
+    kept: dict[str, Tensor] = {}
+
+    def row(index: int) -> Callable[[], Tensor]:
+        def load() -> Tensor:
+            if "whole" not in kept:
+                kept["whole"] = whole.load()
+            found = kept["whole"][index].clone()
+            if index == whole.shape[0] - 1:
+                kept.clear()
+            return found
+
+        return load
+
+    return [Lazy(whole.shape[1:], whole.dtype, row(index)) for index in range(whole.shape[0])]
+
+
+def narrowed(whole: Lazy, dim: int, start: int, length: int) -> Lazy:
+    """The part of a tensor from `start` on along `dim`."""
+    shape = list(whole.shape)
+    shape[dim] = length
+    return Lazy(tuple(shape), whole.dtype, lambda: whole.load().narrow(dim, start, length).contiguous())
+
+
+def cast(whole: Lazy, dtype: torch.dtype, name: str) -> Lazy:
+    """The tensor in another type; values that it cannot hold are a ValueError that names the tensor when it is made."""
+    if dtype == whole.dtype:
+        return whole
+
+    def load() -> Tensor:
+        tensor = whole.load()
+        converted = tensor.to(dtype)
+        if not bool(converted.isfinite().all()) and bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds values that {str(dtype).removeprefix('torch.')} cannot: take another dtype")
+        return converted
+
+    return Lazy(whole.shape, dtype, load)
