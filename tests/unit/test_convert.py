@@ -17,7 +17,7 @@ from tests.interop.models import configure, make_checkpoint
 from tests.unit.test_checkpoint import LimitedFileSize, flip_bit
 from titan_moe import runtime
 from titan_moe.checkpoint import load_model
-from titan_moe.checkpoint.lazy import lazy, read_lazily, rows, stacked, write_lazily
+from titan_moe.checkpoint.lazy import lazy, read_lazily, rows, sharded, stacked, write_lazily
 from titan_moe.convert.architectures import architecture_of
 from titan_moe.convert.cli import convert_from_hf, convert_to_hf
 from titan_moe.convert.hf import from_hf, to_hf
@@ -222,6 +222,12 @@ def test_lazy_tensors(tmp_path: Path) -> None:
     assert torch.equal(torch.stack([part.load() for part in parts]), values["a"])
     assert torch.equal(stacked(parts).load(), values["a"])
     assert loads == ["a", "a"]
+    write_lazily(tmp_path / "sharded", {"a": sharded(parts), "c": lazy(values["count"])})
+    part = read_lazily(tmp_path / "sharded")["a"]
+    assert len(part.rows) == 3
+    assert torch.equal(part.rows[1].load(), values["a"][1])
+    assert torch.equal(part.load(), values["a"])
+    assert not read_lazily(tmp_path)["a"].rows
     with pytest.raises(ValueError, match=r"has no \.metadata"):
         read_lazily(tmp_path / "nowhere")
     (tmp_path / ".metadata").write_bytes(b"no pickle")

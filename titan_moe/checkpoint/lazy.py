@@ -1,5 +1,6 @@
 """Tensors that are read when they are needed: how a checkpoint is rewritten with one tensor in memory at a time."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from io import BytesIO
@@ -9,21 +10,26 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 
 class Lazy(NamedTuple):
-    """A tensor that is known by shape and dtype; `load()` makes it, anew at each call."""
+    """A tensor that is known by shape and dtype; `load()` makes it, anew at each call.
+
+    Where `rows` is given, its rows can be made by themselves, and are written as shards of their own.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    rows: "tuple[Lazy, ...]" = ()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Lazy":
         """The result of an elementwise function of the tensor, as lazy as it."""
-        return self._replace(load=lambda: function(self.load()))
+        return Lazy(self.shape, self.dtype, lambda: function(self.load()))
 
 
 LazyTensors = dict[str, Lazy]
@@ -46,21 +52,50 @@ def read_lazily(folder: Path) -> LazyTensors:
     except Exception as error:  # the metadata are a pickle: a broken one may raise anything
         raise ValueError(f"{folder}: .metadata cannot be read ({type(error).__name__})") from error
     return {
-        name: Lazy(tuple(entry.size), entry.properties.dtype, _reader(folder, name, entry))
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
+        name: _entry(folder, name, entry) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
     }
 
 
-def _reader(folder: Path, name: str, entry: TensorStorageMetadata) -> Callable[[], Tensor]:
+def _entry(folder: Path, name: str, entry: TensorStorageMetadata) -> Lazy:
+    shape, dtype = tuple(entry.size), entry.properties.dtype
+    rows: tuple[Lazy, ...] = ()
+    if shape and shape[0] > 1 and all(chunk.sizes[0] == 1 for chunk in entry.chunks):
+        rows = tuple(Lazy(shape[1:], dtype, _reader(folder, name, entry, row)) for row in range(shape[0]))
+    return Lazy(shape, dtype, _reader(folder, name, entry), rows)
+
+
+def _reader(folder: Path, name: str, entry: TensorStorageMetadata, row: int | None = None) -> Callable[[], Tensor]:
     def load() -> Tensor:
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        size = list(entry.size)
+        offsets = [0] * len(size)
+        if row is not None:
+            size[0], offsets[0] = 1, row
+        tensor = torch.empty(size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.load({name: tensor}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-        return tensor
+            planner = _PartPlanner(ChunkStorageMetadata(torch.Size(offsets), torch.Size(size)))
+            reader = dcp.FileSystemReader(folder)
+            dcp.load({name: tensor}, storage_reader=reader, planner=planner, no_dist=True)
+        return tensor if row is None else tensor[0]
 
     return load
+
+
+class _PartPlanner(DefaultLoadPlanner):
+    """DCP's planner for one part of one tensor."""
+
+    def __init__(self, part: ChunkStorageMetadata) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._part = part
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        ((name, _),) = self.state_dict.items()
+        entry: Any = self.metadata.state_dict_metadata[name]
+        return LoadPlan(create_read_items_for_chunk_list(name, entry, [self._part]))
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn]
 
 
 def write_lazily(folder: Path, tensors: Mapping[str, Lazy]) -> None:
@@ -98,11 +133,31 @@ class _LazyPlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False)
         self._tensors = tensors
 
+    def create_local_plan(self) -> SavePlan:
+        items: list[WriteItem] = []
+        for item in super().create_local_plan().items:
+            rows = self._tensors[item.index.fqn].rows
+            items += [_row_item(item, row) for row in range(len(rows))] if rows else [item]
+        self.plan = SavePlan(items, planner_data={})
+        return self.plan
+
     def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
         made = self._tensors[write_item.index.fqn]
+        if made.rows:
+            assert write_item.index.offset is not None
+            made = made.rows[write_item.index.offset[0]]
         tensor = made.load()
         assert (tuple(tensor.shape), tensor.dtype) == (made.shape, made.dtype), write_item.index.fqn
-        return tensor
+        return tensor.unsqueeze(0) if self._tensors[write_item.index.fqn].rows else tensor
+
+
+def _row_item(item: WriteItem, row: int) -> WriteItem:
+    """The part of a planned write that is one row of its tensor, a shard."""
+    assert item.tensor_data is not None
+    size = item.tensor_data.size
+    offset = torch.Size([row, *[0] * (len(size) - 1)])
+    data = dataclasses.replace(item.tensor_data, chunk=ChunkStorageMetadata(offset, torch.Size([1, *size[1:]])))
+    return WriteItem(MetadataIndex(item.index.fqn, offset), WriteItemType.SHARD, tensor_data=data)
 
 
 def stacked(parts: list[Lazy]) -> Lazy:
@@ -117,6 +172,11 @@ def stacked(parts: list[Lazy]) -> Lazy:
     return Lazy((len(parts), *parts[0].shape), parts[0].dtype, load)
 
 
+def sharded(parts: list[Lazy]) -> Lazy:
+    """As `stacked`, but written in shards, so that the whole is never in memory."""
+    return stacked(parts)._replace(rows=tuple(parts))
+
+
 def joined(parts: list[Lazy], dim: int) -> Lazy:
     """Parts one after the other along `dim`."""
     shape = list(parts[0].shape)
@@ -126,6 +186,8 @@ def joined(parts: list[Lazy], dim: int) -> Lazy:
 
 def rows(whole: Lazy) -> list[Lazy]:
     """The rows of a tensor, in order; reading them in this order reads the whole once."""
+    if whole.rows:
+        return list(whole.rows)
     kept: dict[str, Tensor] = {}
 
     def row(index: int) -> Callable[[], Tensor]:

@@ -173,7 +173,7 @@ def load_checkpoint(
     is loaded.
     """
     manifest = verify(step_folder) if check else read_manifest(step_folder)
-    common = torch.load(step_folder / "common.pt", weights_only=True)
+    common = read_common(step_folder)
     together(lambda: load_state(step_folder, model, optimizer, manifest["optimizer"], common["optimizer"]))
     own = None
     if manifest["world_size"] == world_size():
@@ -249,12 +249,22 @@ def load_model(path: str | Path) -> tuple[Transformer, Config]:
     return read_model(resolve_checkpoint(path))
 
 
-def read_model(step_folder: Path) -> tuple[Transformer, Config]:
-    """`load_model` of a step folder whose checksums are known to be right."""
+def read_common(step_folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, the same for every rank: `extra`, and `optimizer`, its values."""
+    return torch.load(step_folder / "common.pt", weights_only=True)
+
+
+def read_config(step_folder: Path) -> Config:
+    """The configuration of a checkpoint's run."""
     config_file = step_folder / "config.toml"
     if not config_file.exists():
         raise ValueError(f"checkpoint {step_folder} has no config.toml: it cannot say which model it holds")
-    config = load_config(["--job.config_file", str(config_file)])
+    return load_config(["--job.config_file", str(config_file)])
+
+
+def read_model(step_folder: Path) -> tuple[Transformer, Config]:
+    """`load_model` of a step folder whose checksums are known to be right."""
+    config = read_config(step_folder)
     with torch.device("meta"):
         model = build_model(config)
     model.to_empty(device="cpu")

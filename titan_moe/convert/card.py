@@ -4,16 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from titan_moe.checkpoint.folder import read_manifest
+from titan_moe.checkpoint.store import read_common
 from titan_moe.config import Config
 
 
 def model_card(step_folder: Path, config: Config, model_type: str) -> str:
     """README.md in Markdown, with the numbers of the checkpoint and, if there, of its run's metrics.jsonl."""
     manifest = read_manifest(step_folder)
-    extra = torch.load(step_folder / "common.pt", weights_only=True)["extra"]
+    extra = read_common(step_folder)["extra"]
     model, moe, training, data = config.model, config.moe, config.training, config.data
     experts = (
         f"{moe.num_experts} experts of width {moe.expert_dim}, {moe.top_k} of them for each token"

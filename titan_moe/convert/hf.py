@@ -13,6 +13,7 @@ import torch
 from titan_moe.build import build_model
 from titan_moe.checkpoint import resolve_checkpoint
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors, cast, read_lazily, rows, stacked
+from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, to_toml
 from titan_moe.convert.architectures import Architecture, architecture_of, hf_config
 from titan_moe.convert.card import model_card
@@ -27,14 +28,6 @@ logger = logging.getLogger(__name__)
 OUR_CONFIG = "titan_moe.toml"  # the run's configuration, which config.json has no place for
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IGNORED = (".rotary_emb.inv_freq",)  # follow from the configuration
-
-
-def read_config(step_folder: Path) -> Config:
-    """The configuration of a checkpoint's run."""
-    file = step_folder / "config.toml"
-    if not file.exists():
-        raise ValueError(f"checkpoint {step_folder} has no config.toml: it cannot say which model it holds")
-    return load_config(["--job.config_file", str(file)])
 
 
 def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
