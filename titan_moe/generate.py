@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from titan_moe import runtime
 from titan_moe.checkpoint import load_model, resolve_checkpoint
+from titan_moe.commands import Parser
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -33,16 +33,9 @@ def main(args: list[str]) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists the arguments)")
-
-
 def parse(args: list[str]) -> argparse.Namespace:
     """Read the command line; a mistake in it is a ValueError of one line."""
-    parser = _Parser(
-        prog="python -m titan_moe.generate", description="Generate text from a checkpoint.", allow_abbrev=False
-    )
+    parser = Parser("python -m titan_moe.generate", "Generate text from a checkpoint.")
     parser.add_argument("--checkpoint", required=True, help="step folder, or dump folder (its latest complete step)")
     parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most (200)")

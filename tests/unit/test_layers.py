@@ -34,6 +34,7 @@ LAYERS = {
     "parallelize": 1,
     "optimizer": 1,
     "runtime": 1,
+    "commands": 1,
     "config": 2,
     "build": 2,
     "step": 2,
@@ -48,6 +49,7 @@ LAYERS = {
     "generate": 3,
     "evaluate": 3,
     "study": 3,
+    "convert": 3,
 }
 
 

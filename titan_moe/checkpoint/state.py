@@ -25,27 +25,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from titan_moe.checkpoint.lazy import Writer
 from titan_moe.optimizer.combined import kind_of
 
 logger = logging.getLogger(__name__)
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # in parameter names under compile and checkpointing
 Shapes = dict[str, tuple[int, ...]]
-
-
-class _Writer(dcp.FileSystemWriter):
-    """DCP's writer, with the disk's own error where torch.save hides it behind one about its archive."""
-
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            hidden: BaseException | None = error
-            while hidden is not None and not isinstance(hidden, OSError):
-                hidden = hidden.__context__
-            if hidden is None:
-                raise
-            raise OSError(*hidden.args) from error
 
 
 class State(NamedTuple):
@@ -72,7 +58,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` into `folder`, each rank its shards, synced. Raises CheckpointException on all ranks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.save(dict(tensors), storage_writer=_Writer(folder), no_dist=not dist.is_initialized())
+        dcp.save(dict(tensors), storage_writer=Writer(folder), no_dist=not dist.is_initialized())
 
 
 def load_state(

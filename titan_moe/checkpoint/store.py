@@ -7,13 +7,14 @@ and `manifest.json` with the size and CRC-32 of each. It is written as `step-N.t
 
 import io
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from titan_moe import __version__
@@ -35,6 +36,7 @@ from titan_moe.checkpoint.folder import (
     verify,
     world_size,
 )
+from titan_moe.checkpoint.lazy import LazyTensors, write_lazily
 from titan_moe.checkpoint.state import (
     derive_rng_state,
     load_state,
@@ -49,6 +51,18 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.combined import kind_of
 
 logger = logging.getLogger(__name__)
+
+
+class Content(NamedTuple):
+    """What a save writes."""
+
+    write: Callable[[Path], None]  # writes the tensors into a folder
+    elements: dict[str, int]  # of each tensor
+    values: dict[str, Any]
+    optimizer: str | None
+    extra: dict[str, Any]
+    files: Mapping[str, str]
+    per_rank: Any
 
 
 class Restored(NamedTuple):
@@ -78,20 +92,60 @@ def save_checkpoint(
     for the latest `keep_latest_k - 1` (0 keeps all). If any rank fails to write, every rank raises CheckpointError
     (an OSError), nothing of this save is left, and earlier steps are untouched.
     """
+    state = state_to_save(model, optimizer)
+    content = Content(
+        write=lambda staging: write_tensors(staging, state.tensors),
+        elements={name: value.numel() for name, value in state.tensors.items()},
+        values=state.values,
+        optimizer=None if optimizer is None else kind_of(optimizer),
+        extra=extra,
+        files=files,
+        per_rank=per_rank,
+    )
+    return _save(folder, step, content, keep_latest_k)
+
+
+def save_lazily(
+    folder: Path,
+    step: int,
+    tensors: LazyTensors,
+    *,
+    optimizer: str | None,
+    values: dict[str, Any],
+    extra: dict[str, Any],
+    files: Mapping[str, str],
+) -> Path:
+    """Save tensors that are made one at a time as `folder/step-N`, by one process; for rewritten checkpoints.
+
+    Names are those of `read_lazily`; `optimizer` is the class whose state is among them, `values` is what of that state
+    is not a tensor. Errors and what is left of a failed save as in `save_checkpoint`.
+    """
+    content = Content(
+        write=lambda staging: write_lazily(staging, tensors),
+        elements={name: math.prod(tensor.shape) for name, tensor in tensors.items()},
+        values=values,
+        optimizer=optimizer,
+        extra=extra,
+        files=files,
+        per_rank=None,
+    )
+    return _save(folder, step, content, 0)
+
+
+def _save(folder: Path, step: int, content: Content, keep_latest_k: int) -> Path:
     final, staging = folder / f"step-{step}", folder / f"step-{step}.tmp"
     try:
         together(lambda: start(folder, staging), main_only=True)
-        state = state_to_save(model, optimizer)
-        common = {"extra": extra, "optimizer": state.values}
-        together(lambda: write_tensors(staging, state.tensors))
-        written = together(lambda: _write_rest(staging, common, files, per_rank))
+        together(lambda: content.write(staging))
+        written = together(lambda: _write_rest(staging, content))
+        own = [size for name, size in content.elements.items() if name.startswith("model.")]
         body = {
             "format": FORMAT,
             "step": step,
             "world_size": world_size(),
             "seed": torch.initial_seed(),
-            "optimizer": None if optimizer is None else kind_of(optimizer),
-            "model": _describe(state.tensors),
+            "optimizer": content.optimizer,
+            "model": {"tensors": len(own), "elements": sum(own)},  # for people
             "versions": {"titan_moe": __version__, "torch": str(torch.__version__)},
             "files": {name: entry for own in written for name, entry in own.items()},
         }
@@ -120,7 +174,7 @@ def load_checkpoint(
     is loaded.
     """
     manifest = verify(step_folder) if check else read_manifest(step_folder)
-    common = torch.load(step_folder / "common.pt", weights_only=True)
+    common = read_common(step_folder)
     together(lambda: load_state(step_folder, model, optimizer, manifest["optimizer"], common["optimizer"]))
     own = None
     if manifest["world_size"] == world_size():
@@ -193,11 +247,25 @@ def load_model(path: str | Path) -> tuple[Transformer, Config]:
 
     `path` as in `resolve_checkpoint`.
     """
-    step_folder = resolve_checkpoint(path)
+    return read_model(resolve_checkpoint(path))
+
+
+def read_common(step_folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, the same for every rank: `extra`, and `optimizer`, its values."""
+    return torch.load(step_folder / "common.pt", weights_only=True)
+
+
+def read_config(step_folder: Path) -> Config:
+    """The configuration of a checkpoint's run."""
     config_file = step_folder / "config.toml"
     if not config_file.exists():
         raise ValueError(f"checkpoint {step_folder} has no config.toml: it cannot say which model it holds")
-    config = load_config(["--job.config_file", str(config_file)])
+    return load_config(["--job.config_file", str(config_file)])
+
+
+def read_model(step_folder: Path) -> tuple[Transformer, Config]:
+    """`load_model` of a step folder whose checksums are known to be right."""
+    config = read_config(step_folder)
     with torch.device("meta"):
         model = build_model(config)
     model.to_empty(device="cpu")
@@ -205,16 +273,16 @@ def load_model(path: str | Path) -> tuple[Transformer, Config]:
     return model.eval(), config
 
 
-def _write_rest(staging: Path, common: dict[str, Any], files: Mapping[str, str], per_rank: Any) -> dict[str, Any]:
+def _write_rest(staging: Path, content: Content) -> dict[str, Any]:
     """Write everything that is not a shard of a tensor; the manifest's entries of this rank's files."""
     own = f"rank-{rank()}.pt"
-    _write_object(staging / own, {"rng": rng_state(), "per_rank": per_rank})
+    _write_object(staging / own, {"rng": rng_state(), "per_rank": content.per_rank})
     names = [own, *sorted(path.name for path in staging.glob(f"__{rank()}_*"))]
     if rank() == 0:
-        _write_object(staging / "common.pt", common)
-        for name, text in files.items():
+        _write_object(staging / "common.pt", {"extra": content.extra, "optimizer": content.values})
+        for name, text in content.files.items():
             write_synced(staging / name, text.encode("utf-8"))
-        names += [".metadata", "common.pt", *files]
+        names += [".metadata", "common.pt", *content.files]
     return entries(staging, names)
 
 
@@ -228,9 +296,3 @@ def _write_object(path: Path, value: dict[str, Any]) -> None:
     except UnpicklingError as error:
         raise TypeError(f"{path.name} may hold numbers, strings, lists, tuples, dicts and tensors only") from error
     write_synced(path, buffer.getvalue())
-
-
-def _describe(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Size of the model, for people who read the manifest."""
-    own = [value for name, value in tensors.items() if name.startswith("model.")]
-    return {"tensors": len(own), "elements": sum(value.numel() for value in own)}

@@ -139,7 +139,7 @@ class Transformer(nn.Module):
                 continue
             residual = plain_name.removesuffix(".weight").endswith((".wo", ".w2"))
             std = self.init_std / math.sqrt(2 * self.num_layers) if residual else self.init_std
-            _fill_normal(parameter, std, f"{seed}/{plain_name}")
+            fill_normal(parameter, std, f"{seed}/{plain_name}")
         for buffer in self.buffers():
             buffer.zero_()
 
@@ -177,7 +177,7 @@ def _check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
         raise ValueError(f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({num_heads})")
 
 
-def _fill_normal(parameter: Tensor, std: float, key: str) -> None:
+def fill_normal(parameter: Tensor, std: float, key: str) -> None:
     """Fill with fp32 normal numbers that depend on `key` and the full shape alone; a shard takes its part of them."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
     generator = torch.Generator(device=parameter.device).manual_seed(seed)

@@ -1,0 +1,285 @@
+"""Conversion to and from Hugging Face against transformers itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.interop.models import KINDS, make_checkpoint
+from titan_moe.checkpoint import load_model
+from titan_moe.convert.hf import from_hf, to_hf
+from titan_moe.convert.verify import compare, hf_forward, our_forward
+from titan_moe.data.tokenizer import load_tokenizer
+
+transformers: Any = pytest.importorskip("transformers")
+transformers.utils.logging.disable_progress_bar()
+
+
+def open_hf(folder: Path, **options: Any) -> Any:
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **options
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    return model.eval()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(folder)[0].state_dict()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_agrees_and_comes_back(tmp_path: Path, kind: str) -> None:
+    """Logits to 1e-4, the same routing, the same greedy text; the way back restores every bit and the configuration."""
+    architecture, changes = KINDS[kind]
+    step = make_checkpoint(tmp_path / "run", **changes)
+    to_hf(step, tmp_path / "hf")
+    values = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert values["model_type"] == architecture
+    (model, config), theirs = load_model(step), open_hf(tmp_path / "hf")
+    found = compare(our_forward(model), hf_forward(theirs), config.model.vocab_size)
+    assert found.logit_difference < 1e-4
+    assert found.largest_logit > 2
+    assert found.same_routing == 1
+
+    prompt = torch.tensor([[5, 77, 200, 31]])
+    new = theirs.generate(prompt, max_new_tokens=12, do_sample=False)
+    expected = prompt
+    for _ in range(12):
+        logits = model(expected)[0][0, -1, :257]
+        expected = torch.cat([expected, logits.argmax().view(1, 1)], 1)
+    assert torch.equal(new[:, : expected.shape[1]], expected[:, : new.shape[1]])
+
+    from_hf(tmp_path / "hf", tmp_path / "back")
+    again, config_again = load_model(tmp_path / "back")
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        temperature = config.router.arguments.get("temperature", 1.0) if "router" in name else 1.0
+        assert torch.equal(again.state_dict()[name], value / temperature), name
+    assert config_again.model == config.model
+    assert config_again.moe == config.moe
+    assert config_again.balancer == config.balancer
+    assert config_again.router.name == config.router.name
+
+
+SMALL = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GLM = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1},
+    **{"partial_rotary_factor": 1.0, "num_mtp_layers": 0, "routed_scaling_factor": 1.5},
+}
+# Models that transformers makes and saves by itself.
+FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"tie_word_embeddings": True, "rope_theta": 500.0}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 48, "norm_topk_prob": True}),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "decoder_sparse_step": 2, "head_dim": 8}),
+    "glm4_moe": ("Glm4Moe", {**GLM, "head_dim": 8}),
+}
+
+
+def foreign(folder: Path, kind: str, *, gate: float = 0.0, **changes: Any) -> Path:
+    """A model that transformers makes with random weights and norms, saved by itself."""
+    name, own = FOREIGN[kind]
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{name}Config")(**{**SMALL, **own, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for key, value in [*model.named_parameters(), *model.named_buffers()]:
+            if "norm" in key:
+                value.uniform_(0.7, 1.3)
+            elif "correction_bias" in key or key.endswith("gate.weight"):
+                value.normal_(0.0, 0.3)
+            if "shared_expert_gate" in key:
+                value.fill_(gate)
+    model.save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_model_made_by_others(tmp_path: Path, kind: str) -> None:
+    """Read from transformers' own files, in shards; written again, every tensor has the bits that it had."""
+    source = foreign(tmp_path / "theirs", kind)
+    assert len(list(source.glob("*.safetensors"))) > 1
+    from_hf(source, tmp_path / "run" / "step-0")
+    model, config = load_model(tmp_path / "run" / "step-0")
+    found = compare(our_forward(model), hf_forward(open_hf(source)), config.model.vocab_size)
+    assert found.logit_difference < 1e-4
+    assert found.same_routing == 1
+    to_hf(tmp_path / "run" / "step-0", tmp_path / "hf")
+    before, after = open_hf(source).state_dict(), open_hf(tmp_path / "hf").state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("mixtral", {"sliding_window": 16}, "sliding_window = 16 cannot be represented"),
+    ("llama", {"attention_bias": True}, "attention_bias = True cannot be represented"),
+    ("llama", {"mlp_bias": True}, "mlp_bias = True cannot"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' cannot"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        "rope scaling = 'linear'",
+    ),
+    ("llama", {"head_dim": 16}, "head_dim = 16 cannot be represented: it is hidden_size / num_attention_heads (8)"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "use_sliding_window = True"),
+    ("glm4_moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 cannot"),
+    ("qwen2_moe", {"gate": 0.1}, "shared_expert_gate.weight is not 0"),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 40}, "shared_expert_intermediate_size = 40 cannot"),
+    ("qwen3_moe", {"num_hidden_layers": 5, "decoder_sparse_step": 1, "mlp_only_layers": [1]}, "experts would be in"),
+    ("mixtral", {"intermediate_size": 20}, "moe.expert_dim (20) must be a multiple of 8"),
+]
+
+
+@pytest.mark.parametrize(("kind", "changes", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_represented_is_said(tmp_path: Path, kind: str, changes: dict[str, Any], message: str) -> None:
+    source = foreign(tmp_path / "theirs", kind, **changes)
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        from_hf(source, tmp_path / "run")
+    assert message in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_other_architectures_and_broken_folders(tmp_path: Path) -> None:
+    """Each is one line that names the file, and nothing is left behind."""
+    good = foreign(tmp_path / "theirs", "mixtral")
+    values = json.loads((good / "config.json").read_text())
+    index = json.loads((good / "model.safetensors.index.json").read_text())
+    shard = good / next(iter(index["weight_map"].values()))
+
+    def refuse(message: str) -> None:
+        with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+            from_hf(good, tmp_path / "run", verify=False)
+        assert message in str(error.value)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+    for changes, message in (
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' cannot be read; llama, qwen3, mixtral"),
+        ({"hidden_size": None}, "config.json lacks hidden_size"),
+        ({"intermediate_size": 56}, "config.json makes it (4, 56, 32)"),
+        ({"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight"),
+        ({"num_hidden_layers": 1}, "holds tensors that a model of ours has no place for: model.layers.1."),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from the embeddings, but the two are tied"),
+    ):
+        (good / "config.json").write_text(json.dumps({**values, **changes}))
+        refuse(message)
+    (good / "config.json").write_text("{")
+    refuse("config.json is not JSON")
+    (good / "config.json").unlink()
+    refuse("config.json is missing")
+    (good / "config.json").write_text(json.dumps(values))
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-4])
+    refuse("(a file cut short?)")
+    shard.write_bytes(data[:6])
+    refuse("its header does not fit")
+    shard.write_bytes(data[:8] + b"[" * (len(data) - 8))
+    refuse("its header cannot be read")
+    shard.unlink()
+    refuse(f"{shard} is missing")
+    (good / "model.safetensors.index.json").write_text("[]")
+    refuse("cannot be read")
+    for path in good.glob("model*"):
+        path.unlink()
+    refuse("holds no weights: neither model.safetensors nor")
+    (good / "pytorch_model.bin").write_bytes(b"")
+    refuse("pytorch_model.bin is of another format")
+
+
+def test_gradients_of_a_mixtral_step(tmp_path: Path) -> None:
+    """One cross-entropy backward: every parameter's gradient as in transformers' Mixtral, to 1e-4."""
+    step = make_checkpoint(tmp_path / "run")
+    to_hf(step, tmp_path / "hf", verify=False)
+    (model, _), theirs = load_model(step), open_hf(tmp_path / "hf")
+    tokens = torch.randint(0, 257, (2, 33), generator=torch.Generator().manual_seed(3))
+    labels = tokens[:, 1:].flatten()
+    torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), labels).backward()
+    torch.nn.functional.cross_entropy(theirs(tokens[:, :-1]).logits.flatten(0, 1), labels).backward()
+    grads = {name: p.grad for name, p in theirs.named_parameters()}
+    compared = 0
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            layer = name.split(".")[1]
+            fused = grads[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
+            down = grads[f"model.layers.{layer}.mlp.experts.down_proj"]
+            expected = {"w1": fused[:, :24], "w3": fused[:, 24:], "w2": down}[name[-2:]]
+        else:
+            expected = grads[renamed(name)]
+        assert parameter.grad is not None
+        assert expected.abs().max() > 1e-4
+        torch.testing.assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-4)
+        compared += 1
+    assert compared == len(list(model.parameters()))
+
+
+def renamed(name: str) -> str:
+    parts = {
+        **{"tok_embeddings": "model.embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm"},
+        **{"ffn_norm": "post_attention_layernorm", "moe.router": "mlp.gate", "attention.w": "self_attn.w"},
+        **{"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"},
+    }
+    if name.startswith("norm"):
+        return f"model.{name}"
+    for ours, theirs in parts.items():
+        name = name.replace(ours, theirs)
+    return f"model.{name}" if name.startswith("layers") else name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_types_and_shards(tmp_path: Path, dtype: str) -> None:
+    """Weights in the type asked for but for the bias, in shards that the library of safetensors reads."""
+    from safetensors.torch import load_file
+
+    step = make_checkpoint(tmp_path / "run", **KINDS["sigmoid"][1])
+    to_hf(step, tmp_path / "hf", dtype=dtype, shard_bytes=20_000)
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    files = sorted((tmp_path / "hf").glob("*.safetensors"))
+    assert len(files) > 3
+    tensors: dict[str, torch.Tensor] = {}
+    for file in files:
+        part = load_file(file)
+        assert all(index["weight_map"][name] == file.name for name in part)
+        assert len(part) == 1 or sum(t.nbytes for t in part.values()) <= 20_000
+        tensors |= part
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys()
+    kinds = {name: t.dtype for name, t in tensors.items()}
+    biases = {name for name in kinds if name.endswith("e_score_correction_bias")}
+    assert {kinds[name] for name in biases} == {torch.float32}
+    assert {kinds[name] for name in kinds.keys() - biases} == {getattr(torch, dtype)}
+    before = load_model(step)[0].state_dict()
+    from_hf(tmp_path / "hf", tmp_path / "back")
+    for name, value in weights(tmp_path / "back").items():
+        rounded = value if name.endswith("expert_bias") else before[name].to(getattr(torch, dtype)).float()
+        assert torch.equal(value, rounded), name
+
+
+def test_tokenizer_and_generation_config(tmp_path: Path) -> None:
+    """The folder is complete: AutoTokenizer gives our ids, generate stops at the end of text and avoids padding ids."""
+    step = make_checkpoint(tmp_path / "run")
+    to_hf(step, tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    ours = load_tokenizer(str(step / "tokenizer.json"))
+    text = "Größe, naïve\n 12"
+    assert tokenizer(text)["input_ids"] == ours.encode(text)
+    assert tokenizer.decode(ours.encode(text)) == text
+    assert tokenizer.eos_token_id == ours.eot_id
+    model = open_hf(tmp_path / "hf")
+    assert model.generation_config.eos_token_id == ours.eot_id
+    assert model.generation_config.suppress_tokens == list(range(257, 320))

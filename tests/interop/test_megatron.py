@@ -1,0 +1,137 @@
+"""torch_dist there and back by ourselves, and against megatron-core where it can be imported."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.interop.models import KINDS, configure, make_checkpoint
+from titan_moe.checkpoint import load_model
+from titan_moe.checkpoint.lazy import read_lazily, write_lazily
+from titan_moe.config import to_toml
+from titan_moe.convert.megatron import from_megatron, to_megatron, transformer_config
+
+needs_megatron = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed (the interop extra has it)"
+)
+WITHOUT = ("sigmoid plain",)  # Megatron normalises sigmoid scores whenever top_k > 1
+EXPORTED = {name: changes for name, (_, changes) in KINDS.items() if name not in WITHOUT}
+LOADED = [
+    "dense qk-norm tied",
+    "topk_softmax",
+    "softmax_topk shared",
+    "sigmoid shared",
+    "sigmoid groups",
+    "sigmoid tied",
+]
+
+
+def megatron(verb: str, folder: Path, config: Any, result: Path) -> torch.Tensor:
+    """The logits of a Megatron model on tokens of its vocabulary."""
+    tokens = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(2))
+    model = config.model
+    sizes = {"vocab_size": model.vocab_size, "tied": model.tie_embeddings, "theta": int(model.rope_theta)}
+    torch.save({"tokens": tokens, **sizes}, result)
+    command = [sys.executable, "-m", "tests.interop.megatron_side", verb, str(folder), str(result)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return torch.load(result)["logits"]
+
+
+def our_logits(folder: Path) -> torch.Tensor:
+    tokens = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return load_model(folder)[0](tokens)[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"), [*((kind, "te") for kind in EXPORTED), ("topk_softmax", "local"), ("sigmoid tied", "local")]
+)
+def test_there_and_back(tmp_path: Path, kind: str, spec: str) -> None:
+    """Every bit comes back, by either name of the norm, and the configuration with it."""
+    step = make_checkpoint(tmp_path / "run", **EXPORTED[kind])
+    to_megatron(step, tmp_path / "out", spec=spec)
+    names = read_lazily(tmp_path / "out").keys()
+    model, config = load_model(step)
+    if config.moe.num_experts:
+        assert any(name.endswith("pre_mlp_layernorm.weight") for name in names) == (spec == "te")
+    from_megatron(tmp_path / "out", tmp_path / "back")
+    again, config_again = load_model(tmp_path / "back")
+    for name, value in model.state_dict().items():
+        temperature = config.router.arguments.get("temperature", 1.0) if "router" in name else 1.0
+        assert torch.equal(again.state_dict()[name], value / temperature), name
+    assert (config_again.model, config_again.moe) == (config.model, config.moe)
+
+
+@needs_megatron
+@pytest.mark.parametrize("kind", LOADED)
+def test_megatron_loads_ours(tmp_path: Path, kind: str) -> None:
+    step = make_checkpoint(tmp_path / "run", **EXPORTED[kind])
+    to_megatron(step, tmp_path / "out", spec="local")
+    theirs = megatron("load", tmp_path / "out", load_model(step)[1], tmp_path / "result.pt")
+    ours = our_logits(step)
+    assert ours.abs().max() > 2
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+
+
+@needs_megatron
+@pytest.mark.parametrize("kind", ["topk_softmax shared", "topk_softmax some layers", "sigmoid"])
+def test_we_load_megatrons(tmp_path: Path, kind: str) -> None:
+    """A folder that Megatron saved, which says nothing about the model: our file does."""
+    config = configure(**EXPORTED[kind])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "transformer_config.json").write_text(json.dumps(transformer_config(config)))
+    theirs = megatron("save", tmp_path / "theirs", config, tmp_path / "result.pt")
+    (tmp_path / "model.toml").write_text(to_toml(config))
+    from_megatron(tmp_path / "theirs", tmp_path / "run", config_file=str(tmp_path / "model.toml"))
+    ours = our_logits(tmp_path / "run")
+    assert ours.abs().max() > 2
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    """One line that says what is wrong, and nothing is left behind."""
+    step = make_checkpoint(tmp_path / "run", **{"balancer.loss_free": True})
+    with pytest.raises(ValueError, match=r"expert_bias is not 0: Megatron-core has a selection bias only with router"):
+        to_megatron(step, tmp_path / "out")
+    for changes, message in (
+        ({"router.name": "expert_choice"}, "router.name = 'expert_choice'"),
+        ({"router.name": "sigmoid", "router.norm_topk": False}, "norm_topk = False has no counterpart"),
+        ({"moe.top_k": 1}, "router.name = 'topk_softmax' with moe.top_k = 1 has no counterpart"),
+    ):
+        with pytest.raises(ValueError, match="has no counterpart in Megatron-core") as error:
+            transformer_config(configure(**changes))
+        assert message in str(error.value)
+
+    good = make_checkpoint(tmp_path / "good")
+    to_megatron(good, tmp_path / "out")
+    tensors = read_lazily(tmp_path / "out")
+    file = tmp_path / "model.toml"
+
+    def refuse(message: str, *, config: dict[str, Any], without: str = "") -> None:
+        folder = tmp_path / "changed"
+        write_lazily(folder, {name: t for name, t in tensors.items() if name != without})
+        file.write_text(to_toml(configure(**config)))
+        with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+            from_megatron(folder, tmp_path / "back", config_file=str(file))
+        assert message in str(error.value)
+        assert not (tmp_path / "back").exists()
+        for path in folder.iterdir():
+            path.unlink()
+
+    refuse("lacks decoder.final_layernorm.weight", config={}, without="decoder.final_layernorm.weight")
+    refuse("lacks decoder.layers.mlp.router.weight", config={}, without="decoder.layers.mlp.router.weight")
+    refuse("is of 2 layers, model.num_layers is 3", config={"model.num_layers": 3})
+    refuse("no place for: output_layer.weight", config={"model.tie_embeddings": True})
+    refuse("(8, 24, 32) there, (8, 32, 32) in the configuration", config={"moe.expert_dim": 32})
+    with pytest.raises(ValueError, match="does not say which model it holds"):
+        from_megatron(tmp_path / "changed", tmp_path / "back")
+    with pytest.raises(ValueError, match=r"has no \.metadata"):
+        from_megatron(tmp_path / "changed", tmp_path / "back", config_file=str(file))

@@ -1,0 +1,226 @@
+"""Tensors that are read when they are needed: how a checkpoint is rewritten with one tensor in memory at a time."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+
+class Lazy(NamedTuple):
+    """A tensor that is known by shape and dtype; `load()` makes it, anew at each call.
+
+    Where `rows` is given, its rows can be made by themselves, and are written as shards of their own.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    rows: "tuple[Lazy, ...]" = ()
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Lazy":
+        """The result of an elementwise function of the tensor, as lazy as it."""
+        return Lazy(self.shape, self.dtype, lambda: function(self.load()))
+
+
+LazyTensors = dict[str, Lazy]
+
+
+def lazy(tensor: Tensor) -> Lazy:
+    """A tensor that is there already."""
+    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def read_lazily(folder: Path) -> LazyTensors:
+    """Every tensor of a folder that torch.distributed.checkpoint wrote, by name; whole, whatever its shards were.
+
+    Raises ValueError where the folder is not one.
+    """
+    try:
+        entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not a checkpoint of torch.distributed: it has no .metadata") from None
+    except Exception as error:  # the metadata are a pickle: a broken one may raise anything
+        raise ValueError(f"{folder}: .metadata cannot be read ({type(error).__name__})") from error
+    return {
+        name: _entry(folder, name, entry) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _entry(folder: Path, name: str, entry: TensorStorageMetadata) -> Lazy:
+    shape, dtype = tuple(entry.size), entry.properties.dtype
+    rows: tuple[Lazy, ...] = ()
+    if shape and shape[0] > 1 and all(chunk.sizes[0] == 1 for chunk in entry.chunks):
+        rows = tuple(Lazy(shape[1:], dtype, _reader(folder, name, entry, row)) for row in range(shape[0]))
+    return Lazy(shape, dtype, _reader(folder, name, entry), rows)
+
+
+def _reader(folder: Path, name: str, entry: TensorStorageMetadata, row: int | None = None) -> Callable[[], Tensor]:
+    def load() -> Tensor:
+        size = list(entry.size)
+        offsets = [0] * len(size)
+        if row is not None:
+            size[0], offsets[0] = 1, row
+        tensor = torch.empty(size, dtype=entry.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            planner = _PartPlanner(ChunkStorageMetadata(torch.Size(offsets), torch.Size(size)))
+            reader = dcp.FileSystemReader(folder)
+            dcp.load({name: tensor}, storage_reader=reader, planner=planner, no_dist=True)
+        return tensor if row is None else tensor[0]
+
+    return load
+
+
+class _PartPlanner(DefaultLoadPlanner):
+    """DCP's planner for one part of one tensor."""
+
+    def __init__(self, part: ChunkStorageMetadata) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._part = part
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        ((name, _),) = self.state_dict.items()
+        entry: Any = self.metadata.state_dict_metadata[name]
+        return LoadPlan(create_read_items_for_chunk_list(name, entry, [self._part]))
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn]
+
+
+def write_lazily(folder: Path, tensors: Mapping[str, Lazy]) -> None:
+    """Write tensors as torch.distributed.checkpoint does, each in a file of its own and gone before the next is made.
+
+    Names must be free of parallelism: one process writes everything.
+    """
+    writer = Writer(folder, single_file_per_rank=False)
+    blanks = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        dcp.save(blanks, storage_writer=writer, planner=_LazyPlanner(tensors), no_dist=True)
+
+
+class Writer(dcp.FileSystemWriter):
+    """DCP's writer, with the disk's own error where torch.save hides it behind one about its archive."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Write, or raise OSError."""
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            hidden: BaseException | None = error
+            while hidden is not None and not isinstance(hidden, OSError):
+                hidden = hidden.__context__
+            if hidden is None:
+                raise
+            raise OSError(*hidden.args) from error
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """DCP's planner, which plans with tensors without memory and makes each one when the writer asks for it."""
+
+    def __init__(self, tensors: Mapping[str, Lazy]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._tensors = tensors
+
+    def create_local_plan(self) -> SavePlan:
+        items: list[WriteItem] = []
+        for item in super().create_local_plan().items:
+            rows = self._tensors[item.index.fqn].rows
+            items += [_row_item(item, row) for row in range(len(rows))] if rows else [item]
+        self.plan = SavePlan(items, planner_data={})
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
+        made = self._tensors[write_item.index.fqn]
+        if made.rows:
+            assert write_item.index.offset is not None
+            made = made.rows[write_item.index.offset[0]]
+        tensor = made.load()
+        assert (tuple(tensor.shape), tensor.dtype) == (made.shape, made.dtype), write_item.index.fqn
+        return tensor.unsqueeze(0) if self._tensors[write_item.index.fqn].rows else tensor
+
+
+def _row_item(item: WriteItem, row: int) -> WriteItem:
+    """The part of a planned write that is one row of its tensor, a shard."""
+    assert item.tensor_data is not None
+    size = item.tensor_data.size
+    offset = torch.Size([row, *[0] * (len(size) - 1)])
+    data = dataclasses.replace(item.tensor_data, chunk=ChunkStorageMetadata(offset, torch.Size([1, *size[1:]])))
+    return WriteItem(MetadataIndex(item.index.fqn, offset), WriteItemType.SHARD, tensor_data=data)
+
+
+def stacked(parts: list[Lazy]) -> Lazy:
+    """Equal parts as the rows of one tensor, filled one at a time."""
+
+    def load() -> Tensor:
+        whole = torch.empty(len(parts), *parts[0].shape, dtype=parts[0].dtype)
+        for row, part in zip(whole, parts, strict=True):
+            row.copy_(part.load())
+        return whole
+
+    return Lazy((len(parts), *parts[0].shape), parts[0].dtype, load)
+
+
+def sharded(parts: list[Lazy]) -> Lazy:
+    """As `stacked`, but written in shards, so that the whole is never in memory."""
+    return stacked(parts)._replace(rows=tuple(parts))
+
+
+def joined(parts: list[Lazy], dim: int) -> Lazy:
+    """Parts one after the other along `dim`."""
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return Lazy(tuple(shape), parts[0].dtype, lambda: torch.cat([part.load() for part in parts], dim))
+
+
+def rows(whole: Lazy) -> list[Lazy]:
+    """The rows of a tensor, in order; reading them in this order reads the whole once."""
+    if whole.rows:
+        return list(whole.rows)
+    kept: dict[str, Tensor] = {}
+
+    def row(index: int) -> Callable[[], Tensor]:
+        def load() -> Tensor:
+            if "whole" not in kept:
+                kept["whole"] = whole.load()
+            found = kept["whole"][index].clone()
+            if index == whole.shape[0] - 1:
+                kept.clear()
+            return found
+
+        return load
+
+    return [Lazy(whole.shape[1:], whole.dtype, row(index)) for index in range(whole.shape[0])]
+
+
+def narrowed(whole: Lazy, dim: int, start: int, length: int) -> Lazy:
+    """The part of a tensor from `start` on along `dim`."""
+    shape = list(whole.shape)
+    shape[dim] = length
+    return Lazy(tuple(shape), whole.dtype, lambda: whole.load().narrow(dim, start, length).contiguous())
+
+
+def cast(whole: Lazy, dtype: torch.dtype, name: str) -> Lazy:
+    """The tensor in another type; values that it cannot hold are a ValueError that names the tensor when it is made."""
+    if dtype == whole.dtype:
+        return whole
+
+    def load() -> Tensor:
+        tensor = whole.load()
+        converted = tensor.to(dtype)
+        if not bool(converted.isfinite().all()) and bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} holds values that {str(dtype).removeprefix('torch.')} cannot: take another dtype")
+        return converted
+
+    return Lazy(whole.shape, dtype, load)

@@ -1,0 +1,71 @@
+"""The model card of an exported checkpoint: what it is, what it saw, how well it does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from titan_moe.checkpoint.folder import read_manifest
+from titan_moe.checkpoint.store import read_common
+from titan_moe.config import Config
+
+
+def model_card(step_folder: Path, config: Config, model_type: str) -> str:
+    """README.md in Markdown, with the numbers of the checkpoint and, if there, of its run's metrics.jsonl."""
+    manifest = read_manifest(step_folder)
+    extra = read_common(step_folder)["extra"]
+    model, moe, training, data = config.model, config.moe, config.training, config.data
+    experts = (
+        f"{moe.num_experts} experts of width {moe.expert_dim}, {moe.top_k} of them for each token"
+        + (f", beside {moe.num_shared_experts} shared ones" if moe.num_shared_experts else "")
+        + f"; router `{config.router.name}`"
+        if moe.num_experts
+        else f"dense feed-forward networks of width {model.ffn_dim}"
+    )
+    facts = {
+        "Parameters": f"{manifest['model']['elements']:,}",
+        "Shape": f"{model.num_layers} layers of width {model.dim}, {model.num_heads} heads",
+        "Experts": experts,
+        "Optimizer steps": f"{manifest['step']} of {training.steps} planned",
+        "Tokens seen": f"{extra['num_tokens']:,}" if "num_tokens" in extra else "not recorded",
+        "Data": " ".join([f"`{data.dataset}`", *(f"`{Path(path).name}`" for path in data.path)]),
+        "Sequence length": str(training.seq_len),
+        "Optimizer": f"`{config.optimizer.name}`, learning rate {config.optimizer.arguments.get('lr')}",
+        "Balancing": ", ".join(f"`{name}` {_plain(arguments)}" for name, arguments in config.balancer.items())
+        or "none",
+        **_losses(step_folder, manifest["step"]),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    about = f"\n{config.job.description}\n" if config.job.description else ""
+    tags = "tags: [moe]" if moe.num_experts else "tags: [dense]"
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{tags}\n---\n\n"
+        f"# {Path(config.job.dump_folder).name}\n{about}\n"
+        f"A language model trained with titan_moe and exported as `{model_type}`.\n\n"
+        f"| | |\n|---|---|\n{table}\n\n"
+        "`titan_moe.toml` is the configuration of the run. The model is as good as its data: it was trained to predict "
+        "text, not to follow instructions, and nothing was done about what it may say.\n"
+    )
+
+
+def _plain(arguments: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in arguments.items())
+
+
+def _losses(step_folder: Path, step: int) -> dict[str, str]:
+    """The losses of the run at this step or the last before it, where its metrics are in the dump folder."""
+    metrics = step_folder.absolute().parent.parent / "metrics.jsonl"
+    if not metrics.exists():
+        return {"Losses": "not recorded"}
+    last: dict[str, dict[str, Any]] = {}
+    with open(metrics, encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            if record["step"] <= step:
+                last[record["kind"]] = record
+    found = {
+        "train": "Training loss (nats/token)",
+        "validation": "Validation loss (nats/token)",
+    }
+    return {
+        label: f"{last[kind]['loss']:.4f} at step {last[kind]['step']}" for kind, label in found.items() if kind in last
+    } or {"Losses": "not recorded"}

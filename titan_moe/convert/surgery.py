@@ -1,0 +1,301 @@
+"""Expert surgery: checkpoints with other experts than they were trained with, optimizer state and bias carried along.
+
+Every operation on a model that has experts is a plan: of each expert of the new layer, which old ones it is made of. It
+is applied to all tensors that have a row for each expert: weights, router, bias, moments and step counts.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titan_moe.build import build_model, build_optimizer
+from titan_moe.checkpoint import resolve_checkpoint
+from titan_moe.checkpoint.folder import read_manifest
+from titan_moe.checkpoint.lazy import Lazy, LazyTensors, read_lazily
+from titan_moe.checkpoint.store import read_common, read_config
+from titan_moe.config import Config, load_config, to_toml
+from titan_moe.convert.architectures import moe_layers
+from titan_moe.convert.output import new_checkpoint
+from titan_moe.model.transformer import fill_normal
+
+logger = logging.getLogger(__name__)
+MATRICES = ("w1", "w2", "w3")
+
+
+class Expert(NamedTuple):
+    """What an expert of the new layer is made of."""
+
+    sources: tuple[int, ...]  # old experts, the most important first
+    weights: tuple[float, ...]  # sum to 1
+    noise: float = 0.0  # standard deviation of what is added to weights, relative to that of the expert's
+
+
+Plan = list[Expert]
+
+
+def keep(expert: int) -> Expert:
+    """An expert as it was."""
+    return Expert((expert,), (1.0,))
+
+
+def add_experts(load_E: Tensor, num_experts: int, noise: float) -> Plan:
+    """All experts as they are, and copies of the busiest ones, in order of their load, with noise."""
+    old = load_E.numel()
+    _check_more(num_experts, old)
+    order = load_E.argsort(descending=True, stable=True).tolist()
+    return [keep(e) for e in range(old)] + [Expert((order[i % old],), (1.0,), noise) for i in range(num_experts - old)]
+
+
+def prune_experts(load_E: Tensor, num_experts: int) -> Plan:
+    """The most loaded experts, in their old order."""
+    _check_fewer(num_experts, load_E.numel())
+    kept = load_E.argsort(descending=True, stable=True)[:num_experts].sort().values
+    return [keep(e) for e in kept.tolist()]
+
+
+def merge_experts(load_E: Tensor, num_experts: int, similarity_EE: Tensor) -> Plan:
+    """Groups of similar experts as one, their mean weighted by load: the two closest groups are joined until it fits.
+
+    The similarity of groups is the mean over their pairs (average linkage).
+    """
+    _check_fewer(num_experts, load_E.numel())
+    groups = [[e] for e in range(load_E.numel())]
+    while len(groups) > num_experts:
+        pairs = [(i, j) for i in range(len(groups)) for j in range(i + 1, len(groups))]
+        i, j = max(pairs, key=lambda pair: similarity_EE[groups[pair[0]]][:, groups[pair[1]]].mean().item())
+        groups[i] += groups.pop(j)
+    plan = []
+    for group in groups:
+        ranked = sorted(group, key=lambda e: -load_E[e].item())
+        weight = load_E[ranked].double() + 1e-9
+        plan.append(Expert(tuple(ranked), tuple((weight / weight.sum()).tolist())))
+    return plan
+
+
+def revive_experts(load_E: Tensor, threshold: float, noise: float) -> Plan:
+    """Experts with a load below `threshold` times the mean become copies of the busiest ones, with noise."""
+    order = load_E.argsort(descending=True, stable=True).tolist()
+    dead = [e for e in reversed(order) if load_E[e] <= threshold * load_E.double().mean()]
+    source = {e: order[i] for i, e in enumerate(dead) if order[i] not in dead}
+    return [Expert((source[e],), (1.0,), noise) if e in source else keep(e) for e in range(load_E.numel())]
+
+
+def similarity(tensors: LazyTensors, layer: int) -> Tensor:
+    """Cosine between the weights of each two experts of a layer, (E, E)."""
+    found: list[Tensor] = []
+    for matrix in MATRICES:
+        flat = tensors[f"model.layers.{layer}.moe.experts.{matrix}"].load().flatten(1).float()
+        found.append(flat @ flat.t())
+    product = torch.stack(found).sum(0)
+    norm = product.diagonal().clamp(min=1e-30).sqrt()
+    return product / norm / norm.unsqueeze(1)
+
+
+def operate(checkpoint: Path, out: Path, plans: Callable[[LazyTensors], list[Plan]], overrides: list[str]) -> None:
+    """Write the checkpoint with each MoE layer's experts as its plan says; `overrides` change its configuration."""
+    step_folder = resolve_checkpoint(checkpoint)
+    before = read_config(step_folder)
+    if not before.moe.num_experts:
+        raise ValueError(f"{step_folder} is of a dense model: upcycle makes experts of it")
+    tensors = read_lazily(step_folder)
+    plan = dict(zip(moe_layers(before), plans(tensors), strict=True))
+    num_experts = len(plan[moe_layers(before)[0]])
+    config = _configured(step_folder, out, ["--moe.num_experts", str(num_experts), *overrides])
+    made: LazyTensors = {}
+    for name, tensor in tensors.items():
+        owner = _expert_tensor(name)
+        if owner is None:
+            made[name] = tensor
+        elif tensor.shape and tensor.shape[0] == before.moe.num_experts:
+            made[name] = _replan(name, tensor, plan[owner])
+        elif not tensor.shape:  # a step count of the whole tensor
+            made[name] = tensor
+        else:
+            raise ValueError(f"{name} of shape {tensor.shape} has no row for each expert: it cannot be carried over")
+    _check_shapes(config, made)
+    _save(step_folder, out, config, made, read_common(step_folder)["optimizer"])
+
+
+def upcycle(
+    checkpoint: Path, out: Path, *, granularity: int, noise: float, overrides: list[str], seed: int = 0
+) -> None:
+    """Write a dense checkpoint as one with experts, which are copies of its feed-forward networks (sparse upcycling).
+
+    `overrides` says num_experts and top_k and whatever else changes. With `granularity` G every copy is cut into G
+    experts of 1 / G of the width, whose rows of the router are equal, so that a token chooses all G of a copy; w2 is
+    multiplied by G because each has 1 / G of the weight. Where a token's weights sum to 1 (topk_softmax, or sigmoid
+    with norm_topk), the model computes what the dense one did, up to `noise` (relative, on the experts). The router is
+    new. Source: Komatsuzaki et al. (2023), He et al. (2024) for G > 1 (virtual groups).
+    """
+    step_folder = resolve_checkpoint(checkpoint)
+    before = read_config(step_folder)
+    if before.moe.num_experts:
+        raise ValueError(f"{step_folder} has experts already ({before.moe.num_experts}): use add")
+    width = before.model.ffn_dim // granularity
+    config = _configured(step_folder, out, ["--moe.expert_dim", str(width), *overrides])
+    _check_upcycling(before, config, granularity)
+    tensors = read_lazily(step_folder)
+    made: LazyTensors = {}
+    carried = "load_lr" not in config.optimizer.groups.get("expert", {})  # its states differ: they begin anew
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".feed_forward.")
+        if rest and int(head.rpartition(".")[2]) in moe_layers(config):
+            if carried or name.startswith("model."):
+                matrix, _, state = rest.partition(".weight")
+                made[f"{head}.moe.experts.{matrix}{state}"] = _copies(
+                    tensor, matrix, config.moe.num_experts, granularity, "" if state else f"{seed}/{name}", noise
+                )
+        else:
+            made[name] = tensor
+    for layer in moe_layers(config):
+        made |= _new_router(config, layer, granularity, seed)
+    _check_shapes(config, made)
+    values = read_common(step_folder)["optimizer"]
+    _save(step_folder, out, config, made, _fresh_values(config) if values else values)
+
+
+def _copies(tensor: Lazy, matrix: str, num_experts: int, granularity: int, key: str, noise: float) -> Lazy:
+    """The (E, ...) tensor of a dense matrix, or of a state of it (key ""), which is copied without change."""
+    if not tensor.shape:
+        return tensor
+    dim = 1 if matrix == "w2" else 0
+    scale = granularity if matrix == "w2" and key else 1
+    shape = list(tensor.shape)
+    shape[dim] //= granularity
+
+    def load() -> Tensor:
+        parts = [part * scale if scale != 1 else part for part in tensor.load().chunk(granularity, dim)]
+        made = torch.stack(parts * (num_experts // granularity))
+        if noise and key:
+            for index, row in enumerate(made):
+                _add_noise(row, noise, f"{key}/{index}")
+        return made
+
+    return Lazy((num_experts, *shape), tensor.dtype, load)
+
+
+def _new_router(config: Config, layer: int, granularity: int, seed: int) -> LazyTensors:
+    name, experts, dim = f"layers.{layer}.moe.router.weight", config.moe.num_experts, config.model.dim
+
+    def load() -> Tensor:
+        weight = torch.empty(experts // granularity, dim)
+        fill_normal(weight, config.model.init_std, f"{seed}/{name}")
+        return weight.repeat_interleave(granularity, 0)
+
+    made = {f"model.{name}": Lazy((experts, dim), torch.float32, load)}
+    with torch.device("meta"):
+        has_bias = bool(build_model(config).expert_biases())
+    if has_bias:
+        bias = Lazy((experts,), torch.float32, lambda: torch.zeros(experts))
+        made[f"model.layers.{layer}.moe.expert_bias"] = bias
+    return made
+
+
+def _check_upcycling(before: Config, config: Config, granularity: int) -> None:
+    moe = config.moe
+    if not moe.num_experts:
+        raise ValueError("upcycle needs --moe.num_experts above 0")
+    if granularity < 1 or before.model.ffn_dim % granularity:
+        raise ValueError(f"--granularity ({granularity}) must divide model.ffn_dim ({before.model.ffn_dim})")
+    if moe.num_experts % granularity or moe.top_k % granularity:
+        raise ValueError(
+            f"--granularity ({granularity}) must divide moe.num_experts ({moe.num_experts}) and moe.top_k "
+            f"({moe.top_k}): a token takes all parts of a copy"
+        )
+    if moe.num_shared_experts:
+        raise ValueError("upcycle makes no shared experts: leave moe.num_shared_experts at 0")
+
+
+def _replan(name: str, tensor: Lazy, plan: Plan) -> Lazy:
+    """A tensor with a row for each old expert as one with a row for each new one."""
+    is_weight, is_counter = name.startswith("model."), name.startswith("optimizer.") and len(tensor.shape) == 1
+
+    def load() -> Tensor:
+        old = tensor.load()
+        made = torch.empty(len(plan), *old.shape[1:], dtype=old.dtype)
+        for index, (row, expert) in enumerate(zip(made, plan, strict=True)):
+            if len(expert.sources) == 1 or is_counter:
+                row.copy_(old[expert.sources[0]])
+            else:
+                weights = torch.tensor(expert.weights, dtype=old.dtype)
+                row.copy_(torch.tensordot(weights, old[list(expert.sources)], 1))
+            if expert.noise and is_weight and old.dim() > 1:
+                _add_noise(row, expert.noise, f"{name}/{index}")
+        return made
+
+    return Lazy((len(plan), *tensor.shape[1:]), tensor.dtype, load)
+
+
+def _add_noise(row: Tensor, noise: float, key: str) -> None:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    row += noise * row.std() * torch.randn(row.shape, generator=generator, dtype=row.dtype)
+
+
+def _expert_tensor(name: str) -> int | None:
+    """The layer whose experts a tensor has rows of, None where it has none."""
+    for part in (".moe.experts.", ".moe.router.", ".moe.expert_bias"):
+        head, found, _ = name.partition(part)
+        if found:
+            return int(head.rpartition(".")[2])
+    return None
+
+
+def _configured(step_folder: Path, out: Path, overrides: list[str]) -> Config:
+    file = str(step_folder / "config.toml")
+    return load_config(["--job.config_file", file, "--job.dump_folder", str(out), *overrides])
+
+
+def _check_shapes(config: Config, made: LazyTensors) -> None:
+    with torch.device("meta"):
+        state = build_model(config).state_dict()
+    wanted = {f"model.{name}": tuple(value.shape) for name, value in state.items()}
+    found = {name: tensor.shape for name, tensor in made.items() if name.startswith("model.")}
+    odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+    if odd:
+        raise ValueError(
+            f"the configuration asks for another model: {odd[0]} is {found.get(odd[0], 'missing')}, "
+            f"not {wanted.get(odd[0], 'in it')}"
+        )
+
+
+def _fresh_values(config: Config) -> dict[str, Any]:
+    """What a checkpoint holds of the optimizer beside tensors: groups of names and their hyperparameters."""
+    with torch.device("meta"):
+        model = build_model(config)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = build_optimizer(config, model).param_groups
+    values: dict[str, Any] = {"groups": [[names[p] for p in group["params"]] for group in groups]}
+    for group in groups:
+        own = {key: value for key, value in group.items() if key != "params"}
+        for parameter in group["params"]:
+            values |= {f"optimizer.param_groups.{names[parameter]}.{key}": value for key, value in own.items()}
+    return values
+
+
+def _save(step_folder: Path, out: Path, config: Config, made: LazyTensors, values: dict[str, Any]) -> None:
+    manifest, extra = read_manifest(step_folder), read_common(step_folder)["extra"]
+    extra = {**extra, "choices": None} if "choices" in extra else extra  # of the old experts
+    files = {"config.toml": to_toml(config)}
+    if (step_folder / "tokenizer.json").exists():
+        files["tokenizer.json"] = (step_folder / "tokenizer.json").read_text(encoding="utf-8")
+    with new_checkpoint(
+        out, manifest["step"], made, optimizer=manifest["optimizer"], values=values, extra=extra, files=files
+    ):
+        pass
+    logger.info("wrote %s: %d experts, %d of them for each token", out, config.moe.num_experts, config.moe.top_k)
+
+
+def _check_more(num_experts: int, old: int) -> None:
+    if num_experts <= old:
+        raise ValueError(f"--num_experts ({num_experts}) must be more than there are ({old})")
+
+
+def _check_fewer(num_experts: int, old: int) -> None:
+    if not 1 <= num_experts < old:
+        raise ValueError(f"--num_experts ({num_experts}) must be at least 1 and less than there are ({old})")

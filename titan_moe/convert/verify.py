@@ -1,0 +1,123 @@
+"""Conversions check themselves: a probe batch through the model of each side.
+
+Shapes: B batch, S sequence, V vocabulary, K top_k, L MoE layers.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from titan_moe.checkpoint.store import read_model
+
+logger = logging.getLogger(__name__)
+TOLERANCE = 1e-3  # of a logit, relative to the largest: fp32 in another order of operations is below 1e-5
+SAME_ROUTING = 0.9  # share of choices: near-ties may fall otherwise, a wrong conversion changes most
+
+Forward = Callable[
+    [Tensor], tuple[Tensor, list[Tensor]]
+]  # tokens (B, S) -> logits (B, S, V), experts (B, S, K) by layer
+
+
+class Comparison(NamedTuple):
+    """How far two models are apart on a probe batch."""
+
+    logit_difference: float  # the largest, where all routing up to there is the same
+    largest_logit: float
+    same_routing: float  # share of identical choices, 1 for dense models
+
+
+@torch.no_grad()
+def compare(ours: Forward, theirs: Forward, vocab_size: int) -> Comparison:
+    """Run two sequences of 64 random tokens through both models."""
+    generator = torch.Generator().manual_seed(0)
+    tokens_BS = torch.randint(0, vocab_size, (2, 64), generator=generator)
+    logits_BSV, experts = ours(tokens_BS)
+    their_logits_BSV, their_experts = theirs(tokens_BS)
+    same_BS = torch.ones(tokens_BS.shape, dtype=torch.bool)
+    shares = []
+    for mine, other in zip(experts, their_experts, strict=True):
+        same_BSK = mine.sort(-1).values == other.sort(-1).values
+        same_BS &= same_BSK.all(-1)
+        shares.append(same_BSK.float().mean().item())
+    until_BS = same_BS.long().cumprod(1).bool()  # from the first other choice on, everything may differ
+    difference_BS = (logits_BSV.float() - their_logits_BSV.float()).abs().amax(-1)
+    if not bool(difference_BS.isfinite().all()):
+        raise ValueError("the check of the conversion failed: a logit is not finite")
+    difference = difference_BS[until_BS].max().item() if bool(until_BS.any()) else float("inf")
+    share = sum(shares) / len(shares) if shares else 1.0
+    return Comparison(difference, logits_BSV.abs().max().item(), share)
+
+
+def check(found: Comparison, library: str) -> None:
+    """Say what the comparison found; ValueError where the models differ."""
+    text = (
+        f"largest logit difference to {library} {found.logit_difference:.2e} (largest logit "
+        f"{found.largest_logit:.3g}), "
+        f"identical routing decisions {100 * found.same_routing:.2f} %"
+    )
+    if found.logit_difference > TOLERANCE * max(1.0, found.largest_logit) or found.same_routing < SAME_ROUTING:
+        raise ValueError(f"the check of the conversion failed: {text}; --no_verify leaves it out")
+    logger.info("checked: %s", text)
+
+
+def our_forward(model: nn.Module) -> Forward:
+    """Ours, as `compare` wants it."""
+
+    def forward(tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+        logits_BSV, routings = model(tokens_BS)
+        return logits_BSV, [routing.topk_experts.view(*tokens_BS.shape, -1) for routing in routings]
+
+    return forward
+
+
+def rounded_model(step_folder: Path, dtype: torch.dtype) -> tuple[nn.Module, int]:
+    """The model of a checkpoint with weights as `dtype` holds them but computing in fp32, and its vocabulary's size."""
+    model, config = read_model(step_folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
+    return model, config.model.vocab_size
+
+
+def check_against_transformers(step_folder: Path, hf_folder: Path, dtype: torch.dtype) -> None:
+    """Compare the model of a checkpoint with the one that transformers loads; says so where it is not installed."""
+    try:
+        import transformers
+    except ImportError:
+        logger.warning("not checked: transformers is not installed (pip install transformers, or --no_verify)")
+        return
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
+        hf_folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[what]:
+            raise ValueError(f"the check of the conversion failed: transformers finds {what}: {sorted(found[what])[0]}")
+    model, vocab_size = rounded_model(step_folder, dtype)
+    check(compare(our_forward(model), hf_forward(theirs.eval()), vocab_size), "transformers")
+
+
+def hf_forward(model: nn.Module) -> Forward:
+    """A model of transformers, its routers' choices noted by hooks."""
+
+    def forward(tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+        experts: list[Tensor] = []
+        gates = [module for name, module in model.named_modules() if name.endswith(".mlp.gate")]
+        hooks = [
+            gate.register_forward_hook(
+                lambda module, inputs, output: experts.append(output[2].view(*tokens_BS.shape, -1))
+            )
+            for gate in gates
+        ]
+        try:
+            return model(tokens_BS).logits, experts
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return forward
