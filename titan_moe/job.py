@@ -11,7 +11,7 @@ from titan_moe.config import Config, cautions
 from titan_moe.data.build import Data, check_batch_sizes
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
-from titan_moe.parallelize.mesh import build_mesh, resolve_shard_degree
+from titan_moe.parallelize.mesh import build_mesh, resolve_degrees
 from titan_moe.parallelize.parallelize import DTYPES, parallelize
 from titan_moe.records import log_parameters
 from titan_moe.runtime import Runtime, logger
@@ -37,9 +37,12 @@ class Job(NamedTuple):
 def build_job(config: Config, rt: Runtime) -> Job:
     """Build the run's parts; what can be refused is refused before any process group or file exists."""
     parallel, training = config.parallelism, config.training
-    replicate = parallel.data_parallel_replicate_degree
-    shard = resolve_shard_degree(
-        world_size=rt.world_size, replicate=replicate, shard=parallel.data_parallel_shard_degree
+    degrees = resolve_degrees(
+        world_size=rt.world_size,
+        replicate=parallel.data_parallel_replicate_degree,
+        shard=parallel.data_parallel_shard_degree,
+        expert=parallel.expert_parallel_degree,
+        num_experts=config.moe.num_experts,
     )
     batch_size = check_batch_sizes(training.global_batch_size, training.local_batch_size, rt.world_size)
     accumulation = batch_size // (training.local_batch_size * rt.world_size)
@@ -58,7 +61,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     with torch.device("meta"):
         model = build_model(config)
-    mesh = build_mesh(device=rt.device, shard=shard) if rt.world_size > 1 or mixed else None
+    mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
     parallelize(
         model,
         mesh=mesh,

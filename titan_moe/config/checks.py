@@ -8,12 +8,8 @@ from titan_moe.optimizer.load_lr import expand_load_lr
 
 # What this version can do for keys whose table in the contract allows more: (section, key) -> values that work.
 SUPPORTED: dict[tuple[str, str], tuple[Any, ...]] = {
-    ("parallelism", "data_parallel_replicate_degree"): (1,),
-    ("parallelism", "expert_parallel_degree"): (1,),
     ("parallelism", "tensor_parallel_degree"): (1,),
     ("parallelism", "context_parallel_degree"): (1,),
-    ("moe", "dispatcher"): ("local",),
-    ("activation_checkpoint", "mode"): ("none", "full"),
     ("checkpoint", "async_mode"): ("disabled",),
     ("checkpoint", "export_dtype"): ("float32",),
 }

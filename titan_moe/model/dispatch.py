@@ -40,14 +40,19 @@ class Permutation(NamedTuple):
 def local() -> Dispatcher:
     """All experts on this process: a stable sort by expert and its inverse."""
 
-    def dispatch(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Permutation]:
-        if routing.kept is not None:
-            permutation, tokens_per_expert_E = sort_kept(routing)
-            return gather_rows(x_TD, permutation), tokens_per_expert_E, permutation
-        permutation = sort_by_expert(routing.topk_experts)
-        return gather_rows(x_TD, permutation), routing.tokens_per_expert, permutation
+    return Dispatcher(_dispatch_local, combine_rows)
 
-    return Dispatcher(dispatch, combine_rows)
+
+def _dispatch_local(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Permutation]:
+    permutation, tokens_per_expert_E = sort_choices(routing)
+    return gather_rows(x_TD, permutation), tokens_per_expert_E, permutation
+
+
+def sort_choices(routing: Routing) -> tuple[Permutation, Tensor]:
+    """Where the row of each choice is, and how many rows each expert has, (E,) int64."""
+    if routing.kept is not None:
+        return sort_kept(routing)
+    return sort_by_expert(routing.topk_experts), routing.tokens_per_expert
 
 
 def sort_by_expert(topk_experts_TK: Tensor) -> Permutation:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import register_flop_formula
 
 from titan_moe.model.dispatch import Dispatcher, local
@@ -107,7 +108,10 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks as one tensor per matrix, the expert first: w1, w3 (E, F, D), w2 (E, D, F)."""
+    """E SwiGLU networks as one tensor per matrix, the expert first: w1, w3 (E, F, D), w2 (E, D, F).
+
+    Where the experts are shared out over processes the tensors are DTensors, and this process computes its own.
+    """
 
     def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:
         super().__init__()
@@ -117,7 +121,8 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
         """(N, D) rows sorted by expert -> (N, D)."""
-        return expert_swiglu(x_ND, self.w1, self.w2, self.w3, tokens_per_expert_E)
+        w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
+        return expert_swiglu(x_ND, w1, w2, w3, tokens_per_expert_E)
 
 
 class MoE(nn.Module):

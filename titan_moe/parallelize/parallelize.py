@@ -1,15 +1,20 @@
-"""Parallelism, applied to the model from outside, in one order: activation checkpointing, compile, FSDP2."""
+"""Parallelism, applied to the model from outside, in one order: EP, activation checkpointing, compile, FSDP2."""
 
 import dataclasses
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import Shard
 
+from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
+from titan_moe.parallelize.activation import checkpoint_block
+from titan_moe.parallelize.expert import share_out_experts
+from titan_moe.parallelize.mesh import Meshes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -17,35 +22,53 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def parallelize(
     model: Transformer,
     *,
-    mesh: DeviceMesh | None,
+    mesh: Meshes | None,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     checkpoint_mode: str,
     compile_blocks: bool,
 ) -> None:
-    """Checkpoint, compile and shard `model` in place; with `mesh` None it stays whole, on one process."""
-    if checkpoint_mode == "full":
-        for name, block in model.layers.named_children():
-            model.layers.register_module(name, checkpoint_wrapper(block))
+    """Parallelize `model` in place; with `mesh` None it stays whole, on one process."""
+    has_expert_axis = mesh is not None and mesh.ep is not None
+    if mesh is not None and mesh.ep is not None:
+        share_out_experts(model, mesh.ep)
+    for name, block in model.layers.named_children():
+        wrapped = checkpoint_block(block, checkpoint_mode, keep_random=compile_blocks and has_expert_axis)
+        model.layers.register_module(name, wrapped)
     if compile_blocks:
+        torch._dynamo.config.capture_scalar_outputs = True  # the split sizes of dispatch are numbers in the graph
         for name, block in model.layers.named_children():
             model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=True)))
     if mesh is not None:
         shard(model, mesh, MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype))
 
 
-def shard(model: Transformer, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy) -> None:
     """Apply FSDP2 to every block and to the rest of the model.
 
-    Gradients are summed, not averaged, over ranks: the loss is already divided by the step's global token count, so
-    expert and dense gradients are right whatever the layout. gloo has no pre-multiplied sum, hence the forced one.
+    A block is one unit, whose experts are sharded over their own mesh under expert parallelism. Gradients are summed,
+    not averaged, over ranks: the loss is already divided by the step's global token count, so expert and dense
+    gradients are right whatever the layout. gloo has no pre-multiplied sum, hence the forced one.
     """
     # Activations come in the parameters' type already; the cast would only take the rotary angles out of fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
+    placement = expert_placement(model, mesh)
     for block in model.layers.children():
-        fully_shard(block, mesh=mesh, mp_policy=block_policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh.dense, mp_policy=block_policy, shard_placement_fn=placement)
+    fully_shard(model, mesh=mesh.dense, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def expert_placement(model: nn.Module, mesh: Meshes) -> Callable[[nn.Parameter], Any] | None:
+    """Where FSDP2 shards a parameter: experts over `efsdp` under expert parallelism, the rest where it would anyway."""
+    if mesh.efsdp is None:
+        return None
+    if mesh.efsdp.ndim == 1:
+        info = FSDPMeshInfo(mesh.efsdp, shard_mesh_dim=0)
+    else:
+        info = HSDPMeshInfo(mesh.efsdp, replicate_mesh_dim=0, shard_mesh_dim=1)
+    experts = {p for layer in model.modules() if isinstance(layer, MoE) for p in layer.experts.parameters()}
+    return lambda parameter: ShardPlacementResult(Shard(0), info) if parameter in experts else None

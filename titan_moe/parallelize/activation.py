@@ -1,0 +1,56 @@
+"""Activation checkpointing: which results of a layer are kept for backward, and which are made again."""
+
+import functools
+from collections.abc import Callable, Set
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+aten, c10d = torch.ops.aten, torch.ops._c10d_functional
+
+ATTENTION = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
+# Drawing again the same numbers means to save and restore the generator. Attention counts, for its dropout.
+RANDOM = ATTENTION | {aten.rand_like.default, aten.randn_like.default, aten.rand.default, aten.randn.default}
+# The choice of experts and what travelled between processes: to make them again costs most, and a choice made anew
+# could differ from the first where two experts are nearly as good.
+ROUTED = {
+    aten.topk.default,
+    aten.sort.default,
+    aten.sort.stable,
+    c10d.all_to_all_single.default,
+    c10d.wait_tensor.default,
+}
+
+
+def checkpoint_block(block: nn.Module, mode: str, *, keep_random: bool = False) -> nn.Module:
+    """Wrap a layer so that its activations are kept (`none`), made again (`full`), or kept in part (`selective`).
+
+    `selective` keeps attention's results, the choice of experts, and what the all-to-alls brought; norms, projections
+    and experts are computed again. With `keep_random` attention is kept by `full` too: torch 2.13's partitioner, when
+    a compiled layer with DTensors is to restore a generator, mixes up what it saves (the generator's state comes after
+    the device mesh).
+    """
+    if mode == "none":
+        return block
+    kept = RANDOM | ROUTED if mode == "selective" else RANDOM if keep_random else set()
+    options: dict[str, Callable[..., Any]] = {}
+    if kept:
+        options["context_fn"] = functools.partial(_contexts, frozenset(kept))
+    return checkpoint_wrapper(block, **options)
+
+
+def _contexts(kept: Set[Any]) -> tuple[Any, Any]:
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        # numbers on their way to the host: the split sizes of dispatch are waited for once
+        to_host = op is aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
+        return CheckpointPolicy.MUST_SAVE if op in kept or to_host else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
