@@ -1,13 +1,16 @@
 """A training run: all its parts, built from a configuration."""
 
+import dataclasses
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from titan_moe import runtime
 from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule, load_data, with_vocab_size
-from titan_moe.config import Config, cautions
+from titan_moe.config import Config, cautions, to_toml
 from titan_moe.data.build import Data, check_batch_sizes
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
@@ -53,6 +56,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
     mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
     if rt.world_size > 1 or mixed:
         runtime.init_process_group(rt, config.comm.init_timeout_seconds)
+        check_same(config)
+        runtime.caution_restarts()
     if rt.device.type == "cpu":
         runtime.return_large_buffers()
     runtime.seed_everything(training.seed, deterministic=training.deterministic)
@@ -72,6 +77,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
     )
     model.to(DTYPES[training.dtype]).to_empty(device=rt.device)
     model.init_weights(training.seed)
+    runtime.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
     optimizer = build_optimizer(config, model)
     log_parameters(config, model, optimizer)
     for caution in cautions(config):
@@ -88,3 +94,27 @@ def build_job(config: Config, rt: Runtime) -> Job:
         accumulation=accumulation,
         folder=folder,
     )
+
+
+def check_same(config: Config) -> None:
+    """Raise ValueError, on every process alike, where processes were started with different configurations."""
+    digests = runtime.all_gather(hashlib.sha256(to_toml(config).encode()).hexdigest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is None:
+        return
+    configs = runtime.all_gather(flatten(dataclasses.asdict(config)))
+    first, second = configs[0], configs[other]
+    keys = [key for key in {**first, **second} if first.get(key) != second.get(key) and key != "job.config_file"]
+    values = f"{first.get(keys[0])!r} on rank 0 and {second.get(keys[0])!r} on rank {other}"
+    raise ValueError(
+        f"processes were started with different configurations: {keys[0]} is {values}: "
+        "give every node the same file and arguments"
+    )
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, by dotted keys."""
+    flat = {}
+    for key, value in table.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

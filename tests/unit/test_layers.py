@@ -26,6 +26,8 @@ LAYERS = {
     "parallelize": 1,
     "optimizer": 1,
     "runtime": 1,
+    "watch": 1,
+    "profiling": 1,
     "config": 2,
     "build": 2,
     "step": 2,
