@@ -80,6 +80,9 @@ def outcome(
     tokens, labels = (part.chunk(world)[rank] for part in batch(0))
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    gradients: dict[str, Tensor] = {}
+    names = {p: plain(name) for name, p in model.named_parameters()}
+    sgd.register_step_pre_hook(lambda *_: gradients.update({n: full(p.grad) for p, n in names.items()}))
     output = train_step(model, micro, sgd, weighed, model.expert_biases(), max_norm=0.0)
     return {
         "loss": output.loss,
@@ -91,7 +94,7 @@ def outcome(
         "router": (output.router_logit_norm, output.router_confidence, output.nonfinite),
         "lost": (output.dropped_fraction, output.unrouted_fraction),
         "bias": model.expert_biases(),
-        "parameters": {plain(name): full(p) for name, p in model.named_parameters()},
+        "gradients": gradients,
     }
 
 
@@ -105,5 +108,10 @@ def full(parameter: Tensor) -> Tensor:
 
 
 def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:
-    """Integers alike, fp32 up to round-off: parameters move by their gradients, so these agree too."""
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-6)
+    """Integers alike, numbers to 1e-5, every parameter's gradient to 1e-5 of its norm."""
+    numbers = [{key: value for key, value in one.items() if key != "gradients"} for one in (got, want)]
+    torch.testing.assert_close(*numbers, rtol=1e-5, atol=1e-6)
+    assert got["gradients"].keys() == want["gradients"].keys()
+    for name, gradient in want["gradients"].items():
+        error = torch.linalg.vector_norm(got["gradients"][name] - gradient) / torch.linalg.vector_norm(gradient)
+        assert error <= 1e-5, f"gradient of {name}: off by {error:.1e} of its norm"

@@ -2,15 +2,14 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from titan_moe import runtime
+from titan_moe import __version__, runtime
 from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule, load_data, with_vocab_size
-from titan_moe.config import Config, cautions, to_toml
+from titan_moe.config import Config, cautions
 from titan_moe.data.build import Data, check_batch_sizes
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
@@ -56,10 +55,10 @@ def build_job(config: Config, rt: Runtime) -> Job:
     mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
     if rt.world_size > 1 or mixed:
         runtime.init_process_group(rt, config.comm.init_timeout_seconds)
-        check_same(config)
         runtime.caution_restarts()
     if rt.device.type == "cpu":
         runtime.return_large_buffers()
+    check_same_on_all_ranks(config)
     runtime.seed_everything(training.seed, deterministic=training.deterministic)
 
     data = load_data(config, rt)
@@ -96,25 +95,29 @@ def build_job(config: Config, rt: Runtime) -> Job:
     )
 
 
-def check_same(config: Config) -> None:
-    """Raise ValueError, on every process alike, where processes were started with different configurations."""
-    digests = runtime.all_gather(hashlib.sha256(to_toml(config).encode()).hexdigest())
+def check_same_on_all_ranks(config: Config) -> None:
+    """Raise ValueError, on every rank alike, where a rank has another configuration or other versions than rank 0.
+
+    Else they would train different models, or wait for each other in different collectives until the time limit.
+    """
+    mine = {**_keys(dataclasses.asdict(config)), "version of titan_moe": __version__, "version of torch": str(torch.__version__)}
+    del mine["job.config_file"]  # where the configuration came from is not part of it
+    digests = runtime.all_gather(hashlib.sha256(repr(mine).encode()).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
-    configs = runtime.all_gather(flatten(dataclasses.asdict(config)))
-    first, second = configs[0], configs[other]
-    keys = [key for key in {**first, **second} if first.get(key) != second.get(key) and key != "job.config_file"]
-    values = f"{first.get(keys[0])!r} on rank 0 and {second.get(keys[0])!r} on rank {other}"
+    all_keys = runtime.all_gather(mine)  # only now: there may be many ranks
+    here, there = all_keys[0], all_keys[other]
+    name = next(name for name in (*here, *there) if here.get(name) != there.get(name))
     raise ValueError(
-        f"processes were started with different configurations: {keys[0]} is {values}: "
-        "give every node the same file and arguments"
+        f"ranks have different configurations: {name} is {here.get(name, 'not set')} on rank 0 and "
+        f"{there.get(name, 'not set')} on rank {other}: give every rank the same file, arguments and versions"
     )
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one, by dotted keys."""
-    flat = {}
-    for key, value in table.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+def _keys(value: object, prefix: str = "") -> dict[str, str]:
+    """Nested tables as `section.key` -> value."""
+    if not isinstance(value, dict):
+        return {prefix: repr(value)}
+    joined = {name: f"{prefix}.{name}" if prefix else name for name in value}
+    return {key: text for name, inner in value.items() for key, text in _keys(inner, joined[name]).items()}

@@ -1,61 +1,58 @@
-"""Every router with every balancer of the registries: two ranks with FSDP2 equal one process."""
+"""Every router with every balancer of the registries: a step of 2 and 4 ranks, in all layouts, equals one process."""
 
 from typing import Any
 
 import pytest
-import torch
 
 from tests.cases import ROUTER_CASES, Case
 from tests.dist.harness import run_ranks
+from tests.dist.layouts import LAYOUTS, apply
 from tests.invariance import NOISE, assert_same, fresh, is_cut_router, outcome, partners
 from titan_moe.model.transformer import Transformer
-from titan_moe.parallelize.mesh import build_mesh
-from titan_moe.parallelize.parallelize import parallelize
 
 RUNNING = "aux_loss-scope=global_batch"
 
 
-def rows() -> list[tuple[Case, list[Case], int]]:
-    """Routers, balancers that go with them, and how many micro-batches of one process are the same as two ranks.
+def rows(world: int) -> list[tuple[Case, list[Case], int]]:
+    """Routers, balancers that go with them, and how many micro-batches of one process are the same as the ranks.
 
-    Two for nearly all, also where a method is of the tokens of one forward pass. The running average of the loads
-    sees both ranks at once, but micro-batches one after the other: it equals one micro-batch. Ranks draw other noise.
+    As many as ranks for nearly all, also where a method is of the tokens of one forward pass. The running average of
+    the loads sees all ranks at once, but micro-batches one after the other: it equals one micro-batch. Ranks draw
+    other noise.
     """
     found = []
     for router in ROUTER_CASES:
         if router.arguments.keys() & NOISE:
             continue
         balancers = partners(router)
-        found.append((router, [b for b in balancers if str(b) != RUNNING], 2))
+        found.append((router, [b for b in balancers if str(b) != RUNNING], world))
         running = [b for b in balancers if str(b) == RUNNING]
         if running and not is_cut_router(router):
             found.append((router, running, 1))
     return found
 
 
-def on_two_ranks(rank: int, world: int) -> list[dict[str, Any]]:
-    mesh = build_mesh(device=torch.device("cpu"), shard=world)
+def on_ranks(rank: int, world: int) -> dict[tuple[str, int], dict[str, Any]]:
+    results = {}
+    for layout in LAYOUTS[world]:
 
-    def shard(model: Transformer) -> None:
-        parallelize(
-            model,
-            mesh=mesh,
-            param_dtype=torch.float32,
-            reduce_dtype=torch.float32,
-            checkpoint_mode="none",
-            compile_blocks=False,
-        )
+        def wrap(model: Transformer, layout: str = layout) -> None:
+            apply(model, world, layout)
 
-    return [outcome(fresh(router, shard, device="meta"), own, rank=rank, world=world) for router, own, _ in rows()]
+        for i, (router, own, _) in enumerate(rows(world)):
+            results[layout, i] = outcome(fresh(router, wrap, device="meta"), own, rank=rank, world=world)
+    return results
 
 
 @pytest.mark.dist
-def test_two_ranks_equal_one() -> None:
-    results = run_ranks(2, on_two_ranks)
-    for i, (router, balancers, micro_batches) in enumerate(rows()):
-        alone = outcome(fresh(router), balancers, micro_batches=micro_batches)
-        for result in results:
+@pytest.mark.parametrize("world", LAYOUTS)
+def test_ranks_equal_one_process(world: int) -> None:
+    cases = rows(world)
+    alone = [outcome(fresh(router), own, micro_batches=micro_batches) for router, own, micro_batches in cases]
+    for result in run_ranks(world, on_ranks):
+        for (layout, i), got in result.items():
             try:
-                assert_same(result[i], alone)
+                assert_same(got, alone[i])
             except AssertionError as error:
-                raise AssertionError(f"{router} with {[*map(str, balancers)]}: {error}") from None
+                router, balancers, _ = cases[i]
+                raise AssertionError(f"{layout}, {router} with {[*map(str, balancers)]}: {error}") from None

@@ -65,7 +65,10 @@ class Moe:
     num_shared_experts: Annotated[NonNegativeInt, "experts that every token passes, beside its top_k"] = 0
     first_dense_layers: Annotated[NonNegativeInt, "layers at the bottom without experts"] = 0
     layer_freq: Annotated[PositiveInt, "from there on, every layer_freq-th layer has experts (1: all)"] = 1
-    dispatcher: Annotated[Literal["local", "all_to_all"], "how tokens reach their experts"] = "local"
+    dispatcher: Annotated[
+        Literal["auto", "local", "all_to_all"],
+        "how tokens reach their experts (auto: all_to_all where expert_parallel_degree is above 1)",
+    ] = "auto"
 
 
 @dataclass(frozen=True)
