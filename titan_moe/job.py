@@ -15,6 +15,7 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import build_mesh, resolve_degrees
 from titan_moe.parallelize.parallelize import DTYPES, parallelize
+from titan_moe.parallelize.quantize import check_quantize, quantize
 from titan_moe.records import log_parameters
 from titan_moe.runtime import Runtime, logger
 from titan_moe.sinks import check_wandb
@@ -48,6 +49,10 @@ def build_job(config: Config, rt: Runtime) -> Job:
     )
     batch_size = check_batch_sizes(training.global_batch_size, training.local_batch_size, rt.world_size)
     accumulation = batch_size // (training.local_batch_size * rt.world_size)
+    in_float8, param_dtype = config.quantize, DTYPES[training.mixed_precision_param]
+    check_quantize(
+        converters=in_float8.converters, emulate=in_float8.emulate, device=rt.device, param_dtype=param_dtype
+    )
     folder = Path(config.job.dump_folder)
     runtime.check_writable(folder)
     if config.metrics.enable_wandb:
@@ -65,11 +70,12 @@ def build_job(config: Config, rt: Runtime) -> Job:
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     with torch.device("meta"):
         model = build_model(config)
+    quantize(model, **dataclasses.asdict(in_float8))
     mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
     parallelize(
         model,
         mesh=mesh,
-        param_dtype=DTYPES[training.mixed_precision_param],
+        param_dtype=param_dtype,
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
         checkpoint_mode=config.activation_checkpoint.mode,
         compile_blocks=config.compile.enable,

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "titan_moe"
 LAYERS = {
     "model.routing": 0,
     "model.dispatch": 0,
+    "model.grouped": 0,
     "model.selection": 0,
     "model.assignment": 0,
     "balancer": 0,

@@ -51,7 +51,6 @@ def test_errors_of_collectives_are_told_apart(monkeypatch: pytest.MonkeyPatch) -
     assert not isinstance(caught.value, runtime.CollectiveError)
 
 
-
 @pytest.mark.parametrize(
     ("shared", "restarts", "warns"), [("True", "3", True), ("False", "3", False), ("True", "0", False)]
 )
