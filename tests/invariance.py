@@ -58,15 +58,17 @@ def partners(router: Case) -> list[Case]:
     return [balancer for other, balancer in PAIRS if other == router]
 
 
-def fresh(router: Case, wrap: Callable[[Transformer], None] | None = None, device: str = "cpu") -> Transformer:
-    """A model of one layer with selection biases that are not 0."""
-    model = tiny_model(router, num_layers=1, device=device)
+def fresh(
+    router: Case, wrap: Callable[[Transformer], None] | None = None, device: str = "cpu", **sizes: int
+) -> Transformer:
+    """A model, of one layer unless `sizes` say otherwise, with selection biases that are not 0."""
+    model = tiny_model(router, device=device, **{"num_layers": 1, **sizes})
     if wrap is not None:
         wrap(model)
         model.to_empty(device="cpu")
     model.init_weights(0)
     for bias in model.expert_biases():
-        bias.copy_(torch.linspace(-0.05, 0.05, 4))
+        bias.copy_(torch.linspace(-0.05, 0.05, bias.numel()))
     return model
 
 

@@ -11,6 +11,13 @@ from tests.invariance import NOISE, assert_same, fresh, is_cut_router, outcome, 
 from titan_moe.model.transformer import Transformer
 
 RUNNING = "aux_loss-scope=global_batch"
+# In these layouts every router; in the others, which route in the same way, those with a form of their own.
+ALL_ROUTERS = ("fsdp2", "ep2", "ep2_fsdp2")
+SOME_ROUTERS = ("topk_softmax", "topk_softmax-capacity_factor=0.75", "expert_choice", "base")
+
+
+def is_row(layout: str, router: Case) -> bool:
+    return layout in ALL_ROUTERS or str(router) in SOME_ROUTERS
 
 
 def rows(world: int) -> list[tuple[Case, list[Case], int]]:
@@ -40,7 +47,8 @@ def on_ranks(rank: int, world: int) -> dict[tuple[str, int], dict[str, Any]]:
             apply(model, world, layout)
 
         for i, (router, own, _) in enumerate(rows(world)):
-            results[layout, i] = outcome(fresh(router, wrap, device="meta"), own, rank=rank, world=world)
+            if is_row(layout, router):
+                results[layout, i] = outcome(fresh(router, wrap, device="meta"), own, rank=rank, world=world)
     return results
 
 

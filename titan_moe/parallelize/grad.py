@@ -3,25 +3,44 @@
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.utils import get_total_norm
 
 
-def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Group the parameters that have a gradient by the mesh it lives on: torch can't mix meshes in one foreach."""
-    groups: dict[object, list[nn.Parameter]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-            groups.setdefault(mesh, []).append(parameter)
-    return list(groups.values())
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def total_norm(tensors: list[Tensor]) -> Tensor:
-    """2-norm over all elements of tensors that live on one mesh; a plain scalar, the same on every rank."""
-    norm = get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _num_copies(tensor: Tensor) -> int:
+    """How many processes hold the same part of `tensor` as this one does."""
+    if not isinstance(tensor, DTensor):
+        return _num_ranks()
+    mesh, copies = tensor.device_mesh, 1
+    for axis, placement in enumerate(tensor.placements):
+        copies *= mesh.size(axis) if isinstance(placement, Replicate) else 1
+    return copies
+
+
+@torch.no_grad()
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """2-norm over all elements of tensors of any meshes; a plain scalar, the same on every rank.
+
+    Each rank sums the squares of its parts, over how many ranks hold the same, so that one collective does for all
+    meshes. The squares are in float64, where those of large fp32 norms don't overflow.
+    """
+    parts: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        parts.setdefault(_num_copies(tensor), []).append(_local(tensor))
+    square = torch.stack([get_total_norm(part).double().square() / n for n, part in parts.items()]).sum()
+    if _num_ranks() > 1:
+        dist.all_reduce(square)
+    return square.sqrt().float()
 
 
 @torch.no_grad()
@@ -30,19 +49,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 
     Equals the single-process norm whatever the layout, up to round-off.
     """
-    groups = _by_mesh(parameters)
-    norms = [total_norm([p.grad for p in group if p.grad is not None]) for group in groups]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = total_norm(gradients)
     if max_norm > 0:
-        for group in groups:
-            clip_grads_with_norm_(group, max_norm, norm)
+        torch._foreach_mul_([_local(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
-@torch.no_grad()
 def param_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Global 2-norm of the parameters, a scalar (the paper's Figure 4)."""
-    groups: dict[object, list[Tensor]] = {}
-    for p in parameters:
-        groups.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p.detach())
-    return torch.linalg.vector_norm(torch.stack([total_norm(group) for group in groups.values()]))
+    return total_norm(parameters)
