@@ -10,4 +10,5 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > nproc ? cores / nproc : 1))}
 # threads that wait by spinning lose most of their speed as soon as another program wants a core
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or a restart of workers (PET_MAX_RESTARTS) fails or hangs
 exec .venv/bin/torchrun --standalone --nproc_per_node="$nproc" -m titan_moe.train --job.config_file "$config" "$@"

@@ -15,6 +15,7 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import build_mesh, resolve_degrees
 from titan_moe.parallelize.parallelize import DTYPES, parallelize
+from titan_moe.parallelize.quantize import check_quantize, quantize
 from titan_moe.records import log_parameters
 from titan_moe.runtime import Runtime, logger
 from titan_moe.sinks import check_wandb
@@ -48,6 +49,10 @@ def build_job(config: Config, rt: Runtime) -> Job:
     )
     batch_size = check_batch_sizes(training.global_batch_size, training.local_batch_size, rt.world_size)
     accumulation = batch_size // (training.local_batch_size * rt.world_size)
+    in_float8, param_dtype = config.quantize, DTYPES[training.mixed_precision_param]
+    check_quantize(
+        converters=in_float8.converters, emulate=in_float8.emulate, device=rt.device, param_dtype=param_dtype
+    )
     folder = Path(config.job.dump_folder)
     runtime.check_writable(folder)
     if config.metrics.enable_wandb:
@@ -55,6 +60,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
     mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
     if rt.world_size > 1 or mixed:
         runtime.init_process_group(rt, config.comm.init_timeout_seconds)
+        runtime.caution_restarts()
     if rt.device.type == "cpu":
         runtime.return_large_buffers()
     check_same_on_all_ranks(config)
@@ -64,17 +70,19 @@ def build_job(config: Config, rt: Runtime) -> Job:
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     with torch.device("meta"):
         model = build_model(config)
+    quantize(model, **dataclasses.asdict(in_float8))
     mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
     parallelize(
         model,
         mesh=mesh,
-        param_dtype=DTYPES[training.mixed_precision_param],
+        param_dtype=param_dtype,
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
         checkpoint_mode=config.activation_checkpoint.mode,
         compile_blocks=config.compile.enable,
     )
     model.to(DTYPES[training.dtype]).to_empty(device=rt.device)
     model.init_weights(training.seed)
+    runtime.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
     optimizer = build_optimizer(config, model)
     log_parameters(config, model, optimizer)
     for caution in cautions(config):
@@ -98,7 +106,11 @@ def check_same_on_all_ranks(config: Config) -> None:
 
     Else they would train different models, or wait for each other in different collectives until the time limit.
     """
-    mine = {**_keys(dataclasses.asdict(config)), "version of titan_moe": __version__, "version of torch": str(torch.__version__)}
+    mine = {
+        **_keys(dataclasses.asdict(config)),
+        "version of titan_moe": __version__,
+        "version of torch": str(torch.__version__),
+    }
     del mine["job.config_file"]  # where the configuration came from is not part of it
     digests = runtime.all_gather(hashlib.sha256(repr(mine).encode()).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)

@@ -1,6 +1,5 @@
 """The machine: process group, device, seeds and determinism, logging. The only reader of os.environ."""
 
-import contextlib
 import ctypes
 import datetime
 import faulthandler
@@ -15,10 +14,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -63,12 +62,21 @@ def worker_environment(*, threads: int, devices: Sequence[int] = ()) -> dict[str
     return {name: value for name, value in os.environ.items() if name not in launch} | own
 
 
+class CollectiveError(RuntimeError):
+    """A collective that failed, because another process died or hangs."""
+
+
+# torch ends a process on its own limit with pages of stacks: a minute after ours, which `titan_moe.watch` keeps.
+GRACE_SECONDS = 60
+
+
 def init_process_group(runtime: Runtime, timeout_seconds: int) -> None:
     """Start the default process group: gloo on a CPU, NCCL (with gloo for CPU tensors) on GPUs."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder's last collectives
     backend = "cuda:nccl,cpu:gloo" if runtime.device.type == "cuda" else "gloo"
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
-    timeout = datetime.timedelta(seconds=timeout_seconds)
+    timeout = datetime.timedelta(seconds=timeout_seconds + GRACE_SECONDS)
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -82,9 +90,11 @@ def close_process_group() -> None:
 
 
 def set_timeout(timeout_seconds: int) -> None:
-    """Change the timeout of collectives (a shorter one once training is under way)."""
+    """Change the timeout of the collectives of every group (another one once training is under way)."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout_seconds))
+        for group in list(dist.distributed_c10d._world.pg_map):
+            timeout = datetime.timedelta(seconds=timeout_seconds + GRACE_SECONDS)
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def barrier() -> None:
@@ -100,6 +110,17 @@ def all_gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def caution_restarts() -> None:
+    """Warn where torchrun would restart workers on the store of the first start, on which restarts fail or hang."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("RANK") == "0":
+        logger.warning(
+            "torchrun --max_restarts %d: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started, "
+            "or a restart can fail or hang",
+            restarts,
+        )
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
@@ -234,29 +255,6 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def profiler(runtime: Runtime, *, enable: bool, folder: Path, freq: int) -> Iterator[Callable[[], None]]:
-    """Give a function to call after each step; with `enable` the last of every `freq` steps is traced to `folder`."""
-    if not enable:
-        yield lambda: None
-        return
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if runtime.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    warmup = min(1, freq - 1)
-    with torch.profiler.profile(
-        activities=activities,
-        schedule=torch.profiler.schedule(wait=freq - 1 - warmup, warmup=warmup, active=1),
-        on_trace_ready=lambda prof: _write_trace(prof, folder, runtime.rank),
-    ) as profile:
-        yield profile.step
-
-
-def _write_trace(profile: torch.profiler.profile, folder: Path, rank: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    profile.export_chrome_trace(str(folder / f"step-{profile.step_num}-rank-{rank}.json"))
-
-
 def run_command(main: Callable[[list[str]], int]) -> None:
     """Run a command's main(): exit 0 on success, 2 with one `error:` line for a user's error, 1 on a fault.
 
@@ -276,12 +274,22 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         if read_world().local_rank == 0 or debug:  # one line a node: a disk may fail on one of them alone
             print(f"error: {describe(error)}", file=sys.stderr)
         code = 2
+    except CollectiveError as error:
+        if debug:
+            traceback.print_exc()
+        give_up(describe(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
     finally:
         close_process_group()
     sys.exit(code)
+
+
+def give_up(message: str) -> NoReturn:
+    """End this process at once with one line: what waits for another process that is gone would wait for ever."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def describe(error: Exception) -> str:

@@ -19,10 +19,12 @@ from titan_moe.job import Job, build_job
 from titan_moe.metrics import eval_metrics
 from titan_moe.optimizer.build import set_lr
 from titan_moe.probe import balance_tax, routing_choices, routing_drift
+from titan_moe.profiling import profiler
 from titan_moe.records import Record, flush, moe_layer_names, speed_record, train_record
 from titan_moe.runtime import StopRequest, logger
 from titan_moe.sinks import Sink, console, fan_out, jsonl, summary, tensorboard, wandb
 from titan_moe.step import evaluate, train_step
+from titan_moe.watch import Watch, watching
 
 METRICS = "metrics.jsonl"
 
@@ -42,14 +44,16 @@ def main(args: list[str]) -> int:
         return 0
     config, rt = load_config(args), runtime.read_world()
     runtime.init_logging(rt)
-    job = build_job(config, rt)
-    progress = resume(job)
-    write_run_files(job)
-    sinks = open_sinks(job, progress.step)
-    try:
-        stopped = run(job, sinks, progress)
-    finally:
-        sinks.close()
+    watch = Watch(config.comm.init_timeout_seconds)
+    with watching(watch):
+        job = build_job(config, rt)
+        progress = resume(job)
+        write_run_files(job)
+        sinks = open_sinks(job, progress.step)
+        try:
+            stopped = run(job, sinks, progress, watch)
+        finally:
+            sinks.close()
     if stopped:
         if rt.is_main:
             logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
@@ -92,7 +96,7 @@ def resume(job: Job) -> Progress:
     return Progress(restored.step, restored.extra["num_tokens"], restored.extra.get("choices"))
 
 
-def run(job: Job, sinks: Sink, progress: Progress) -> int:
+def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> int:
     """Train from where `progress` is to the end; the signal that stopped the run early, else 0."""
     start, num_tokens, choices = progress
     config, rt, profiling = job.config, job.runtime, job.config.profiling
@@ -100,14 +104,14 @@ def run(job: Job, sinks: Sink, progress: Progress) -> int:
     expert_biases = job.model.expert_biases()
     moe_layers = moe_layer_names(job.model)
     pending: list[Record] = []
-    with runtime.profiler(
+    with profiler(
         rt,
         enable=profiling.enable_profiling,
         folder=job.folder / profiling.save_traces_folder,
         freq=profiling.profile_freq,
     ) as profile_step:
         for step in range(start + 1, steps + 1):
-            begin = time.perf_counter()
+            watch.step, begin = step, time.perf_counter()
             micro_batches = [next(batches) for _ in range(job.accumulation)]
             data_seconds = time.perf_counter() - begin
             micro_batches = [(tokens.to(rt.device), labels.to(rt.device)) for tokens, labels in micro_batches]
@@ -150,6 +154,7 @@ def run(job: Job, sinks: Sink, progress: Progress) -> int:
             if signal and not last:
                 return signal
             if step == start + 1:
+                watch.limit_seconds = config.comm.train_timeout_seconds
                 runtime.set_timeout(config.comm.train_timeout_seconds)
     return 0
 

@@ -40,7 +40,9 @@ def make(seed: int, layout: str):
         mesh = init_device_mesh("cpu", (WORLD,), mesh_dim_names=("dp",))
         if layout == "ep":  # experts sharded apart from FSDP
             for layer in model:
-                layer.experts = nn.Parameter(distribute_tensor(layer.get_parameter("experts").detach(), mesh, [Shard(0)]))
+                layer.experts = nn.Parameter(
+                    distribute_tensor(layer.get_parameter("experts").detach(), mesh, [Shard(0)])
+                )
         experts = {layer.get_parameter("experts") for layer in model} if layout == "ep" else set()
         for module in (*model, model):
             fully_shard(module, mesh=mesh, ignored_params=experts)
@@ -123,7 +125,9 @@ def check_failure_on_one_rank(folder: Path) -> None:
 
         if rank() == 1:
             setattr(owner, function, fail)
-        with pytest.raises(CheckpointError, match=r"^cannot save .*step-2: No space left on device \(on rank 1\) \(earlier"):
+        with pytest.raises(
+            CheckpointError, match=r"^cannot save .*step-2: No space left on device \(on rank 1\) \(earlier"
+        ):
             save(folder, 2, model, optimizer)
         setattr(owner, function, original)
         dist.barrier()

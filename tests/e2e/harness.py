@@ -7,9 +7,10 @@ import json
 import multiprocessing
 import os
 import random
+import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +150,26 @@ class Command:
         """What it has written so far to `.out` or `.err`."""
         path = Path(self.log + suffix)
         return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def start_two(words: list[str], log: Path, *, second: Sequence[str] = ()) -> list[Command]:
+    """Start two processes as torchrun does; the second one with more arguments."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+    ranks = [{**place, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+    given = [words, [*words, *second]]
+    return [Command("train", more, log.with_name(f"log-{i}"), ranks[i]) for i, more in enumerate(given)]
+
+
+def end_two(commands: list[Command]) -> list[int]:
+    """Wait for both; their exit codes."""
+    return [command.end().code for command in commands]
 
 
 def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:

@@ -66,6 +66,26 @@ CONFIGURATIONS: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "",
         ["data_parallel_shard_degree (3)", "processes (1)", "nproc_per_node"],
     ),
+    "float8 on a CPU": (
+        {"quantize.converters": ["quantize.grouped_mm.float8"]},
+        "",
+        ["quantize.converters", "H100", "a CPU", "quantize.emulate = true"],
+    ),
+    "unknown converter": (
+        {"quantize.converters": "quantize.linear.mx"},
+        "",
+        ["run.toml", "quantize.converters", "quantize.linear.mx", "quantize.linear.float8"],
+    ),
+    "float8 experts of a dense model": (
+        {"moe.num_experts": 0, "balancer": None, "quantize.converters": ["quantize.grouped_mm.float8"]},
+        "",
+        ["quantize.grouped_mm.float8", "moe.num_experts is 0"],
+    ),
+    "float8 of odd sizes": (
+        {"moe.expert_dim": 24, "quantize.converters": ["quantize.grouped_mm.float8"], "quantize.emulate": True},
+        "",
+        ["quantize.grouped_mm.float8", "multiples of 16", "layers.0.moe.experts", "24 x 32", "moe.expert_dim"],
+    ),
     "heads": ({"model.num_heads": 3}, "", ["model.num_heads (3)", "model.dim (32)"]),
     "dump folder below a file": ({}, "--job.dump_folder {file}/run", ["job.dump_folder", "{file}", "not writable"]),
     "dump folder in /proc": ({}, "--job.dump_folder /proc/run", ["job.dump_folder /proc/run", "not writable"]),

@@ -6,7 +6,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Arguments
-from tests.e2e.harness import Command, Ended, contents, records
+from tests.e2e.harness import Command, Ended, contents, end_two, records, start_two
 
 Train = Callable[..., Ended]
 STEPS = 16
@@ -118,20 +117,6 @@ def test_kill_9_during_a_save(arguments: Arguments, train: Train, whole: Path, t
     assert f"resuming from {folder / ('step-4' if 'step-8.tmp' in left else 'step-8')}" in again.err
     assert {path.name for path in folder.iterdir()} == {f"step-{step}" for step in (4, 8, 12, 16)}
     assert_same(tmp_path / "run", whole)
-
-
-def start_two(words: list[str], log: Path) -> list[Command]:
-    """Start two processes as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    ranks = [{**place, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-    return [Command("train", words, log.with_name(f"log-{env['RANK']}"), env) for env in ranks]
-
-
-def end_two(commands: list[Command]) -> list[int]:
-    return [command.end().code for command in commands]
 
 
 @pytest.mark.dist

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "titan_moe"
 LAYERS = {
     "model.routing": 0,
     "model.dispatch": 0,
+    "model.grouped": 0,
     "model.selection": 0,
     "model.assignment": 0,
     "balancer": 0,
@@ -35,6 +36,8 @@ LAYERS = {
     "optimizer": 1,
     "runtime": 1,
     "commands": 1,
+    "watch": 1,
+    "profiling": 1,
     "config": 2,
     "build": 2,
     "step": 2,

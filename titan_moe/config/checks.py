@@ -67,6 +67,11 @@ def _check_experts(config: Config) -> None:
                 )
         if config.debug.force_balanced_routing:
             raise ValueError("debug.force_balanced_routing = true needs experts, but moe.num_experts is 0")
+        if "quantize.grouped_mm.float8" in config.quantize.converters:
+            raise ValueError(
+                "quantize.converters has quantize.grouped_mm.float8, which needs experts, but moe.num_experts is 0: "
+                "leave it out"
+            )
         for key in ("expert_stats_freq", "balance_tax_freq"):
             if freq := getattr(config.metrics, key):
                 raise ValueError(f"metrics.{key} = {freq} needs experts, but moe.num_experts is 0: set it to 0")

@@ -158,6 +158,21 @@ class Compile:
 
 
 @dataclass(frozen=True)
+class Quantize:
+    """Matrix products in float8, on GPUs that have them."""
+
+    converters: Annotated[
+        list[Literal["quantize.linear.float8", "quantize.grouped_mm.float8"]],
+        BeforeValidator(_as_list),
+        "what is in float8: linear layers, experts (empty: nothing)",
+    ] = field(default_factory=list)
+    recipe_name: Annotated[
+        Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"], "scales of linear layers, torchao's names"
+    ] = "rowwise"
+    emulate: Annotated[bool, "round to float8, multiply in the precision that is there: to try out, any device"] = False
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """Saving and resuming."""
 
@@ -230,6 +245,7 @@ class Config:
     parallelism: Parallelism = field(default_factory=Parallelism)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     metrics: Metrics = field(default_factory=Metrics)
     profiling: Profiling = field(default_factory=Profiling)

@@ -10,41 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
-from torch.utils.flop_counter import register_flop_formula
 
 from titan_moe.model.dispatch import Dispatcher, local
+from titan_moe.model.grouped import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.routing import Router, Routing
-
-torch.library.define("titan_moe::grouped_mm", "(Tensor a, Tensor b, Tensor offs) -> Tensor")
-
-
-def grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
-    """One matrix product per expert, rows of expert e being offs[e-1]:offs[e] (offs: (E,) int32 cumulative counts).
-
-    (N, D) x (E, D, F) -> (N, F), or (D, N) x (N, F) -> (E, D, F), zero for experts without rows. It is
-    torch.nn.functional.grouped_mm behind an operator of ours, because under torch.compile and FakeTensor that one takes
-    bf16 only. On CUDA bf16 is one kernel without synchronisation; fp32 there takes torch's fallback, a loop over
-    experts that reads `offs` on the host. Not differentiable: `expert_swiglu` has the gradients.
-    """
-    return torch.ops.titan_moe.grouped_mm(a, b, offs)
-
-
-# Not torch.library.custom_op, whose Python wrapper costs as much as a small expert's product.
-@torch.library.impl("titan_moe::grouped_mm", ("cpu", "cuda"))
-def _(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
-    return F.grouped_mm(a, b, offs=offs)
-
-
-@torch.library.register_fake("titan_moe::grouped_mm")
-def _(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
-    shape = (a.shape[0], b.shape[-1]) if b.dim() == 3 else (offs.shape[0], a.shape[0], b.shape[-1])
-    return a.new_empty(shape)
-
-
-@register_flop_formula(torch.ops.titan_moe.grouped_mm)
-def _(a_shape: tuple[int, ...], b_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return 2 * a_shape[0] * a_shape[1] * b_shape[-1]
-
 
 # The experts' gradients, by hand to save memory: what w2's function kept is freed before those of w1 and w3 are made;
 # it writes into what nothing needs any more, because on a CPU new memory costs more than arithmetic; and weight
@@ -53,44 +22,50 @@ def _(a_shape: tuple[int, ...], b_shape: tuple[int, ...], *_: Any, **__: Any) ->
 
 class _GroupedLinear(Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, offs_E: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
         ctx.save_for_backward(x_ND, weight, offs_E)
-        return grouped_mm(x_ND, weight.transpose(1, 2), offs_E)
+        ctx.precision = precision
+        return PRODUCTS[precision](x_ND, weight.transpose(1, 2), offs_E)
 
     @staticmethod
-    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyrefly: ignore
         x_ND, weight, offs_E = ctx.saved_tensors
-        return grouped_mm(grad_NF, weight, offs_E), grouped_mm(grad_NF.t(), x_ND, offs_E), None
+        grad_x_ND = PRODUCTS[ctx.precision](grad_NF, weight, offs_E)
+        return grad_x_ND, grouped_mm(grad_NF.t(), x_ND, offs_E), None, None
 
 
 class _GatedDown(Function):
     @staticmethod
-    def forward(ctx: Any, h1_NF: Tensor, h3_NF: Tensor, w2: Tensor, offs_E: Tensor) -> Tensor:
+    def forward(ctx: Any, h1_NF: Tensor, h3_NF: Tensor, w2: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
         silu_NF = F.silu(h1_NF)
         ctx.save_for_backward(h1_NF, h3_NF, silu_NF, w2, offs_E)
-        return grouped_mm(silu_NF * h3_NF, w2.transpose(1, 2), offs_E)
+        ctx.precision = precision
+        return PRODUCTS[precision](silu_NF * h3_NF, w2.transpose(1, 2), offs_E)
 
     @staticmethod
-    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyrefly: ignore
+    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyrefly: ignore
         h1_NF, h3_NF, silu_NF, w2, offs_E = ctx.saved_tensors
         grad_y_ND = grad_y_ND.contiguous()  # grouped_mm refuses expanded (zero-stride) tensors
         h_NF = silu_NF * h3_NF
         grad_w2 = grouped_mm(grad_y_ND.t(), h_NF, offs_E)
-        grad_h_NF = grouped_mm(grad_y_ND, w2, offs_E)
+        grad_h_NF = PRODUCTS[ctx.precision](grad_y_ND, w2, offs_E)
         grad_h3_NF = torch.mul(grad_h_NF, silu_NF, out=h_NF)
         grad_h1_NF = torch.ops.aten.silu_backward.grad_input(grad_h_NF.mul_(h3_NF), h1_NF, grad_input=grad_h_NF)
-        return grad_h1_NF, grad_h3_NF, grad_w2, None
+        return grad_h1_NF, grad_h3_NF, grad_w2, None, None
 
 
-def expert_swiglu(x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+def expert_swiglu(
+    x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, tokens_per_expert_E: Tensor, precision: Precision = "high"
+) -> Tensor:
     """w2 @ (silu(w1 @ x) * (w3 @ x)) with the weights of each row's expert; rows come sorted by expert.
 
     w1, w3 are (E, F, D), w2 is (E, D, F), tokens_per_expert_E sums to N; rows after its sum are
-    not computed, and hold anything. Source: Shazeer (2020), SwiGLU.
+    not computed, and hold anything. With a `precision` in float8 the products of forward and those that give the
+    gradient of x are in it; those that give the weights' gradients stay. Source: Shazeer (2020), SwiGLU.
     """
     offs_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-    h1_NF, h3_NF = _GroupedLinear.apply(x_ND, w1, offs_E), _GroupedLinear.apply(x_ND, w3, offs_E)
-    return _GatedDown.apply(h1_NF, h3_NF, w2, offs_E)
+    h1_NF, h3_NF = (_GroupedLinear.apply(x_ND, w, offs_E, precision) for w in (w1, w3))
+    return _GatedDown.apply(h1_NF, h3_NF, w2, offs_E, precision)
 
 
 class FeedForward(nn.Module):
@@ -115,6 +90,7 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:
         super().__init__()
+        self.precision: Precision = "high"
         self.w1 = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
@@ -122,7 +98,7 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
         """(N, D) rows sorted by expert -> (N, D)."""
         w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
-        return expert_swiglu(x_ND, w1, w2, w3, tokens_per_expert_E)
+        return expert_swiglu(x_ND, w1, w2, w3, tokens_per_expert_E, self.precision)
 
 
 class MoE(nn.Module):
