@@ -28,14 +28,16 @@ ROOTS = {"precondition_frequency": 2, "max_preconditioner_dim": 12, "epsilon": 1
 # group -> optimizer, and the arguments of groups
 CASES: list[tuple[dict[str, str], dict[str, dict[str, Any]]]] = [
     ({"expert": "shampoo", "dense": "muon"}, {"expert": ROOTS, "dense": {"matmul_dtype": "float32"}}),
-    ({"expert": "soap", "dense": "shampoo"}, {"expert": {"precondition_frequency": 2}, "dense": ROOTS}),
-    ({"expert": "shampoo_fast"}, {"expert": {**ROOTS, "statistics_every": 2, **BY_LOAD}}),
+    (
+        {"expert": "shampoo_fast", "dense": "soap"},
+        {"expert": {**ROOTS, "statistics_every": 2, **BY_LOAD}, "dense": {"precondition_frequency": 2}},
+    ),
 ]
 
 
 def build(number: int, world: int) -> tuple[Any, torch.optim.Optimizer]:
     names, arguments = CASES[number]
-    model = tiny_model(num_experts=3 if number else 4, device="meta")  # uneven shards
+    model = tiny_model(num_experts=3 if number else 4, num_layers=1, device="meta")  # uneven shards
     if world > 1:
         parallelize(
             model,
@@ -65,16 +67,16 @@ def save(folder: Path, model: Any, optimizer: Any) -> None:
 
 def first_half(rank: int, world: int, folder: Path, number: int) -> dict[str, Any]:
     model, optimizer = build(number, world)
-    outputs = train(model, optimizer, range(3), rank, world, 1)
+    outputs = train(model, optimizer, range(3), rank, world, 4 // world)
     save(folder / f"{number}-at-{world}", model, optimizer)
-    outputs += train(model, optimizer, range(3, 6), rank, world, 1)
+    outputs += train(model, optimizer, range(3, 6), rank, world, 4 // world)
     return summarize(model, outputs)
 
 
 def second_half(rank: int, world: int, folder: Path, number: int, saved_at: int) -> dict[str, Any]:
     model, optimizer = build(number, world)
     load_checkpoint(folder / f"{number}-at-{saved_at}" / "step-3", model=model, optimizer=optimizer)
-    return summarize(model, train(model, optimizer, range(3, 6), rank, world, 1))
+    return summarize(model, train(model, optimizer, range(3, 6), rank, world, 4 // world))
 
 
 def four_ranks(rank: int, world: int, folder: Path) -> Any:
@@ -104,9 +106,9 @@ def stack_steps(name: str, weight: Tensor, model: nn.Module, mine: slice) -> Ten
         generator = torch.Generator().manual_seed(step)
         gradient = torch.randn(weight.shape, generator=generator)[mine]
         (parameter,) = model.parameters()
-        parameter.grad = gradient
         if isinstance(parameter, DTensor):
-            parameter.grad = DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False)
+            gradient = DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False)
+        parameter.grad = gradient
         optimizer.step()
     for value in optimizer.state[parameter].values():
         if isinstance(parameter, DTensor) and value.dim() > 1:
@@ -139,7 +141,8 @@ def experts_by_two_axes(rank: int) -> dict[str, Tensor]:
 
 def assert_equal(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     torch.testing.assert_close(actual["loss"], expected["loss"][-len(actual["loss"]) :], rtol=1e-5, atol=0)
-    torch.testing.assert_close(actual["parameters"], expected["parameters"], rtol=1e-4, atol=1e-5)
+    # gradients differ by round-off, which Muon's iteration enlarges in directions that hardly matter; steps are of 1e-2
+    torch.testing.assert_close(actual["parameters"], expected["parameters"], rtol=0, atol=2e-4)
 
 
 @pytest.mark.dist
