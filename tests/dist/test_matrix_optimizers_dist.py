@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tests.cases import OPTIMIZER_NAMES
 from tests.dist.harness import run_ranks
 from tests.dist.test_fsdp import full
 from tests.dist.test_load_lr_dist import train
@@ -123,7 +124,7 @@ def experts_by_two_axes(rank: int) -> dict[str, Tensor]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("efsdp", "ep"))
     efsdp, ep = mesh.get_coordinate() or (0, 0)
     results = {}
-    for name in OPTIMIZERS:
+    for name in OPTIMIZER_NAMES:
         alone = Stack(weight.clone())
         results[f"{name} alone"] = stack_steps(name, weight, alone, slice(0, 4))
         by_ep = Stack(weight)
@@ -153,7 +154,7 @@ def test_sharded_equals_unsharded() -> None:
         for results, stacks in run_ranks(4, four_ranks, folder):
             for result, expected in zip(results, alone, strict=True):
                 assert_equal(result, expected)
-            for optimizer_name in OPTIMIZERS:
+            for optimizer_name in OPTIMIZER_NAMES:
                 for layout in ("ep", "ep fsdp"):
                     torch.testing.assert_close(
                         stacks[f"{optimizer_name} {layout}"], stacks[f"{optimizer_name} alone"], rtol=0, atol=1e-6

@@ -1,6 +1,7 @@
 """SOAP and Muon against their definitions; what all matrix optimizers do with odd gradients, shapes and groups."""
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -25,7 +26,10 @@ def optimizer_of(name: str, weight: nn.Parameter, **changes: Any) -> Any:
 
 
 class Soap:
-    """SOAP on one matrix in float64 (factors of full rank from the first gradient on), the moments in the original coordinates where the definition has them."""
+    """SOAP on one matrix in float64, with factors of full rank from the first gradient on.
+
+    The first moment is in the original coordinates, as in the definition.
+    """
 
     def __init__(self, weight: Tensor, frequency: int, one_sided: bool) -> None:
         self.weight, self.frequency, self.t = weight.double().clone(), frequency, 0
@@ -349,3 +353,27 @@ def test_resume_is_bit_for_bit(tmp_path: Any, args: list[str]) -> None:
     _, other, muon = configured(tmp_path, "--optimizer.expert.name=muon")
     with pytest.raises(ValueError, match=r"holds another optimizer: .* there, muon .* set checkpoint\.exclude = "):
         load_checkpoint(tmp_path / "step-3", model=other, optimizer=muon)
+
+
+def test_metas_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "distributed_shampoo", None)
+    with pytest.raises(ValueError, match=r"cannot be imported .*; pip install git\+https://.* name = 'shampoo'"):
+        OPTIMIZERS["distributed_shampoo"]([nn.Parameter(torch.ones(2, 2))])
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_preconditioner_dim": 5}, {"exponent": 0.5}])
+def test_shampoo_equals_metas_package(changes: dict[str, Any]) -> None:
+    """Skipped where it is not installed."""
+    pytest.importorskip("distributed_shampoo")
+    weights = [nn.Parameter(torch.ones(3, 8, 6)) for _ in range(2)]
+    options = {"precondition_frequency": 5, "epsilon": 1e-6, **changes}
+    optimizers = [
+        OPTIMIZERS[name]([{"name": "expert", "params": [p]}], lr=1e-2, **options)
+        for name, p in zip(("shampoo", "distributed_shampoo"), weights, strict=True)
+    ]
+    for _ in range(20):
+        gradient = torch.randn(3, 8, 6)
+        for p, optimizer in zip(weights, optimizers, strict=True):
+            p.grad = gradient
+            optimizer.step()
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-5)
