@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 
 from titan_moe.model.routing import ROUTERS, Router
+from titan_moe.optimizer.build import OPTIMIZERS
 
 
 class Case(NamedTuple):
@@ -81,3 +83,7 @@ ROUTER_CASES = cases(
         "expert_choice": [{"capacity_factor": 0.5}, {"capacity_factor": 1.5, "order": "topk_softmax"}],
     },
 )
+
+
+# Optimizers that can be built here: Meta's needs its package.
+OPTIMIZER_NAMES = [name for name in OPTIMIZERS if name != "distributed_shampoo" or find_spec(name)]

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tests.cases import OPTIMIZER_NAMES
 from tests.dist.harness import run_ranks
 from tests.dist.test_fsdp import full
 from tests.dist.test_load_lr_dist import train
@@ -28,14 +29,16 @@ ROOTS = {"precondition_frequency": 2, "max_preconditioner_dim": 12, "epsilon": 1
 # group -> optimizer, and the arguments of groups
 CASES: list[tuple[dict[str, str], dict[str, dict[str, Any]]]] = [
     ({"expert": "shampoo", "dense": "muon"}, {"expert": ROOTS, "dense": {"matmul_dtype": "float32"}}),
-    ({"expert": "soap", "dense": "shampoo"}, {"expert": {"precondition_frequency": 2}, "dense": ROOTS}),
-    ({"expert": "shampoo_fast"}, {"expert": {**ROOTS, "statistics_every": 2, **BY_LOAD}}),
+    (
+        {"expert": "shampoo_fast", "dense": "soap"},
+        {"expert": {**ROOTS, "statistics_every": 2, **BY_LOAD}, "dense": {"precondition_frequency": 2}},
+    ),
 ]
 
 
 def build(number: int, world: int) -> tuple[Any, torch.optim.Optimizer]:
     names, arguments = CASES[number]
-    model = tiny_model(num_experts=3 if number else 4, device="meta")  # uneven shards
+    model = tiny_model(num_experts=3 if number else 4, num_layers=1, device="meta")  # uneven shards
     if world > 1:
         parallelize(
             model,
@@ -65,16 +68,16 @@ def save(folder: Path, model: Any, optimizer: Any) -> None:
 
 def first_half(rank: int, world: int, folder: Path, number: int) -> dict[str, Any]:
     model, optimizer = build(number, world)
-    outputs = train(model, optimizer, range(3), rank, world, 1)
+    outputs = train(model, optimizer, range(3), rank, world, 4 // world)
     save(folder / f"{number}-at-{world}", model, optimizer)
-    outputs += train(model, optimizer, range(3, 6), rank, world, 1)
+    outputs += train(model, optimizer, range(3, 6), rank, world, 4 // world)
     return summarize(model, outputs)
 
 
 def second_half(rank: int, world: int, folder: Path, number: int, saved_at: int) -> dict[str, Any]:
     model, optimizer = build(number, world)
     load_checkpoint(folder / f"{number}-at-{saved_at}" / "step-3", model=model, optimizer=optimizer)
-    return summarize(model, train(model, optimizer, range(3, 6), rank, world, 1))
+    return summarize(model, train(model, optimizer, range(3, 6), rank, world, 4 // world))
 
 
 def four_ranks(rank: int, world: int, folder: Path) -> Any:
@@ -104,9 +107,9 @@ def stack_steps(name: str, weight: Tensor, model: nn.Module, mine: slice) -> Ten
         generator = torch.Generator().manual_seed(step)
         gradient = torch.randn(weight.shape, generator=generator)[mine]
         (parameter,) = model.parameters()
-        parameter.grad = gradient
         if isinstance(parameter, DTensor):
-            parameter.grad = DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False)
+            gradient = DTensor.from_local(gradient, parameter.device_mesh, parameter.placements, run_check=False)
+        parameter.grad = gradient
         optimizer.step()
     for value in optimizer.state[parameter].values():
         if isinstance(parameter, DTensor) and value.dim() > 1:
@@ -121,7 +124,7 @@ def experts_by_two_axes(rank: int) -> dict[str, Tensor]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("efsdp", "ep"))
     efsdp, ep = mesh.get_coordinate() or (0, 0)
     results = {}
-    for name in OPTIMIZERS:
+    for name in OPTIMIZER_NAMES:
         alone = Stack(weight.clone())
         results[f"{name} alone"] = stack_steps(name, weight, alone, slice(0, 4))
         by_ep = Stack(weight)
@@ -139,7 +142,8 @@ def experts_by_two_axes(rank: int) -> dict[str, Tensor]:
 
 def assert_equal(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     torch.testing.assert_close(actual["loss"], expected["loss"][-len(actual["loss"]) :], rtol=1e-5, atol=0)
-    torch.testing.assert_close(actual["parameters"], expected["parameters"], rtol=1e-4, atol=1e-5)
+    # gradients differ by round-off, which Muon's iteration enlarges in directions that hardly matter; steps are of 1e-2
+    torch.testing.assert_close(actual["parameters"], expected["parameters"], rtol=0, atol=2e-4)
 
 
 @pytest.mark.dist
@@ -150,7 +154,7 @@ def test_sharded_equals_unsharded() -> None:
         for results, stacks in run_ranks(4, four_ranks, folder):
             for result, expected in zip(results, alone, strict=True):
                 assert_equal(result, expected)
-            for optimizer_name in OPTIMIZERS:
+            for optimizer_name in OPTIMIZER_NAMES:
                 for layout in ("ep", "ep fsdp"):
                     torch.testing.assert_close(
                         stacks[f"{optimizer_name} {layout}"], stacks[f"{optimizer_name} alone"], rtol=0, atol=1e-6

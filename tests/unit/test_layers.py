@@ -24,6 +24,7 @@ LAYERS = {
     "optimizer.factors": 0,
     "optimizer.shampoo": 0,
     "optimizer.soap": 0,
+    "optimizer.distributed_shampoo": 0,
     "optimizer.muon": 0,
     "optimizer.matrix": 0,
     "optimizer.combined": 0,

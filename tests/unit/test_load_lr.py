@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.cases import OPTIMIZER_NAMES
 from tests.tiny import SEQ, balancers, batch, tiny_model
 from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
@@ -69,9 +70,12 @@ def gradient(shape: tuple[int, ...], step: int, number: int, load: Tensor) -> Te
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(str(v) for v in o.values()))
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZER_NAMES if name != "distributed_shampoo"])
 def test_equals_a_parameter_for_each_expert(name, options):
-    """10 steps; the reference skips an expert without tokens and gives each of the others its own lr and decay."""
+    """10 steps; the reference skips an expert without tokens and gives each of the others its own lr and decay.
+
+    Meta's optimizer cannot leave out an expert.
+    """
     weights, arguments = stacked(), {"lr": 0.01, "weight_decay": 0.1}
     (group,) = parameter_groups(weights.items(), {"expert": settings(**options)})
     optimizer = OPTIMIZERS[name]([group], **arguments)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from titan_moe.optimizer.adamw import AdamW, with_betas
-from titan_moe.optimizer.matrix_builders import muon, shampoo, shampoo_fast, soap
+from titan_moe.optimizer.matrix_builders import distributed_shampoo, muon, shampoo, shampoo_fast, soap
 
 
 def adamw(
@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": adamw,
     "shampoo": shampoo,
     "shampoo_fast": shampoo_fast,
+    "distributed_shampoo": distributed_shampoo,
     "soap": soap,
     "muon": muon,
 }

@@ -31,8 +31,8 @@ class Combined(Optimizer):
 
     def _share(self) -> None:
         for name, part in self.parts.items():
-            part.state = self.state
-            part.param_groups = [group for group in self.param_groups if group["optimizer"] == name]
+            groups = [group for group in self.param_groups if group["optimizer"] == name]
+            part.__setstate__({"state": self.state, "param_groups": groups})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, load: Tensor | None = None) -> Any:

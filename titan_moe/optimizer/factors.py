@@ -79,6 +79,7 @@ def inverse_root(factor: Tensor, exponent: float, epsilon: float) -> Tensor:
     identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
     values, vectors = torch.linalg.eigh(factor + epsilon * identity)
     values = values + (epsilon - values[..., :1]).clamp(min=0)
+    values = values.clamp(min=epsilon)  # where the shift's round-off is larger than epsilon
     return vectors * values.pow(-exponent).unsqueeze(-2) @ vectors.mT
 
 

@@ -44,6 +44,7 @@ class MatrixOptimizer(Optimizer):
         super().__init__(param_groups, defaults)
         self.kind = kind
         self._make, self._fits = make, fits
+        self._transforms: dict[Tensor, Transform] = {}
         matrices = [(group, p) for group in self.param_groups for p in group["params"] if self.is_matrix(group, p)]
         self._offsets = {p: period(group) * i // len(matrices) for i, (group, p) in enumerate(matrices)}
         for group, parameter in matrices:
@@ -82,13 +83,24 @@ class MatrixOptimizer(Optimizer):
             self._step_adamw(group, dense)
         return loss
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a loaded state, and the settings of its groups."""
+        super().__setstate__(state)
+        self._transforms = {}
+
+    def _transform(self, group: Group, parameter: Tensor) -> Transform:
+        if parameter not in self._transforms:
+            if self.is_matrix(group, parameter):
+                made = self._make(group, self._offsets[parameter])
+            else:
+                made = adam(*group["betas"], eps=group["eps"])
+            self._transforms[parameter] = made
+        return self._transforms[parameter]
+
     def _step_matrix(self, group: Group, parameter: Tensor, factor_E: Tensor | None, alive_E: Tensor | None) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        matrix = self.is_matrix(group, parameter)
-        offset = self._offsets.get(parameter, 0)
-        beta1, beta2 = group["betas"]
-        transform = self._make(group, offset) if matrix else adam(beta1, beta2, group["eps"])
+        transform = self._transform(group, parameter)
         state = self.state[parameter]
         if "clock" not in state:
             state.update(fresh_state(transform, parameter))

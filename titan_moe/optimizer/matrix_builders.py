@@ -1,4 +1,4 @@
-"""The optimizers of matrices by their arguments: shampoo, shampoo_fast, soap, muon.
+"""The optimizers of matrices by their arguments: shampoo, shampoo_fast, distributed_shampoo, soap, muon.
 
 All of them update stacked experts one by one, dense matrices whole, and give what is no matrix, and embeddings and
 norms, to AdamW. A group may carry any of the arguments as its own value.
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from titan_moe.optimizer.adamw import with_betas
+from titan_moe.optimizer.distributed_shampoo import load_package, meta_direction
 from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.matrix import MatrixOptimizer
 from titan_moe.optimizer.muon import StepSize, muon_direction
@@ -77,6 +78,31 @@ def shampoo_fast(
     return _matrix_optimizer("shampoo_fast", param_groups, locals())
 
 
+def distributed_shampoo(
+    param_groups: list[Group],
+    *,
+    lr: float = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    epsilon: float = 1e-12,
+    exponent: float = 0.0,
+    grafting: Grafting = "adamw",
+    precondition_frequency: int = 100,
+    start_preconditioning_step: int = -1,
+    max_preconditioner_dim: int = 2048,
+    adamw_above: int = 8192,
+) -> Optimizer:
+    """Meta's Distributed Shampoo, each expert by itself; its package must be installed. Arguments are shampoo's.
+
+    `start_preconditioning_step` must be at least `precondition_frequency`. Its state does not go into checkpoints:
+    to resume a run set checkpoint.exclude = ["optimizer"].
+    """
+    load_package()
+    return _matrix_optimizer("distributed_shampoo", param_groups, locals())
+
+
 def soap(
     param_groups: list[Group],
     *,
@@ -127,6 +153,10 @@ def _shampoo_of(group: Group, offset: int) -> Transform:
     return _from_group(shampoo_direction, group, beta1=group["betas"][0], beta2=group["betas"][1], offset=offset)
 
 
+def _meta_of(group: Group, offset: int) -> Transform:
+    return meta_direction(group)
+
+
 def _soap_of(group: Group, offset: int) -> Transform:
     return _from_group(soap_direction, group, beta1=group["betas"][0], beta2=group["betas"][1], offset=offset)
 
@@ -138,6 +168,7 @@ def _muon_of(group: Group, offset: int) -> Transform:
 DIRECTIONS: dict[str, Callable[[Group, int], Transform]] = {
     "shampoo": _shampoo_of,
     "shampoo_fast": _shampoo_of,
+    "distributed_shampoo": _meta_of,
     "soap": _soap_of,
     "muon": _muon_of,
 }

@@ -2,7 +2,8 @@
 
 Per block, G' = Q_L^T G Q_R, Adam's moments and direction a of G', P = Q_L a Q_R^T. The factors see the gradient
 afterwards, and every `precondition_frequency` steps the bases follow them by one step of orthogonal iteration (their
-algorithm 4). At its first step a block takes the eigenvectors of its first gradient's factors.
+algorithm 4). The first step only makes the bases, from the eigenvectors of its gradient's factors, as the authors' code
+does: in its own eigenbasis a gradient is diagonal, and Adam would enlarge the round-off beside the diagonal.
 
 Shapes: R rows (experts), M x N a matrix, B blocks of a region, H x W a block, S the size of a side.
 """
@@ -57,19 +58,21 @@ def soap_direction(
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
         parts = list(enumerate(regions(gradient.shape[1:], max_preconditioner_dim)))
-        due = tick.step > 1 and (tick.step - offset) % precondition_frequency == 0
-        for index, region in parts if tick.step == 1 else []:
-            observe(gradient, state, index, region, options, tick)
-            for side in sides(region, one_sided):
-                first_basis(state, side, index, region, beta2)
+        if tick.step == 1:
+            for index, region in parts:
+                observe(gradient, state, index, region, options, tick)
+                for side in sides(region, one_sided):
+                    first_basis(state, side, index, region, beta2)
+            return torch.zeros_like(gradient)
+        due = (tick.step - offset) % precondition_frequency == 0
         rotated = torch.empty_like(gradient)
         for index, region in parts:
             from_blocks(rotate(to_blocks(gradient, region), state, index, options), region, rotated)
-        direction = base.update(rotated, state, tick)
+        direction = base.update(rotated, state, tick._replace(steps=(tick.steps - 1).clamp(min=1)))
         for index, region in parts:
             back = rotate(to_blocks(direction, region), state, index, options, back=True)
             from_blocks(back, region, direction)
-            if tick.step > 1 and (tick.step - 1) % statistics_every == 0:
+            if (tick.step - 1) % statistics_every == 0:
                 observe(gradient, state, index, region, options, tick)
             for side in sides(region, one_sided) if due else []:
                 turn_basis(state, side, index, region, beta2)

@@ -1,0 +1,216 @@
+"""Cost of expert optimizers: whole steps against the same steps with fused AdamW, one thread, interleaved.
+
+    python scripts/bench_optimizers.py                        # ratios at 2048 and 8192 tokens an update
+    python scripts/bench_optimizers.py --mode jitter          # a whole period of steps: the slowest over the median
+
+A step is `train_step`: forward, losses, backward, clipping, update. The named optimizer has the experts, AdamW the
+rest. Its steps are of three kinds: plain, with statistics, with roots. The ratio of whole steps is measured on steps
+without roots, in turn with AdamW's, on the same fresh random batches; what the roots of all tensors take is measured
+by itself and added in proportion to the frequency, so that no measurement has to last for hundreds of steps. Time is
+processor time: on one thread the wall time, less what other programs took.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_moe.balancer import BALANCERS
+from titan_moe.model.routing import topk_softmax
+from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.combined import combine
+from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.step import train_step
+
+TOP_K, VOCAB, SEQ, MICRO_BATCH = 2, 2048, 512, 4
+# dim, layers, heads, experts, width of an expert; `moe8x` has one layer of the paper's shapes
+MODELS = {"bench": (256, 4, 4, 8, 512), "moe8x": (768, 1, 12, 8, 2048)}
+BALANCE = {name: (0.01, BALANCERS[name](coeff=1.0)) for name in ("aux_loss", "z_loss")}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("adamw", {}),
+    "shampoo (paper)": ("shampoo", {}),
+    "shampoo, frequency 10": ("shampoo", {"precondition_frequency": 10}),
+    "shampoo, blocks of 128": ("shampoo", {"max_preconditioner_dim": 128}),
+    "shampoo, statistics every 10": ("shampoo", {"statistics_every": 10}),
+    "shampoo, one side": ("shampoo", {"one_sided": True}),
+    "shampoo_fast": ("shampoo_fast", {}),
+    "shampoo_fast, bf16": ("shampoo_fast", {"matmul_dtype": "bfloat16"}),
+    "soap": ("soap", {}),
+    "soap, one side, statistics every 10": ("soap", {"one_sided": True, "statistics_every": 10}),
+    "muon": ("muon", {}),
+    "muon, fp32": ("muon", {"matmul_dtype": "float32"}),
+}
+
+
+class Side:
+    """A model with an optimizer for its experts; the optimizer's clock is moved by hand."""
+
+    def __init__(self, model: str, variant: str) -> None:
+        dim, layers, heads, num_experts, expert_dim = MODELS[model]
+        self.model = Transformer(
+            vocab_size=VOCAB,
+            dim=dim,
+            num_layers=layers,
+            num_heads=heads,
+            num_experts=num_experts,
+            expert_dim=expert_dim,
+            router=topk_softmax(top_k=TOP_K),
+        )
+        self.model.init_weights(0)
+        self.name, self.arguments = VARIANTS[variant]
+        groups = parameter_groups(self.model.named_parameters(), {"expert": self.arguments})
+        names = {group["name"]: "adamw" for group in groups} | {"expert": self.name}
+        self.optimizer = combine(groups, names, lambda name, own: OPTIMIZERS[name](own, lr=1e-4))
+        self.group = next(group for group in self.optimizer.param_groups if group["name"] == "expert")
+
+    def step(self, tokens: Tensor) -> float:
+        """Processor seconds of a whole step on (B, SEQ + 1) tokens, cut into micro-batches."""
+        micro = [(part[:, :-1], part[:, 1:]) for part in tokens.split(MICRO_BATCH)]
+        return seconds(lambda: train_step(self.model, micro, self.optimizer, BALANCE, [], max_norm=1.0))
+
+    def update(self, gradients: list[Tensor]) -> float:
+        """Processor seconds of the optimizer's step alone."""
+        for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        spent = seconds(self.optimizer.step)
+        self.optimizer.zero_grad()
+        return spent
+
+    def skip_to(self, *, observing: bool, rooting: bool) -> None:
+        """Move to a late step that takes statistics or not, and computes roots or not."""
+        every, frequency = self.group.get("statistics_every", 1), self.group.get("precondition_frequency", 1)
+        count = len(self.group["params"])
+        offsets = {frequency * i // count if self.group.get("stagger_roots") else 0 for i in range(count)}
+
+        def fits(step: int) -> bool:
+            has_roots = any((step - offset) % frequency == 0 for offset in offsets)
+            return ((step - 1) % every == 0) == (observing or every == 1) and has_roots == (rooting or frequency == 1)
+
+        step = next(filter(fits, range(4 * frequency, 10**6)))
+        for parameter in self.group["params"]:
+            if "clock" in self.optimizer.state[parameter]:
+                self.optimizer.state[parameter]["clock"].fill_(step - 1)
+
+    def shares(self) -> tuple[float, float]:
+        """Parts of steps that take statistics, and tensors' roots a step over all tensors."""
+        frequency = self.group.get("precondition_frequency")
+        return 1 / self.group.get("statistics_every", 1), 1 / frequency if frequency else 0.0
+
+
+def seconds(task: Callable[[], Any]) -> float:
+    """Processor seconds of a call."""
+    start = time.process_time()
+    task()
+    return time.process_time() - start
+
+
+def parts(side: Side, repeats: int = 3) -> dict[str, float]:
+    """Processor milliseconds of the optimizer's parts, and bytes of its states over those of the parameters."""
+    gradients = [1e-3 * torch.randn_like(p) for p in side.model.parameters()]
+    side.update(gradients)
+    settings = dict(side.group)
+
+    def at(*, observing: bool, rooting: bool = False) -> float:
+        if "precondition_frequency" in settings:  # prime numbers, so that what is due can be had in any combination
+            every = 1 if observing else 997
+            side.group.update(stagger_roots=False, statistics_every=every, precondition_frequency=101)
+        times = []
+        for _ in range(repeats):
+            side.skip_to(observing=observing, rooting=rooting)
+            times.append(1000 * side.update(gradients))
+        side.group.update(settings)
+        return statistics.median(times)
+
+    plain = at(observing=False)
+    found = {"plain": plain, "statistics": 0.0, "roots": 0.0}
+    if "precondition_frequency" in settings:
+        found |= {"statistics": at(observing=True) - plain, "roots": at(observing=False, rooting=True) - plain}
+    states = [v for p in side.model.parameters() for v in side.optimizer.state[p].values()]
+    found["state"] = sum(v.nbytes for v in states) / sum(p.nbytes for p in side.model.parameters())
+    return found
+
+
+def ratios(model: str, variants: list[str], tokens: int, rounds: int) -> None:
+    """Print whole steps of each variant over AdamW's, measured without roots and with the share of them added."""
+    sides = {name: Side(model, name) for name in ["adamw", *variants]}
+    costs = {name: parts(side) for name, side in sides.items()}
+    generator = torch.Generator().manual_seed(0)
+    base: list[float] = []
+    quotients: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        batch = torch.randint(0, VOCAB, (tokens // SEQ, SEQ + 1), generator=generator)
+        before = sides["adamw"].step(batch)
+        for name in variants:
+            sides[name].skip_to(observing=False, rooting=False)
+            own = sides[name].step(batch)
+            after = sides["adamw"].step(batch)
+            if number:  # the first round warms up
+                quotients[name].append(own / ((before + after) / 2))
+                base.append((before + after) / 2)
+            before = after
+    step = statistics.median(base)
+    print(f"\n{model}, {tokens} tokens an update: AdamW's step takes {step:.3f} s, its update")
+    print(f"{costs['adamw']['plain']:.0f} ms. State over parameters {costs['adamw']['state']:.2f}.\n")
+    print("| experts | whole steps | by the parts alone | plain, ms | statistics | roots | state |")
+    print("|---|---|---|---|---|---|---|")
+    for name in variants:
+        often, rooting = sides[name].shares()
+        cost = costs[name]
+        # quotients hold the plain step, and statistics where they are taken at every step
+        missing = cost["roots"] * rooting + (cost["statistics"] * often if often < 1 else 0.0)
+        whole = statistics.median(quotients[name]) + missing / 1000 / step
+        extra = cost["plain"] + cost["statistics"] * often + cost["roots"] * rooting - costs["adamw"]["plain"]
+        cells = [f"{whole:.3f}", f"{1 + extra / 1000 / step:.3f}"]
+        cells += [f"{cost[key]:.0f}" for key in ("plain", "statistics", "roots")]
+        print(f"| {name} | {' | '.join(cells)} | {cost['state']:.2f} |", flush=True)
+
+
+def jitter(model: str, variants: list[str], tokens: int) -> None:
+    """Print the slowest step of a period over the median, from the update's time of every step and a plain step's."""
+    base = Side(model, "adamw")
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randint(0, VOCAB, (tokens // SEQ, SEQ + 1), generator=generator) for _ in range(4)]
+    gradients = [1e-3 * torch.randn_like(p) for p in base.model.parameters()]
+    rest = statistics.median([base.step(batch) for batch in batches][1:]) - base.update(gradients)
+    print(f"\n{model}, {tokens} tokens an update, {1000 * rest:.0f} ms without the update\n")
+    print("| experts | median step, ms | slowest | ratio |\n|---|---|---|---|")
+    for name in variants:
+        side = Side(model, name)
+        side.update(gradients)
+        period = side.group.get("precondition_frequency", 10)
+        for parameter in side.group["params"]:
+            side.optimizer.state[parameter]["clock"].fill_(4 * period)
+        steps = [rest + side.update(gradients) for _ in range(period)]
+        middle, slowest = statistics.median(steps), max(steps)
+        print(f"| {name} | {1000 * middle:.0f} | {1000 * slowest:.0f} | {slowest / middle:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mode", choices=("ratios", "jitter"), default="ratios")
+    parser.add_argument("--model", choices=MODELS, default="bench")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if v != "adamw"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"`python {' '.join(sys.argv)}`, {os.cpu_count()} cores, one thread, Python {platform.python_version()},")
+    print(f"torch {torch.__version__}, medians of {arguments.rounds} rounds")
+    for tokens in arguments.tokens:
+        if arguments.mode == "jitter":
+            jitter(arguments.model, arguments.variants, tokens)
+        else:
+            ratios(arguments.model, arguments.variants, tokens, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
