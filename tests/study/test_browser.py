@@ -67,7 +67,7 @@ CONTRAST = """
 
 
 def make_page(write: Write) -> Path:
-    """A report with every kind of figure: several axes need several studies, one of which is compared."""
+    """A report on two numeric axes: families of curves and heatmaps."""
     coeffs = {"key": "balancer.aux_loss.coeff", "values": [0, 0.0001, 0.001, 0.01, 0.1, 0.2, 0.4, 0.6]}
     lrs = {"key": "optimizer.expert.lr", "values": [1e-4, 5e-4], "label": "expert learning rate"}
     path = write(
