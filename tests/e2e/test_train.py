@@ -30,7 +30,8 @@ TRAIN_KEYS_MOE = {
 }
 VALIDATION_KEYS = {"step", "kind", "loss", "perplexity", "accuracy", "num_tokens", "bits_per_byte"}
 VALIDATION_KEYS_MOE = {
-    *("aux_loss", "z_loss", "entropy_loss", "maxvio_global", "maxvio_global/layer_0", "maxvio_global/layer_1")
+    *("aux_loss", "z_loss", "entropy_loss", "maxvio_global", "maxvio_global/layer_0", "maxvio_global/layer_1"),
+    *(f"load/layer_{layer}/expert_{expert}" for layer in range(2) for expert in range(4)),
 }
 DENSE = {"moe__num_experts": 0, "balancer": None}
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny_losses.json"

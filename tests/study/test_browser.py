@@ -67,10 +67,14 @@ CONTRAST = """
 
 
 def make_page(write: Write) -> Path:
-    """A report with every kind of figure: several axes need several studies, one of which is compared."""
+    """A report on two numeric axes: families of curves and heatmaps."""
     coeffs = {"key": "balancer.aux_loss.coeff", "values": [0, 0.0001, 0.001, 0.01, 0.1, 0.2, 0.4, 0.6]}
-    lrs = {"key": "optimizer.expert.lr", "values": [1e-4, 5e-4, 2e-3], "label": "expert learning rate"}
-    path = write(axes={"coeff": coeffs | {"label": "aux loss coefficient"}, "lr": lrs}, study__seeds=[1, 2])
+    lrs = {"key": "optimizer.expert.lr", "values": [1e-4, 5e-4], "label": "expert learning rate"}
+    path = write(
+        axes={"coeff": coeffs | {"label": "aux loss coefficient"}, "lr": lrs},
+        study__seeds=[1, 2],
+        study__report=["loss", "accuracy"],
+    )
     return report_on(path)
 
 

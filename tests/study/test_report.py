@@ -21,6 +21,7 @@ from titan_moe.study.analysis import (
     summarize,
 )
 from titan_moe.study.compare import compare, find_runs, read_runs
+from titan_moe.study.figures import u_curve
 from titan_moe.study.grid import Run, runs_of
 from titan_moe.study.measures import MEASURES
 from titan_moe.study.runs import METRICS, history, last_records, measure, prepare
@@ -164,6 +165,29 @@ def test_the_axes_choose_the_figures(write: Write, fake: None):
     (home / "loss_heatmap.png").write_bytes(b"of before")
     assert cli.main(["small.toml", "--report"]) == 0
     assert not (home / "loss_heatmap.png").exists()
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_a_figure_over_values_shows_all_of_its_points_and_intervals(write: Write, axes: int):
+    made = {"coeff": {"key": "balancer.aux_loss.coeff", "values": [0, 0.001, 0.1, 0.6]}}
+    if axes == 2:
+        made["top_k"] = {"key": "moe.top_k", "values": [1, 2]}
+    runs = runs_of(load_study(write(axes=made, config__training__steps=1)))
+    for number, run in enumerate(runs):
+        train(run, [3.0 + 0.1 * (number % 5)])
+    summaries = summarize(read_entries(runs))
+    x, *others = axes_of({"coeff": "coeff", "top_k": "k"}, runs)
+    (drawn,) = u_curve(summaries, x, others[0] if others else None, "loss").axes
+    low, high = drawn.get_ylim()
+    assert min(s.measures["loss"].mean - s.measures["loss"].half for s in summaries) >= low
+    assert max(s.measures["loss"].mean + s.measures["loss"].half for s in summaries) <= high
+    places = drawn.transLimits.transform(drawn.transScale.transform([(0, low), (0.6, low)]))[:, 0]
+    assert 0.01 < places[0] < 0.15, "near the ends of the axis"
+    assert 0.85 < places[1] < 0.99
+    assert drawn.get_xscale() == "symlog"
+    labels = [label.get_text() for label in drawn.get_xticklabels()]
+    assert (labels[0], labels[-1]) == ("0", "0.6")
+    assert drawn.get_title().startswith("best at 0")
 
 
 def test_compare_finds_the_axes_and_takes_runs_that_are_going(write: Write, study: Study, tmp_path: Path):

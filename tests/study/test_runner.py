@@ -253,7 +253,7 @@ def test_slurm_gets_a_job_array_of_what_is_left(
     monkeypatch.setattr("titan_moe.study.slurm.sys.executable", str(programs / "python"))
     path = write(study__sbatch=["--partition=gpu"], study__seeds=[1, 13])
     monkeypatch.setenv("REFUSE", "1")
-    with pytest.raises(ValueError, match="sbatch refused .*invalid partition.*study.sbatch"):
+    with pytest.raises(ValueError, match=r"sbatch refused .*invalid partition.*study\.sbatch"):
         study(path, "--launcher", "slurm")
     monkeypatch.setenv("REFUSE", "")
     assert study(path, "--launcher", "slurm", "--jobs", "3") == 1

@@ -33,7 +33,8 @@ def curve_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], names: 
         figure = curves(shown, axes, name)
         if figure is not None:
             of = f"; the {MOST_LINES} points of lowest loss" if len(summaries) > MOST_LINES else ""
-            text = f"{CURVES[name].label} over the steps: mean over seeds, shaded from lowest to highest{of}{_beginning(name)}"
+            text = f"{CURVES[name].label} over the steps: mean over seeds, shaded from lowest to highest{of}"
+            text += _beginning(name)
             panels.append(Panel(f"curve_{name.replace('/', '_')}", text, figure))
     return panels
 

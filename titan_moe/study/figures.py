@@ -75,12 +75,13 @@ def u_curve(found: Sequence[Summary], x: AxisInfo, hue: AxisInfo | None, measure
         look["transform"] = where
         label = None if group is None else value_text(group)
         axes.errorbar(points, means, yerr=halves if any(halves) else None, capsize=3, elinewidth=1, label=label, **look)
-        for summary, point in zip(members, points, strict=True):
-            seeds = list(by_seed(summary, measure).values())
-            if len(seeds) > 1:
-                axes.plot(
-                    [point] * len(seeds), seeds, ".", color=colour(index), markersize=4, alpha=0.5, transform=where
-                )
+        seeds = [(s.point[x.id], value) for s in members for value in by_seed(s, measure).values() if s.counted[1:]]
+        if seeds:
+            dots: dict[str, Any] = {"markersize": 4, "alpha": 0.5, "color": colour(index), "transform": where}
+            axes.plot(*zip(*seeds, strict=True), ".", **dots)
+        # matplotlib takes no limits from what has a transform of its own
+        ends = [(p, m + side * h) for p, m, h in zip(points, means, halves, strict=True) for side in (-1, 1)]
+        axes.update_datalim([*ends, *seeds])
         if winner in members and winner is not None:
             mean = winner.measures[measure].mean
             ring: dict[str, Any] = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK}
@@ -107,6 +108,7 @@ def _numeric_scale(axes: "Axes", values: Sequence[float]) -> None:
         axes.set_xscale("log")
     elif wide and min(values) == 0:
         axes.set_xscale("symlog", linthresh=min(positive), linscale=0.6)
+    axes.autoscale_view()  # with the margins of this scale
     axes.xaxis.set_minor_locator(NullLocator())
     places = axes.transData.transform([(value, axes.get_ylim()[0]) for value in values])[:, 0]
     span = places.max() - places.min()

@@ -91,7 +91,7 @@ def new_figure(height: float, width: float = WIDTH) -> "Figure":
 def save_figure(figure: "Figure", folder: Path, name: str) -> str:
     """Write NAME.png and NAME.svg, dark on white; the SVG without its background."""
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what was laid out stays so, once for both files
+    figure.set_layout_engine(None)  # what was laid out stays so: both files are drawn but once more
     figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
