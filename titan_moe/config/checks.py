@@ -14,7 +14,6 @@ SUPPORTED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("parallelism", "context_parallel_degree"): (1,),
     ("moe", "dispatcher"): ("local",),
     ("activation_checkpoint", "mode"): ("none", "full"),
-    ("checkpoint", "async_mode"): ("disabled",),
     ("checkpoint", "export_dtype"): ("float32",),
 }
 

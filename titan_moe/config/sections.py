@@ -164,6 +164,7 @@ class Checkpoint:
     async_mode: Annotated[Literal["disabled", "async"], "whether training goes on during a save"] = "disabled"
     load_step: Annotated[int, Field(ge=-1), "step to resume from (-1: the latest)"] = -1
     initial_load_path: Annotated[str, "checkpoint that a new run takes its weights from"] = ""
+    initial_load_strict: Annotated[bool, "it must be of the same model; if not, what fits is taken"] = True
     export_dtype: Annotated[Literal["float32", "bfloat16", "float16"], "type of final weights"] = "float32"
 
 
