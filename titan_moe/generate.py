@@ -2,14 +2,21 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from titan_moe import runtime
 from titan_moe.checkpoint import load_model, resolve_checkpoint
 from titan_moe.commands import Parser
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
+from titan_moe.model.decode import Cache, empty_cache, extend
+from titan_moe.model.routing import ROUTERS
+from titan_moe.model.transformer import Transformer
+
+SEPARATOR = "\n---\n\n"  # between texts
+ALONE = tuple(name for name in ROUTERS if name != "expert_choice")  # a token's experts depend on it alone
 
 
 def main(args: list[str]) -> int:
@@ -19,17 +26,18 @@ def main(args: list[str]) -> int:
     step_folder = resolve_checkpoint(options.checkpoint)
     model, config = load_model(step_folder)
     tokenizer = load_tokenizer(str(step_folder / "tokenizer.json"))
-    text = generate(
+    texts = generate(
         model.to(rt.device),
         tokenizer,
-        options.prompt,
+        options.prompt or [""],
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
         context=config.training.seq_len,
         seed=options.seed,
+        use_cache=not options.no_cache and config.router.name in ALONE,
     )
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(SEPARATOR.join(text + "\n" for text in texts))
     return 0
 
 
@@ -37,14 +45,20 @@ def parse(args: list[str]) -> argparse.Namespace:
     """Read the command line; a mistake in it is a ValueError of one line."""
     parser = Parser("python -m titan_moe.generate", "Generate text from a checkpoint.")
     parser.add_argument("--checkpoint", required=True, help="step folder, or dump folder (its latest complete step)")
-    parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        help="text to go on from (default: the start of a document); several are generated together, each as if alone",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to generate at most (200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the most probable token (0.8)")
     parser.add_argument("--top_k", type=int, default=50, help="choose among the k most probable tokens; 0: all (50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (0)")
+    parser.add_argument("--no_cache", action="store_true", help="compute the whole context anew for each token")
     options = parser.parse_args(args)
-    if any("\ud800" <= char <= "\udfff" for char in options.prompt):  # how Python keeps bytes of other encodings
-        raise ValueError(f"--prompt ({options.prompt!a}) must be UTF-8 text")
+    for prompt in options.prompt or ():
+        if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python keeps bytes of other encodings
+            raise ValueError(f"--prompt ({prompt!a}) must be UTF-8 text")
     for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if not getattr(options, name) >= least:  # so that nan is refused
             raise ValueError(f"--{name} ({getattr(options, name)}) must be at least {least}")
@@ -53,31 +67,63 @@ def parse(args: list[str]) -> argparse.Namespace:
 
 @torch.no_grad()
 def generate(
-    model: nn.Module,
+    model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: Sequence[str],
     *,
     max_new_tokens: int,
     temperature: float,
     top_k: int,
     context: int,
     seed: int,
-) -> str:
-    """Continue `prompt` by up to `max_new_tokens` tokens, until the end of the text; the prompt included.
+    use_cache: bool = True,
+) -> list[str]:
+    """Continue each prompt by up to `max_new_tokens` tokens, until the end of the text; prompts included.
 
-    As in the paper (3.1) the whole context is evaluated anew for each token, at most its last `context` tokens.
+    A token is the model's answer to the last `context` tokens, evaluated as a whole (the paper, 3.1). Keys and values
+    are kept between tokens with `use_cache`, which gives the same, as long as a text fits into the context; then, and
+    for routers that look at all tokens at once, the whole context is evaluated anew. Texts do not depend on each other:
+    prompt i draws by `seed` + i.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    start = tokenizer.encode(prompt) or [tokenizer.eot_id]
-    tokens = torch.tensor([start], device=device)
+    generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(prompts))]
+    starts = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
+    texts = [list(start) for start in starts]
+    room = min(context, max(map(len, starts)) + max_new_tokens)
+    cache = empty_cache(model, len(prompts), room) if use_cache else None
+    known = [0] * len(prompts)  # tokens of each text that the cache has
+    running = list(range(len(prompts)))
     for _ in range(max_new_tokens):
-        logits, _ = model(tokens[:, -context:])
-        token = sample(logits[0, -1, : tokenizer.vocab_size].float(), temperature, top_k, generator)
-        if token == tokenizer.eot_id:
+        for i, logits_V in zip(running, _next_logits(model, cache, texts, known, running, context), strict=True):
+            token = int(sample(logits_V[: tokenizer.vocab_size].float(), temperature, top_k, generators[i]))
+            texts[i].append(token)
+        running = [i for i in running if texts[i][-1] != tokenizer.eot_id]
+        if not running:
             break
-        tokens = torch.cat([tokens, token.view(1, 1)], dim=1)
-    return prompt + tokenizer.decode(tokens[0, len(start) :].tolist())
+    return [
+        prompt + tokenizer.decode(text[len(start) :])
+        for prompt, start, text in zip(prompts, starts, texts, strict=True)
+    ]
+
+
+def _next_logits(
+    model: Transformer, cache: Cache | None, texts: list[list[int]], known: list[int], running: list[int], context: int
+) -> list[Tensor]:
+    """Logits (V,) of the next token of each running text; those that wait for one token in the cache go together."""
+    device = next(model.parameters()).device
+    made: dict[int, Tensor] = {}
+    if cache is not None:
+        fitting = [i for i in running if len(texts[i]) <= context]
+        single = [i for i in fitting if len(texts[i]) == known[i] + 1]
+        for rows in [[i] for i in fitting if i not in single] + ([single] if single else []):
+            new = torch.tensor([texts[i][known[i] :] for i in rows], device=device)
+            start = torch.tensor([known[i] for i in rows], device=device)
+            made |= dict(zip(rows, extend(model, cache, new, start, torch.tensor(rows, device=device)), strict=True))
+            for i in rows:
+                known[i] = len(texts[i])
+    for i in (i for i in running if i not in made):
+        made[i] = model(torch.tensor([texts[i][-context:]], device=device))[0][0, -1]
+    return [made[i] for i in running]
 
 
 def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:

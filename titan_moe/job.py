@@ -9,6 +9,7 @@ import torch
 
 from titan_moe import __version__, runtime
 from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule, load_data, with_vocab_size
+from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
 from titan_moe.config import Config, cautions
 from titan_moe.data.build import Data, check_batch_sizes
 from titan_moe.model.transformer import Transformer
@@ -33,6 +34,7 @@ class Job(NamedTuple):
     base_lrs: list[float]  # of the optimizer's groups, before the schedule
     schedule: Schedule
     balancers: Balancers
+    saver: Saver
     accumulation: int  # micro-batches of a step on each rank
     folder: Path
 
@@ -96,6 +98,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
         base_lrs=[group["lr"] for group in optimizer.param_groups],
         schedule=build_schedule(config),
         balancers=build_balancers(config),
+        saver=background_saver() if config.checkpoint.async_mode == "async" else foreground_saver(),
         accumulation=accumulation,
         folder=folder,
     )

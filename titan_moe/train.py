@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from titan_moe import runtime
-from titan_moe.checkpoint import latest_complete, load_checkpoint, resolve_checkpoint, save_checkpoint
+from titan_moe.checkpoint import latest_complete, load_checkpoint, load_weights, resolve_checkpoint
 from titan_moe.config import help_text, load_config, to_toml
 from titan_moe.data.build import token_bytes
 from titan_moe.data.loader import merge_states
@@ -52,6 +52,7 @@ def main(args: list[str]) -> int:
         sinks = open_sinks(job, progress.step)
         try:
             stopped = run(job, sinks, progress, watch)
+            job.saver.finish()
         finally:
             sinks.close()
     if stopped:
@@ -79,7 +80,7 @@ def resume(job: Job) -> Progress:
     if found is None:
         if config.initial_load_path:
             source = resolve_checkpoint(config.initial_load_path, "checkpoint.initial_load_path")
-            load_checkpoint(source, model=job.model, check=False)
+            load_weights(source, model=job.model, strict=config.initial_load_strict)
             logger.info("starting from the weights of %s", source)
         return Progress()
     if "optimizer" in config.exclude:
@@ -191,21 +192,16 @@ def save(job: Job, progress: Progress, *, must_succeed: bool) -> None:
     config = job.config
     files = {"config.toml": to_toml(config), "tokenizer.json": job.data.tokenizer.to_json()}
     data = merge_states(runtime.all_gather(job.data.train.state_dict()))
-    extra = {"num_tokens": progress.num_tokens, "choices": progress.choices, "data": data}
-    try:
-        save_checkpoint(
-            job.folder / config.checkpoint.folder,
-            progress.step,
-            model=job.model,
-            optimizer=job.optimizer,
-            extra=extra,
-            files=files,
-            keep_latest_k=config.checkpoint.keep_latest_k,
-        )
-    except OSError as error:
-        if must_succeed:
-            raise
-        logger.warning("%s: training goes on, the next save is %d steps away", error, config.checkpoint.interval)
+    job.saver.save(
+        job.folder / config.checkpoint.folder,
+        progress.step,
+        model=job.model,
+        optimizer=job.optimizer,
+        extra={"num_tokens": progress.num_tokens, "choices": progress.choices, "data": data},
+        files=files,
+        keep_latest_k=config.checkpoint.keep_latest_k,
+        wait=must_succeed,
+    )
 
 
 def write_run_files(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from titan_moe.checkpoint import store
 from titan_moe.checkpoint import folder as checkpoint_folder
+from titan_moe.checkpoint.background import background_saver
 from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoint, save_checkpoint
 
 WORLD = 2
@@ -164,7 +166,46 @@ def check_broken_files(folder: Path) -> None:
     assert not set(shared[0]) & set(shared[1])
 
 
-CHECKS = (check_reshard, check_failure_on_one_rank, check_broken_files)
+def check_background(folder: Path) -> None:
+    """Training's own messages and those of the save do not mix; a failure on one rank is a warning, and is over."""
+    model, optimizer = make(1, "fsdp")
+    train(model, optimizer, 1)
+    saver = background_saver()
+    arguments: dict[str, Any] = {"extra": {}, "files": {}, "keep_latest_k": 0, "wait": False}
+    expected = full(model, optimizer)
+    original = dcp.FileSystemWriter.write_data
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.5)
+        return original(*args)
+
+    dcp.FileSystemWriter.write_data = slow  # type: ignore[method-assign]
+    saver.save(folder, 1, model=model, optimizer=optimizer, **arguments)
+    train(model, optimizer, 3)
+    assert not (folder / "step-1").exists()
+    saver.finish()
+    again, fresh = make(5, "ep")
+    load_checkpoint(folder / "step-1", model=again, optimizer=fresh)
+    assert_equal(full(again, fresh), expected)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if rank() == 1:
+        dcp.FileSystemWriter.write_data = fail  # type: ignore[method-assign]
+    saver.save(folder, 2, model=model, optimizer=optimizer, **arguments)
+    train(model, optimizer, 1)
+    saver.finish()
+    dcp.FileSystemWriter.write_data = original  # type: ignore[method-assign]
+    dist.barrier()
+    assert [path.name for path in folder.iterdir()] == ["step-1"]
+    dist.barrier()
+    saver.save(folder, 3, model=model, optimizer=optimizer, **arguments)
+    saver.finish()
+    assert latest_complete(folder) == folder / "step-3"
+
+
+CHECKS = (check_reshard, check_failure_on_one_rank, check_broken_files, check_background)
 
 
 def worker(index: int, folder: Path) -> None:

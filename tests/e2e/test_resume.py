@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.e2e.conftest import Arguments
 from tests.e2e.harness import Command, Ended, contents, end_two, records, start_two
+from titan_moe.checkpoint import load_model
 
 Train = Callable[..., Ended]
 STEPS = 16
@@ -233,3 +235,28 @@ def test_weights_of_another_run(train: Train, tmp_path: Path) -> None:
     assert [record["step"] for record in second] == [1, 2, 3, 4, 5, 6]
     assert second[0]["loss"] < first[0]["loss"] - 0.3
     assert not any(a == b for a, b in itertools.product(first, second))
+
+
+def test_saving_in_the_background(train: Train, tmp_path: Path) -> None:
+    """The same run with the same checkpoints; each save says how long training waited."""
+    assert train("plain").code == 0
+    ended = train("async", checkpoint__async_mode="async")
+    assert ended.code == 0, ended.err
+    assert records(tmp_path / "async") == records(tmp_path / "plain")
+    assert ended.err.count("of which training waited") == 2
+    for step in (2, 4, 6):
+        one, other = (load_model(tmp_path / run / "checkpoint" / f"step-{step}")[0] for run in ("plain", "async"))
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    shutil.rmtree(tmp_path / "async" / "checkpoint" / "step-6")
+    assert train("async", checkpoint__async_mode="async").code == 0
+    assert records(tmp_path / "async") == records(tmp_path / "plain")
+
+
+def test_weights_of_a_model_that_partly_fits(train: Train, tmp_path: Path) -> None:
+    assert train("first").code == 0
+    changes = {"moe__num_shared_experts": 1, "checkpoint__initial_load_path": str(tmp_path / "first")}
+    assert "another model: only here: model.layers.0.moe.shared_experts" in train("second", **changes).err
+    ended = train("second", checkpoint__initial_load_strict=False, **changes)
+    assert ended.code == 0, ended.err
+    assert "this run keeps its initial layers.0.moe.shared_experts.w1.weight" in ended.err
+    assert records(tmp_path / "second")[0]["loss"] < records(tmp_path / "first")[0]["loss"] - 0.1

@@ -7,6 +7,7 @@ from titan_moe.checkpoint.store import (
     latest_complete,
     load_checkpoint,
     load_model,
+    load_weights,
     resolve_checkpoint,
     save_checkpoint,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "latest_complete",
     "load_checkpoint",
     "load_model",
+    "load_weights",
     "resolve_checkpoint",
     "save_checkpoint",
 ]

@@ -165,9 +165,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def together(task: Callable[[], T], *, main_only: bool = False) -> list[T]:
+def together(task: Callable[[], T], *, main_only: bool = False, group: dist.ProcessGroup | None = None) -> list[T]:
     """Run `task` on every rank and return all ranks' results; with `main_only` on rank 0, and its result alone.
 
+    `group` is of all ranks, for threads whose messages must not mix with those of the training; None: the default one.
     What fails on one rank raises on all: CheckpointError for failures of the file system, else the error itself.
     """
     result: Any = None
@@ -181,7 +182,7 @@ def together(task: Callable[[], T], *, main_only: bool = False) -> list[T]:
     mine = (result, where, failure and reason(failure), isinstance(failure, OSError))
     outcomes: Any = [mine] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(outcomes, mine)
+        dist.all_gather_object(outcomes, mine, group=group)
     failed = [(where, why, expected) for _, where, why, expected in outcomes if why is not None]
     if failed:
         where, why, _ = failed[0]

@@ -7,7 +7,7 @@ Tensors are named `model.NAME` and `optimizer.state.NAME.STATE`, so names outliv
 import logging
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,11 +54,29 @@ def state_to_save(model: nn.Module, optimizer: Optimizer | None) -> State:
     return State({**_model_tensors(model), **flat.tensors}, values)
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Write `tensors` into `folder`, each rank its shards, synced. Raises CheckpointException on all ranks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.save(dict(tensors), storage_writer=Writer(folder), no_dist=not dist.is_initialized())
+        alone = not dist.is_initialized()
+        dcp.save(dict(tensors), storage_writer=Writer(folder), process_group=group, no_dist=alone)
+
+
+def load_matching(folder: Path, model: nn.Module) -> tuple[list[str], list[str]]:
+    """Load the tensors in `folder` that `model` has by name and shape; the names that it lacks, and those left over."""
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.items() if name.startswith("model.")}
+    tensors = _model_tensors(model)
+    matching = {name: value for name, value in tensors.items() if saved.get(name) == tuple(value.shape)}
+    _read_tensors(folder, matching)
+    loaded: Any = {name.removeprefix("model."): value for name, value in matching.items()}
+    set_model_state_dict(model, loaded, options=StateDictOptions(strict=False))
+    missing, unexpected = tensors.keys() - matching.keys(), saved.keys() - matching.keys()
+    return _plain(missing), _plain(unexpected)
+
+
+def _plain(names: Iterable[str]) -> list[str]:
+    return sorted(name.removeprefix("model.") for name in names)
 
 
 def load_state(

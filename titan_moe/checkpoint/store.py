@@ -14,6 +14,7 @@ from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,7 +39,9 @@ from titan_moe.checkpoint.folder import (
 )
 from titan_moe.checkpoint.lazy import LazyTensors, write_lazily
 from titan_moe.checkpoint.state import (
+    State,
     derive_rng_state,
+    load_matching,
     load_state,
     rng_state,
     set_rng_state,
@@ -62,7 +65,8 @@ class Content(NamedTuple):
     optimizer: str | None
     extra: dict[str, Any]
     files: Mapping[str, str]
-    per_rank: Any
+    own: dict[str, Any]  # of this rank: random states, and what was given for it
+    seed: int
 
 
 class Restored(NamedTuple):
@@ -93,16 +97,31 @@ def save_checkpoint(
     (an OSError), nothing of this save is left, and earlier steps are untouched.
     """
     state = state_to_save(model, optimizer)
-    content = Content(
-        write=lambda staging: write_tensors(staging, state.tensors),
+    kind = None if optimizer is None else kind_of(optimizer)
+    content = content_of(state, kind, extra=extra, files=files, per_rank=per_rank)
+    return save_content(folder, step, content, keep_latest_k)
+
+
+def content_of(
+    state: State,
+    optimizer: str | None,
+    *,
+    extra: dict[str, Any],
+    files: Mapping[str, str],
+    per_rank: Any = None,
+    group: dist.ProcessGroup | None = None,
+) -> Content:
+    """What `save_checkpoint` writes of a state, with the random states of this moment."""
+    return Content(
+        write=lambda staging: write_tensors(staging, state.tensors, group),
         elements={name: value.numel() for name, value in state.tensors.items()},
         values=state.values,
-        optimizer=None if optimizer is None else kind_of(optimizer),
+        optimizer=optimizer,
         extra=extra,
         files=files,
-        per_rank=per_rank,
+        own={"rng": rng_state(), "per_rank": per_rank},
+        seed=torch.initial_seed(),
     )
-    return _save(folder, step, content, keep_latest_k)
 
 
 def save_lazily(
@@ -127,29 +146,33 @@ def save_lazily(
         optimizer=optimizer,
         extra=extra,
         files=files,
-        per_rank=None,
+        own={"rng": rng_state(), "per_rank": None},
+        seed=torch.initial_seed(),
     )
-    return _save(folder, step, content, 0)
+    return save_content(folder, step, content, 0)
 
 
-def _save(folder: Path, step: int, content: Content, keep_latest_k: int) -> Path:
+def save_content(
+    folder: Path, step: int, content: Content, keep_latest_k: int, group: dist.ProcessGroup | None = None
+) -> Path:
+    """Save `content` as `save_checkpoint` says; ranks talk over `group`, None: the default one."""
     final, staging = folder / f"step-{step}", folder / f"step-{step}.tmp"
     try:
-        together(lambda: start(folder, staging), main_only=True)
-        together(lambda: content.write(staging))
-        written = together(lambda: _write_rest(staging, content))
+        together(lambda: start(folder, staging), main_only=True, group=group)
+        together(lambda: content.write(staging), group=group)
+        written = together(lambda: _write_rest(staging, content), group=group)
         own = [size for name, size in content.elements.items() if name.startswith("model.")]
         body = {
             "format": FORMAT,
             "step": step,
             "world_size": world_size(),
-            "seed": torch.initial_seed(),
+            "seed": content.seed,
             "optimizer": content.optimizer,
             "model": {"tensors": len(own), "elements": sum(own)},  # for people
             "versions": {"titan_moe": __version__, "torch": str(torch.__version__)},
             "files": {name: entry for own in written for name, entry in own.items()},
         }
-        together(lambda: publish(staging, final, body), main_only=True)
+        together(lambda: publish(staging, final, body), main_only=True, group=group)
     except BaseException as error:
         if rank() == 0 and folder.is_dir():
             quietly(lambda: clean(folder))
@@ -189,6 +212,22 @@ def load_checkpoint(
                 *(step_folder, manifest["world_size"], world_size(), manifest["seed"]),
             )
     return Restored(manifest["step"], common["extra"], own and own["per_rank"])
+
+
+def load_weights(step_folder: Path, *, model: nn.Module, strict: bool) -> None:
+    """Load the weights of a verified step folder into `model`, to begin another run with; call it on every rank.
+
+    With `strict` a checkpoint of another model is a ValueError that lists what differs. Without, what fits by name and
+    shape is loaded, and a warning lists what the checkpoint lacks and what of it is left over.
+    """
+    if strict:
+        load_checkpoint(step_folder, model=model, check=False)
+        return
+    missing, unexpected = together(lambda: load_matching(step_folder, model))[rank()]
+    if rank() == 0:
+        for names, what in ((missing, "keeps its initial"), (unexpected, "does not use its")):
+            if names:
+                logger.warning("starting from %s, this run %s %s", step_folder, what, ", ".join(names))
 
 
 def complete_steps(folder: Path) -> list[int]:
@@ -276,7 +315,7 @@ def read_model(step_folder: Path) -> tuple[Transformer, Config]:
 def _write_rest(staging: Path, content: Content) -> dict[str, Any]:
     """Write everything that is not a shard of a tensor; the manifest's entries of this rank's files."""
     own = f"rank-{rank()}.pt"
-    _write_object(staging / own, {"rng": rng_state(), "per_rank": content.per_rank})
+    _write_object(staging / own, content.own)
     names = [own, *sorted(path.name for path in staging.glob(f"__{rank()}_*"))]
     if rank() == 0:
         _write_object(staging / "common.pt", {"extra": content.extra, "optimizer": content.values})

@@ -186,6 +186,7 @@ class Checkpoint:
     exclude: Annotated[
         list[Literal["optimizer"]], "what resuming leaves out: the optimizer's state, which then starts anew"
     ] = field(default_factory=list)
+    initial_load_strict: Annotated[bool, "it must be of the same model; if not, what fits is taken"] = True
     export_dtype: Annotated[Literal["float32", "bfloat16", "float16"], "type of final weights"] = "float32"
 
 

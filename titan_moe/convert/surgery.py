@@ -80,8 +80,11 @@ def merge_experts(load_E: Tensor, num_experts: int, similarity_EE: Tensor) -> Pl
 def revive_experts(load_E: Tensor, threshold: float, noise: float) -> Plan:
     """Experts with a load below `threshold` times the mean become copies of the busiest ones, with noise."""
     order = load_E.argsort(descending=True, stable=True).tolist()
-    dead = [e for e in reversed(order) if load_E[e] <= threshold * load_E.double().mean()]
-    source = {e: order[i] for i, e in enumerate(dead) if order[i] not in dead}
+    dead = [e for e in order if load_E[e] <= threshold * load_E.double().mean()]
+    alive = [e for e in order if e not in dead]
+    if not alive:
+        raise ValueError(f"--threshold ({threshold}) leaves no expert that another could be copied from")
+    source = {e: alive[i % len(alive)] for i, e in enumerate(dead)}
     return [Expert((source[e],), (1.0,), noise) if e in source else keep(e) for e in range(load_E.numel())]
 
 

@@ -14,6 +14,7 @@ from titan_moe.convert.architectures import moe_layers
 from titan_moe.convert.surgery import (
     Plan,
     add_experts,
+    keep,
     merge_experts,
     operate,
     prune_experts,
@@ -78,7 +79,10 @@ def _planner(options: argparse.Namespace) -> Callable[[LazyTensors], list[Plan]]
     def plans(tensors: LazyTensors) -> list[Plan]:
         load_LE = measure_load(options.checkpoint, options.data_path, options.steps)
         layers = moe_layers(load_model(options.checkpoint)[1]) if options.verb == "merge" else range(len(load_LE))
-        return [_plan(options, load_E, tensors, layer) for layer, load_E in zip(layers, load_LE, strict=True)]
+        made = [_plan(options, load_E, tensors, layer) for layer, load_E in zip(layers, load_LE, strict=True)]
+        if options.verb == "revive" and all(plan == [keep(e) for e in range(len(plan))] for plan in made):
+            raise ValueError(f"no expert has a load of at most {options.threshold} times the mean: nothing to revive")
+        return made
 
     return plans
 

@@ -1,0 +1,122 @@
+"""Saving while training goes on: the state is copied to memory of the host, a thread writes the copy."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from titan_moe.checkpoint.folder import CheckpointError, rank, world_size
+from titan_moe.checkpoint.state import State, state_to_save
+from titan_moe.checkpoint.store import content_of, save_checkpoint, save_content
+
+logger = logging.getLogger(__name__)
+
+
+class Saver(NamedTuple):
+    """How a run saves.
+
+    `save` takes the arguments of `save_checkpoint`, and `wait`: whether the step must be on the disk when it returns,
+    and a failure raises; else it is a warning. `finish` waits for the save that is under way.
+    """
+
+    save: Callable[..., None]
+    finish: Callable[[], None]
+
+
+def foreground_saver() -> Saver:
+    """Training waits for every save."""
+
+    def save(folder: Path, step: int, *, wait: bool, **arguments: Any) -> None:
+        try:
+            save_checkpoint(folder, step, **arguments)
+        except OSError as error:
+            if wait:
+                raise
+            warn(error)
+
+    return Saver(save, lambda: None)
+
+
+def background_saver() -> Saver:
+    """Training waits for a copy of the state in the host's memory, and for a save that has not ended at the next one.
+
+    The copy's memory is kept between saves: as much as this rank's parameters and optimizer states. Ranks talk over a
+    process group of their own. A save that fails is a warning, as soon as it fails, and leaves earlier checkpoints as
+    they are; the next save tries again.
+    """
+    group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+    buffers: dict[str, Tensor] = {}
+    threads: list[threading.Thread] = []
+
+    def finish() -> None:
+        while threads:
+            threads.pop().join()
+
+    def save(
+        folder: Path,
+        step: int,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        extra: dict[str, Any],
+        files: Mapping[str, str],
+        keep_latest_k: int,
+        wait: bool,
+    ) -> None:
+        begin = time.perf_counter()
+        finish()
+        if wait:
+            arguments: dict[str, Any] = {"model": model, "optimizer": optimizer, "extra": extra, "files": files}
+            save_checkpoint(folder, step, keep_latest_k=keep_latest_k, **arguments)
+            return
+        state = copy_state(state_to_save(model, optimizer), buffers)
+        content = content_of(state, type(optimizer).__name__, extra=extra, files=files, group=group)
+        waited = time.perf_counter() - begin
+
+        def write() -> None:
+            try:
+                path = save_content(folder, step, content, keep_latest_k, group)
+            except CheckpointError as error:
+                warn(error)
+            except Exception as error:  # a thread has nobody to raise to: training is not to end by it either
+                warn(error)
+            else:
+                took = time.perf_counter() - begin
+                logger.info("saved %s in %.2f s, of which training waited %.3f s", path.name, took, waited)
+
+        threads.append(threading.Thread(target=write, name=f"save-step-{step}", daemon=True))
+        threads[0].start()
+
+    return Saver(save, finish)
+
+
+def copy_state(state: State, buffers: dict[str, Tensor]) -> State:
+    """A copy of `state` in host memory, in `buffers` (by name, made where they are missing)."""
+    tensors: dict[str, Tensor] = {}
+    on_gpu = False
+    for name, tensor in state.tensors.items():
+        mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        buffer = buffers.get(name)
+        if buffer is None or buffer.shape != mine.shape or buffer.dtype != mine.dtype:
+            buffer = buffers[name] = torch.empty(mine.shape, dtype=mine.dtype, pin_memory=mine.is_cuda)
+        buffer.copy_(mine, non_blocking=mine.is_cuda)
+        on_gpu |= mine.is_cuda
+        # Its constructor, because from_local would move the copy to the mesh's device.
+        tensors[name] = DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer
+    if on_gpu:
+        torch.cuda.synchronize()
+    return State(tensors, state.values)
+
+
+def warn(error: Exception) -> None:
+    """Say loudly, once for all ranks, that a save has failed."""
+    if rank() == 0:
+        logger.warning("%s: training goes on, the next save tries again", error)

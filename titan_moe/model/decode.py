@@ -1,0 +1,72 @@
+"""The model one token at a time: keys and values of the past are kept, not computed again.
+
+Sequences of a batch may differ in length: each has its own position, and sees its own past alone. What a layer computes
+is what `Transformer.forward` computes; it takes routers in which a token's experts depend on that token only.
+
+Shapes: B batch, T new tokens, S room for tokens, D dim, H query heads, G key-value heads, C channels of a head, V
+vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titan_moe.model.attention import Attention, Rope, apply_rope, rope_cos_sin
+from titan_moe.model.transformer import Transformer
+
+
+class Cache(NamedTuple):
+    """Keys and values of all layers, rotated, each (B, G, S, C), and the angles of the S positions."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    rope: Rope
+
+
+def empty_cache(model: Transformer, batch_size: int, room: int) -> Cache:
+    """A cache for `room` tokens of each sequence, in the type and on the device of the model."""
+    keys, values = [], []
+    weight = model.tok_embeddings.weight
+    layers: Any = model.layers
+    for layer in layers:
+        heads = layer.attention.wk.weight.shape[0] // model.head_dim
+        keys.append(weight.new_zeros(batch_size, heads, room, model.head_dim))
+        values.append(torch.zeros_like(keys[-1]))
+    return Cache(keys, values, rope_cos_sin(room, model.head_dim, model.rope_theta, weight.device))
+
+
+@torch.no_grad()
+def extend(model: Transformer, cache: Cache, tokens_BT: Tensor, start_B: Tensor, rows_B: Tensor) -> Tensor:
+    """Append tokens to the sequences `rows_B` of the cache at positions from `start_B` on; logits (B, V) of the last.
+
+    Writes keys and values into the cache.
+    """
+    T = tokens_BT.shape[1]
+    position_BT = start_B.unsqueeze(1) + torch.arange(T, device=tokens_BT.device)
+    cos, sin = (angle[position_BT].unsqueeze(1) for angle in cache.rope)
+    places = torch.arange(cache.rope[0].shape[0], device=tokens_BT.device)
+    visible = (places <= position_BT.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S)
+    x_BTD = model.tok_embeddings(tokens_BT)
+    layers: Any = model.layers
+    for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
+        h_BTD = layer.attention_norm(x_BTD)
+        q_BHTC, k_BGTC, v_BGTC = _project(layer.attention, h_BTD, (cos, sin))
+        keys[rows_B[:, None], :, position_BT] = k_BGTC.transpose(1, 2)
+        values[rows_B[:, None], :, position_BT] = v_BGTC.transpose(1, 2)
+        y_BHTC = F.scaled_dot_product_attention(
+            q_BHTC, keys[rows_B], values[rows_B], attn_mask=visible, enable_gqa=layer.attention.grouped
+        )
+        x_BTD = x_BTD + layer.attention.wo(y_BHTC.transpose(1, 2).flatten(2))
+        h_BTD = layer.ffn_norm(x_BTD)
+        x_BTD = x_BTD + (layer.feed_forward(h_BTD) if layer.feed_forward is not None else layer.moe(h_BTD)[0])
+    x_BD = model.norm(x_BTD[:, -1])
+    return F.linear(x_BD, model.tok_embeddings.weight) if model.output is None else model.output(x_BD)
+
+
+def _project(attention: Attention, h_BTD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (w(h_BTD).unflatten(-1, (-1, attention.head_dim)) for w in (attention.wq, attention.wk, attention.wv))
+    if attention.q_norm is not None and attention.k_norm is not None:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return apply_rope(q.transpose(1, 2), rope), apply_rope(k.transpose(1, 2), rope), v.transpose(1, 2)
