@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from titan_moe.checkpoint.folder import CheckpointError, rank, world_size
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_checkpoint, save_content
+from titan_moe.optimizer.combined import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def background_saver() -> Saver:
             save_checkpoint(folder, step, keep_latest_k=keep_latest_k, **arguments)
             return
         state = copy_state(state_to_save(model, optimizer), buffers)
-        content = content_of(state, type(optimizer).__name__, extra=extra, files=files, group=group)
+        content = content_of(state, kind_of(optimizer), extra=extra, files=files, group=group)
         waited = time.perf_counter() - begin
 
         def write() -> None:
