@@ -94,6 +94,8 @@ def on_ranks(rank: int, world: int) -> dict[str, Any]:
         dispatcher = all_to_all(mesh)
         results[layout] = {name: through(dispatcher, own, name, rank) for name in CASES}
         results[layout]["rank"] = mesh.get_local_rank()
+    model = on_meta(tiny_model(device="meta"), world, "ep2_fsdp2", param_dtype=torch.bfloat16)
+    results["bfloat16"] = steps(model, 1, rank=rank, world=world)[0].loss
     results["counts"] = {
         (layout, mode): count_collectives(world, layout, mode, rank)
         for layout in LAYOUTS[world]
@@ -106,11 +108,15 @@ def on_ranks(rank: int, world: int) -> dict[str, Any]:
 @pytest.mark.dist
 @pytest.mark.timeout(600)
 def test_four_ranks() -> None:
+    model = tiny_model()
+    model.init_weights(0)
+    (exact,) = steps(model, 1, micro_batches=4)
     results = run_ranks(4, on_ranks)
     for layout, degree in (("ep4", 4), ("ep2_fsdp2", 2)):
         check_dispatcher([result[layout] for result in results], degree)
     for rank, result in enumerate(results):
         check_counts(result["counts"])
+        torch.testing.assert_close(result["bfloat16"], exact.loss, rtol=1e-2, atol=0)
         assert "training.seed is 42 on rank 0 and 7 on rank 1" in result["refusal"], rank
 
 

@@ -10,7 +10,7 @@ import torch
 from tests.cases import Case
 from tests.dist.harness import run_ranks
 from tests.dist.layouts import LAYOUTS, apply
-from tests.invariance import assert_same, fresh, outcome
+from tests.invariance import assert_same, fresh, full, outcome, plain
 from tests.tiny import steps
 
 ROUTER = Case("topk_softmax", {})
@@ -37,16 +37,20 @@ def two_steps(model: Any, micro_batches: int, rank: int = 0, world: int = 1) -> 
     """A step, and one in which most experts have no token."""
     run = functools.partial(outcome, model, BALANCERS, micro_batches=micro_batches, rank=rank, world=world)
     first = run()
-    first["bias"] = [bias.clone() for bias in first["bias"]]
     skew(model)
     return [first, run()]
 
 
+def weights(model: Any) -> dict[str, Any]:
+    return {plain(name): full(parameter) for name, parameter in model.named_parameters()}
+
+
 def eager(rank: int, world: int) -> dict[Any, Any]:
-    return {
-        (layout, mode, accumulation): two_steps(build(layout, checkpoint_mode=mode), accumulation, rank, world)
-        for layout, mode, accumulation in itertools.product(LAYOUTS[4], MODES, (1, 2))
-    }
+    results: dict[Any, Any] = {"weights": {layout: weights(build(layout)) for layout in LAYOUTS[4]}}
+    for layout, mode, accumulation in itertools.product(LAYOUTS[4], MODES, (1, 2)):
+        model = build(layout, checkpoint_mode=mode)
+        results[layout, mode, accumulation] = two_steps(model, accumulation, rank, world)
+    return results
 
 
 @pytest.mark.dist
@@ -54,7 +58,11 @@ def eager(rank: int, world: int) -> dict[Any, Any]:
 def test_checkpointing_and_accumulation_in_all_layouts() -> None:
     alone = {accumulation: two_steps(build(None), 4 * accumulation) for accumulation in (1, 2)}
     assert (alone[1][1]["load"] > 0).sum() == 2 * 2
+    initial = weights(build(None))
     for result in run_ranks(4, eager):
+        for layout, own in result.pop("weights").items():
+            assert own.keys() == initial.keys()
+            assert all(torch.equal(own[name], initial[name]) for name in own), layout  # to the bit
         for (layout, mode, accumulation), both in result.items():
             for step, got in enumerate(both):
                 compare(f"{layout}, {mode}, {accumulation}, step {step}", got, alone[accumulation][step])
@@ -85,7 +93,6 @@ def compiled(rank: int, world: int) -> dict[Any, Any]:
         wrap = functools.partial(apply, world=world, layout=layout, checkpoint_mode=mode, compile_blocks=True)
         model = fresh(ROUTER, wrap, device="meta", **MOE_ONLY)
         first = outcome(model, BALANCERS, rank=rank, world=world)
-        first["bias"] = [bias.clone() for bias in first["bias"]]
         skew(model)
         with torch.compiler.set_stance("fail_on_recompile"):  # whatever the numbers of tokens
             second = outcome(model, BALANCERS, rank=rank, world=world)

@@ -91,7 +91,11 @@ CONFIGURATIONS: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "",
         ["expert_parallel_degree (2)", "must divide data_parallel_shard_degree (1)"],
     ),
-    "dispatcher": ({"moe.dispatcher": "all_to_all"}, "", ["moe.dispatcher = 'all_to_all'", "expert_parallel_degree = 1"]),
+    "dispatcher": (
+        {"moe.dispatcher": "all_to_all"},
+        "",
+        ["moe.dispatcher = 'all_to_all'", "expert_parallel_degree = 1"],
+    ),
     "tensor degree": ({"parallelism.tensor_parallel_degree": 2}, "", ["tensor_parallel_degree = 2", "not supported"]),
     "heads": ({"model.num_heads": 3}, "", ["model.num_heads (3)", "model.dim (32)"]),
     "dump folder below a file": ({}, "--job.dump_folder {file}/run", ["job.dump_folder", "{file}", "not writable"]),
