@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,8 +27,9 @@ from titan_moe.balancer import BALANCERS
 from titan_moe.model.routing import topk_softmax
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.combined import combine
+from titan_moe.optimizer.combined import Combined, combine
 from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.matrix import MatrixOptimizer
 from titan_moe.step import train_step
 
 TOP_K, VOCAB, SEQ, MICRO_BATCH = 2, 2048, 512, 4
@@ -43,6 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "shampoo, one side": ("shampoo", {"one_sided": True}),
     "shampoo_fast": ("shampoo_fast", {}),
     "shampoo_fast, bf16": ("shampoo_fast", {"matmul_dtype": "bfloat16"}),
+    "distributed_shampoo (Meta)": ("distributed_shampoo", {}),
     "soap": ("soap", {}),
     "soap, one side, statistics every 10": ("soap", {"one_sided": True, "statistics_every": 10}),
     "muon": ("muon", {}),
@@ -84,6 +87,15 @@ class Side:
         self.optimizer.zero_grad()
         return spent
 
+    def set(self, offset: int | None = None, **settings: Any) -> None:
+        """Change settings of the experts' group, and give all tensors the same offset."""
+        self.group.update(settings)
+        part = self.optimizer.parts[self.name] if isinstance(self.optimizer, Combined) else self.optimizer
+        if isinstance(part, MatrixOptimizer):
+            if offset is not None:
+                part._offsets = dict.fromkeys(part._offsets, offset)
+            part._transforms.clear()
+
     def skip_to(self, *, observing: bool, rooting: bool) -> None:
         """Move to a late step that takes statistics or not, and computes roots or not."""
         every, frequency = self.group.get("statistics_every", 1), self.group.get("precondition_frequency", 1)
@@ -117,25 +129,37 @@ def parts(side: Side, repeats: int = 3) -> dict[str, float]:
     gradients = [1e-3 * torch.randn_like(p) for p in side.model.parameters()]
     side.update(gradients)
     settings = dict(side.group)
+    if side.name == "distributed_shampoo":
+        return metas_parts(side, gradients, repeats)
 
     def at(*, observing: bool, rooting: bool = False) -> float:
         if "precondition_frequency" in settings:  # prime numbers, so that what is due can be had in any combination
             every = 1 if observing else 997
-            side.group.update(stagger_roots=False, statistics_every=every, precondition_frequency=101)
+            side.set(0, stagger_roots=False, statistics_every=every, precondition_frequency=101)
         times = []
         for _ in range(repeats):
             side.skip_to(observing=observing, rooting=rooting)
             times.append(1000 * side.update(gradients))
-        side.group.update(settings)
         return statistics.median(times)
 
     plain = at(observing=False)
     found = {"plain": plain, "statistics": 0.0, "roots": 0.0}
     if "precondition_frequency" in settings:
         found |= {"statistics": at(observing=True) - plain, "roots": at(observing=False, rooting=True) - plain}
+    side.set(**settings)
     states = [v for p in side.model.parameters() for v in side.optimizer.state[p].values()]
     found["state"] = sum(v.nbytes for v in states) / sum(p.nbytes for p in side.model.parameters())
     return found
+
+
+def metas_parts(side: Side, gradients: list[Tensor], repeats: int) -> dict[str, float]:
+    """The same for Meta's optimizer, whose steps are counted inside of it: statistics are part of a plain step."""
+    side.set(precondition_frequency=repeats + 2)
+    side.update(gradients)
+    times = [1000 * side.update(gradients) for _ in range(repeats + 1)]
+    plain = statistics.median(times[:-1])
+    side.set(precondition_frequency=100)
+    return {"plain": plain, "statistics": 0.0, "roots": times[-1] - plain, "state": float("nan")}
 
 
 def ratios(model: str, variants: list[str], tokens: int, rounds: int) -> None:
@@ -197,7 +221,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=("ratios", "jitter"), default="ratios")
     parser.add_argument("--model", choices=MODELS, default="bench")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[v for v in VARIANTS if v != "adamw"])
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=[v for v in VARIANTS if v != "adamw" and (find_spec("distributed_shampoo") or "Meta" not in v)],
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()

@@ -84,7 +84,10 @@ def shampoo_direction(
         if since_start < 0:
             return direction
         for index, region in parts:
-            precondition(direction, state, index, region, graft=grafting == "adamw")
+            blocks = precondition(direction, state, index, region, graft=grafting == "adamw")
+            if blocks.shape == direction.shape:
+                return blocks  # one block: no copy
+            from_blocks(blocks, region, direction)
         return direction
 
     return Transform(init, update)
@@ -99,8 +102,8 @@ def refresh_roots(state: State, index: int, region: Region, options: Factors, ex
         old.copy_(torch.where(seen, pack(root).view(old.shape).to(old.dtype), old))
 
 
-def precondition(direction: Tensor, state: State, index: int, region: Region, *, graft: bool) -> None:
-    """Replace a region of `direction` (R, M, N), in place: the preconditioned momentum with the old one's norm.
+def precondition(direction: Tensor, state: State, index: int, region: Region, *, graft: bool) -> Tensor:
+    """The preconditioned momentum of a region, (R * B, H, W), with the norm that each block has in `direction`.
 
     Without `graft` the direction is the momentum, and it is preconditioned as it is.
     """
@@ -114,4 +117,4 @@ def precondition(direction: Tensor, state: State, index: int, region: Region, *,
     if graft:
         length, norm = (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in (old, new))
         new *= torch.where(norm > 0, length / norm, 0.0)
-    from_blocks(new, region, direction)
+    return new
