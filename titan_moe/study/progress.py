@@ -38,11 +38,12 @@ def clock(seconds: float) -> str:
 
 def table(title: str, runs: Sequence[Run], found: Sequence[Status], jobs: int, height: int) -> Any:
     """Runs and how far they are, at most `height` rows: those that are going or failed come first."""
+    from rich.markup import escape
     from rich.table import Table
 
     left = seconds_left(runs, found, jobs)
     caption = counts(found) + (f"; about {clock(left)} left" if left else "")
-    made = Table(title=title, caption=caption, title_justify="left", caption_justify="left", expand=False)
+    made = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left", expand=False)
     made.add_column("run", overflow="fold", ratio=1)
     for name in ("seed", "state", "step", "loss", "validation", "MaxVio", "tokens/s"):
         made.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
@@ -51,7 +52,7 @@ def table(title: str, runs: Sequence[Run], found: Sequence[Status], jobs: int, h
     for run, one in shown:
         train, validation = one.train or {}, one.validation or {}
         made.add_row(
-            point_text(run.point),
+            escape(point_text(run.point)),
             str(run.seed),
             f"[{STYLES[one.state]}]{one.state}[/]",
             f"{one.step}/{run.config.training.steps}",
