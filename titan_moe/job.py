@@ -113,7 +113,11 @@ def check_same_on_all_ranks(config: Config) -> None:
 
     Else they would train different models, or wait for each other in different collectives until the time limit.
     """
-    mine = {**_keys(dataclasses.asdict(config)), "version of titan_moe": __version__, "version of torch": str(torch.__version__)}
+    mine = {
+        **_keys(dataclasses.asdict(config)),
+        "version of titan_moe": __version__,
+        "version of torch": str(torch.__version__),
+    }
     del mine["job.config_file"]  # where the configuration came from is not part of it
     digests = runtime.all_gather(hashlib.sha256(repr(mine).encode()).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)

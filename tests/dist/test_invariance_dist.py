@@ -53,6 +53,7 @@ def on_ranks(rank: int, world: int) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_ranks_equal_one_process(world: int) -> None:
     cases = rows(world)

@@ -86,6 +86,17 @@ CONFIGURATIONS: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "",
         ["quantize.grouped_mm.float8", "multiples of 16", "layers.0.moe.experts", "24 x 32", "moe.expert_dim"],
     ),
+    "expert degree": (
+        {"parallelism.expert_parallel_degree": 2},
+        "",
+        ["expert_parallel_degree (2)", "must divide data_parallel_shard_degree (1)"],
+    ),
+    "dispatcher": (
+        {"moe.dispatcher": "all_to_all"},
+        "",
+        ["moe.dispatcher = 'all_to_all'", "expert_parallel_degree = 1"],
+    ),
+    "tensor degree": ({"parallelism.tensor_parallel_degree": 2}, "", ["tensor_parallel_degree = 2", "not supported"]),
     "heads": ({"model.num_heads": 3}, "", ["model.num_heads (3)", "model.dim (32)"]),
     "dump folder below a file": ({}, "--job.dump_folder {file}/run", ["job.dump_folder", "{file}", "not writable"]),
     "dump folder in /proc": ({}, "--job.dump_folder /proc/run", ["job.dump_folder /proc/run", "not writable"]),

@@ -1,7 +1,7 @@
 """Activation checkpointing: which results of a layer are kept for backward, and which are made again."""
 
 import functools
-from collections.abc import Callable, Set
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -41,10 +41,9 @@ def checkpoint_block(block: nn.Module, mode: str, *, keep_random: bool = False) 
     if mode == "none":
         return block
     kept = RANDOM | ROUTED if mode == "selective" else RANDOM if keep_random else set()
-    options: dict[str, Callable[..., Any]] = {}
-    if kept:
-        options["context_fn"] = functools.partial(_contexts, frozenset(kept))
-    return checkpoint_wrapper(block, **options)
+    if not kept:
+        return checkpoint_wrapper(block)
+    return checkpoint_wrapper(block, context_fn=functools.partial(_contexts, frozenset(kept)))
 
 
 def _contexts(kept: Set[Any]) -> tuple[Any, Any]:

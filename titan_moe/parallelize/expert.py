@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_moe.model.dispatch import Dispatcher, Permutation, combine_rows, gather_rows, sort_choices
@@ -82,7 +83,7 @@ def read_splits(sent_P: Tensor, received_P: Tensor) -> tuple[list[int], list[int
 
 
 def orders(received_PE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """The order (M,) of received rows by expert, then by process, and its inverse; they come by process, then expert."""
+    """The order (M,) of received rows by expert, then by process, and its inverse; they come by process."""
     count_S, count_by_expert_S = received_PE.flatten(), received_PE.t().flatten()
     end_S, end_by_expert_S = count_S.cumsum(0), count_by_expert_S.cumsum(0)
     start_PE = (end_S - count_S).view_as(received_PE)
@@ -93,7 +94,7 @@ def orders(received_PE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return by_expert_M, by_process_M
 
 
-def _exchange(x_ND: Tensor, received: list[int], sent: list[int], group: str) -> Tensor:
+def _exchange(x_ND: Tensor, received: list[int], sent: list[int], group: GroupName) -> Tensor:
     return wait_tensor(all_to_all_single_autograd(x_ND, received, sent, group))
 
 

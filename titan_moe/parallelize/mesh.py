@@ -24,7 +24,9 @@ class Meshes(NamedTuple):
 
     dense: DeviceMesh  # dp_shard, or dp_replicate x dp_shard
     ep: DeviceMesh | None = None  # ep, the axis that the experts are shared out over
-    efsdp: DeviceMesh | None = None  # efsdp, or dp_replicate x efsdp: the axes that a share of the experts is sharded over
+    efsdp: DeviceMesh | None = (
+        None  # efsdp, or dp_replicate x efsdp: the axes that a share of the experts is sharded over
+    )
 
 
 def resolve_degrees(*, world_size: int, replicate: int, shard: int, expert: int = 1, num_experts: int = 0) -> Degrees:

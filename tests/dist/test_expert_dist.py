@@ -1,0 +1,156 @@
+"""Expert parallelism on its own: the dispatcher against the local one, its collectives, and configurations that differ."""
+
+import dataclasses
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
+
+from tests.dist.harness import run_ranks
+from tests.dist.layouts import LAYOUTS, mesh_of, on_meta
+from tests.tiny import adamw, steps, tiny_model
+from titan_moe.config.sections import Config, Training
+from titan_moe.job import check_same_on_all_ranks
+from titan_moe.model.dispatch import Dispatcher, local
+from titan_moe.model.routing import ROUTERS, Routing
+from titan_moe.parallelize.expert import all_to_all
+
+E, D = 8, 3
+DOCS = Path(__file__).parents[2] / "docs" / "parallelism.md"
+
+
+def logits(name: str, rank: int) -> Tensor:
+    """Router logits (T, E) of a rank: any, all of one expert, none at all on some ranks."""
+    generator = torch.Generator().manual_seed(rank)
+    tokens = {"some ranks have no tokens": 0 if rank % 2 else 3, "one token": 1}.get(name, 5 + rank)
+    values = torch.randn(tokens, E, generator=generator)
+    return values + 100 * (torch.arange(E) == 6) if name == "one expert" else values
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "uneven": {},
+    "one expert": {"top_k": 1},
+    "one token": {},
+    "some ranks have no tokens": {},
+    "capacity": {"capacity_factor": 0.75},
+    "expert_choice": {"name": "expert_choice"},
+}
+
+
+def route(name: str, rank: int) -> Routing:
+    arguments = {"name": "topk_softmax", "top_k": 2, **CASES[name]}
+    return ROUTERS[arguments.pop("name")](**arguments)(logits(name, rank), None)
+
+
+def through(dispatcher: Dispatcher, weight: Tensor, name: str, rank: int) -> tuple[Tensor, ...]:
+    """Experts that multiply by a number: the output, and gradients of input, scores and the experts here."""
+    routing = route(name, rank)
+    tokens = routing.scores.shape[0]
+    x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(10 + rank)).requires_grad_()
+    scores = routing.topk_scores.detach().requires_grad_()
+    rows, tokens_per_expert, state = dispatcher.dispatch(x, routing)
+    factor = weight.repeat_interleave(tokens_per_expert)
+    factor = torch.cat([factor, factor.new_zeros(len(rows) - len(factor))])  # rows that nobody computes
+    y = dispatcher.combine(rows * factor.unsqueeze(-1), scores, state)
+    upstream = torch.randn(tokens, D, generator=torch.Generator().manual_seed(20 + rank))
+    return y.detach(), *torch.autograd.grad(y, (x, scores, weight), upstream)
+
+
+def weights() -> Tensor:
+    return torch.linspace(0.5, 2.0, E)
+
+
+def count_collectives(world: int, layout: str, mode: str, rank: int) -> dict[str, int]:
+    """Collectives of one optimizer step of a model of two MoE layers."""
+    model = on_meta(tiny_model(device="meta"), world, layout, checkpoint_mode=mode)
+    optimizer = adamw(model)
+    with warnings.catch_warnings(), CommDebugMode() as counter:
+        warnings.simplefilter("ignore")  # of the counter's own hooks
+        steps(model, 1, rank=rank, world=world, optimizer=optimizer)
+    names = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+    counts = {str(op).rpartition(".")[2]: count for op, count in counter.get_comm_counts().items()}
+    return {names.get(op, op.replace("all_to_all_single", "all-to-all")): count for op, count in counts.items()}
+
+
+def refusal(rank: int) -> str:
+    config = Config(training=Training(seed=7 if rank == 1 else 42))
+    check_same_on_all_ranks(Config())
+    with pytest.raises(ValueError, match="different") as error:
+        check_same_on_all_ranks(config)
+    return str(error.value)
+
+
+def on_ranks(rank: int, world: int) -> dict[str, Any]:
+    results: dict[str, Any] = {"refusal": refusal(rank)}
+    for layout in ("ep4", "ep2_fsdp2"):
+        mesh = mesh_of(world, layout).ep
+        assert mesh is not None
+        own = weights().chunk(mesh.size())[mesh.get_local_rank()].clone().requires_grad_()
+        dispatcher = all_to_all(mesh)
+        results[layout] = {name: through(dispatcher, own, name, rank) for name in CASES}
+        results[layout]["rank"] = mesh.get_local_rank()
+    model = on_meta(tiny_model(device="meta"), world, "ep2_fsdp2", param_dtype=torch.bfloat16)
+    results["bfloat16"] = steps(model, 1, rank=rank, world=world)[0].loss
+    results["counts"] = {
+        (layout, mode): count_collectives(world, layout, mode, rank)
+        for layout in LAYOUTS[world]
+        for mode in ("none", "selective", "full")
+        if mode == "none" or layout == "ep2_fsdp2"
+    }
+    return results
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+def test_four_ranks() -> None:
+    model = tiny_model()
+    model.init_weights(0)
+    (exact,) = steps(model, 1, micro_batches=4)
+    results = run_ranks(4, on_ranks)
+    for layout, degree in (("ep4", 4), ("ep2_fsdp2", 2)):
+        check_dispatcher([result[layout] for result in results], degree)
+    for rank, result in enumerate(results):
+        check_counts(result["counts"])
+        torch.testing.assert_close(result["bfloat16"], exact.loss, rtol=1e-2, atol=0)
+        assert "training.seed is 42 on rank 0 and 7 on rank 1" in result["refusal"], rank
+
+
+def check_dispatcher(results: list[dict[str, Any]], degree: int) -> None:
+    """What each rank got is what it gets where all experts are; an expert's gradient is of the tokens of its group."""
+    for name in CASES:
+        alone = [through(local(), weights().requires_grad_(), name, rank) for rank in range(4)]
+        for rank, result in enumerate(results):
+            torch.testing.assert_close(result[name][:3], alone[rank][:3], msg=lambda text: f"{name}: {text}")  # noqa: B023
+            group = [other for other in range(4) if other // degree == rank // degree]
+            want = sum(alone[other][3] for other in group).chunk(degree)[result["rank"]]
+            torch.testing.assert_close(result[name][3], want, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def check_counts(counts: dict[tuple[str, str], dict[str, int]]) -> None:
+    """The table of docs/parallelism.md: formulas in L layers, M of them MoE layers, for one micro-batch."""
+    table = counts_table()
+    names = {"fsdp4": "FSDP2", "hsdp2x2": "HSDP", "ep4": "EP", "ep2_fsdp2": "EP x FSDP2", "hsdp2_ep2": "HSDP x EP"}
+    for (layout, mode), got in counts.items():
+        row = table[names[layout]]
+        want = {axis: eval(formula, {"L": 2, "M": 2}) for axis, formula in row.items()}  # noqa: S307
+        if mode == "full" and want["all-to-all"]:
+            want["all-to-all"] += 3 * 2  # the forward once more
+        assert got == {axis: count for axis, count in want.items() if count}, (layout, mode)
+
+
+def counts_table() -> dict[str, dict[str, str]]:
+    """Rows of the table by layout: collective -> formula as Python has it (3 L + 1 -> 3 * L + 1)."""
+    lines = [line for line in DOCS.read_text().splitlines() if line.startswith("|")]
+    start = next(i for i, line in enumerate(lines) if "reduce-scatter" in line)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:]]
+    header, rows = cells[0], cells[2:7]
+    return {row[0]: {a: re.sub(r"(\d) ([LM])", r"\1 * \2", f) for a, f in zip(header[1:], row[1:], strict=True)} for row in rows}
+
+
+def test_one_process_has_nothing_to_compare() -> None:
+    check_same_on_all_ranks(dataclasses.replace(Config(), training=Training(seed=3)))

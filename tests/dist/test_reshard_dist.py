@@ -1,0 +1,105 @@
+"""Training goes on in other layouts: saved by 4 ranks, loaded by 2, saved, loaded by 1, saved, loaded by 4.
+
+Every part is compared with the same steps of one process that never stopped; so are evaluation, generation and probes
+on the way, and load-based rates and measures of experts in each layout.
+"""
+
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist.harness import run_ranks
+from tests.dist.layouts import on_meta
+from tests.tiny import VOCAB, balancers, batch, tiny_model
+from titan_moe.checkpoint import load_checkpoint, save_checkpoint
+from titan_moe.generate import generate
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.parallelize.grad import param_norm
+from titan_moe.probe import balance_tax, routing_choices
+from titan_moe.step import evaluate, train_step
+
+LOAD_LR = {"load_lr": "ideal_normalized", "load_lr_ema": 0.5, "load_lr_decay": False}
+PART = 2  # steps
+CHAIN = [(4, "ep2_fsdp2"), (2, "ep2"), (1, None), (4, "hsdp2_ep2")]
+
+
+def build(world: int, layout: str | None) -> tuple[Any, torch.optim.Optimizer]:
+    model = on_meta(tiny_model(device="meta", num_experts=8), world, layout)
+    groups = {"norm": {"weight_decay": 0.0}, "expert": {"lr": 5e-3, **expand_load_lr(LOAD_LR, top_k=2)}}
+    return model, OPTIMIZERS["adamw"](parameter_groups(model.named_parameters(), groups), lr=1e-2)
+
+
+def go_on(rank: int, world: int, folder: Path, link: int, *, saves: bool = True) -> dict[str, Any]:
+    """Load where the link before has saved, train a part, save."""
+    model, optimizer = build(*CHAIN[link])
+    return part(model, optimizer, rank, world, folder, link, load=link > 0, save=saves)
+
+
+def part(
+    model: Any, optimizer: Any, rank: int, world: int, folder: Path, link: int, *, load: bool, save: bool
+) -> dict[str, Any]:
+    begin = link * PART
+    if load:
+        load_checkpoint(folder / f"step-{begin}", model=model, optimizer=optimizer)
+    outputs = []
+    for step in range(begin, begin + PART):
+        tokens, labels = (half.chunk(world)[rank] for half in batch(step))
+        micro = list(zip(tokens.chunk(4 // world), labels.chunk(4 // world), strict=True))
+        options = {"max_norm": 0.1, "measure_experts": True}
+        outputs.append(train_step(model, micro, optimizer, balancers(), model.expert_biases(), **options))
+    forward = forward_only(model, rank, world)
+    if save:
+        save_checkpoint(folder, begin + PART, model=model, optimizer=optimizer, extra={}, files={}, keep_latest_k=0)
+    names = ("loss", "total_loss", "grad_norm", "load", "load_factors")
+    return {
+        **{name: torch.stack([getattr(output, name) for output in outputs]) for name in names},
+        "stats": tuple(outputs[-1].expert_stats),
+        "bias": torch.stack(model.expert_biases()).clone(),
+        "param_norm": param_norm(model.parameters()),
+        **forward,
+    }
+
+
+def forward_only(model: Any, rank: int, world: int) -> dict[str, Any]:
+    """What runs the model without training it; ranks evaluate batches of different sizes."""
+    tokens, labels = (torch.tensor_split(half, [5])[rank % 2] if world > 1 else half for half in batch(9))
+    mine = [(tokens, labels if rank < 2 else torch.full_like(labels, -100))]  # of ranks with the same batch, one counts
+    evaluation = evaluate(model, mine, torch.ones(VOCAB))
+    choices = routing_choices(model, *batch(9))
+    assert balance_tax(model, *batch(9), repeats=1) > 0
+    tokenizer: Any = SimpleNamespace(
+        encode=lambda text: [ord(c) % VOCAB for c in text], decode=str, eot_id=VOCAB, vocab_size=VOCAB
+    )
+    options = {"max_new_tokens": 5, "temperature": 0.0, "top_k": 0, "context": 8, "seed": 0}
+    text = generate(model, tokenizer, "abcabc", **options)
+    if hasattr(model, "reshard"):
+        model.reshard()
+    return {"evaluation": tuple(evaluation), "choices": choices, "text": text}
+
+
+def assert_close(got: dict[str, Any], want: dict[str, Any], link: int) -> None:
+    assert got.pop("text") == want["text"]
+    for name, value in got.items():
+        rtol, atol = (1e-3, 1e-4) if name in ("stats", "evaluation") else (1e-5, 1e-6)
+        torch.testing.assert_close(
+            value, want[name], rtol=rtol, atol=atol, msg=lambda text: f"{CHAIN[link]}, {name}: {text}"  # noqa: B023
+        )
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_in_any_layout() -> None:
+    model, optimizer = build(1, None)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for link, (world, _) in enumerate(CHAIN):
+            want = part(model, optimizer, 0, 1, folder, link, load=False, save=False)
+            results = run_ranks(world, go_on, folder, link) if world > 1 else [go_on(0, 1, folder, link)]
+            for got in results:
+                assert_close(got, want, link)

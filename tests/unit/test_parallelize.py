@@ -1,0 +1,134 @@
+"""Degrees, meshes' errors, selective checkpointing, and what waits for the device, without other processes."""
+
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.tiny import adamw, balancers, batch, tiny_model
+from titan_moe.model.attention import rope_cos_sin
+from titan_moe.model.routing import ROUTERS, Routing
+from titan_moe.parallelize import expert
+from titan_moe.parallelize.activation import checkpoint_block
+from titan_moe.parallelize.mesh import Degrees, build_mesh, resolve_degrees
+from titan_moe.parallelize.parallelize import parallelize
+from titan_moe.step import train_step
+
+
+def resolve(world: int, **degrees: int) -> Degrees:
+    return resolve_degrees(world_size=world, **{"replicate": 1, "shard": -1, "num_experts": 8, **degrees})
+
+
+def test_degrees_are_filled_in() -> None:
+    assert resolve(1) == Degrees(1, 1, 1)
+    assert resolve(8, expert=4) == Degrees(1, 8, 4)
+    assert resolve(8, replicate=2, expert=4) == Degrees(2, 4, 4)
+    assert resolve(16, num_experts=0) == Degrees(1, 16, 1)
+    assert resolve(16, num_experts=3) == Degrees(1, 16, 1)  # FSDP2 alone takes any number of experts
+
+
+@pytest.mark.parametrize(
+    ("world", "degrees", "parts"),
+    [
+        (4, {"shard": 3}, ["data_parallel_shard_degree (3)", "processes (4)", "nproc_per_node"]),
+        (4, {"replicate": 3}, ["data_parallel_replicate_degree (3)", "processes (4)"]),
+        (2, {"replicate": 4}, ["data_parallel_replicate_degree (4)", "processes (2)"]),
+        (2, {"expert": 2, "num_experts": 0}, ["expert_parallel_degree (2)", "num_experts is 0"]),
+        (3, {"expert": 3}, ["expert_parallel_degree (3)", "must divide moe.num_experts (8)"]),
+        (2, {"expert": 4}, ["expert_parallel_degree (4)", "must divide data_parallel_shard_degree (2)"]),
+        (
+            4,
+            {"replicate": 2, "expert": 4},
+            ["expert_parallel_degree (4)", "must divide data_parallel_shard_degree (2)"],
+        ),
+        (16, {"expert": 8}, ["data_parallel_shard_degree (16)", "num_experts (8)", "raise data_parallel_replicate"]),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused(world: int, degrees: dict[str, int], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        resolve(world, **degrees)
+    for part in parts:
+        assert part in str(error.value)
+
+
+def gradients(mode: str, *, unsteady: bool) -> dict[str, Tensor]:
+    """Gradients of a layer in which all experts are equally good, so that noise of 1e-7 decides.
+
+    `unsteady`: with other noise whenever it is computed again, as a GPU's sums may have it.
+    """
+    model = tiny_model(num_layers=1, expert_bias=False)
+    model.init_weights(0)
+    moe: Any = model.layers[0].moe
+    moe.router.weight.data.zero_()
+    route, calls = ROUTERS["topk_softmax"](top_k=2), [0]
+
+    def noisy(logits: Tensor, bias: Tensor | None) -> Routing:
+        generator = torch.Generator().manual_seed(calls[0] if unsteady else 0)
+        calls[0] += 1
+        return route(logits + 1e-7 * torch.randn(logits.shape, generator=generator), bias)
+
+    moe.route = noisy
+    x = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+    y, _ = checkpoint_block(model.layers[0], mode)(x, rope_cos_sin(16, 8, 1e4, x.device))
+    y.square().sum().backward()
+    assert calls[0] == (1 if mode == "none" else 2)
+    return {name: p.grad for name, p in model.layers[0].named_parameters() if p.grad is not None}
+
+
+def test_selective_checkpointing_keeps_the_choice_of_experts() -> None:
+    want = gradients("none", unsteady=True)
+    got = {k.removeprefix("_checkpoint_wrapped_module."): v for k, v in gradients("selective", unsteady=True).items()}
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    other = gradients("full", unsteady=True)["moe.experts.w1"]
+    assert (other - want["moe.experts.w1"]).norm() > 0.1 * want["moe.experts.w1"].norm()
+    torch.testing.assert_close(gradients("full", unsteady=False), want)
+
+
+# The functions that may read a tensor's value on the host, which waits for the device, in a training step.
+ALLOWED_TO_WAIT = ["read_splits"]
+
+
+@pytest.fixture
+def four_ranks() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
+
+
+def fake_step(checkpoint_mode: str) -> None:
+    """A whole step of rank 0 of 4, EP 2 x FSDP2 2, in which a read of a value raises."""
+    with torch.device("meta"):
+        model = tiny_model(device="meta")
+    parallelize(
+        model,
+        mesh=build_mesh(device=torch.device("cpu"), shard=4, expert=2),
+        param_dtype=torch.float32,
+        reduce_dtype=torch.float32,
+        checkpoint_mode=checkpoint_mode,
+        compile_blocks=False,
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        micro_batches = [batch(0, 2), batch(1, 2)]
+        output = train_step(model, micro_batches, adamw(model), balancers(), model.expert_biases(), max_norm=1.0)
+    assert output.loss.shape == ()
+
+
+@pytest.mark.usefixtures("four_ranks")
+@pytest.mark.parametrize("checkpoint_mode", ["none", "selective", "full"])
+def test_a_step_waits_for_the_device_only_for_the_split_sizes(
+    checkpoint_mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataDependentOutputException) as error:
+        fake_step(checkpoint_mode)
+    ours = [frame.name for frame in traceback.extract_tb(error.tb) if "titan_moe/" in frame.filename]
+    assert ours[-1] in ALLOWED_TO_WAIT
+    for name in ALLOWED_TO_WAIT:  # 2 sequences of 16 tokens with 2 experts each, dealt out evenly
+        monkeypatch.setattr(expert, name, lambda sent, received: ([32, 32], [32, 32]))
+    fake_step(checkpoint_mode)
