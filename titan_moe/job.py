@@ -14,7 +14,7 @@ from titan_moe.config import Config, cautions
 from titan_moe.data.build import Data, check_batch_sizes
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
-from titan_moe.parallelize.mesh import build_mesh, resolve_degrees
+from titan_moe.parallelize.mesh import Meshes, build_mesh, resolve_degrees
 from titan_moe.parallelize.parallelize import DTYPES, parallelize
 from titan_moe.parallelize.quantize import check_quantize, quantize
 from titan_moe.records import log_parameters
@@ -70,18 +70,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
 
     data = load_data(config, rt)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
-    with torch.device("meta"):
-        model = build_model(config)
-    quantize(model, **dataclasses.asdict(in_float8))
     mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
-    parallelize(
-        model,
-        mesh=mesh,
-        param_dtype=param_dtype,
-        reduce_dtype=DTYPES[training.mixed_precision_reduce],
-        checkpoint_mode=config.activation_checkpoint.mode,
-        compile_blocks=config.compile.enable,
-    )
+    model = build_sharded(config, mesh, compile_blocks=config.compile.enable)
     model.to(DTYPES[training.dtype]).to_empty(device=rt.device)
     model.init_weights(training.seed)
     runtime.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
@@ -102,6 +92,23 @@ def build_job(config: Config, rt: Runtime) -> Job:
         accumulation=accumulation,
         folder=folder,
     )
+
+
+def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) -> Transformer:
+    """Build the model on the meta device and parallelize it over `mesh` (None: one process)."""
+    training = config.training
+    with torch.device("meta"):
+        model = build_model(config)
+    quantize(model, **dataclasses.asdict(config.quantize))
+    parallelize(
+        model,
+        mesh=mesh,
+        param_dtype=DTYPES[training.mixed_precision_param],
+        reduce_dtype=DTYPES[training.mixed_precision_reduce],
+        checkpoint_mode=config.activation_checkpoint.mode,
+        compile_blocks=compile_blocks,
+    )
+    return model
 
 
 def check_same_on_all_ranks(config: Config) -> None:

@@ -49,11 +49,13 @@ LAYERS = {
     "heatmap": 2,
     "records": 2,
     "probe": 2,
+    "simulate": 2,
     "train": 3,
     "generate": 3,
     "evaluate": 3,
     "study": 3,
     "convert": 3,
+    "estimate": 3,
 }
 
 

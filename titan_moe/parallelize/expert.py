@@ -4,6 +4,7 @@ Shapes: T tokens, D dim, K top_k, E experts, P processes of the axis, N rows of 
 receives for its experts, S = E segments of these: from each process for each of its own E / P experts.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from titan_moe.model.dispatch import Dispatcher, Permutation, combine_rows, gather_rows, sort_choices
 from titan_moe.model.moe import MoE
 from titan_moe.model.routing import Routing
+
+ReadSplits = Callable[[Tensor, Tensor], tuple[list[int], list[int]]]
 
 
 class Exchange(NamedTuple):
@@ -40,19 +43,20 @@ def share_out_experts(model: nn.Module, mesh: DeviceMesh) -> None:
                 layer.experts.register_parameter(name, nn.Parameter(share))
 
 
-def all_to_all(mesh: DeviceMesh) -> Dispatcher:
+def all_to_all(mesh: DeviceMesh, read: ReadSplits | None = None) -> Dispatcher:
     """The dispatcher over the processes of `mesh`, one axis; the experts of process p are E / P * p and the next.
 
     Any number of rows may go from any process to any other, none included. Both ways are differentiable, and an
-    expert's rows are in the order of the processes and their tokens, whatever the timing.
+    expert's rows are in the order of the processes and their tokens, whatever the timing. `read` gives the numbers of
+    rows where the host can't read them: in a simulation.
     """
-    group, degree = mesh.get_group().group_name, mesh.size()
+    group, degree, read = mesh.get_group().group_name, mesh.size(), read or read_splits
 
     def dispatch(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Exchange]:
         permutation, sent_E = sort_choices(routing)
         sent_PE = sent_E.view(degree, -1)
         received_PE = wait_tensor(all_to_all_single(sent_E, None, None, group)).view(degree, -1)
-        sent, received = read_splits(sent_PE.sum(1), received_PE.sum(1))
+        sent, received = read(sent_PE.sum(1), received_PE.sum(1))
         permutation = permutation._replace(order=permutation.order[: sum(sent)])  # less where choices are not kept
         x_MD = _exchange(gather_rows(x_TD, permutation), received, sent, group)
         by_expert_M, by_process_M = orders(received_PE, sum(received))

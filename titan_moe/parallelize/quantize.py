@@ -58,7 +58,7 @@ def check_quantize(
         raise ValueError(f"quantize.converters: {LINEAR} needs torchao: pip install 'titan_moe[float8]'")
     if not converters or emulate:
         return
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    capability: tuple[int, int] = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if (GROUPED in converters and capability[0] != 9) or capability < (8, 9):
         here = f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else "a CPU"
         raise ValueError(
