@@ -233,3 +233,18 @@ def test_weights_of_another_run(train: Train, tmp_path: Path) -> None:
     assert [record["step"] for record in second] == [1, 2, 3, 4, 5, 6]
     assert second[0]["loss"] < first[0]["loss"] - 0.3
     assert not any(a == b for a, b in itertools.product(first, second))
+
+
+def test_another_optimizer_on_the_way(train: Train, tmp_path: Path) -> None:
+    """Refused in one line that says how; then the weights and the data go on, with a new optimizer."""
+    few = {"validation__enable": False, "checkpoint__interval": 2}
+    assert train(**few, training__steps=2).code == 0
+    other = "--optimizer.expert.name shampoo --optimizer.expert.precondition_frequency 2"
+    ended = train(more=other, **few, training__steps=4)
+    assert ended.code == 2, ended.err
+    assert "AdamW there, shampoo (expert) + AdamW (router, embedding, norm, dense) here" in ended.err
+    assert 'set checkpoint.exclude = ["optimizer"]' in ended.err
+    ended = train(more=f"{other} --checkpoint.exclude optimizer", **few, training__steps=4)
+    assert ended.code == 0, ended.err
+    assert "with a new optimizer, as checkpoint.exclude says" in ended.err
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]
