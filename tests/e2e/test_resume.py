@@ -260,3 +260,18 @@ def test_weights_of_a_model_that_partly_fits(train: Train, tmp_path: Path) -> No
     assert ended.code == 0, ended.err
     assert "this run keeps its initial layers.0.moe.shared_experts.w1.weight" in ended.err
     assert records(tmp_path / "second")[0]["loss"] < records(tmp_path / "first")[0]["loss"] - 0.1
+
+
+def test_another_optimizer_on_the_way(train: Train, tmp_path: Path) -> None:
+    """Refused in one line that says how; then the weights and the data go on, with a new optimizer."""
+    few = {"validation__enable": False, "checkpoint__interval": 2}
+    assert train(**few, training__steps=2).code == 0
+    other = "--optimizer.expert.name shampoo --optimizer.expert.precondition_frequency 2"
+    ended = train(more=other, **few, training__steps=4)
+    assert ended.code == 2, ended.err
+    assert "AdamW there, shampoo (expert) + AdamW (router, embedding, norm, dense) here" in ended.err
+    assert 'set checkpoint.exclude = ["optimizer"]' in ended.err
+    ended = train(more=f"{other} --checkpoint.exclude optimizer", **few, training__steps=4)
+    assert ended.code == 0, ended.err
+    assert "with a new optimizer, as checkpoint.exclude says" in ended.err
+    assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]

@@ -385,7 +385,9 @@ def test_a_removed_default_group_comes_back_removed(write: Write):
 
 def test_train_configs_are_the_ones_promised():
     by_name = {os.path.basename(path).removesuffix(".toml"): load(file=path) for path in TRAIN_CONFIGS}
-    assert set(by_name) == {"base", "moe8x", "moe16x", "moe128x", "dense", "debug_moe"}
+    assert set(by_name) == {"base", "moe8x", "moe8x_shampoo", "moe16x", "moe128x", "dense", "debug_moe"}
+    expert = {"name": "shampoo", "precondition_frequency": 100}
+    assert by_name.pop("moe8x_shampoo").optimizer.groups == {"expert": expert, "norm": {"weight_decay": 0.0}}
     for name, config in by_name.items():
         if name != "debug_moe":
             assert (config.data.dataset, config.data.tokenizer) == ("fineweb_edu", "openai-community/gpt2")
