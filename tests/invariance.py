@@ -95,7 +95,7 @@ def outcome(
         "maxvio": maxvio(output.load),
         "router": (output.router_logit_norm, output.router_confidence, output.nonfinite),
         "lost": (output.dropped_fraction, output.unrouted_fraction),
-        "bias": model.expert_biases(),
+        "bias": [bias.clone() for bias in model.expert_biases()],
         "gradients": gradients,
     }
 
