@@ -24,7 +24,7 @@ LAYOUTS = {
     "FSDP": [],
     "FSDP, bf16": ["--training.mixed_precision_param", "bfloat16"],
     "FSDP, full checkpointing": ["--activation_checkpoint.mode", "full"],
-    "EP over all ranks": ["--parallelism.expert_parallel_degree", "{ranks}"],
+    "EP over all ranks": ["--parallelism.expert_parallel_degree", "{ranks}", "--debug.force_balanced_routing", "true"],
 }
 GIB = 2**30
 

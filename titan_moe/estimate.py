@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from titan_moe import runtime
 from titan_moe.build import build_model, with_vocab_size
@@ -119,8 +120,15 @@ def in_world(config: Config, world_size: int) -> Case:
 
 
 def run(case: Case, excess: float = 0.0) -> Simulation:
-    """Simulate a case."""
-    return simulate(case.config, case.degrees, accumulates=case.accumulation > 1, excess=excess)
+    """Simulate a case; ValueError for a component that reads tensors on the host, which has none here."""
+    try:
+        return simulate(case.config, case.degrees, accumulates=case.accumulation > 1, excess=excess)
+    except DataDependentOutputException as error:
+        config = case.config
+        raise ValueError(
+            f"a step with router.name = {config.router.name!r} and optimizer.name = {config.optimizer.name!r} reads a "
+            f"tensor's value on the host ({error.func}), which no estimate can know: estimate with other ones"
+        ) from error
 
 
 def describe_run(case: Case) -> Iterator[str]:

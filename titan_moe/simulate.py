@@ -4,6 +4,7 @@ The model is the one that a run builds and the step is `train_step`; what is cou
 while it is alive, the bytes of every collective by axis, and the operations of every matrix product.
 """
 
+import dataclasses
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -201,14 +202,14 @@ def simulate(config: Config, degrees: Degrees, *, accumulates: bool = False, exc
     training = config.training
     mesh = build_mesh(device=torch.device("cpu"), **degrees._asdict())
     model = build_sharded(config, mesh, compile_blocks=False)
-    rows = training.local_batch_size * training.seq_len * config.moe.top_k
+    rows = rows_sent(config)
     received = -(-int(rows * (1 + excess)) // degrees.expert) * degrees.expert
     if mesh.ep is not None:
         give_splits(model, mesh.ep, rows, received)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model.to(getattr(torch, training.dtype)).to_empty(device="cpu")
-        optimizer, balancers = build_optimizer(config, model), build_balancers(config)
+        optimizer, balancers = build_optimizer(without_load_lr(config), model), build_balancers(config)
         tokens = torch.zeros(training.local_batch_size, training.seq_len, dtype=torch.int64)
         meter = Meter(fake)
         parameters = _local_bytes(model.parameters())
@@ -243,6 +244,21 @@ def simulate(config: Config, degrees: Degrees, *, accumulates: bool = False, exc
         flops=meter.flops,
         expert_rows=received,
     )
+
+
+def rows_sent(config: Config) -> int:
+    """Rows that the tokens of a micro-batch become in a MoE layer."""
+    choices = config.training.local_batch_size * config.training.seq_len * config.moe.top_k
+    factor = config.router.arguments.get("capacity_factor") or 1.0
+    return int(choices * (factor if config.router.name == "expert_choice" else min(1.0, factor)))
+
+
+def without_load_lr(config: Config) -> Config:
+    """Without rates by load, which on a CPU are read on the host; their state is a few numbers for each expert."""
+    groups = dict(config.optimizer.groups)
+    expert = {key: value for key, value in groups.pop("expert", {}).items() if not key.startswith("load_lr")}
+    groups |= {"expert": expert} if expert else {}
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, groups=groups))
 
 
 def give_splits(model: torch.nn.Module, mesh: DeviceMesh, rows: int, received: int) -> None:

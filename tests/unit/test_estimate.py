@@ -7,6 +7,7 @@ import pytest
 from tests.e2e.harness import command
 from titan_moe.config import load_config
 from titan_moe.estimate import in_world, take, vocabulary
+from titan_moe.model.routing import ROUTERS, Router
 from titan_moe.simulate import Simulation, fake_world, simulate
 
 MODEL = shlex.split(
@@ -16,6 +17,11 @@ MODEL = shlex.split(
 )
 EXPERTS, ATTENTION, EMBEDDING = 3 * 8 * 3 * 32 * 16, 3 * 4 * 32 * 32, 512 * 32
 REST = 3 * (8 * 32 + 2 * 32) + 32  # routers, norms
+
+
+def reads_on_the_host(top_k: int) -> Router:
+    route = ROUTERS["topk_softmax"](top_k=top_k)
+    return lambda logits, bias: route(logits * logits.max().item(), bias)
 
 
 def run(world: int, *more: str, excess: float = 0.0, accumulates: bool = False) -> Simulation:
@@ -83,6 +89,23 @@ def test_what_saves_memory_saves_memory() -> None:
     assert run(2, accumulates=True).gradients == pytest.approx(plain.parameters, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--router.capacity_factor 0.75",
+        "--router.name expert_choice --router.capacity_factor 1.5",
+        "--optimizer.expert.load_lr batch_fraction --router.name sigmoid --balancer.loss_free.rule quantile",
+        "--quantize.converters quantize.grouped_mm.float8 --training.mixed_precision_param bfloat16",
+        "--parallelism.data_parallel_replicate_degree 2 --activation_checkpoint.mode selective",
+    ],
+)
+def test_whatever_a_run_can_have(more: str) -> None:
+    factor = 0.75 if "0.75" in more else 1.5 if "1.5" in more else 1
+    result = run(8, "--parallelism.expert_parallel_degree", "4", *more.split())
+    assert result.expert_rows == 2 * 64 * 2 * factor
+    assert result.peak > result.parameters + result.optimizer_state
+
+
 def estimate(*words: str) -> str:
     ended = command("estimate", [*MODEL, *words])
     assert ended.code == 0, ended.err
@@ -124,6 +147,8 @@ def test_errors() -> None:
         assert ended.code == 2
         assert part in ended.err
         assert len(ended.err.splitlines()) == 1
+    reads = [*MODEL, "--world_size", "2", "--router.name", "tests.unit.test_estimate:reads_on_the_host"]
+    assert "reads a tensor's value on the host" in command("estimate", reads).err
     assert take(["a", "--gpu", "H100", "b"], ("--gpu",)) == ("H100", ["a", "b"])
     assert vocabulary(load_config(["--data.tokenizer", "openai-community/gpt2"])) == 50257
     assert vocabulary(load_config(["--data.tokenizer", "bpe:4096"])) == 4096
