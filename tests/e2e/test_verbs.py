@@ -101,6 +101,7 @@ def test_evaluation_gives_the_numbers_of_the_run(run: Path) -> None:
     found = numbers(evaluate(run))
     expected = records(run, "validation")[-1]
     assert expected.pop("step") == 25
+    expected = {key: value for key, value in expected.items() if not key.startswith("load/")}  # for reports only
     assert found == pytest.approx(expected, rel=1e-6)
     assert found["num_tokens"] == 4 * 8 * SEQ
     assert numbers(evaluate(run / "checkpoint" / "step-20"))["loss"] != pytest.approx(expected["loss"], rel=1e-3)

@@ -229,7 +229,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
 
 def _with_odd_state(step: Path, folder: Path) -> Path:
     from titan_moe.checkpoint.lazy import lazy
-    from titan_moe.checkpoint.store import read_common, save_lazily
+    from titan_moe.checkpoint.state import read_common
+    from titan_moe.checkpoint.store import save_lazily
 
     tensors = read_lazily(step) | {"optimizer.state.layers.0.moe.router.weight.left": lazy(torch.eye(3))}
     common = read_common(step)

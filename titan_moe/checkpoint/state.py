@@ -4,11 +4,13 @@ Tensors are named `model.NAME` and `optimizer.state.NAME.STATE`, so names outliv
 (learning rates, betas, flags) are the *values*, one small dictionary.
 """
 
+import io
 import logging
 import random
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from titan_moe.checkpoint.lazy import Writer
+from titan_moe.files import write_synced
 from titan_moe.optimizer.combined import kind_of
 
 logger = logging.getLogger(__name__)
@@ -257,3 +260,20 @@ def derive_rng_state(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(for_torch)
     random.seed(for_python)
     np.random.seed(for_numpy)
+
+
+def write_object(path: Path, value: dict[str, Any]) -> None:
+    """Write plain data; refuse now what could not be read back without running code from the file."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    try:
+        torch.load(buffer, weights_only=True)
+    except UnpicklingError as error:
+        raise TypeError(f"{path.name} may hold numbers, strings, lists, tuples, dicts and tensors only") from error
+    write_synced(path, buffer.getvalue())
+
+
+def read_common(step_folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, the same for every rank: `extra`, and `optimizer`, its values."""
+    return torch.load(step_folder / "common.pt", weights_only=True)

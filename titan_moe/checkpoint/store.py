@@ -5,12 +5,10 @@ A step is one folder `step-N`: the tensors as torch.distributed.checkpoint write
 and `manifest.json` with the size and CRC-32 of each. It is written as `step-N.tmp` and renamed when every rank is done.
 """
 
-import io
 import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -43,9 +41,11 @@ from titan_moe.checkpoint.state import (
     derive_rng_state,
     load_matching,
     load_state,
+    read_common,
     rng_state,
     set_rng_state,
     state_to_save,
+    write_object,
     write_tensors,
 )
 from titan_moe.config import Config, load_config
@@ -289,11 +289,6 @@ def load_model(path: str | Path) -> tuple[Transformer, Config]:
     return read_model(resolve_checkpoint(path))
 
 
-def read_common(step_folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors, the same for every rank: `extra`, and `optimizer`, its values."""
-    return torch.load(step_folder / "common.pt", weights_only=True)
-
-
 def read_config(step_folder: Path) -> Config:
     """The configuration of a checkpoint's run."""
     config_file = step_folder / "config.toml"
@@ -315,23 +310,11 @@ def read_model(step_folder: Path) -> tuple[Transformer, Config]:
 def _write_rest(staging: Path, content: Content) -> dict[str, Any]:
     """Write everything that is not a shard of a tensor; the manifest's entries of this rank's files."""
     own = f"rank-{rank()}.pt"
-    _write_object(staging / own, content.own)
+    write_object(staging / own, content.own)
     names = [own, *sorted(path.name for path in staging.glob(f"__{rank()}_*"))]
     if rank() == 0:
-        _write_object(staging / "common.pt", {"extra": content.extra, "optimizer": content.values})
+        write_object(staging / "common.pt", {"extra": content.extra, "optimizer": content.values})
         for name, text in content.files.items():
             write_synced(staging / name, text.encode("utf-8"))
         names += [".metadata", "common.pt", *content.files]
     return entries(staging, names)
-
-
-def _write_object(path: Path, value: dict[str, Any]) -> None:
-    """Write plain data; refuse now what could not be read back without running code from the file."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    try:
-        torch.load(buffer, weights_only=True)
-    except UnpicklingError as error:
-        raise TypeError(f"{path.name} may hold numbers, strings, lists, tuples, dicts and tensors only") from error
-    write_synced(path, buffer.getvalue())

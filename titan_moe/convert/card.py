@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from titan_moe.checkpoint.folder import read_manifest
-from titan_moe.checkpoint.store import read_common
+from titan_moe.checkpoint.state import read_common
 from titan_moe.config import Config
 
 

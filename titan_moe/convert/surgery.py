@@ -17,7 +17,8 @@ from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import resolve_checkpoint
 from titan_moe.checkpoint.folder import read_manifest
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors, read_lazily
-from titan_moe.checkpoint.store import read_common, read_config
+from titan_moe.checkpoint.state import read_common
+from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, to_toml
 from titan_moe.convert.architectures import moe_layers
 from titan_moe.convert.output import new_checkpoint
