@@ -6,7 +6,6 @@ on the way, and load-based rates and measures of experts in each layout.
 
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from tests.dist.harness import run_ranks
 from tests.dist.layouts import on_meta
 from tests.tiny import VOCAB, balancers, batch, tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
-from titan_moe.generate import generate
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
@@ -73,18 +71,12 @@ def forward_only(model: Any, rank: int, world: int) -> dict[str, Any]:
     evaluation = evaluate(model, mine, torch.ones(VOCAB))
     choices = routing_choices(model, *batch(9))
     assert balance_tax(model, *batch(9), repeats=1) > 0
-    tokenizer: Any = SimpleNamespace(
-        encode=lambda text: [ord(c) % VOCAB for c in text], decode=str, eot_id=VOCAB, vocab_size=VOCAB
-    )
-    options = {"max_new_tokens": 5, "temperature": 0.0, "top_k": 0, "context": 8, "seed": 0}
-    text = generate(model, tokenizer, "abcabc", **options)
     if hasattr(model, "reshard"):
         model.reshard()
-    return {"evaluation": tuple(evaluation), "choices": choices, "text": text}
+    return {"evaluation": tuple(evaluation), "choices": choices}
 
 
 def assert_close(got: dict[str, Any], want: dict[str, Any], link: int) -> None:
-    assert got.pop("text") == want["text"]
     for name, value in got.items():
         rtol, atol = (1e-3, 1e-4) if name in ("stats", "evaluation") else (1e-5, 1e-6)
         torch.testing.assert_close(

@@ -313,7 +313,10 @@ def test_groups_name_their_optimizers(tmp_path: Any) -> None:
             ["--optimizer.expert.name=shampo"],
             "optimizer.expert.name = 'shampo': unknown component; did you mean 'shampoo'",
         ),
-        (["--optimizer.expert.name=muon", "--optimizer.expert.epsilon=1"], "epsilon: unknown argument here; it belongs to"),
+        (
+            ["--optimizer.expert.name=muon", "--optimizer.expert.epsilon=1"],
+            "epsilon: unknown argument here; it belongs to",
+        ),
         (["--optimizer.expert.precondition_frequency=0"], "precondition_frequency = 0: must be greater than or equal"),
         (["--optimizer.expert.start_preconditioning_step=0"], "must be -1 or greater than 0"),
         (["--optimizer.expert.epsilon=0"], "must be greater than 0"),

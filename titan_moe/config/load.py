@@ -207,6 +207,7 @@ def _apply_component(state: State, section: str, table: dict[str, Any], origin: 
         current["name"], current["origin"] = check_value(str, table.pop("name"), origin, f"{section}.name"), origin
     siblings: tuple[str, ...] = ("name",)
     if section == "optimizer":
+        parameters_of(KINDS[section], current["name"], origin, "optimizer.name")  # refused here, not for a group
         siblings = ("name", *GROUP_PATTERNS)
         tables = {group: table.pop(group) for group in GROUP_PATTERNS if group in table}
         merged = {
