@@ -21,7 +21,7 @@ import torch
 
 from titan_moe import runtime
 
-PATIENCE = 120  # seconds that a process may take before the test fails
+PATIENCE = 240  # seconds that a process may take before the test fails
 STARTED: list[BaseProcess] = []  # what a test has started; its end kills what is left
 
 TINY: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Arguments
-from tests.e2e.harness import Command, free_port, records, start_two
+from tests.e2e.harness import PATIENCE, Command, free_port, records, start_two
 
 ROOT = Path(__file__).parents[2]
 STEPS, FORWARDS = 8, 2  # calls of the router in a step: one for each layer
@@ -86,6 +86,7 @@ def start_node(node: int, endpoint: str, words: list[str], log: Path) -> subproc
 
 @pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     arguments: Arguments, train: Any, tmp_path: Path
 ) -> None:
@@ -94,7 +95,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     endpoint = f"127.0.0.1:{free_port()}"
     nodes = [start_node(node, endpoint, words, tmp_path / f"node-{node}") for node in (0, 1)]
     try:
-        codes = [node.wait(200) for node in nodes]
+        codes = [node.wait(2 * PATIENCE) for node in nodes]
     finally:
         for node in nodes:
             if node.poll() is None:

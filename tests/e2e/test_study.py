@@ -14,9 +14,18 @@ import tomli_w
 from tests.e2e.harness import PATIENCE, TINY
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """Leave nothing behind, also when the test failed."""
+    process.kill()
+    process.wait()
+    for stream in (process.stdout, process.stderr):
+        if stream is not None:
+            stream.close()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_study_from_the_command_line(tmp_path: Path, shared: Path):
+def test_a_study_from_the_command_line(tmp_path: Path, shared: Path, request: pytest.FixtureRequest):
     data = {"data": {**TINY["data"], "path": [str(shared / "text.jsonl")], "cache_folder": str(shared / "cache")}}
     document = {
         "study": {"seeds": [1, 2], "keep_checkpoints": False},
@@ -27,6 +36,7 @@ def test_a_study_from_the_command_line(tmp_path: Path, shared: Path):
     file.write_text(tomli_w.dumps(document))
     words = [sys.executable, "-m", "titan_moe.study", str(file), "--dump_folder", str(tmp_path / "out"), "--jobs", "2"]
     running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path.cwd())
+    request.addfinalizer(lambda: end(running))
     runs = [tmp_path / "out" / "runs" / "coeff=0.1" / f"seed-{seed}" for seed in (1, 2)]
     limit = time.monotonic() + PATIENCE
     while not all((run / "metrics.jsonl").exists() for run in runs):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
