@@ -42,15 +42,16 @@ def test_four_micro_batches_equal_one(router: Case, balancer: Case) -> None:
     assert_same(outcome(fresh(router), [balancer], micro_batches=4), whole(str(router), str(balancer)))
 
 
+@pytest.mark.parametrize("mode", ["full", "selective"])
 @pytest.mark.parametrize("router", ROUTER_CASES, ids=str)
-def test_activation_checkpointing_changes_nothing(router: Case) -> None:
+def test_activation_checkpointing_changes_nothing(router: Case, mode: str) -> None:
     def checkpointed(model: Transformer) -> None:
         parallelize(
             model,
             mesh=None,
             param_dtype=torch.float32,
             reduce_dtype=torch.float32,
-            checkpoint_mode="full",
+            checkpoint_mode=mode,
             compile_blocks=False,
         )
 
