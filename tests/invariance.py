@@ -17,10 +17,12 @@ from titan_moe.config.combinations import check_combinations
 from titan_moe.config.sections import Component, Config, Moe
 from titan_moe.metrics import maxvio
 from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.load_lr import expand_load_lr, rate_factors
 from titan_moe.step import train_step
 
 BALANCER_CASES = cases(BALANCERS)
 NOISE = {"jitter", "noise_std"}
+RATES = expand_load_lr({"load_lr": "ideal_normalized"}, top_k=1)
 
 
 def is_cut_router(case: Case) -> bool:
@@ -93,6 +95,7 @@ def outcome(
         "grad_norm": output.grad_norm,
         "load": output.load,
         "maxvio": maxvio(output.load),
+        "rates": rate_factors(output.load, torch.ones(output.load.shape), RATES)[0],
         "router": (output.router_logit_norm, output.router_confidence, output.nonfinite),
         "lost": (output.dropped_fraction, output.unrouted_fraction),
         "bias": [bias.clone() for bias in model.expert_biases()],
