@@ -14,6 +14,7 @@ from titan_moe.files import write_atomic
 from titan_moe.runtime import StopRequest
 from titan_moe.study.grid import Run, point_text, runs_of
 from titan_moe.study.progress import counts, progress, statuses
+from titan_moe.study.reuse import reuse
 from titan_moe.study.runner import Pool, check_pool, run_all, train_command
 from titan_moe.study.runs import changes, is_locked
 from titan_moe.study.spec import Study, load_study
@@ -41,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--resume", action="store_true", help="try runs that failed again, too")
     parser.add_argument(
         "--force", action="store_true", help="where the study's base has changed, put old runs aside and train anew"
+    )
+    parser.add_argument(
+        "--reuse", nargs="+", default=[], metavar="DIR", help="copy finished runs that these studies share with this one"
     )
     parser.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where runs train (local)")
     parser.add_argument("--dump_folder", default="", help="folder of the study or of the comparison")
@@ -97,6 +101,8 @@ def conduct(study: Study, runs: Sequence[Run], options: argparse.Namespace) -> i
     """Run what is left of a study and report on it."""
     claim_folder(study)
     put_aside(study, runs, force=options.force)
+    if options.reuse:
+        print(f"{reuse(runs, options.reuse)} runs are taken from {', '.join(options.reuse)}")
     found = statuses(runs)
     wanted = {"new", "interrupted", "failed"} if options.resume else {"new", "interrupted"}
     todo = [run for run, one in zip(runs, found, strict=True) if one.state in wanted]
