@@ -48,6 +48,24 @@ def test_every_run_once_and_a_new_value_reruns_nothing(write: Write, study: Stud
     assert "finished    coeff 0.6, seed 3: validation loss 4." in out
 
 
+def test_runs_shared_with_another_study_are_copied_not_trained(
+    write: Write, study: Study, capsys: pytest.CaptureFixture[str]
+):
+    assert study(write()) == 0
+    other = write("other.toml", axes__coeff=None, axes__weight={"key": "balancer.aux_loss.coeff", "values": [0.1, 0.2]})
+    capsys.readouterr()
+    assert study(other, "--reuse", "outputs/studies/small") == 0
+    assert "2 runs are taken from outputs/studies/small" in (out := capsys.readouterr().out)
+    assert "4 runs in outputs/studies/other: 2 finished, 2 new" in out
+    theirs, ours = RUNS / "coeff=0.1/seed-2", Path("outputs/studies/other/runs/weight=0.1/seed-2")
+    assert (ours / METRICS).read_bytes() == (theirs / METRICS).read_bytes()
+    assert (theirs / "checkpoint").exists()
+    assert not (ours / "checkpoint").exists()
+    assert load_study(other).name in (ours / "point.toml").read_text()
+    assert study(other, "--reuse", "outputs/studies/small") == 0  # what is there stays, and is of this study
+    assert "0 runs are taken" in capsys.readouterr().out
+
+
 def test_threads_are_shared_among_the_jobs(write: Write, study: Study):
     assert study(write(study__seeds=[1]), "--jobs", "2") == 0
     share = max(1, (os.cpu_count() or 1) // 2)
@@ -211,6 +229,7 @@ def test_commands_of_one_and_of_several_processes_and_their_gpus(write: Write, m
         (["small.toml", "--watch", "-1"], "--watch (-1.0) must be above 0"),
         (["small.toml", "--job", "2"], "unrecognized arguments: --job 2"),
         (["gone.toml"], "gone.toml"),
+        (["small.toml", "--reuse", "gone"], "--reuse gone: holds no runs of a study"),
         (["--compare", "x", "--training.steps", "2"], "--training.steps: a comparison trains nothing"),
         (["small.toml", "--launcher", "slurm"], "--launcher slurm needs sbatch"),
     ],

@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--force", action="store_true", help="where the study's base has changed, put old runs aside and train anew"
     )
     parser.add_argument(
-        "--reuse", nargs="+", default=[], metavar="DIR", help="copy finished runs that these studies share with this one"
+        "--reuse", nargs="+", default=[], metavar="DIR", help="copy the finished runs shared with these studies"
     )
     parser.add_argument("--launcher", choices=["local", "slurm"], default="local", help="where runs train (local)")
     parser.add_argument("--dump_folder", default="", help="folder of the study or of the comparison")

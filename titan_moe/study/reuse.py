@@ -31,7 +31,7 @@ def finished_in(folders: Sequence[str]) -> dict[str, Path]:
     for folder in folders:
         points = sorted(Path(folder).glob(f"runs/*/*/{POINT}"))
         if not points:
-            raise ValueError(f"--reuse {folder}: holds no runs of a study: give the folder of one, as in its dump_folder")
+            raise ValueError(f"--reuse {folder}: holds no runs of a study: give the dump folder of one")
         for point in points:
             try:
                 config = load_config(["--job.config_file", str(point)])
