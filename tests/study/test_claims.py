@@ -1,0 +1,128 @@
+"""The page of claims: contrasts paired by seed, verdicts from intervals, and what a file of claims may not say."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from titan_moe.config.layers import tomllib
+from titan_moe.study.claims import claims, judge, overall
+from titan_moe.study.grid import expand
+from titan_moe.study.spec import load_study
+
+STUDIES = Path(__file__).parents[2] / "train_configs/studies"
+NOISE = {1: 0.0, 2: 0.5, 3: -0.4}  # of a seed, the same at all points
+
+
+def results(losses: dict[str, list[float]], state: str = "finished") -> list[dict[str, Any]]:
+    return [
+        {"point": {"method": name}, "seed": seed, "state": state, "loss": loss + NOISE[seed]}
+        for name, values in losses.items()
+        for seed, loss in enumerate(values, 1)
+    ]
+
+
+def contrast(expect: str, **more: Any) -> dict[str, Any]:
+    points = {"plus": [{"method": "new"}], "minus": [{"method": "old"}]}
+    return {"says": "new less old", "study": "one", **points, "measure": "loss", "expect": expect, **more}
+
+
+def test_a_contrast_is_paired_by_seed_with_students_interval():
+    found = judge(contrast("lower"), results({"old": [4.0, 4.0, 4.0], "new": [3.9, 3.8, 3.7]})).value
+    assert found is not None
+    assert found.mean == pytest.approx(-0.2)
+    assert found.half == pytest.approx(4.302653 * 0.1 / math.sqrt(3))  # t of a table, 2 degrees of freedom
+    assert found.count == 3
+
+
+@pytest.mark.parametrize(
+    ("new", "expect", "margin", "verdict"),
+    [
+        ([3.90, 3.91, 3.89], "lower", None, "agree"),
+        ([3.90, 3.91, 3.89], "higher", None, "disagree"),
+        ([3.9, 4.3, 3.7], "lower", None, "can't tell"),
+        ([4.01, 4.00, 3.99], "equal", 0.05, "agree"),
+        ([4.10, 4.11, 4.09], "equal", 0.05, "disagree"),
+        ([4.05, 4.01, 4.09], "equal", 0.05, "can't tell"),
+        ([3.9], "lower", None, "not run"),
+    ],
+)
+def test_verdicts(new: list[float], expect: str, margin: float | None, verdict: str):
+    more = {} if margin is None else {"margin": margin}
+    assert judge(contrast(expect, **more), results({"old": [4.0, 4.0, 4.0], "new": new})).verdict == verdict
+
+
+def test_unfinished_runs_do_not_count_and_a_wrong_point_is_named():
+    done, going = results({"old": [4.0, 4.0]}), results({"new": [3.0, 3.0]}, "running")
+    assert judge(contrast("lower"), [*done, *going]).verdict == "not run"
+    with pytest.raises(ValueError, match="one has no point .* give one of its results"):
+        judge(contrast("lower"), done)
+
+
+def test_differences_of_differences():
+    both = contrast("lower", plus=[{"method": "a"}, {"method": "d"}], minus=[{"method": "b"}, {"method": "c"}])
+    found = judge(both, results({"a": [1.0, 1.1], "b": [2.0, 2.1], "c": [5.0, 5.0], "d": [5.5, 5.5]})).value
+    assert found is not None
+    assert found.mean == pytest.approx(-0.5)
+
+
+def test_a_claim_in_parts():
+    agree, disagree = ([3.90, 3.91, 3.89], "lower"), ([3.90, 3.91, 3.89], "higher")
+    judged = [judge(contrast(e), results({"old": [4.0] * 3, "new": new})) for new, e in (agree, disagree)]
+    assert [overall(judged[:1]), overall(judged[1:]), overall(judged)] == ["agree", "disagree", "partly"]
+
+
+def write_claims(folder: Path, **change: Any) -> Path:
+    text = {"claim": "New is better", "where": "Figure 1", "paper": "-0.1"}
+    document = {"title": "Page", "introduction": "", "studies": {"one": "a study."}}
+    (folder / "claims.toml").write_text(
+        tomli_w.dumps({**document, "claims": [{**text, "contrasts": [{**contrast("lower"), **change}]}]})
+    )
+    return folder / "claims.toml"
+
+
+def test_the_page_has_numbers_tables_and_figures(tmp_path: Path):
+    study = tmp_path / "studies/one"
+    (study / "figures").mkdir(parents=True)
+    (study / "figures/loss.png").write_bytes(b"picture")
+    (study / "table.md").write_text("| table |\n")
+    lines = results({"old": [4.0] * 3, "new": [3.9, 3.8, 3.7]})
+    (study / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    args = [str(write_claims(tmp_path)), "--studies", str(tmp_path / "studies"), "--out", str(tmp_path / "page")]
+    assert claims(args) == 0
+    text = (tmp_path / "page/README.md").read_text()
+    row = "new less old (validation loss): -0.2000 ± 0.2484 (3 seeds, can't tell) | **can't tell** |"
+    assert f"| New is better (Figure 1) | -0.1 | {row}" in text
+    assert "6 finished runs, [table](one/table.md)" in text
+    assert (tmp_path / "page/one/loss.png").read_bytes() == b"picture"
+    (study / "results.jsonl").unlink()
+    assert claims(args) == 1
+    assert "| **not run** |" in (tmp_path / "page/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"studdy": "one"}, "contrasts.studdy: there is no such key"),
+        ({"study": "two"}, "study 'two' is not among studies"),
+        ({"measure": "los"}, "measure 'los' is none of loss,"),
+        ({"expect": "less"}, "expect 'less' is none of lower, higher, equal"),
+        ({"expect": "equal"}, 'margin is for expect = "equal"'),
+    ],
+)
+def test_mistakes_in_a_file_of_claims(tmp_path: Path, change: dict[str, Any], part: str):
+    with pytest.raises(ValueError, match="claims") as caught:
+        claims([str(write_claims(tmp_path, **change)), "--studies", str(tmp_path), "--out", str(tmp_path / "page")])
+    assert part in str(caught.value)
+    assert not (tmp_path / "page").exists()
+
+
+def test_the_shipped_claims_are_about_points_of_the_shipped_studies():
+    document = tomllib.loads((STUDIES / "claims_mini.toml").read_text(encoding="utf-8"))
+    points = {name: expand(load_study(str(STUDIES / f"{name}.toml"), [], "")) for name in document["studies"]}
+    for claim in document["claims"]:
+        for one in claim["contrasts"]:
+            assert all(point in points[one["study"]] for point in (*one["plus"], *one["minus"])), one["says"]
