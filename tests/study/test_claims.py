@@ -58,7 +58,7 @@ def test_verdicts(new: list[float], expect: str, margin: float | None, verdict: 
 def test_unfinished_runs_do_not_count_and_a_wrong_point_is_named():
     done, going = results({"old": [4.0, 4.0]}), results({"new": [3.0, 3.0]}, "running")
     assert judge(contrast("lower"), [*done, *going]).verdict == "not run"
-    with pytest.raises(ValueError, match="one has no point .* give one of its results"):
+    with pytest.raises(ValueError, match=r"one has no point .* give one of its results"):
         judge(contrast("lower"), done)
 
 
