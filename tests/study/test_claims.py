@@ -77,7 +77,7 @@ def test_a_claim_in_parts():
 
 def write_claims(folder: Path, **change: Any) -> Path:
     text = {"claim": "New is better", "where": "Figure 1", "paper": "-0.1"}
-    document = {"title": "Page", "introduction": "", "studies": {"one": "a study."}}
+    document = {"title": "Page", "introduction": "", "studies": {"one": "a study."}, "figures": {"one": ["loss"]}}
     (folder / "claims.toml").write_text(
         tomli_w.dumps({**document, "claims": [{**text, "contrasts": [{**contrast("lower"), **change}]}]})
     )
@@ -97,6 +97,7 @@ def test_the_page_has_numbers_tables_and_figures(tmp_path: Path):
     row = "new less old (validation loss): -0.2000 ± 0.2484 (3 seeds, can't tell) | **can't tell** |"
     assert f"| New is better (Figure 1) | -0.1 | {row}" in text
     assert "6 finished runs, [table](one/table.md)" in text
+    assert "![one: loss](one/loss.png)" in text
     assert (tmp_path / "page/one/loss.png").read_bytes() == b"picture"
     (study / "results.jsonl").unlink()
     assert claims(args) == 1

@@ -44,7 +44,7 @@ def claims(args: list[str]) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     for name, results in found.items():
         if results:
-            copy_report(options.studies / name, options.out / name)
+            copy_report(options.studies / name, options.out / name, document.get("figures", {}).get(name, []))
     write_atomic(options.out / "README.md", page(document, findings, found))
     print(f"page         {options.out / 'README.md'}")
     return int(any(finding.value is None for row in findings for finding in row))
@@ -142,9 +142,9 @@ def _number(contrast: Mapping[str, Any], finding: Finding) -> str:
     return f"{mean} ± {half} ({finding.value.count} seeds, {finding.verdict})"
 
 
-def copy_report(study: Path, out: Path) -> None:
-    """Copy a study's table and its figures (PNG) beside the page."""
+def copy_report(study: Path, out: Path, figures: Sequence[str]) -> None:
+    """Copy a study's table and the figures that the page shows beside the page."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(study / "table.md", out)
-    for figure in sorted((study / "figures").glob("*.png")):
-        shutil.copy(figure, out)
+    for figure in figures:
+        shutil.copy(study / "figures" / f"{figure}.png", out)
