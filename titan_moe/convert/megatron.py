@@ -20,6 +20,7 @@ from titan_moe.config import Config, load_config, to_toml
 from titan_moe.convert.architectures import moe_layers
 from titan_moe.convert.hf import OUR_CONFIG, model_tensors, shapes_of
 from titan_moe.convert.output import new_checkpoint, new_folder
+from titan_moe.convert.verify import check_against_megatron
 
 logger = logging.getLogger(__name__)
 MOE_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "te": "pre_mlp_layernorm.weight"}
@@ -35,11 +36,12 @@ class Part(NamedTuple):
     split: Callable[[Lazy], list[Lazy]] = lambda whole: [whole]
 
 
-def to_megatron(checkpoint: Path, out: Path, *, spec: str = "te") -> None:
+def to_megatron(checkpoint: Path, out: Path, *, spec: str = "te", verify: bool = True) -> None:
     """Write the model of a checkpoint as the `torch_dist` folder `out`; `spec` of MOE_NORM.
 
     transformer_config.json has the arguments of Megatron's TransformerConfig that make it compute the same. Raises
-    ValueError where none do. What was written is read back and compared bit for bit.
+    ValueError where none do, and when the check finds other logits; then nothing is left. What was written is read
+    back and compared bit for bit.
     """
     step_folder = resolve_checkpoint(checkpoint)
     config = read_config(step_folder)
@@ -63,10 +65,12 @@ def to_megatron(checkpoint: Path, out: Path, *, spec: str = "te") -> None:
         for name, again in _ours(config, read_lazily(folder), folder).items():
             if not torch.equal(again.load(), ours[name].load()):
                 raise ValueError(f"the check of the conversion failed: {name} is not what was written")
+        if verify:
+            check_against_megatron(step_folder, folder, arguments)
     logger.info("wrote %s; every tensor reads back with the same bits", out)
 
 
-def from_megatron(source: Path, out: Path, *, config_file: str = "") -> None:
+def from_megatron(source: Path, out: Path, *, config_file: str = "", verify: bool = True) -> None:
     """Write the model of a `torch_dist` folder as a checkpoint of weights, `out` a dump folder or `.../step-N`.
 
     Megatron's folders don't say which model they hold: `config_file` does, or the file that `to_megatron` left there.
@@ -82,11 +86,12 @@ def from_megatron(source: Path, out: Path, *, config_file: str = "") -> None:
     if not config_file and load_config(words).moe.num_experts:
         words += ["--router.temperature", "1.0"]  # it was divided into the router's weight
     config = load_config(words)
-    transformer_config(config)
+    arguments = transformer_config(config)
     ours = _ours(config, theirs, source)
     tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
-    with new_checkpoint(out, 0, tensors, files={"config.toml": to_toml(config)}):
-        pass
+    with new_checkpoint(out, 0, tensors, files={"config.toml": to_toml(config)}) as made_folder:
+        if verify:
+            check_against_megatron(made_folder, source, arguments)
     logger.info("wrote %s", out)
 
 
