@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from titan_moe.checkpoint import resolve_checkpoint
-from titan_moe.checkpoint.lazy import Lazy, LazyTensors, joined, narrowed, read_lazily, rows, sharded, write_lazily
+from titan_moe.checkpoint.folder import together
+from titan_moe.checkpoint.lazy import (
+    Lazy,
+    LazyTensors,
+    check_sums,
+    joined,
+    narrowed,
+    read_lazily,
+    rows,
+    sharded,
+    write_lazily,
+)
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, to_toml
 from titan_moe.convert.architectures import moe_layers
@@ -56,7 +67,7 @@ def to_megatron(checkpoint: Path, out: Path, *, spec: str = "te", verify: bool =
         routers = {name: t.map(lambda w: w / temperature) for name, t in ours.items() if ".router." in name}
         ours |= routers
     with new_folder(out) as folder:
-        write_lazily(folder, _theirs(config, ours, spec))
+        together(lambda: write_lazily(folder, _theirs(config, ours, spec)))  # for its errors
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         _write_json(folder / "metadata.json", {**backends, "common_backend": "torch", "common_backend_version": 1})
@@ -80,6 +91,8 @@ def from_megatron(source: Path, out: Path, *, config_file: str = "", verify: boo
     if not config_file and not own.exists():
         raise ValueError(f"{source} does not say which model it holds: give --job.config_file FILE, in our format")
     theirs = read_lazily(source)
+    if verify:
+        check_sums(source)
     words = ["--job.config_file", config_file or str(own)]
     if not load_config(words).model.vocab_size and "embedding.word_embeddings.weight" in theirs:
         words += ["--model.vocab_size", str(theirs["embedding.word_embeddings.weight"].shape[0])]
