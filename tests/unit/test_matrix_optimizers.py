@@ -343,8 +343,19 @@ def run(model: Any, optimizer: Any, steps: range) -> list[Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("args", [[], ["--optimizer.expert.name=soap"], ["--optimizer.expert.name=shampoo_fast"]])
+METAS = [f"--optimizer.{group}.name=distributed_shampoo" for group in ("expert", "dense")]
+RESUMED = [
+    [],
+    ["--optimizer.expert.name=soap"],
+    ["--optimizer.expert.name=shampoo_fast"],
+    [*METAS, "--optimizer.dense.precondition_frequency=2"],
+]
+
+
+@pytest.mark.parametrize("args", RESUMED)
 def test_resume_is_bit_for_bit(tmp_path: Any, args: list[str]) -> None:
+    if "distributed_shampoo" in str(args):
+        pytest.importorskip("distributed_shampoo")
     _, model, optimizer = configured(tmp_path, *args)
     run(model, optimizer, range(3))
     save_checkpoint(tmp_path, 3, model=model, optimizer=optimizer, extra={}, files={}, keep_latest_k=0)
