@@ -2,12 +2,15 @@
 
     python scripts/bench_optimizers.py                        # ratios at 2048 and 8192 tokens an update
     python scripts/bench_optimizers.py --mode jitter          # a whole period of steps: the slowest over the median
+    python scripts/bench_optimizers.py --model moe8x          # the paper's shapes, in one layer
 
 A step is `train_step`: forward, losses, backward, clipping, update. The named optimizer has the experts, AdamW the
 rest. Its steps are of three kinds: plain, with statistics, with roots. The ratio of whole steps is measured on steps
 without roots, in turn with AdamW's, on the same fresh random batches; what the roots of all tensors take is measured
-by itself and added in proportion to the frequency, so that no measurement has to last for hundreds of steps. Time is
-processor time: on one thread the wall time, less what other programs took.
+by itself and added in proportion to the frequency, so that no measurement has to last for hundreds of steps. A plain
+step applies what is there: Shampoo's roots, SOAP's bases (whose turns count as roots), Muon's iterations. Statistics of
+Meta's package, which takes part where it can be imported, are in its plain step. Time is processor time: on one thread
+the wall time, less what other programs took.
 """
 
 import argparse
@@ -33,8 +36,8 @@ from titan_moe.optimizer.matrix import MatrixOptimizer
 from titan_moe.step import train_step
 
 TOP_K, VOCAB, SEQ, MICRO_BATCH = 2, 2048, 512, 4
-# dim, layers, heads, experts, width of an expert; `moe8x` has one layer of the paper's shapes
-MODELS = {"bench": (256, 4, 4, 8, 512), "moe8x": (768, 1, 12, 8, 2048)}
+# dim, layers, heads, experts, width of an expert; `moe8x` has one layer of the paper's shapes, `tiny` tries the script
+MODELS = {"bench": (256, 4, 4, 8, 512), "moe8x": (768, 1, 12, 8, 2048), "tiny": (64, 1, 2, 4, 64)}
 BALANCE = {name: (0.01, BALANCERS[name](coeff=1.0)) for name in ("aux_loss", "z_loss")}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {}),
@@ -96,8 +99,8 @@ class Side:
                 part._offsets = dict.fromkeys(part._offsets, offset)
             part._transforms.clear()
 
-    def skip_to(self, *, observing: bool, rooting: bool) -> None:
-        """Move to a late step that takes statistics or not, and computes roots or not."""
+    def skip_to(self, *, observing: bool, rooting: bool, before: int = 0) -> None:
+        """Move to a late step that takes statistics or not, and computes roots or not, or to so many steps before."""
         every, frequency = self.group.get("statistics_every", 1), self.group.get("precondition_frequency", 1)
         count = len(self.group["params"])
         offsets = {frequency * i // count if self.group.get("stagger_roots") else 0 for i in range(count)}
@@ -109,7 +112,7 @@ class Side:
         step = next(filter(fits, range(4 * frequency, 10**6)))
         for parameter in self.group["params"]:
             if "clock" in self.optimizer.state[parameter]:
-                self.optimizer.state[parameter]["clock"].fill_(step - 1)
+                self.optimizer.state[parameter]["clock"].fill_(step - 1 - before)
 
     def shares(self) -> tuple[float, float]:
         """Parts of steps that take statistics, and tensors' roots a step over all tensors."""
@@ -128,38 +131,31 @@ def parts(side: Side, repeats: int = 3) -> dict[str, float]:
     """Processor milliseconds of the optimizer's parts, and bytes of its states over those of the parameters."""
     gradients = [1e-3 * torch.randn_like(p) for p in side.model.parameters()]
     side.update(gradients)
-    settings = dict(side.group)
-    if side.name == "distributed_shampoo":
-        return metas_parts(side, gradients, repeats)
+    settings, is_metas = dict(side.group), side.name == "distributed_shampoo"
+    # prime numbers, so that what is due can be had in any combination
+    wanted = {"stagger_roots": False, "precondition_frequency": 101}
 
     def at(*, observing: bool, rooting: bool = False) -> float:
-        if "precondition_frequency" in settings:  # prime numbers, so that what is due can be had in any combination
-            every = 1 if observing else 997
-            side.set(0, stagger_roots=False, statistics_every=every, precondition_frequency=101)
+        periods = {**wanted, "statistics_every": 1 if observing else 997}
         times = []
         for _ in range(repeats):
-            side.skip_to(observing=observing, rooting=rooting)
+            side.set(0, **{name: value for name, value in periods.items() if name in settings})
+            side.skip_to(observing=observing, rooting=rooting, before=int(is_metas))
+            if is_metas:
+                side.update(gradients)  # takes over the count of steps, and counts by itself from here on
             times.append(1000 * side.update(gradients))
         return statistics.median(times)
 
     plain = at(observing=False)
     found = {"plain": plain, "statistics": 0.0, "roots": 0.0}
+    if "statistics_every" in settings:
+        found["statistics"] = at(observing=True) - plain
     if "precondition_frequency" in settings:
-        found |= {"statistics": at(observing=True) - plain, "roots": at(observing=False, rooting=True) - plain}
+        found["roots"] = at(observing=False, rooting=True) - plain
     side.set(**settings)
     states = [v for p in side.model.parameters() for v in side.optimizer.state[p].values()]
     found["state"] = sum(v.nbytes for v in states) / sum(p.nbytes for p in side.model.parameters())
     return found
-
-
-def metas_parts(side: Side, gradients: list[Tensor], repeats: int) -> dict[str, float]:
-    """The same for Meta's optimizer, whose steps are counted inside of it: statistics are part of a plain step."""
-    side.set(precondition_frequency=repeats + 2)
-    side.update(gradients)
-    times = [1000 * side.update(gradients) for _ in range(repeats + 1)]
-    plain = statistics.median(times[:-1])
-    side.set(precondition_frequency=100)
-    return {"plain": plain, "statistics": 0.0, "roots": times[-1] - plain, "state": float("nan")}
 
 
 def ratios(model: str, variants: list[str], tokens: int, rounds: int) -> None:
@@ -183,18 +179,22 @@ def ratios(model: str, variants: list[str], tokens: int, rounds: int) -> None:
     step = statistics.median(base)
     print(f"\n{model}, {tokens} tokens an update: AdamW's step takes {step:.3f} s, its update")
     print(f"{costs['adamw']['plain']:.0f} ms. State over parameters {costs['adamw']['state']:.2f}.\n")
-    print("| experts | whole steps | by the parts alone | plain, ms | statistics | roots | state |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| experts | whole steps | by the parts alone | plain, ms | statistics | roots | shares of these, % | state |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for name in variants:
         often, rooting = sides[name].shares()
         cost = costs[name]
         # quotients hold the plain step, and statistics where they are taken at every step
         missing = cost["roots"] * rooting + (cost["statistics"] * often if often < 1 else 0.0)
         whole = statistics.median(quotients[name]) + missing / 1000 / step
-        extra = cost["plain"] + cost["statistics"] * often + cost["roots"] * rooting - costs["adamw"]["plain"]
+        spent = [cost["plain"], cost["statistics"] * often, cost["roots"] * rooting]
+        extra = sum(spent) - costs["adamw"]["plain"]
         cells = [f"{whole:.3f}", f"{1 + extra / 1000 / step:.3f}"]
         cells += [f"{cost[key]:.0f}" for key in ("plain", "statistics", "roots")]
-        print(f"| {name} | {' | '.join(cells)} | {cost['state']:.2f} |", flush=True)
+        cells += [" + ".join(f"{100 * part / sum(spent):.0f}" for part in spent), f"{cost['state']:.2f}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def jitter(model: str, variants: list[str], tokens: int) -> None:

@@ -203,16 +203,17 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
 
-    def on_any_rank(self) -> int:
-        """Give the signal that any process received, 0 for none; every rank gets the same answer.
+    def on_any_rank(self, other: bool = False) -> tuple[int, bool]:
+        """Give the signal that any process received, 0 for none, and whether `other` holds on any; alike on every rank.
 
-        The flag is reduced over the hosts (gloo), which does not wait for a GPU.
+        The flags are reduced over the hosts (gloo), which does not wait for a GPU.
         """
         if not dist.is_initialized() or dist.get_world_size() == 1:
-            return self.signal
-        flag = torch.tensor(self.signal)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag.item())
+            return self.signal, other
+        flags = torch.tensor([self.signal, int(other)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        number, any_other = flags.tolist()
+        return number, bool(any_other)
 
 
 def signal_name(number: int) -> str:

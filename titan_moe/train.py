@@ -7,10 +7,13 @@ import sys
 import time
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from titan_moe import runtime
 from titan_moe.checkpoint import latest_complete, load_checkpoint, load_weights, resolve_checkpoint
+from titan_moe.checkpoint.background import Timetable
+from titan_moe.checkpoint.final import save_weights
 from titan_moe.config import help_text, load_config, to_toml
 from titan_moe.data.build import token_bytes
 from titan_moe.data.loader import merge_states
@@ -27,6 +30,7 @@ from titan_moe.step import evaluate, train_step
 from titan_moe.watch import Watch, watching
 
 METRICS = "metrics.jsonl"
+EXPORT = "export"  # in the dump folder
 
 
 class Progress(NamedTuple):
@@ -51,8 +55,10 @@ def main(args: list[str]) -> int:
         write_run_files(job)
         sinks = open_sinks(job, progress.step)
         try:
-            stopped = run(job, sinks, progress, watch)
+            stopped, progress = run(job, sinks, progress, watch)
             job.saver.finish()
+            if not stopped:
+                export(job, progress)
         finally:
             sinks.close()
     if stopped:
@@ -97,11 +103,12 @@ def resume(job: Job) -> Progress:
     return Progress(restored.step, restored.extra["num_tokens"], restored.extra.get("choices"))
 
 
-def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> int:
-    """Train from where `progress` is to the end; the signal that stopped the run early, else 0."""
+def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, Progress]:
+    """Train from where `progress` is to the end; the signal that stopped the run early, else 0, and how far it came."""
     start, num_tokens, choices = progress
     config, rt, profiling = job.config, job.runtime, job.config.profiling
     stop, steps, batches = StopRequest(), config.training.steps, iter(job.data.train)
+    timetable = Timetable(config.checkpoint.interval)
     expert_biases = job.model.expert_biases()
     moe_layers = moe_layer_names(job.model)
     pending: list[Record] = []
@@ -139,9 +146,10 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> int:
             pending.append(record)
             profile_step()
 
-            signal, last = stop.on_any_rank(), step == steps
+            signal, failed = stop.on_any_rank(job.saver.failed())
+            last = step == steps
             validating = config.validation.enable and (step % config.validation.freq == 0 or last)
-            saving = config.checkpoint.enable and (step % config.checkpoint.interval == 0 or last or signal > 0)
+            saving = config.checkpoint.enable and (timetable.due(step, failed) or last or signal > 0)
             waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
             if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
                 flush(sinks, pending, moe_layers)
@@ -153,11 +161,11 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> int:
             if validating and signal:  # after the save, which a scheduler's patience may not outlast
                 validate(job, sinks, step, before, choices)
             if signal and not last:
-                return signal
+                return signal, Progress(step, num_tokens, choices)
             if step == start + 1:
                 watch.limit_seconds = config.comm.train_timeout_seconds
                 runtime.set_timeout(config.comm.train_timeout_seconds)
-    return 0
+    return 0, Progress(max(start, steps), num_tokens, choices)
 
 
 def is_due(step: int, freq: int) -> bool:
@@ -190,7 +198,6 @@ def validate(job: Job, sinks: Sink, step: int, before: Tensor | None, choices: T
 def save(job: Job, progress: Progress, *, must_succeed: bool) -> None:
     """Save a checkpoint; one that fails on the way is a loud warning, the last one an error."""
     config = job.config
-    files = {"config.toml": to_toml(config), "tokenizer.json": job.data.tokenizer.to_json()}
     data = merge_states(runtime.all_gather(job.data.train.state_dict()))
     job.saver.save(
         job.folder / config.checkpoint.folder,
@@ -198,10 +205,32 @@ def save(job: Job, progress: Progress, *, must_succeed: bool) -> None:
         model=job.model,
         optimizer=job.optimizer,
         extra={"num_tokens": progress.num_tokens, "choices": progress.choices, "data": data},
-        files=files,
+        files=checkpoint_files(job),
         keep_latest_k=config.checkpoint.keep_latest_k,
         wait=must_succeed,
     )
+
+
+def checkpoint_files(job: Job) -> dict[str, str]:
+    """Give the text files of every checkpoint, by name."""
+    return {"config.toml": to_toml(job.config), "tokenizer.json": job.data.tokenizer.to_json()}
+
+
+def export(job: Job, progress: Progress) -> None:
+    """Write the weights of the finished run in checkpoint.export_dtype, where that is smaller than their own."""
+    config = job.config
+    dtype, kept = config.checkpoint.export_dtype, config.training.dtype
+    if not config.checkpoint.enable or dtype in ("float32", kept):
+        return
+    made = save_weights(
+        job.folder / EXPORT,
+        progress.step,
+        model=job.model,
+        dtype=getattr(torch, dtype),
+        extra={"num_tokens": progress.num_tokens},
+        files=checkpoint_files(job),
+    )
+    logger.info("wrote %s: the weights in %s", made, dtype)
 
 
 def write_run_files(job: Job) -> None:

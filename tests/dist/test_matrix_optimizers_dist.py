@@ -1,8 +1,10 @@
 """Matrix optimizers on sharded experts and matrices equal those of one process, and their states reshard."""
 
+import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -13,42 +15,56 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.cases import OPTIMIZER_NAMES
 from tests.dist.harness import run_ranks
+from tests.dist.layouts import LAYOUTS, apply
 from tests.dist.test_fsdp import full
 from tests.dist.test_load_lr_dist import train
+from tests.invariance import plain
 from tests.tiny import tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.combined import combine
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.parallelize.mesh import build_mesh
-from titan_moe.parallelize.parallelize import parallelize
 
 BY_LOAD = expand_load_lr({"load_lr": "ideal_normalized", "load_lr_ema": 0.5}, top_k=2)
 ROOTS = {"precondition_frequency": 2, "max_preconditioner_dim": 12, "epsilon": 1e-4}
 # group -> optimizer, and the arguments of groups. SOAP is compared by itself below, on the same gradients to the bit:
 # a first gradient of low rank leaves part of its basis to round-off.
-CASES: list[tuple[dict[str, str], dict[str, dict[str, Any]]]] = [
-    ({"expert": "shampoo", "dense": "muon"}, {"expert": ROOTS, "dense": {"matmul_dtype": "float32"}}),
-    (
+
+
+class Setting(NamedTuple):
+    names: dict[str, str]
+    arguments: dict[str, dict[str, Any]]
+    num_experts: int = 4
+    expert_degree: int = 1  # of several ranks
+    compiled_by: int = 0  # ranks, that many of them with torch.compile
+
+
+CASES = [
+    Setting(
+        {"expert": "shampoo", "dense": "muon"},
+        {"expert": ROOTS, "dense": {"matmul_dtype": "float32"}},
+        expert_degree=2,
+        compiled_by=2,
+    ),
+    Setting(
         {"expert": "shampoo_fast", "dense": "shampoo"},
         {"expert": {**ROOTS, "statistics_every": 2, **BY_LOAD}, "dense": ROOTS},
+        num_experts=3,  # uneven shards
     ),
 ]
+if "distributed_shampoo" in OPTIMIZER_NAMES:  # Meta's package is installed
+    meta = dict.fromkeys(("expert", "dense"), "distributed_shampoo")
+    CASES.append(Setting(meta, dict.fromkeys(("expert", "dense"), ROOTS), expert_degree=2, compiled_by=2))
 
 
 def build(number: int, world: int) -> tuple[Any, torch.optim.Optimizer]:
-    names, arguments = CASES[number]
-    model = tiny_model(num_experts=3 if number else 4, num_layers=1, device="meta")  # uneven shards
+    names, arguments, num_experts, degree, compiled_by = CASES[number]
+    model = tiny_model(num_experts=num_experts, num_layers=1, device="meta")
     if world > 1:
-        parallelize(
-            model,
-            mesh=build_mesh(device=torch.device("cpu"), shard=world),
-            param_dtype=torch.float32,
-            reduce_dtype=torch.float32,
-            checkpoint_mode="none",
-            compile_blocks=False,
-        )
+        by_inductor = torch.compile  # whose kernels take long to build
+        with mock.patch("torch.compile", functools.partial(by_inductor, backend="aot_eager")):
+            apply(model, world, layout_of(world, degree), compile_blocks=world == compiled_by)
     model.to_empty(device="cpu")
     model.init_weights(0)
     groups = parameter_groups(model.named_parameters(), arguments)
@@ -56,10 +72,18 @@ def build(number: int, world: int) -> tuple[Any, torch.optim.Optimizer]:
     return model, combine(groups, chosen, lambda name, own: OPTIMIZERS[name](own, lr=1e-2))
 
 
+def layout_of(world: int, degree: int) -> str:
+    return next(
+        name
+        for name, degrees in LAYOUTS[world].items()
+        if degrees.get("expert", 1) == degree and degrees["shard"] == world
+    )
+
+
 def summarize(model: nn.Module, outputs: list[Any]) -> dict[str, Any]:
     return {
         "loss": torch.stack([o.loss for o in outputs]),
-        "parameters": {name: full(p) for name, p in model.named_parameters()},
+        "parameters": {plain(name): full(p) for name, p in model.named_parameters()},
     }
 
 

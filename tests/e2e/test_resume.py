@@ -3,19 +3,15 @@
 import itertools
 import os
 import random
-import resource
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.e2e.conftest import Arguments
 from tests.e2e.harness import Command, Ended, contents, end_two, records, start_two
-from titan_moe.checkpoint import load_model
 
 Train = Callable[..., Ended]
 STEPS = 16
@@ -177,54 +173,6 @@ def test_broken_checkpoints_are_skipped_in_one_line(train: Train, tmp_path: Path
     assert records(tmp_path / "run") == expected
 
 
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """Let no file grow above `limit` bytes: a write fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_full_disk_while_saving(train: Train, tmp_path: Path) -> None:
-    """Training goes on with a warning until the last save, which is an error; what was saved before is intact."""
-    assert train("whole", training__steps=8).code == 0
-    assert train(more="--checkpoint.load_step -1", training__steps=8).code == 0
-    folder = tmp_path / "run" / "checkpoint"
-    for step in (6, 8):
-        shutil.rmtree(folder / f"step-{step}")
-    before = contents(folder)
-    with full_disk(100_000):
-        ended = train(training__steps=8)
-    assert ended.code == 2
-    warning, error = [line for line in ended.err.splitlines() if line.startswith(("warning", "error"))]
-    assert "step-6" in warning
-    assert "File too large" in warning
-    assert "training goes on" in warning
-    assert "step-8" in error
-    assert "File too large" in error
-    assert "earlier checkpoints are intact" in error
-    assert "Traceback" not in ended.err
-    assert contents(folder) == before
-
-    ended = train(training__steps=8)
-    assert ended.code == 0, ended.err
-    assert f"resuming from {folder / 'step-4'}" in ended.err
-    assert records(tmp_path / "run") == records(tmp_path / "whole")
-
-
-def test_fewer_files_than_steps(train: Train, tmp_path: Path) -> None:
-    """keep_latest_k checkpoints stay, the newest; an earlier one that stays can be gone back to."""
-    assert train(checkpoint__keep_latest_k=2).code == 0
-    folder = tmp_path / "run" / "checkpoint"
-    assert {path.name for path in folder.iterdir()} == {"step-4", "step-6"}
-    before = records(tmp_path / "run")
-    assert train(checkpoint__keep_latest_k=2, more="--checkpoint.load_step 4").code == 0
-    assert records(tmp_path / "run") == before
-
-
 def test_weights_of_another_run(train: Train, tmp_path: Path) -> None:
     """initial_load_path takes the weights alone: step 1 begins where the other run ended."""
     assert train("first").code == 0
@@ -235,21 +183,6 @@ def test_weights_of_another_run(train: Train, tmp_path: Path) -> None:
     assert [record["step"] for record in second] == [1, 2, 3, 4, 5, 6]
     assert second[0]["loss"] < first[0]["loss"] - 0.3
     assert not any(a == b for a, b in itertools.product(first, second))
-
-
-def test_saving_in_the_background(train: Train, tmp_path: Path) -> None:
-    """The same run with the same checkpoints; each save says how long training waited."""
-    assert train("plain").code == 0
-    ended = train("async", checkpoint__async_mode="async")
-    assert ended.code == 0, ended.err
-    assert records(tmp_path / "async") == records(tmp_path / "plain")
-    assert ended.err.count("of which training waited") == 2
-    for step in (2, 4, 6):
-        one, other = (load_model(tmp_path / run / "checkpoint" / f"step-{step}")[0] for run in ("plain", "async"))
-        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    shutil.rmtree(tmp_path / "async" / "checkpoint" / "step-6")
-    assert train("async", checkpoint__async_mode="async").code == 0
-    assert records(tmp_path / "async") == records(tmp_path / "plain")
 
 
 def test_weights_of_a_model_that_partly_fits(train: Train, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 import importlib.util
 import json
+import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ from tests.interop.models import KINDS, configure, make_checkpoint
 from titan_moe.checkpoint import load_model
 from titan_moe.checkpoint.lazy import read_lazily, write_lazily
 from titan_moe.config import to_toml
+from titan_moe.convert import megatron
 from titan_moe.convert.megatron import from_megatron, to_megatron, transformer_config
 
 needs_megatron = pytest.mark.skipif(
@@ -23,22 +27,22 @@ needs_megatron = pytest.mark.skipif(
 WITHOUT = ("sigmoid plain",)  # Megatron normalises sigmoid scores whenever top_k > 1
 EXPORTED = {name: changes for name, (_, changes) in KINDS.items() if name not in WITHOUT}
 LOADED = [
-    "dense qk-norm tied",
-    "topk_softmax",
-    "softmax_topk shared",
-    "sigmoid shared",
-    "sigmoid groups",
-    "sigmoid tied",
+    ("dense qk-norm tied", "local"),
+    ("topk_softmax", "te"),
+    ("softmax_topk shared", "te"),
+    ("sigmoid shared", "local"),
+    ("sigmoid groups", "te"),
+    ("sigmoid tied", "te"),
 ]
 
 
-def megatron(verb: str, folder: Path, config: Any, result: Path) -> torch.Tensor:
-    """The logits of a Megatron model on tokens of its vocabulary."""
+def megatron_saves(folder: Path, config: Any, result: Path) -> torch.Tensor:
+    """Save a Megatron model there; its logits on tokens of its vocabulary."""
     tokens = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(2))
     model = config.model
-    sizes = {"vocab_size": model.vocab_size, "tied": model.tie_embeddings, "theta": int(model.rope_theta)}
+    sizes = {"vocab_size": model.vocab_size, "tied": model.tie_embeddings, "theta": model.rope_theta}
     torch.save({"tokens": tokens, **sizes}, result)
-    command = [sys.executable, "-m", "tests.interop.megatron_side", verb, str(folder), str(result)]
+    command = [sys.executable, "-m", "tests.interop.megatron_side", str(folder), str(result)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
@@ -51,18 +55,29 @@ def our_logits(folder: Path) -> torch.Tensor:
         return load_model(folder)[0](tokens)[0]
 
 
+def checked(caplog: pytest.LogCaptureFixture) -> None:
+    """The conversion said that it compared the models, and that they are the same."""
+    (found,) = re.findall(
+        r"checked: largest logit difference to Megatron-core (\S+) \(largest logit (\S+)\), identical routing "
+        r"decisions 100\.00 %",
+        caplog.text,
+    )
+    assert float(found[0]) < 1e-4
+    assert float(found[1]) > 2
+
+
 @pytest.mark.parametrize(
     ("kind", "spec"), [*((kind, "te") for kind in EXPORTED), ("topk_softmax", "local"), ("sigmoid tied", "local")]
 )
 def test_there_and_back(tmp_path: Path, kind: str, spec: str) -> None:
     """Every bit comes back, by either name of the norm, and the configuration with it."""
     step = make_checkpoint(tmp_path / "run", **EXPORTED[kind])
-    to_megatron(step, tmp_path / "out", spec=spec)
+    to_megatron(step, tmp_path / "out", spec=spec, verify=False)
     names = read_lazily(tmp_path / "out").keys()
     model, config = load_model(step)
     if config.moe.num_experts:
         assert any(name.endswith("pre_mlp_layernorm.weight") for name in names) == (spec == "te")
-    from_megatron(tmp_path / "out", tmp_path / "back")
+    from_megatron(tmp_path / "out", tmp_path / "back", verify=False)
     again, config_again = load_model(tmp_path / "back")
     for name, value in model.state_dict().items():
         temperature = config.router.arguments.get("temperature", 1.0) if "router" in name else 1.0
@@ -71,29 +86,46 @@ def test_there_and_back(tmp_path: Path, kind: str, spec: str) -> None:
 
 
 @needs_megatron
-@pytest.mark.parametrize("kind", LOADED)
-def test_megatron_loads_ours(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "spec"), LOADED)
+def test_megatron_loads_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str, spec: str) -> None:
+    """By its own loader, whichever layers the folder is for."""
     step = make_checkpoint(tmp_path / "run", **EXPORTED[kind])
-    to_megatron(step, tmp_path / "out", spec="local")
-    theirs = megatron("load", tmp_path / "out", load_model(step)[1], tmp_path / "result.pt")
-    ours = our_logits(step)
+    with caplog.at_level(logging.INFO):
+        to_megatron(step, tmp_path / "out", spec=spec)
+    checked(caplog)
+
+
+@needs_megatron
+@pytest.mark.parametrize("kind", ["topk_softmax shared", "topk_softmax some layers", "sigmoid"])
+def test_we_load_megatrons(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+    """A folder that Megatron saved, which says nothing about the model: our file does."""
+    config = configure(**EXPORTED[kind])
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "transformer_config.json").write_text(json.dumps(transformer_config(config)))
+    theirs = megatron_saves(tmp_path / "theirs", config, tmp_path / "result.pt")
+    (tmp_path / "model.toml").write_text(to_toml(config))
+    by_itself = kind == "sigmoid"
+    with caplog.at_level(logging.INFO):
+        from_megatron(tmp_path / "theirs", tmp_path / "run", config_file=str(tmp_path / "model.toml"), verify=by_itself)
+    if by_itself:
+        checked(caplog)
+    ours = our_logits(tmp_path / "run")
     assert ours.abs().max() > 2
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
 
 
 @needs_megatron
-@pytest.mark.parametrize("kind", ["topk_softmax shared", "topk_softmax some layers", "sigmoid"])
-def test_we_load_megatrons(tmp_path: Path, kind: str) -> None:
-    """A folder that Megatron saved, which says nothing about the model: our file does."""
-    config = configure(**EXPORTED[kind])
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "transformer_config.json").write_text(json.dumps(transformer_config(config)))
-    theirs = megatron("save", tmp_path / "theirs", config, tmp_path / "result.pt")
-    (tmp_path / "model.toml").write_text(to_toml(config))
-    from_megatron(tmp_path / "theirs", tmp_path / "run", config_file=str(tmp_path / "model.toml"))
-    ours = our_logits(tmp_path / "run")
-    assert ours.abs().max() > 2
-    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+def test_a_wrong_conversion_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another order of softmax there, and a model that does not run: one line, and nothing is left."""
+    step = make_checkpoint(tmp_path / "run")
+    wrong = {"moe_router_pre_softmax": True}
+    monkeypatch.setattr(megatron, "transformer_config", lambda config: {**transformer_config(config), **wrong})
+    with pytest.raises(ValueError, match=r"^the check of the conversion failed: largest logit difference to Megatron"):
+        to_megatron(step, tmp_path / "out")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(ValueError, match=r"failed: Megatron-core: exit code 1; --no_verify leaves it out$"):
+        to_megatron(step, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_refusals(tmp_path: Path) -> None:
@@ -111,7 +143,7 @@ def test_refusals(tmp_path: Path) -> None:
         assert message in str(error.value)
 
     good = make_checkpoint(tmp_path / "good")
-    to_megatron(good, tmp_path / "out")
+    to_megatron(good, tmp_path / "out", verify=False)
     tensors = read_lazily(tmp_path / "out")
     file = tmp_path / "model.toml"
 

@@ -12,7 +12,7 @@ import torch
 from tests.unit.test_checkpoint import Tiny, flip_bit, make, train
 from tests.unit.test_convert import _logger_as_before, run  # noqa: F401
 from titan_moe.checkpoint import complete_steps, load_checkpoint, load_weights, save_checkpoint, store
-from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
+from titan_moe.checkpoint.background import Saver, Timetable, background_saver, foreground_saver
 from titan_moe.checkpoint.verify import verify_checkpoint
 
 PATIENCE = 20
@@ -44,6 +44,7 @@ def test_training_goes_on_and_the_save_is_of_its_step(tmp_path: Path, gate: thre
     expected_state = {name: value.clone() for name, value in model.state_dict().items()}
     saver = background_saver()
     save(saver, tmp_path, 2, model, optimizer)
+    assert not saver.failed()
     expected = train(model, optimizer, 3)
     assert complete_steps(tmp_path) == []
     gate.set()
@@ -98,15 +99,35 @@ def test_a_failed_save_is_a_warning_and_the_next_one_tries_again(
         patch.setattr(store, "write_tensors", fail)
         save(saver, tmp_path, 2, model, optimizer)
         saver.finish()
+        assert saver.failed()
         assert [record.levelno for record in caplog.records if record.levelno >= logging.WARNING] == [logging.WARNING]
         assert str(error.args[-1]) in caplog.text
-        assert "training goes on, the next save tries again" in caplog.text
+        assert "training goes on, the save is tried again in the next steps" in caplog.text
         with pytest.raises(type(error)):
             save(saver, tmp_path, 3, model, optimizer, wait=True)
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     save(saver, tmp_path, 4, model, optimizer)
     saver.finish()
+    assert not saver.failed()
     assert complete_steps(tmp_path) == [1, 4]
+
+
+def test_times_of_saves() -> None:
+    """Every interval; after failures soon, then less and less often, and the interval begins anew."""
+
+    def times(disk_full: range, told_after: int = 1) -> list[int]:
+        timetable, tried = Timetable(10), [0]
+        for step in range(1, 31):
+            failed = tried[-1] in disk_full and step >= tried[-1] + told_after
+            if timetable.due(step, failed):
+                tried.append(step)
+        return tried[1:]
+
+    assert times(range(0)) == [10, 20, 30]
+    assert times(range(10, 11)) == [10, 11, 20, 30]
+    assert times(range(10, 14)) == [10, 11, 13, 17, 20, 30]
+    assert times(range(10, 31)) == [10, 11, 13, 17, 20, 21, 23, 27, 30]
+    assert times(range(10, 14), told_after=3) == [10, 13, 17, 20, 30]  # a thread says so later
 
 
 def test_weights_that_only_partly_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,8 +1,10 @@
 """SOAP and Muon against their definitions; what all matrix optimizers do with odd gradients, shapes and groups."""
 
 import copy
+import functools
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -142,10 +144,17 @@ def test_a_training_step_names_the_parameter() -> None:
         groups, {g["name"]: "adamw" for g in groups} | {"expert": "muon"}, lambda n, g: OPTIMIZERS[n](g)
     )
     weight = model.layers[0].moe.experts.w2
+    step = functools.partial(train_step, model, [batch(0)], optimizer, balancers(), model.expert_biases(), max_norm=1.0)
+    with mock.patch("titan_moe.optimizer.matrix.refuse_nonfinite") as again:
+        step()
+    again.assert_not_called()  # the norm has told
+    weight.grad = torch.full_like(weight, float("nan"))
+    with pytest.raises(ValueError, match=r"gradient of parameter 1 of group 'expert' is NaN"):
+        optimizer.step()  # without the training step
     weight.register_hook(lambda gradient: gradient * float("nan"))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"gradient of layers\.0\.moe\.experts\.w2 is NaN"):
-        train_step(model, [batch(0)], optimizer, balancers(), model.expert_biases(), max_norm=1.0)
+        step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -343,8 +352,19 @@ def run(model: Any, optimizer: Any, steps: range) -> list[Tensor]:
     return losses
 
 
-@pytest.mark.parametrize("args", [[], ["--optimizer.expert.name=soap"], ["--optimizer.expert.name=shampoo_fast"]])
+METAS = [f"--optimizer.{group}.name=distributed_shampoo" for group in ("expert", "dense")]
+RESUMED = [
+    [],
+    ["--optimizer.expert.name=soap"],
+    ["--optimizer.expert.name=shampoo_fast"],
+    [*METAS, "--optimizer.dense.precondition_frequency=2"],
+]
+
+
+@pytest.mark.parametrize("args", RESUMED)
 def test_resume_is_bit_for_bit(tmp_path: Any, args: list[str]) -> None:
+    if "distributed_shampoo" in str(args):
+        pytest.importorskip("distributed_shampoo")
     _, model, optimizer = configured(tmp_path, *args)
     run(model, optimizer, range(3))
     save_checkpoint(tmp_path, 3, model=model, optimizer=optimizer, extra={}, files={}, keep_latest_k=0)

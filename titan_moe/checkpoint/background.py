@@ -25,25 +25,45 @@ class Saver(NamedTuple):
     """How a run saves.
 
     `save` takes the arguments of `save_checkpoint`, and `wait`: whether the step must be on the disk when it returns,
-    and a failure raises; else it is a warning. `finish` waits for the save that is under way.
+    and a failure raises; else it is a warning. `failed`: whether the latest save is known to have failed, on this rank.
+    `finish` waits for the save that is under way.
     """
 
     save: Callable[..., None]
+    failed: Callable[[], bool]
     finish: Callable[[], None]
+
+
+class Timetable:
+    """When to save: every `interval` steps, and in between again after a failure: 1, 2, 4 ... steps after the last."""
+
+    def __init__(self, interval: int) -> None:
+        self.interval, self._retry, self._wait = interval, 0, 1
+
+    def due(self, step: int, failed: bool) -> bool:
+        """Whether to save after `step`; `failed` is whether the latest save has, on any rank."""
+        if step % self.interval == 0:
+            self._retry, self._wait = 0, 1
+            return True
+        if failed and self._retry < step:
+            self._retry, self._wait = step + self._wait - 1, 2 * self._wait
+        return step == self._retry
 
 
 def foreground_saver() -> Saver:
     """Training waits for every save."""
+    failures: list[Exception] = []
 
     def save(folder: Path, step: int, *, wait: bool, **arguments: Any) -> None:
+        failures.clear()
         try:
             save_checkpoint(folder, step, **arguments)
         except OSError as error:
             if wait:
                 raise
-            warn(error)
+            warn(error, failures)
 
-    return Saver(save, lambda: None)
+    return Saver(save, lambda: bool(failures), lambda: None)
 
 
 def background_saver() -> Saver:
@@ -51,11 +71,12 @@ def background_saver() -> Saver:
 
     The copy's memory is kept between saves: as much as this rank's parameters and optimizer states. Ranks talk over a
     process group of their own. A save that fails is a warning, as soon as it fails, and leaves earlier checkpoints as
-    they are; the next save tries again.
+    they are.
     """
     group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
     buffers: dict[str, Tensor] = {}
     threads: list[threading.Thread] = []
+    failures: list[Exception] = []
 
     def finish() -> None:
         while threads:
@@ -74,6 +95,7 @@ def background_saver() -> Saver:
     ) -> None:
         begin = time.perf_counter()
         finish()
+        failures.clear()
         if wait:
             arguments: dict[str, Any] = {"model": model, "optimizer": optimizer, "extra": extra, "files": files}
             save_checkpoint(folder, step, keep_latest_k=keep_latest_k, **arguments)
@@ -86,9 +108,9 @@ def background_saver() -> Saver:
             try:
                 path = save_content(folder, step, content, keep_latest_k, group)
             except CheckpointError as error:
-                warn(error)
+                warn(error, failures)
             except Exception as error:  # a thread has nobody to raise to: training is not to end by it either
-                warn(error)
+                warn(error, failures)
             else:
                 took = time.perf_counter() - begin
                 logger.info("saved %s in %.2f s, of which training waited %.3f s", path.name, took, waited)
@@ -96,7 +118,7 @@ def background_saver() -> Saver:
         threads.append(threading.Thread(target=write, name=f"save-step-{step}", daemon=True))
         threads[0].start()
 
-    return Saver(save, finish)
+    return Saver(save, lambda: bool(failures), finish)
 
 
 def copy_state(state: State, buffers: dict[str, Tensor]) -> State:
@@ -117,7 +139,8 @@ def copy_state(state: State, buffers: dict[str, Tensor]) -> State:
     return State(tensors, state.values)
 
 
-def warn(error: Exception) -> None:
-    """Say loudly, once for all ranks, that a save has failed."""
+def warn(error: Exception, failures: list[Exception]) -> None:
+    """Note that a save has failed, and say it loudly, once for all ranks."""
+    failures.append(error)
     if rank() == 0:
-        logger.warning("%s: training goes on, the next save tries again", error)
+        logger.warning("%s: training goes on, the save is tried again in the next steps", error)

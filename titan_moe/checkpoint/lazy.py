@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile, ZipFile
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem, WriteItemType
@@ -75,10 +77,41 @@ def _reader(folder: Path, name: str, entry: TensorStorageMetadata, row: int | No
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             planner = _PartPlanner(ChunkStorageMetadata(torch.Size(offsets), torch.Size(size)))
             reader = dcp.FileSystemReader(folder)
-            dcp.load({name: tensor}, storage_reader=reader, planner=planner, no_dist=True)
+            try:
+                dcp.load({name: tensor}, storage_reader=reader, planner=planner, no_dist=True)
+            except (Exception, CheckpointException) as error:  # a broken file may raise anything
+                raise ValueError(f"{folder} is broken: {name} cannot be read ({_why(error)})") from error
         return tensor if row is None else tensor[0]
 
     return load
+
+
+def _why(error: BaseException) -> str:
+    """What a failed read comes from: the file that is missing, or the sort of the error."""
+    while isinstance(error, CheckpointException) and error.failures:
+        error, _ = next(iter(error.failures.values()))
+    return f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else type(error).__name__
+
+
+def check_sums(folder: Path) -> None:
+    """Compare every tensor of a folder that torch.distributed.checkpoint wrote with the CRC-32 torch put beside it.
+
+    One is in memory at a time. Raises ValueError for the first file that is missing, cut short or changed.
+    """
+    found = dcp.FileSystemReader(folder).read_metadata()
+    tensors = {n for n, entry in found.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    for index, place in found.storage_data.items():
+        if index.fqn not in tensors:
+            continue
+        path = folder / place.relative_path
+        try:
+            with open(path, "rb") as file:
+                file.seek(place.offset)
+                changed = ZipFile(BytesIO(file.read(place.length))).testzip()
+        except (OSError, BadZipFile, EOFError) as error:
+            raise ValueError(f"{folder} is broken: {path.name} cannot be read ({_why(error)})") from error
+        if changed:
+            raise ValueError(f"{folder} is broken: {index.fqn} in {path.name} does not have its checksum")
 
 
 class _PartPlanner(DefaultLoadPlanner):

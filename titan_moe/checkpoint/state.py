@@ -105,11 +105,6 @@ def load_state(
                 f"checkpoint {folder} holds another optimizer: {saved_optimizer} there, {mine} here; set "
                 'checkpoint.exclude = ["optimizer"] to go on with the weights and a new optimizer'
             )
-        if "distributed_shampoo" in mine:
-            raise ValueError(
-                f"checkpoint {folder}: the state of distributed_shampoo is not in checkpoints; set "
-                'checkpoint.exclude = ["optimizer"] to go on with the weights and a new optimizer'
-            )
         _load_with_optimizer(folder, model, optimizer, tensors=tensors, saved=saved, values=values)
     set_model_state_dict(model, {name.removeprefix("model."): value for name, value in tensors.items()})
 

@@ -12,7 +12,6 @@ from titan_moe.optimizer.matrix_builders import DIRECTIONS
 SUPPORTED: dict[tuple[str, str], tuple[Any, ...]] = {
     ("parallelism", "tensor_parallel_degree"): (1,),
     ("parallelism", "context_parallel_degree"): (1,),
-    ("checkpoint", "export_dtype"): ("float32",),
 }
 
 

@@ -187,7 +187,7 @@ class Checkpoint:
         list[Literal["optimizer"]], "what resuming leaves out: the optimizer's state, which then starts anew"
     ] = field(default_factory=list)
     initial_load_strict: Annotated[bool, "it must be of the same model; if not, what fits is taken"] = True
-    export_dtype: Annotated[Literal["float32", "bfloat16", "float16"], "type of final weights"] = "float32"
+    export_dtype: Annotated[Literal["float32", "bfloat16", "float16"], "type of weights in export/"] = "float32"
 
 
 @dataclass(frozen=True)

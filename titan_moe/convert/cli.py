@@ -50,9 +50,10 @@ def convert_to_megatron(args: list[str]) -> int:
     parser.add_argument("checkpoint", type=Path, help="step folder, or dump folder (its latest complete step)")
     parser.add_argument("out_dir", type=Path, help="folder to make")
     parser.add_argument("--spec", choices=list(MOE_NORM), default="te", help="layer spec that will load it (te)")
+    parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     options = parser.parse_args(args)
     runtime.init_logging(runtime.read_world())
-    to_megatron(options.checkpoint, options.out_dir, spec=options.spec)
+    to_megatron(options.checkpoint, options.out_dir, spec=options.spec, verify=not options.no_verify)
     return 0
 
 
@@ -62,7 +63,9 @@ def convert_from_megatron(args: list[str]) -> int:
     parser.add_argument("megatron_dir", type=Path, help="folder with .metadata and *.distcp (iter_...)")
     parser.add_argument("out_checkpoint", type=Path, help="dump folder to make, or a step folder (.../step-N)")
     parser.add_argument("--job.config_file", dest="config_file", default="", help="TOML file that describes the model")
+    parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     options = parser.parse_args(args)
     runtime.init_logging(runtime.read_world())
-    from_megatron(options.megatron_dir, options.out_checkpoint, config_file=options.config_file)
+    verify = not options.no_verify
+    from_megatron(options.megatron_dir, options.out_checkpoint, config_file=options.config_file, verify=verify)
     return 0

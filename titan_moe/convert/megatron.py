@@ -14,12 +14,24 @@ import torch
 from torch import Tensor
 
 from titan_moe.checkpoint import resolve_checkpoint
-from titan_moe.checkpoint.lazy import Lazy, LazyTensors, joined, narrowed, read_lazily, rows, sharded, write_lazily
+from titan_moe.checkpoint.folder import together
+from titan_moe.checkpoint.lazy import (
+    Lazy,
+    LazyTensors,
+    check_sums,
+    joined,
+    narrowed,
+    read_lazily,
+    rows,
+    sharded,
+    write_lazily,
+)
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, to_toml
 from titan_moe.convert.architectures import moe_layers
 from titan_moe.convert.hf import OUR_CONFIG, model_tensors, shapes_of
 from titan_moe.convert.output import new_checkpoint, new_folder
+from titan_moe.convert.verify import check_against_megatron
 
 logger = logging.getLogger(__name__)
 MOE_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "te": "pre_mlp_layernorm.weight"}
@@ -35,11 +47,12 @@ class Part(NamedTuple):
     split: Callable[[Lazy], list[Lazy]] = lambda whole: [whole]
 
 
-def to_megatron(checkpoint: Path, out: Path, *, spec: str = "te") -> None:
+def to_megatron(checkpoint: Path, out: Path, *, spec: str = "te", verify: bool = True) -> None:
     """Write the model of a checkpoint as the `torch_dist` folder `out`; `spec` of MOE_NORM.
 
     transformer_config.json has the arguments of Megatron's TransformerConfig that make it compute the same. Raises
-    ValueError where none do. What was written is read back and compared bit for bit.
+    ValueError where none do, and when the check finds other logits; then nothing is left. What was written is read
+    back and compared bit for bit.
     """
     step_folder = resolve_checkpoint(checkpoint)
     config = read_config(step_folder)
@@ -54,7 +67,7 @@ def to_megatron(checkpoint: Path, out: Path, *, spec: str = "te") -> None:
         routers = {name: t.map(lambda w: w / temperature) for name, t in ours.items() if ".router." in name}
         ours |= routers
     with new_folder(out) as folder:
-        write_lazily(folder, _theirs(config, ours, spec))
+        together(lambda: write_lazily(folder, _theirs(config, ours, spec)))  # for its errors
         torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         _write_json(folder / "metadata.json", {**backends, "common_backend": "torch", "common_backend_version": 1})
@@ -63,10 +76,12 @@ def to_megatron(checkpoint: Path, out: Path, *, spec: str = "te") -> None:
         for name, again in _ours(config, read_lazily(folder), folder).items():
             if not torch.equal(again.load(), ours[name].load()):
                 raise ValueError(f"the check of the conversion failed: {name} is not what was written")
+        if verify:
+            check_against_megatron(step_folder, folder, arguments)
     logger.info("wrote %s; every tensor reads back with the same bits", out)
 
 
-def from_megatron(source: Path, out: Path, *, config_file: str = "") -> None:
+def from_megatron(source: Path, out: Path, *, config_file: str = "", verify: bool = True) -> None:
     """Write the model of a `torch_dist` folder as a checkpoint of weights, `out` a dump folder or `.../step-N`.
 
     Megatron's folders don't say which model they hold: `config_file` does, or the file that `to_megatron` left there.
@@ -76,17 +91,20 @@ def from_megatron(source: Path, out: Path, *, config_file: str = "") -> None:
     if not config_file and not own.exists():
         raise ValueError(f"{source} does not say which model it holds: give --job.config_file FILE, in our format")
     theirs = read_lazily(source)
+    if verify:
+        check_sums(source)
     words = ["--job.config_file", config_file or str(own)]
     if not load_config(words).model.vocab_size and "embedding.word_embeddings.weight" in theirs:
         words += ["--model.vocab_size", str(theirs["embedding.word_embeddings.weight"].shape[0])]
     if not config_file and load_config(words).moe.num_experts:
         words += ["--router.temperature", "1.0"]  # it was divided into the router's weight
     config = load_config(words)
-    transformer_config(config)
+    arguments = transformer_config(config)
     ours = _ours(config, theirs, source)
     tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
-    with new_checkpoint(out, 0, tensors, files={"config.toml": to_toml(config)}):
-        pass
+    with new_checkpoint(out, 0, tensors, files={"config.toml": to_toml(config)}) as made_folder:
+        if verify:
+            check_against_megatron(made_folder, source, arguments)
     logger.info("wrote %s", out)
 
 

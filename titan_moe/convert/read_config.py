@@ -26,6 +26,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "use_qk_norm": False,
     },
 }
+# Why a model type that looks like ours is not.
+UNLIKE = {"olmoe": "its QK-norm is over all heads together, that of a model of ours over each head"}
 # What a model of ours always is; of a key that is absent transformers takes the same.
 REQUIRED = {
     "hidden_act": ("silu", "swish"),
@@ -54,7 +56,8 @@ def arguments_of(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     kind = values.get("model_type")
     where = folder / "config.json"
     if kind not in NAMES:
-        raise ValueError(f"{where}: model_type = {kind!r} cannot be read; {', '.join(NAMES)} can")
+        why = f": {UNLIKE[kind]}" if kind in UNLIKE else ""
+        raise ValueError(f"{where}: model_type = {kind!r} cannot be read{why}; {', '.join(NAMES)} can")
     values = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
     try:
         _check(where, kind, values)

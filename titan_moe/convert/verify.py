@@ -3,10 +3,14 @@
 Shapes: B batch, S sequence, V vocabulary, K top_k, L MoE layers.
 """
 
+import importlib.util
 import logging
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +104,40 @@ def check_against_transformers(step_folder: Path, hf_folder: Path, dtype: torch.
             raise ValueError(f"the check of the conversion failed: transformers finds {what}: {sorted(found[what])[0]}")
     model, vocab_size = rounded_model(step_folder, dtype)
     check(compare(our_forward(model), hf_forward(theirs.eval()), vocab_size), "transformers")
+
+
+def check_against_megatron(step_folder: Path, folder: Path, arguments: dict[str, Any]) -> None:
+    """Compare the model of a checkpoint with the one that Megatron-core makes of `folder`, as `arguments` say.
+
+    Says so where Megatron-core is not installed. It runs in a process of its own.
+    """
+    if importlib.util.find_spec("megatron") is None:
+        logger.warning("not checked: megatron-core is not installed (pip install megatron-core, or --no_verify)")
+        return
+    model, config = read_model(step_folder)
+    sizes = {"tied": config.model.tie_embeddings, "theta": config.model.rope_theta}
+    given = {"folder": str(folder), "arguments": arguments, "vocab_size": config.model.vocab_size, **sizes}
+    check(compare(our_forward(model), megatron_forward(given), config.model.vocab_size), "Megatron-core")
+
+
+def megatron_forward(given: dict[str, Any]) -> Forward:
+    """Megatron-core's model, as `megatron_model` is told by `given`; ValueError where it cannot load or run it."""
+
+    def forward(tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with tempfile.TemporaryDirectory() as name:
+            want, result = Path(name) / "given", Path(name) / "result"
+            torch.save({**given, "tokens": tokens_BS}, want)
+            command = [sys.executable, "-m", "titan_moe.convert.megatron_model", str(want), str(result)]
+            ended = subprocess.run(command, capture_output=True, text=True, check=False)
+            if ended.returncode:
+                last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]
+                raise ValueError(
+                    f"the check of the conversion failed: Megatron-core: {last}; --no_verify leaves it out"
+                )
+            found = torch.load(result)
+        return found["logits"], found["experts"]
+
+    return forward
 
 
 def hf_forward(model: nn.Module) -> Forward:

@@ -95,11 +95,15 @@ def describe_group(optimizer: Optimizer, group: Group) -> str:
 def refuse_nonfinite_gradients(model: nn.Module, optimizer: Optimizer, norm: Tensor) -> None:
     """Raise ValueError, on every rank, if the gradients' `norm` is not finite and a matrix optimizer would take them.
 
-    One NaN in a factor would stay there for ever, so these runs stop before the step; that reads `norm` on the host.
-    The name is that of the first bad parameter on this rank, if it has one.
+    One NaN in a factor would stay there for ever, so these runs stop before the step; that reads `norm` on the host,
+    and saves the optimizer from reading the gradients once more. The name is that of the first bad parameter on this
+    rank, if it has one.
     """
     parts = optimizer.parts.values() if isinstance(optimizer, Combined) else [optimizer]
-    if any(isinstance(part, MatrixOptimizer) for part in parts) and not norm.isfinite():
+    matrices = [part for part in parts if isinstance(part, MatrixOptimizer)]
+    if matrices and not norm.isfinite():
         gradients = [(name, local(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
         bad = first_nonfinite(gradients) or "a parameter on another rank"
         raise ValueError(nonfinite_text(bad.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")))
+    for part in matrices:
+        part.known_finite = True

@@ -34,18 +34,29 @@ def load_package() -> Any:
 
 
 def meta_direction(group: Group) -> Transform:
-    """Meta's optimizer on the rows of one parameter; its state is inside of it and not in the transform's."""
+    """Meta's optimizer on the rows of one parameter.
+
+    The state of a row is in the package's tensors, which it only ever changes in place. They are made to lie in the
+    rows of the transform's state, so that this is sharded, saved and loaded as that of any other transform.
+    """
     rows: list[nn.Parameter] = []
     optimizers: list[torch.optim.Optimizer] = []
 
     def init(weight: Tensor) -> State:
-        if weight.shape[0]:
-            with torch.enable_grad():
-                rows.extend(nn.Parameter(torch.zeros_like(row, dtype=torch.float32)) for row in weight)
-            optimizers.append(_build(rows, group))
-        return {}
+        one = torch.zeros((1, *weight.shape[1:]), device=weight.device)  # even where this rank has no row
+        (made,) = _tensors_of(*_make(one))
+        return {name: tensor.expand(weight.shape[0], *tensor.shape).contiguous() for name, tensor in made.items()}
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
+        if not rows:
+            optimizer, made = _make(gradient)
+            rows.extend(made)
+            optimizers.append(optimizer)
+            for row, tensors in enumerate(_tensors_of(optimizer, made)):
+                for name, tensor in tensors.items():
+                    tensor.set_(state[name][row])
+            for row in rows:  # one count for all, which this does once only
+                optimizer.state[row]["step"].fill_(tick.step - 1)
         for row, own in zip(rows, gradient, strict=True):
             row.grad = own.contiguous()
         optimizers[0].step()
@@ -53,7 +64,30 @@ def meta_direction(group: Group) -> Transform:
         torch._foreach_zero_([row.detach() for row in rows])
         return direction
 
+    def _make(like: Tensor) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        with torch.enable_grad():
+            made = [nn.Parameter(torch.zeros_like(row, dtype=torch.float32)) for row in like]
+        return _build(made, group), made
+
     return Transform(init, update)
+
+
+def _tensors_of(optimizer: torch.optim.Optimizer, rows: list[nn.Parameter]) -> list[State]:
+    """The package's own tensors of each row, by a name made of where they are in its state."""
+    found: list[State] = []
+    for row in rows:
+        own: State = {}
+        for block, state in optimizer.state[row].items():
+            if block == "step":
+                continue
+            for name, value in state.items():
+                if isinstance(value, Tensor):
+                    own[f"{block}_{name}"] = value
+                else:
+                    factors = [(kind, getattr(value, kind)) for kind in ("factor_matrices", "inv_factor_matrices")]
+                    own |= {f"{block}_{kind}_{i}": t for kind, tensors in factors for i, t in enumerate(tensors)}
+        found.append(own)
+    return found
 
 
 def _build(rows: list[nn.Parameter], group: Group) -> torch.optim.Optimizer:

@@ -43,6 +43,7 @@ class MatrixOptimizer(Optimizer):
     ) -> None:
         super().__init__(param_groups, defaults)
         self.kind = kind
+        self.known_finite = False  # the next step's gradients: who has read their norm already sets it
         self._make, self._fits = make, fits
         self._transforms: dict[Tensor, Transform] = {}
         matrices = [(group, p) for group in self.param_groups for p in group["params"] if self.is_matrix(group, p)]
@@ -65,7 +66,9 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        refuse_nonfinite(self.param_groups)
+        if not self.known_finite:
+            refuse_nonfinite(self.param_groups)
+        self.known_finite = False
         for group in self.param_groups:
             by_load = "load_lr" in group
             factor_LE = next_factors(self, group, load) if by_load else None

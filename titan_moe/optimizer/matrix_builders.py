@@ -96,8 +96,7 @@ def distributed_shampoo(
 ) -> Optimizer:
     """Meta's Distributed Shampoo, each expert by itself; its package must be installed. Arguments are shampoo's.
 
-    `start_preconditioning_step` must be at least `precondition_frequency`. Its state does not go into checkpoints:
-    to resume a run set checkpoint.exclude = ["optimizer"].
+    `start_preconditioning_step` must be at least `precondition_frequency`.
     """
     load_package()
     return _matrix_optimizer("distributed_shampoo", param_groups, locals())

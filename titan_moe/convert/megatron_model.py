@@ -1,0 +1,116 @@
+"""Megatron-core's own model on a CPU, in a process of its own: `python -m titan_moe.convert.megatron_model GIVEN OUT`.
+
+GIVEN is a file of torch.save: `folder` (torch_dist), `arguments` (of its TransformerConfig), `vocab_size`, `tied`,
+`theta`, `tokens` (B, S). OUT gets `logits` (B, S, V) and `experts`, the choices (B, S, K) of each MoE layer. Megatron
+asks for a GPU in places that have no need of it; what stands in for one here would mislead every other user of torch,
+hence the process.
+
+Shapes: B sequences, S positions, V vocabulary, E experts, K top_k.
+"""
+
+import contextlib
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan_moe.convert.megatron import MOE_NORM
+
+NOT_WEIGHTS = ("_extra_state", "tokens_per_expert", "checkpoint_version", "iteration")
+
+
+def prepare() -> None:
+    """Make this process one without a GPU, as far as Megatron can tell, and of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *_: None
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import random as tensor_random
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
+    tracker: Any = tensor_random.CudaRNGStatesTracker
+    tracker.fork = lambda self, name=None: contextlib.nullcontext()
+    parallel_state.initialize_model_parallel()
+
+
+def build(arguments: dict[str, Any], *, vocab_size: int, tied: bool, theta: Any) -> Any:
+    """Build a stock GPTModel of torch's own modules."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    silu = torch.nn.functional.silu
+    config = TransformerConfig(**arguments, activation_func=silu, use_cpu_initialization=True)
+    if "moe_layer_freq" in arguments:
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    else:
+        experts, qk_norm = config.num_moe_experts, config.qk_layernorm
+        spec = get_gpt_layer_local_spec(
+            num_experts=experts, moe_grouped_gemm=False, qk_layernorm=qk_norm, normalization="RMSNorm"
+        )
+    layers: Any = spec  # there a block of them fits as well, though its annotation is of one
+    return GPTModel(
+        config,
+        layers,
+        vocab_size=vocab_size,
+        max_sequence_length=64,
+        position_embedding_type="rope",
+        rotary_base=theta,
+        share_embeddings_and_output_weights=tied,
+    ).eval()
+
+
+def load(model: Any, folder: Path) -> None:
+    """Load the weights, by Megatron's own loader; ValueError where it finds others than the model has."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    saved = torch.distributed.checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state = {name: value for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+    for value in state.values():  # the layers here have torch's norms, a folder may have the Transformer Engine's
+        other = value.key.replace(MOE_NORM["local"], MOE_NORM["te"])
+        if value.key not in saved and other in saved:
+            value.key = other
+    loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    missing, unexpected = model.load_state_dict(loaded, strict=False)
+    if wrong := [name for name in [*missing, *unexpected] if not name.endswith(NOT_WEIGHTS)]:
+        raise ValueError(f"Megatron-core's model and the folder differ in {wrong[0]}")
+
+
+@torch.no_grad()
+def run(model: Any, tokens_BS: Tensor) -> dict[str, Any]:
+    """Logits, and the experts that each router chose."""
+    batch, length = tokens_BS.shape
+    experts: list[Tensor] = []
+
+    def note(module: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+        chosen_SBE = output[1].view(length, batch, -1)
+        experts.append(chosen_SBE.transpose(0, 1).float().topk(module.topk).indices)
+
+    for name, module in model.named_modules():
+        if name.endswith(".mlp.router"):
+            module.register_forward_hook(note)
+    future = torch.triu(torch.ones(length, length), 1).bool()[None, None]
+    positions = torch.arange(length)[None].expand_as(tokens_BS)
+    return {"logits": model(tokens_BS, positions, future), "experts": experts}
+
+
+def main(given: Path, result: Path) -> None:
+    """Load and run."""
+    warnings.simplefilter("ignore")
+    want = torch.load(given)
+    prepare()
+    model = build(want["arguments"], vocab_size=want["vocab_size"], tied=want["tied"], theta=want["theta"])
+    load(model, Path(want["folder"]))
+    torch.save(run(model, want["tokens"]), result)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
