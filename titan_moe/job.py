@@ -107,6 +107,7 @@ def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) 
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
         checkpoint_mode=config.activation_checkpoint.mode,
         compile_blocks=compile_blocks,
+        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
     )
     return model
 

@@ -61,13 +61,17 @@ def through(dispatcher: Dispatcher, weight: Tensor, name: str, rank: int) -> tup
     return y.detach(), *torch.autograd.grad(y, (x, scores, weight), upstream)
 
 
+# Checkpointing and resharding.
+COUNTED = [("none", "default"), ("selective", "default"), ("full", "default"), ("none", "always"), ("none", "never")]
+
+
 def weights() -> Tensor:
     return torch.linspace(0.5, 2.0, E)
 
 
-def count_collectives(world: int, layout: str, mode: str, rank: int) -> dict[str, int]:
+def count_collectives(world: int, layout: str, mode: str, policy: str, rank: int) -> dict[str, int]:
     """Collectives of one optimizer step of a model of two MoE layers."""
-    model = on_meta(tiny_model(device="meta"), world, layout, checkpoint_mode=mode)
+    model = on_meta(tiny_model(device="meta"), world, layout, checkpoint_mode=mode, reshard_after_forward=policy)
     optimizer = adamw(model)
     with warnings.catch_warnings(), CommDebugMode() as counter:
         warnings.simplefilter("ignore")  # of the counter's own hooks
@@ -97,10 +101,10 @@ def on_ranks(rank: int, world: int) -> dict[str, Any]:
     model = on_meta(tiny_model(device="meta"), world, "ep2_fsdp2", param_dtype=torch.bfloat16)
     results["bfloat16"] = steps(model, 1, rank=rank, world=world)[0].loss
     results["counts"] = {
-        (layout, mode): count_collectives(world, layout, mode, rank)
+        (layout, mode, policy): count_collectives(world, layout, mode, policy, rank)
         for layout in LAYOUTS[world]
-        for mode in ("none", "selective", "full")
-        if mode == "none" or layout == "ep2_fsdp2"
+        for mode, policy in COUNTED
+        if (mode, policy) == COUNTED[0] or layout in ("fsdp4", "ep2_fsdp2")
     }
     return results
 
@@ -131,16 +135,18 @@ def check_dispatcher(results: list[dict[str, Any]], degree: int) -> None:
             torch.testing.assert_close(result[name][3], want, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
-def check_counts(counts: dict[tuple[str, str], dict[str, int]]) -> None:
+def check_counts(counts: dict[tuple[str, str, str], dict[str, int]]) -> None:
     """The table of docs/parallelism.md: formulas in L layers, M of them MoE layers, for one micro-batch."""
     table = counts_table()
     names = {"fsdp4": "FSDP2", "hsdp2x2": "HSDP", "ep4": "EP", "ep2_fsdp2": "EP x FSDP2", "hsdp2_ep2": "HSDP x EP"}
-    for (layout, mode), got in counts.items():
+    for (layout, mode, policy), got in counts.items():
         row = table[names[layout]]
         want = {axis: eval(formula, {"L": 2, "M": 2}) for axis, formula in row.items()}  # noqa: S307
         if mode == "full" and want["all-to-all"]:
             want["all-to-all"] += 3 * 2  # the forward once more
-        assert got == {axis: count for axis, count in want.items() if count}, (layout, mode)
+        # all units but the root's are gathered twice by default
+        want["all-gather"] += {"default": 0, "always": 1, "never": -(want["all-gather"] // 2)}[policy]
+        assert got == {axis: count for axis, count in want.items() if count}, (layout, mode, policy)
 
 
 def counts_table() -> dict[str, dict[str, str]]:
