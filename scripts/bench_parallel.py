@@ -6,7 +6,8 @@
 Every process has one thread, all have the same global batch, fp32, and talk over gloo. A step of two processes is
 taken between two steps of one process, and compared with their mean; tables have medians. `wall` is the speed-up by the
 clock, at most 2; `processor` is the processor time of both together over that of one: 1 where nothing is added. Neither
-waiting nor other programs are in it. Bytes are counted at each collective as it runs: what a process sends to others.
+waiting nor other programs are in it. Bytes are counted at each collective as it runs: what a process sends to others,
+and for all-to-alls also all that goes in.
 """
 
 import argparse
@@ -116,9 +117,10 @@ class Sent(TorchDispatchMode):
         name = func._overloadpacket.__name__.strip("_")
         if func.namespace == "_c10d_functional" and name == "all_to_all_single":
             rows, _, splits, _ = args
-            own, whole = dist.get_rank(), rows.numel() * rows.element_size()
-            stays = splits[own] if splits else len(rows) // RANKS
-            self.bytes["all-to-all"] += whole - whole * stays // max(1, len(rows))
+            whole = rows.numel() * rows.element_size()
+            stays = splits[dist.get_rank()] if splits else len(rows) // RANKS
+            self.bytes["all-to-all"] += whole
+            self.bytes["all-to-all, to others"] += whole - whole * stays // max(1, len(rows))
         elif func.namespace == "c10d" and name in ("allgather_base", "reduce_scatter_base"):
             whole = max(t.numel() * t.element_size() for t in args[:2])
             self.bytes[name.removesuffix("_base")] += whole * (RANKS - 1) // RANKS
@@ -231,12 +233,12 @@ def bytes_sent(pipes: list[Connection], rounds: int) -> None:
         least = {
             "allgather": travels * (2 * layers + root) / tokens,
             "reduce_scatter": travels * (layers + root) / tokens,
-            "all-to-all": travels * 2 * 2 * TOP_K * DIM * 4 * LAYERS,  # there and back, in forward and in backward
-            "allreduce": 0.0,  # losses, loads, the gradient norm
+            "all-to-all": 2 * 2 * TOP_K * DIM * 4 * LAYERS,  # there and back, in forward and in backward
+            # to others: as the router chooses; allreduce: losses, loads, the gradient norm
         }
         for kind, size in sorted(sent.items()):
-            ratio = f"{size / least[kind]:.4f}" if least[kind] else ""
-            print(f"| {name} | {kind} | {size:.2f} | {least[kind]:.2f} | {ratio} |", flush=True)
+            cells = f"{least[kind]:.2f} | {size / least[kind]:.4f}" if kind in least else "| "
+            print(f"| {name} | {kind} | {size:.2f} | {cells} |", flush=True)
         build.cache_clear()
 
 
