@@ -14,6 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from tests.dist.harness import run_ranks
 from tests.dist.layouts import LAYOUTS, mesh_of, on_meta
 from tests.tiny import adamw, steps, tiny_model
+from titan_moe.config import load_config
 from titan_moe.config.sections import Config, Training
 from titan_moe.job import check_same_on_all_ranks
 from titan_moe.model.dispatch import Dispatcher, local
@@ -81,16 +82,18 @@ def count_collectives(world: int, layout: str, mode: str, policy: str, rank: int
     return {names.get(op, op.replace("all_to_all_single", "all-to-all")): count for op, count in counts.items()}
 
 
-def refusal(rank: int) -> str:
-    config = Config(training=Training(seed=7 if rank == 1 else 42))
+def refusals(rank: int) -> list[str]:
     check_same_on_all_ranks(Config())
-    with pytest.raises(ValueError, match="different") as error:
-        check_same_on_all_ranks(config)
-    return str(error.value)
+    texts = []
+    for arguments in ("--training.seed=7", "--optimizer.lr=0.5", "--optimizer.expert.lr=0.5"):
+        with pytest.raises(ValueError, match="different") as error:
+            check_same_on_all_ranks(load_config([arguments] if rank == 1 else []))
+        texts.append(str(error.value).partition(": ")[2].partition(":")[0])
+    return texts
 
 
 def on_ranks(rank: int, world: int) -> dict[str, Any]:
-    results: dict[str, Any] = {"refusal": refusal(rank)}
+    results: dict[str, Any] = {"refusals": refusals(rank)}
     for layout in ("ep4", "ep2_fsdp2"):
         mesh = mesh_of(world, layout).ep
         assert mesh is not None
@@ -118,10 +121,14 @@ def test_four_ranks() -> None:
     results = run_ranks(4, on_ranks)
     for layout, degree in (("ep4", 4), ("ep2_fsdp2", 2)):
         check_dispatcher([result[layout] for result in results], degree)
-    for rank, result in enumerate(results):
+    for result in results:
         check_counts(result["counts"])
         torch.testing.assert_close(result["bfloat16"], exact.loss, rtol=1e-2, atol=0)
-        assert "training.seed is 42 on rank 0 and 7 on rank 1" in result["refusal"], rank
+        assert result["refusals"] == [
+            "training.seed is 42 on rank 0 and 7 on rank 1",
+            "optimizer.lr is 0.001 on rank 0 and 0.5 on rank 1",
+            "optimizer.expert.lr is not set on rank 0 and 0.5 on rank 1",
+        ]
 
 
 def check_dispatcher(results: list[dict[str, Any]], degree: int) -> None:
