@@ -5,6 +5,7 @@ operators. Resident memory would be larger by Python, torch, gloo's buffers and 
 """
 
 import argparse
+import ctypes
 import json
 import os
 import shlex
@@ -25,6 +26,10 @@ LAYOUTS = {
     "FSDP, bf16": ["--training.mixed_precision_param", "bfloat16"],
     "FSDP, full checkpointing": ["--activation_checkpoint.mode", "full"],
     "EP over all ranks": ["--parallelism.expert_parallel_degree", "{ranks}", "--debug.force_balanced_routing", "true"],
+    "EP over half of the ranks": [
+        *("--parallelism.expert_parallel_degree", "{half}"),
+        *("--debug.force_balanced_routing", "true"),
+    ],
 }
 GIB = 2**30
 
@@ -36,6 +41,7 @@ def train(arguments: list[str], result: Path) -> None:
     from titan_moe import runtime
     from titan_moe.train import main as train_main
 
+    count_frees_of_all_threads(Path(torch.__file__).parent / "lib" / "libc10.so")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train_main(arguments)
     if runtime.read_world().is_main:
@@ -47,6 +53,15 @@ def train(arguments: list[str], result: Path) -> None:
     runtime.close_process_group()
 
 
+def count_frees_of_all_threads(library: Path) -> None:
+    """Make torch count memory in every thread, not in the profiled one alone.
+
+    gloo's threads let go of the tensors of asynchronous collectives, all-to-alls among them. The profiler would see
+    these allocated and never freed, which looks like a leak.
+    """
+    ctypes.c_bool.in_dll(ctypes.CDLL(str(library)), "FLAGS_caffe2_report_cpu_memory_usage").value = True
+
+
 def python(words: list[str]) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -54,13 +69,13 @@ def python(words: list[str]) -> str:
     ).stdout
 
 
-def measured(arguments: list[str], ranks: int) -> float:
+def measured(arguments: list[str], ranks: int, steps: int) -> float:
     """Most bytes of torch's allocations at one time on rank 0, GiB."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "peak"
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__]
-        steps = ["--training.steps", "3", "--job.dump_folder", folder]
-        python([*torchrun, "--train", str(result), *arguments, *steps])
+        own = ["--training.steps", str(steps), "--job.dump_folder", folder]
+        python([*torchrun, "--train", str(result), *arguments, *own])
         return int(result.read_text()) / GIB
 
 
@@ -75,12 +90,15 @@ def main() -> None:
         return train(sys.argv[3:], Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--layouts", nargs="*", default=list(LAYOUTS), choices=list(LAYOUTS))
     options = parser.parse_args()
     print(f"{'layout':28}{'estimated':>12}{'measured':>12}{'ratio':>8}   GiB of a rank, {options.ranks} ranks")
     for name in options.layouts:
-        arguments = [*COMMON, *(word.format(ranks=options.ranks) for word in LAYOUTS[name])]
-        estimate, real = estimated(arguments, options.ranks), measured(arguments, options.ranks)
+        degrees = {"ranks": options.ranks, "half": options.ranks // 2}
+        arguments = [*COMMON, *(word.format(**degrees) for word in LAYOUTS[name])]
+        estimate = estimated(arguments, options.ranks)
+        real = measured(arguments, options.ranks, options.steps)
         print(f"{name:28}{estimate:12.3f}{real:12.3f}{estimate / real:8.3f}", flush=True)
     return None
 

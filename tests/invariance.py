@@ -68,20 +68,31 @@ def fresh(
     if wrap is not None:
         wrap(model)
         model.to_empty(device="cpu")
-    model.init_weights(0)
-    for bias in model.expert_biases():
-        bias.copy_(torch.linspace(-0.05, 0.05, bias.numel()))
+    start(model)
     return model
 
 
+def start(model: Any) -> None:
+    """Initial weights, and selection biases that are not 0."""
+    model.init_weights(0)
+    for bias in model.expert_biases():
+        bias.copy_(torch.linspace(-0.05, 0.05, bias.numel()))
+
+
 def outcome(
-    model: Any, balancers: Sequence[Case], *, micro_batches: int = 1, rank: int = 0, world: int = 1
+    model: Any,
+    balancers: Sequence[Case],
+    *,
+    micro_batches: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    sequences: int = 8,
 ) -> dict[str, Any]:
     """Everything that a step of plain SGD makes: losses, norm, loads, MaxVio, biases, gradients by the new weights."""
     torch.manual_seed(0)
     built = {str(case): BALANCERS[case.name](**case.arguments) for case in balancers}
     weighed = {name: (0.5 if balancer.post_step is keep_bias else 1.0, balancer) for name, balancer in built.items()}
-    tokens, labels = (part.chunk(world)[rank] for part in batch(0))
+    tokens, labels = (part.chunk(world)[rank] for part in batch(0, sequences))
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     gradients: dict[str, Tensor] = {}

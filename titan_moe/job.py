@@ -107,6 +107,7 @@ def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) 
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
         checkpoint_mode=config.activation_checkpoint.mode,
         compile_blocks=compile_blocks,
+        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
     )
     return model
 
@@ -136,8 +137,11 @@ def check_same_on_all_ranks(config: Config) -> None:
 
 
 def _keys(value: object, prefix: str = "") -> dict[str, str]:
-    """Nested tables as `section.key` -> value."""
+    """Nested tables as `section.key` -> value, with the names that users give: optimizer.lr, optimizer.expert.lr."""
     if not isinstance(value, dict):
         return {prefix: repr(value)}
-    joined = {name: f"{prefix}.{name}" if prefix else name for name in value}
-    return {key: text for name, inner in value.items() for key, text in _keys(inner, joined[name]).items()}
+    found = {}
+    for name, inner in value.items():
+        parts = [prefix, "" if name in ("arguments", "groups") else name]
+        found |= _keys(inner, ".".join(filter(None, parts)))
+    return found

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from titan_moe.model.moe import MoE
 from titan_moe.model.routing import Router, force_balanced
+from titan_moe.parallelize.parallelize import reshard
 from titan_moe.step import IGNORE, cross_entropy_sum
 
 NO_EXPERT = -1  # in the choices of tokens that do not count
@@ -27,8 +27,7 @@ def routing_choices(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     A token whose label does not count has NO_EXPERT, as has a choice that is not an expert.
     """
     _, routings = model(tokens)
-    if isinstance(model, FSDPModule):
-        model.reshard()  # without a backward the root module would keep its parameters gathered
+    reshard(model)
     counts_T1 = (labels != IGNORE).view(-1, 1)
     choices = []
     for routing in routings:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
+from titan_moe import step
 from titan_moe.build import build_balancers, build_optimizer
 from titan_moe.config import Config
 from titan_moe.job import build_sharded
@@ -82,6 +83,7 @@ class Meter(TorchDispatchMode):
         self.traffic: dict[tuple[str, str], Traffic] = {}
         self.flops = 0
         self.paused = False
+        self.answers = False  # whether a value that is read on the host is 1: a finite number, a first step
 
     def track(self, tensor: Tensor, kind: str) -> None:
         """Count a tensor's storage, if it is not counted yet."""
@@ -114,6 +116,8 @@ class Meter(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does to its local tensor comes here again
         kwargs = kwargs or {}
+        if self.answers and func is aten._local_scalar_dense.default:
+            return 1
         result = args[0] if func is torch.ops._c10d_functional.wait_tensor.default else func(*args, **kwargs)
         if self.paused:
             return result
@@ -159,8 +163,11 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
-    """Tell the meter when a storage changes its size, and when tensors are made only to know their shapes."""
+    """Tell the meter of storages that change their size, of tensors that are made only to know their shapes, and of
+    the end of backward: optimizers of matrices look from there on at numbers, which are not there.
+    """
     resize, propagate = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
+    clip = step.clip_grad_norm
 
     def resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
         result = resize(storage, size)
@@ -174,11 +181,17 @@ def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
         finally:
             meter.paused = False
 
+    def clip_and_answer(*args: Any) -> Tensor:
+        meter.answers = True
+        return clip(*args)
+
+    step.clip_grad_norm = clip_and_answer
     torch.UntypedStorage.resize_ = resize_and_tell  # pyrefly: ignore
     ShardingPropagator._propagate_tensor_meta_non_cached = propagate_unseen  # pyrefly: ignore
     try:
         yield
     finally:
+        step.clip_grad_norm = clip
         torch.UntypedStorage.resize_ = resize
         ShardingPropagator._propagate_tensor_meta_non_cached = propagate
 

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
@@ -21,6 +20,7 @@ from titan_moe.optimizer.combined import refuse_nonfinite_gradients
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.load_lr import step_by_load
 from titan_moe.parallelize.grad import clip_grad_norm
+from titan_moe.parallelize.parallelize import reshard
 
 IGNORE = -100  # a label that does not count, torch's convention
 
@@ -114,8 +114,7 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_b
     """Sums over all validation batches of all ranks, each of which must have the same number of batches."""
     device = token_bytes.device
     outputs = [eval_step(model, tokens.to(device), labels.to(device), token_bytes) for tokens, labels in batches]
-    if isinstance(model, FSDPModule):
-        model.reshard()  # without a backward the root module would keep its parameters gathered
+    reshard(model)
     return EvalOutput(*(all_reduce_sum(sum_tensors(field)) for field in zip(*outputs, strict=True)))
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from tests.dist.harness import run_ranks
 from tests.dist.layouts import LAYOUTS, mesh_of, on_meta
 from tests.tiny import adamw, steps, tiny_model
+from titan_moe.config import load_config
 from titan_moe.config.sections import Config, Training
 from titan_moe.job import check_same_on_all_ranks
 from titan_moe.model.dispatch import Dispatcher, local
@@ -61,13 +62,17 @@ def through(dispatcher: Dispatcher, weight: Tensor, name: str, rank: int) -> tup
     return y.detach(), *torch.autograd.grad(y, (x, scores, weight), upstream)
 
 
+# Checkpointing and resharding.
+COUNTED = [("none", "default"), ("selective", "default"), ("full", "default"), ("none", "always"), ("none", "never")]
+
+
 def weights() -> Tensor:
     return torch.linspace(0.5, 2.0, E)
 
 
-def count_collectives(world: int, layout: str, mode: str, rank: int) -> dict[str, int]:
+def count_collectives(world: int, layout: str, mode: str, policy: str, rank: int) -> dict[str, int]:
     """Collectives of one optimizer step of a model of two MoE layers."""
-    model = on_meta(tiny_model(device="meta"), world, layout, checkpoint_mode=mode)
+    model = on_meta(tiny_model(device="meta"), world, layout, checkpoint_mode=mode, reshard_after_forward=policy)
     optimizer = adamw(model)
     with warnings.catch_warnings(), CommDebugMode() as counter:
         warnings.simplefilter("ignore")  # of the counter's own hooks
@@ -77,16 +82,18 @@ def count_collectives(world: int, layout: str, mode: str, rank: int) -> dict[str
     return {names.get(op, op.replace("all_to_all_single", "all-to-all")): count for op, count in counts.items()}
 
 
-def refusal(rank: int) -> str:
-    config = Config(training=Training(seed=7 if rank == 1 else 42))
+def refusals(rank: int) -> list[str]:
     check_same_on_all_ranks(Config())
-    with pytest.raises(ValueError, match="different") as error:
-        check_same_on_all_ranks(config)
-    return str(error.value)
+    texts = []
+    for arguments in ("--training.seed=7", "--optimizer.lr=0.5", "--optimizer.expert.lr=0.5"):
+        with pytest.raises(ValueError, match="different") as error:
+            check_same_on_all_ranks(load_config([arguments] if rank == 1 else []))
+        texts.append(str(error.value).partition(": ")[2].partition(":")[0])
+    return texts
 
 
 def on_ranks(rank: int, world: int) -> dict[str, Any]:
-    results: dict[str, Any] = {"refusal": refusal(rank)}
+    results: dict[str, Any] = {"refusals": refusals(rank)}
     for layout in ("ep4", "ep2_fsdp2"):
         mesh = mesh_of(world, layout).ep
         assert mesh is not None
@@ -97,10 +104,10 @@ def on_ranks(rank: int, world: int) -> dict[str, Any]:
     model = on_meta(tiny_model(device="meta"), world, "ep2_fsdp2", param_dtype=torch.bfloat16)
     results["bfloat16"] = steps(model, 1, rank=rank, world=world)[0].loss
     results["counts"] = {
-        (layout, mode): count_collectives(world, layout, mode, rank)
+        (layout, mode, policy): count_collectives(world, layout, mode, policy, rank)
         for layout in LAYOUTS[world]
-        for mode in ("none", "selective", "full")
-        if mode == "none" or layout == "ep2_fsdp2"
+        for mode, policy in COUNTED
+        if (mode, policy) == COUNTED[0] or layout in ("fsdp4", "ep2_fsdp2")
     }
     return results
 
@@ -114,10 +121,14 @@ def test_four_ranks() -> None:
     results = run_ranks(4, on_ranks)
     for layout, degree in (("ep4", 4), ("ep2_fsdp2", 2)):
         check_dispatcher([result[layout] for result in results], degree)
-    for rank, result in enumerate(results):
+    for result in results:
         check_counts(result["counts"])
         torch.testing.assert_close(result["bfloat16"], exact.loss, rtol=1e-2, atol=0)
-        assert "training.seed is 42 on rank 0 and 7 on rank 1" in result["refusal"], rank
+        assert result["refusals"] == [
+            "training.seed is 42 on rank 0 and 7 on rank 1",
+            "optimizer.lr is 0.001 on rank 0 and 0.5 on rank 1",
+            "optimizer.expert.lr is not set on rank 0 and 0.5 on rank 1",
+        ]
 
 
 def check_dispatcher(results: list[dict[str, Any]], degree: int) -> None:
@@ -131,16 +142,18 @@ def check_dispatcher(results: list[dict[str, Any]], degree: int) -> None:
             torch.testing.assert_close(result[name][3], want, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
-def check_counts(counts: dict[tuple[str, str], dict[str, int]]) -> None:
+def check_counts(counts: dict[tuple[str, str, str], dict[str, int]]) -> None:
     """The table of docs/parallelism.md: formulas in L layers, M of them MoE layers, for one micro-batch."""
     table = counts_table()
     names = {"fsdp4": "FSDP2", "hsdp2x2": "HSDP", "ep4": "EP", "ep2_fsdp2": "EP x FSDP2", "hsdp2_ep2": "HSDP x EP"}
-    for (layout, mode), got in counts.items():
+    for (layout, mode, policy), got in counts.items():
         row = table[names[layout]]
         want = {axis: eval(formula, {"L": 2, "M": 2}) for axis, formula in row.items()}  # noqa: S307
         if mode == "full" and want["all-to-all"]:
             want["all-to-all"] += 3 * 2  # the forward once more
-        assert got == {axis: count for axis, count in want.items() if count}, (layout, mode)
+        # all units but the root's are gathered twice by default
+        want["all-gather"] += {"default": 0, "always": 1, "never": -(want["all-gather"] // 2)}[policy]
+        assert got == {axis: count for axis, count in want.items() if count}, (layout, mode, policy)
 
 
 def counts_table() -> dict[str, dict[str, str]]:

@@ -14,6 +14,12 @@ from titan_moe.parallelize.parallelize import parallelize
 from titan_moe.step import evaluate, train_step
 
 STEPS = 4
+OPTIONS = {
+    "plain": {},
+    "checkpointed": {"checkpoint_mode": "full"},
+    "always resharded": {"reshard_after_forward": "always"},
+    "never resharded": {"reshard_after_forward": "never"},
+}
 
 
 def sharded(world: int, **options: Any) -> Any:
@@ -44,14 +50,14 @@ def summarize(model: Any, outputs: list[Any]) -> dict[str, Any]:
 
 def train_sharded(rank: int, world: int) -> dict[str, Any]:
     results = {}
-    for mode in ("none", "full"):
-        model = sharded(world, checkpoint_mode=mode)
+    tokens, labels = (part.chunk(world)[rank] for part in batch(9))
+    for name, options in OPTIONS.items():
+        model = sharded(world, **options)
         # the micro-batches of both ranks together are the four of the single process
         outputs = steps(model, STEPS, micro_batches=2, rank=rank, world=world)
-        results[mode] = summarize(model, outputs)
-    tokens, labels = (part.chunk(world)[rank] for part in batch(9))
-    results["evaluation"] = evaluate(model, [(tokens, labels)], torch.ones(64))
-    assert all(isinstance(p, DTensor) for p in model.parameters())  # sharded again, as a save needs them
+        results[name] = summarize(model, outputs)
+        results[name]["evaluation"] = tuple(evaluate(model, [(tokens, labels)], torch.ones(64)))
+        assert all(isinstance(p, DTensor) for p in model.parameters())  # sharded again, as a save needs them
     return results
 
 
@@ -63,12 +69,12 @@ def test_two_ranks_equal_one() -> None:
     evaluation = evaluate(model, [batch(9)], torch.ones(64))
     results = run_ranks(2, train_sharded)
     for result in results:
-        for mode in ("none", "full"):
+        assert result.keys() == OPTIONS.keys()
+        for own in result.values():
             # AdamW divides by the gradient's size: where that is near 0, round-off of the sum over ranks grows
-            torch.testing.assert_close(result[mode].pop("parameters"), alone["parameters"], rtol=1e-4, atol=1e-5)
-            numbers = {name: alone[name] for name in result[mode]}
-            torch.testing.assert_close(result[mode], numbers, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(tuple(result["evaluation"]), tuple(evaluation), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(own.pop("parameters"), alone["parameters"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(own.pop("evaluation"), tuple(evaluation), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(own, {name: alone[name] for name in own}, rtol=1e-5, atol=1e-7)
 
 
 def mixed_precision(rank: int, world: int) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 import shlex
 
 import pytest
+import torch
 
 from tests.e2e.harness import command
+from titan_moe.build import build_balancers, build_model, build_optimizer
 from titan_moe.config import load_config
 from titan_moe.estimate import in_world, take, vocabulary
 from titan_moe.model.routing import ROUTERS, Router
 from titan_moe.simulate import Simulation, fake_world, simulate
+from titan_moe.step import train_step
 
 MODEL = shlex.split(
     "--model.dim 32 --model.num_layers 3 --model.num_heads 2 --model.vocab_size 512 --moe.num_experts 8 --moe.top_k 2 "
@@ -104,6 +107,20 @@ def test_whatever_a_run_can_have(more: str) -> None:
     result = run(8, "--parallelism.expert_parallel_degree", "4", *more.split())
     assert result.expert_rows == 2 * 64 * 2 * factor
     assert result.peak > result.parameters + result.optimizer_state
+
+
+@pytest.mark.parametrize("name", ["shampoo", "soap", "muon"])
+def test_state_of_optimizers_of_matrices(name: str) -> None:
+    """They look at values on the host, which a simulation has not; the state is that of a real step all the same."""
+    words = ("--optimizer.expert.name", name, "--training.local_batch_size", "1")
+    config = load_config([*MODEL, *words])
+    model = build_model(config)
+    model.init_weights(0)
+    optimizer = build_optimizer(config, model)
+    tokens = torch.zeros(1, 64, dtype=torch.int64)
+    train_step(model, [(tokens, tokens)], optimizer, build_balancers(config), model.expert_biases(), max_norm=1.0)
+    state = [leaf for own in optimizer.state.values() for leaf in own.values() if isinstance(leaf, torch.Tensor)]
+    assert run(1, *words).optimizer_state == sum(leaf.nbytes for leaf in state)
 
 
 def estimate(*words: str) -> str:

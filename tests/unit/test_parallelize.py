@@ -8,16 +8,22 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.tiny import adamw, balancers, batch, tiny_model
+from tests.tiny import balancers, batch, tiny_model
 from titan_moe.model.attention import rope_cos_sin
 from titan_moe.model.routing import ROUTERS, Routing
+from titan_moe.optimizer import load_lr
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.parallelize import expert
 from titan_moe.parallelize.activation import checkpoint_block
 from titan_moe.parallelize.mesh import Degrees, build_mesh, resolve_degrees
 from titan_moe.parallelize.parallelize import parallelize
+from titan_moe.records import train_record
 from titan_moe.step import train_step
 
 
@@ -91,7 +97,10 @@ def test_selective_checkpointing_keeps_the_choice_of_experts() -> None:
 
 
 # The functions that may read a tensor's value on the host, which waits for the device, in a training step.
-ALLOWED_TO_WAIT = ["read_splits"]
+ALLOWED_TO_WAIT = {
+    "read_splits": "all-to-alls want their sizes on the host: once for each MoE layer and forward pass",
+    "refuse_nonfinite_gradients": "a NaN would stay in the factors of matrix optimizers: these look before they step",
+}
 
 
 @pytest.fixture
@@ -101,8 +110,8 @@ def four_ranks() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def fake_step(checkpoint_mode: str) -> None:
-    """A whole step of rank 0 of 4, EP 2 x FSDP2 2, in which a read of a value raises."""
+def fake_step(checkpoint_mode: str, optimizer: str) -> None:
+    """A whole step of rank 0 of 4, EP 2 x FSDP2 2, and all that is recorded of it; a read of a value raises."""
     with torch.device("meta"):
         model = tiny_model(device="meta")
     parallelize(
@@ -113,22 +122,40 @@ def fake_step(checkpoint_mode: str) -> None:
         checkpoint_mode=checkpoint_mode,
         compile_blocks=False,
     )
+    by_load = expand_load_lr({"load_lr": "ideal_normalized", "load_lr_ema": 0.9}, top_k=2)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
+        groups = parameter_groups(model.named_parameters(), {"expert": by_load if optimizer == "adamw" else {}})
+        built = OPTIMIZERS[optimizer](groups, lr=1e-2)
         micro_batches = [batch(0, 2), batch(1, 2)]
-        output = train_step(model, micro_batches, adamw(model), balancers(), model.expert_biases(), max_norm=1.0)
-    assert output.loss.shape == ()
+        biases = model.expert_biases()
+        output = train_step(model, micro_batches, built, balancers(), biases, max_norm=1.0, measure_experts=True)
+        record = train_record(model, output, {"expert": 1e-2})
+    assert record["grad_norm"].shape == record["param_norm"].shape == record["maxvio_batch"].shape == ()
+    assert ("lr/expert_min" in record) == (optimizer == "adamw")
+    assert "update_ratio" in record
+
+
+def first_wait(checkpoint_mode: str, optimizer: str) -> str:
+    """The name of the function of ours that waits first."""
+    with pytest.raises(DataDependentOutputException) as error:
+        fake_step(checkpoint_mode, optimizer)
+    return [frame.name for frame in traceback.extract_tb(error.tb) if "titan_moe/" in frame.filename][-1]
 
 
 @pytest.mark.usefixtures("four_ranks")
 @pytest.mark.parametrize("checkpoint_mode", ["none", "selective", "full"])
-def test_a_step_waits_for_the_device_only_for_the_split_sizes(
-    checkpoint_mode: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(DataDependentOutputException) as error:
-        fake_step(checkpoint_mode)
-    ours = [frame.name for frame in traceback.extract_tb(error.tb) if "titan_moe/" in frame.filename]
-    assert ours[-1] in ALLOWED_TO_WAIT
-    for name in ALLOWED_TO_WAIT:  # 2 sequences of 16 tokens with 2 experts each, dealt out evenly
-        monkeypatch.setattr(expert, name, lambda sent, received: ([32, 32], [32, 32]))
-    fake_step(checkpoint_mode)
+def test_a_step_waits_for_the_device_only_where_it_must(checkpoint_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_lr, "compute_local_shape_and_global_offset", offsets_of_the_host)
+    waits = [first_wait(checkpoint_mode, "adamw")]
+    # 2 sequences of 16 tokens with 2 experts each, dealt out evenly
+    monkeypatch.setattr(expert, "read_splits", lambda sent, received: ([32, 32], [32, 32]))
+    fake_step(checkpoint_mode, "adamw")
+    waits += [first_wait(checkpoint_mode, "muon")]
+    assert waits == list(ALLOWED_TO_WAIT)
+
+
+def offsets_of_the_host(*args: Any) -> Any:
+    """torch computes which rows are here by small tensors, which are the host's on any device."""
+    with unset_fake_temporarily():
+        return compute_local_shape_and_global_offset(*args)

@@ -36,6 +36,18 @@ def test_rows_keep_four_significant_bits() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_rounded_as_torchao_rounds_them(dtype: torch.dtype) -> None:
+    utils = pytest.importorskip("torchao.float8.float8_utils")
+    axiswise = pytest.importorskip("torchao.float8.config").ScalingGranularity.AXISWISE
+    x = torch.randn(64, 32, dtype=dtype) * torch.logspace(-6, 6, 64, dtype=dtype).unsqueeze(-1)
+    options = {"scaling_granularity": axiswise, "axiswise_dim": -1, "round_scales_to_power_of_2": True}
+    scale = utils.tensor_to_scale(x, torch.float8_e4m3fn, **options)
+    x8, factor = quantize_rows(x)
+    assert torch.equal(factor, 1 / scale)
+    assert torch.equal(x8.float(), utils.to_fp8_saturated(x.float() * scale, torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_product_is_that_of_the_rounded_numbers(dtype: torch.dtype) -> None:
     a, b = torch.randn(16, 32, dtype=dtype), torch.randn(4, 32, 16, dtype=dtype)
     got = float8_grouped_mm(a, b, offsets(), emulate=True)

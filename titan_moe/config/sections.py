@@ -141,6 +141,10 @@ class Parallelism:
     expert_parallel_degree: Annotated[PositiveInt, "ranks that share the experts of a layer"] = 1
     tensor_parallel_degree: Annotated[PositiveInt, "ranks that share each matrix"] = 1
     context_parallel_degree: Annotated[PositiveInt, "ranks that share each sequence"] = 1
+    fsdp_reshard_after_forward: Annotated[
+        Literal["default", "always", "never"],
+        "whether FSDP2 frees gathered parameters until backward: of blocks, of everything, of nothing",
+    ] = "default"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from titan_moe.parallelize.activation import checkpoint_block
 from titan_moe.parallelize.expert import share_out_experts
 from titan_moe.parallelize.mesh import Meshes
 
+Reshard = Literal["default", "always", "never"]  # torchtitan's names
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -27,6 +29,7 @@ def parallelize(
     reduce_dtype: torch.dtype,
     checkpoint_mode: str,
     compile_blocks: bool,
+    reshard_after_forward: Reshard = "default",
 ) -> None:
     """Parallelize `model` in place; with `mesh` None it stays whole, on one process."""
     has_expert_axis = mesh is not None and mesh.ep is not None
@@ -40,26 +43,43 @@ def parallelize(
         for name, block in model.layers.named_children():
             model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=True)))
     if mesh is not None:
-        shard(model, mesh, MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype))
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+        shard(model, mesh, policy, reshard_after_forward)
 
 
-def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy) -> None:
+def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshard_after_forward: Reshard) -> None:
     """Apply FSDP2 to every block and to the rest of the model.
 
     A block is one unit, whose experts are sharded over their own mesh under expert parallelism. Gradients are summed,
     not averaged, over ranks: the loss is already divided by the step's global token count, so expert and dense
     gradients are right whatever the layout. gloo has no pre-multiplied sum, hence the forced one.
+
+    Between forward and backward the gathered parameters of blocks are freed; with `always` also those of the rest,
+    which backward gathers again at once, with `never` none.
     """
     # Activations come in the parameters' type already; the cast would only take the rotary angles out of fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     placement = expert_placement(model, mesh)
     for block in model.layers.children():
-        fully_shard(block, mesh=mesh.dense, mp_policy=block_policy, shard_placement_fn=placement)
-    fully_shard(model, mesh=mesh.dense, mp_policy=policy)
+        fully_shard(
+            block,
+            mesh=mesh.dense,
+            mp_policy=block_policy,
+            shard_placement_fn=placement,
+            reshard_after_forward=reshard_after_forward != "never",
+        )
+    fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free parameters that a forward pass without a backward has left gathered; nothing where nothing is sharded."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def expert_placement(model: nn.Module, mesh: Meshes) -> Callable[[nn.Parameter], Any] | None:
