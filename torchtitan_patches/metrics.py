@@ -51,9 +51,8 @@ class BalanceMetrics(MetricsProcessor):
         logger.info(f"step: {step:2}  maxvio_batch: {numbers['maxvio_batch']:.4f}")
 
     def rates(self) -> dict[str, Any]:
-        """Learning rates of the groups by titan_moe's names, for the step that comes, and the range of the experts'."""
-        groups = [g for optimizer in self.optimizers or [] for g in optimizer.param_groups if "name" in g]
-        rates = {f"lr/{group['name']}": group["lr"] for group in groups}
+        """Learning rates that the groups of titan_moe's optimizer had in the step, and the range of the experts'."""
+        rates = {f"lr/{name}": rate for name, rate in getattr(self.optimizers, "rates", {}).items()}
         factors = getattr(self.optimizers, "load_factors", None)
         return rates if factors is None else {**rates, **expert_lr_range(rates["lr/expert"], factors)}
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.tools.logging import logger
 
 from titan_moe.build import build_optimizer
 from titan_moe.optimizer.combined import describe_group
@@ -41,9 +42,11 @@ class BalancedOptimizers(OptimizersContainer):
         optimizer: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
 
     monitor: Monitor
+    rates: dict[str, float]  # of the last step, by group
+    load_factors: Tensor | None  # (L, E) of the last step, where the experts' rates go by their loads
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
-        self.load_factors = None
+        self.rates, self.load_factors = {}, None
         if not config.optimizer:
             super().__init__(config, model_parts=model_parts)
             attach(self, make_balancers(config.balancers))
@@ -58,6 +61,7 @@ class BalancedOptimizers(OptimizersContainer):
     def step(self, closure: None = None) -> None:
         """Take the optimizer's step, with the loads of the step where rates depend on them."""
         for optimizer in self.optimizers:
+            self.rates = {group["name"]: group["lr"] for group in optimizer.param_groups if "name" in group}
             self.load_factors = step_by_load(optimizer, self.monitor.load)
 
 
@@ -78,8 +82,6 @@ def _build(config: BalancedOptimizers.Config, model: nn.Module, monitor: Monitor
     names = {parameter: canonical_fqn(name) for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         group["param_names"] = [names[parameter] for parameter in group["params"]]  # keys of torchtitan's checkpoints
-        from torchtitan.tools.logging import logger
-
         logger.info(f"Optimizer of {group['name']}: {describe_group(optimizer, group)}, lr {group['lr']}")
     return optimizer
 
