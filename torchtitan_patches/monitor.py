@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_moe.balancer import no_loss
+from titan_moe.balancer import keep_bias, no_loss
 from titan_moe.model.routing import Routing
 from titan_moe.model.selection import make_routing, normalized
 from titan_moe.optimizer.load_lr import local
@@ -46,7 +46,7 @@ class Layer:
         self.values = torch.zeros(len(self.losses), device=device)  # sums over tokens, at coefficient 1
         self.observed: dict[str, Tensor] = {}
         self.num_layers = 0  # of the model
-        self.logits: Tensor | None = None
+        self.logits: Any = None  # between the gate and the end of its router
         self.number = max(_LAYERS, default=-1) + 1
         _LAYERS[self.number] = self
         router.gate.register_forward_hook(self.on_logits)
@@ -111,13 +111,16 @@ class Layer:
         self.values += values
         names = [name for name, (_, balancer) in self.balancers.items() if balancer.observe is not None]
         for name, value in zip(names, observed, strict=True):
-            self.observed[name] = self.observed[name] + value if name in self.observed else value.clone()
+            if name in self.observed:
+                self.observed[name] += value  # in place, as the other sums: a CUDA graph replays nothing else
+            else:
+                self.observed[name] = value.clone()
         if not self.losses:
             return values.new_zeros(())
         if not _step_tokens:
             raise ValueError(
-                "the balance losses do not know the tokens of the step: give torchtitan_patches.overrides.loss to "
-                "--override.imports, too, and use torchtitan's CrossEntropyLoss"
+                "torchtitan_patches: the balance losses do not know the tokens of the step: give "
+                "torchtitan_patches.overrides.loss to --override.imports, too, and use torchtitan's CrossEntropyLoss"
             )
         return 1 / (_step_tokens[0].to(values.dtype) * self.num_layers)
 
@@ -178,10 +181,10 @@ class Monitor:
             raise ValueError("torchtitan_patches is for Mixtures of Experts, but this model has no MoE layer")
         for layer in self.layers:
             layer.num_layers = len(self.layers)
-        self.own_bias_rule = any(b.loss is no_loss for _, b in balancers.values())
+        self.own_bias_rule = any(b.post_step is not keep_bias for _, b in balancers.values())
         if self.own_bias_rule and any(layer.moe.load_balance_coeff is None for layer in self.layers):
             raise ValueError(
-                "loss_free needs the layers' bias: set load_balance_coeff of each MoE.Config, e.g. to 1e-3"
+                "torchtitan_patches: loss_free needs the layers' bias: set load_balance_coeff of each MoE.Config to 1e-3"
             )
         self.load = torch.zeros(0)
         self._values, self._tokens = torch.zeros(0), torch.ones(())
@@ -207,7 +210,8 @@ class Monitor:
         for layer in self.layers:
             layer.load.zero_()
             layer.values.zero_()
-            layer.observed.clear()
+            for observed in layer.observed.values():
+                observed.zero_()
             if self.own_bias_rule:
                 layer.moe.tokens_per_expert_E.zero_()  # nothing left for torchtitan's rule to go by
 

@@ -87,7 +87,9 @@ def _build(config: BalancedOptimizers.Config, model: nn.Module, monitor: Monitor
 
 
 def with_tables(config: OptimizersContainer.Config, balancers: Table, optimizer: Table) -> BalancedOptimizers.Config:
-    """The container's configuration with these tables; raises ValueError for what is wrong in them."""
+    """The container's configuration with these tables beside those it has; ValueError for what is wrong in them."""
+    if isinstance(config, BalancedOptimizers.Config):
+        balancers, optimizer = {**config.balancers, **balancers}, {**config.optimizer, **optimizer}
     make_balancers(balancers)
     read_tables(base_table(config), {"optimizer": dict(optimizer)})
     given = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizersContainer.Config)}

@@ -37,4 +37,5 @@ if __name__ == "__main__":
     except (RuntimeError, ValueError) as error:
         if not str(error).startswith("torchtitan_patches"):
             raise
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

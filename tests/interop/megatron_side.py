@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 
-def prepare() -> None:
-    """One process without a GPU, as far as Megatron can tell."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def prepare(rank: int = 0, world_size: int = 1, store: dist.Store | None = None) -> None:
+    """A process without a GPU, as far as Megatron can tell."""
+    dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=world_size)
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *_: None

@@ -30,7 +30,11 @@ def test_reports_are_those_of_a_plain_count(tmp_path: Path) -> None:
     results = [json.loads(out.splitlines()[-1]) for out, _ in answers]
     assert results[0]["reports"] == results[1]["reports"]  # each rank has other tokens
     result = results[0]
-    assert result["tokens"] == [0, 2 * 2 * 2 * 8 * 2, 2 * 2 * 2 * 8 * 2]  # ranks, micro-batches, sequences, positions, k
+    assert result["tokens"] == [
+        0,
+        2 * 2 * 2 * 8 * 2,
+        2 * 2 * 2 * 8 * 2,
+    ]  # ranks, micro-batches, sequences, positions, k
     for kind in ("batch", "global"):
         report, expected = result["reports"][kind], result["expected"][kind]
         assert report[f"maxvio_{kind}/layer_0"] == pytest.approx(expected[0], rel=1e-6)

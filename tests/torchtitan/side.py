@@ -23,15 +23,15 @@ from torchtitan_patches import cpu
 if __name__ == "__main__":
     cpu.prepare()
 
-import torchtitan.trainer  # noqa: E402
-from torchtitan.components.metrics import BaseLogger  # noqa: E402
-from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw  # noqa: E402
-from torchtitan.config.override import derive  # noqa: E402
-from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC  # noqa: E402
-from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter  # noqa: E402
+import torchtitan.trainer
+from torchtitan.components.metrics import BaseLogger
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.config.override import derive
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter
 
-from torchtitan_patches import enable  # noqa: E402
-from torchtitan_patches.debug import debug_moe, small_model  # noqa: E402
+from torchtitan_patches import enable
+from torchtitan_patches.debug import debug_moe, small_model
 
 SIZES = {"dim": 32, "num_layers": 2, "num_experts": 8, "top_k": 2, "expert_dim": 32}
 
@@ -104,16 +104,19 @@ def recipe(
     return enable(config, **copy.deepcopy(pieces)) if pieces else config
 
 
+def plain(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
 @torch.no_grad()
 def set_state(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
     """Give a model the full weights `state`, whatever its layout."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        name = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-        if name in state:
-            full = state[name]
-            if isinstance(tensor, DTensor):
-                full = distribute_tensor(full, tensor.device_mesh, tensor.placements)
-            tensor.copy_(full)
+        value = state.get(plain(name))
+        if value is not None and isinstance(tensor, DTensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+        if value is not None:
+            tensor.copy_(value)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ def full(tensor: Tensor) -> Tensor:
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
     """All weights and biases, full, on every rank."""
     tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith("expert_bias_E"))]
-    return {name.replace("_checkpoint_wrapped_module.", ""): full(tensor) for name, tensor in tensors}
+    return {plain(name): full(tensor) for name, tensor in tensors}
 
 
 def build(weights: dict[str, Tensor] | None, **arguments: Any) -> Any:
@@ -136,7 +139,7 @@ def build(weights: dict[str, Tensor] | None, **arguments: Any) -> Any:
 def close(trainer: Any) -> None:
     trainer.close()
     dist.destroy_process_group()
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1)  # a fresh store
 
 
 def train(weights: dict[str, Tensor] | None = None, **arguments: Any) -> dict[str, Any]:
@@ -160,10 +163,7 @@ def gradients(weights: dict[str, Tensor], **arguments: Any) -> dict[str, Any]:
         dist.all_reduce(tokens)
     for inputs, labels in micro_batches:
         trainer.forward_backward_step(input_dict=dict(inputs), labels=labels, global_valid_tokens=tokens)
-    grads = {
-        name.replace("_checkpoint_wrapped_module.", ""): full(parameter.grad)
-        for name, parameter in trainer.model_parts[0].named_parameters()
-    }
+    grads = {plain(name): full(parameter.grad) for name, parameter in trainer.model_parts[0].named_parameters()}
     close(trainer)
     return {"gradients": grads, "batches": [(inputs["input"], labels) for inputs, labels in micro_batches]}
 

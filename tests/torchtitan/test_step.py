@@ -1,16 +1,14 @@
 """A step of stock torchtitan with the pieces on equals titan_moe's own step at the same weights and tokens."""
 
-import socket
-import subprocess
-import sys
-from pathlib import Path
+from functools import reduce
 from typing import Any
 
 import pytest
 import torch
 
+from tests.torchtitan.processes import start
 from titan_moe.balancer import BALANCERS
-from titan_moe.metrics import train_metrics
+from titan_moe.metrics import maxvio, train_metrics
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
@@ -52,49 +50,13 @@ MORE = {
 }
 
 
-def start(cases: dict[str, Any], folder: Path, world: int) -> Path:
-    """Run the cases in `world` processes; the file of their results."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = min(free.getsockname()[1], 65000)
-    given, result = folder / "cases.pt", folder / "results.pt"
-    torch.save(cases, given)
-    environment = {"WORLD_SIZE": str(world), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.torchtitan.side", str(given), str(result)]
-    logs = [open(folder / f"log-{rank}", "w+") for rank in range(world)]
-    import os
-
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=log,
-            stderr=log,
-            cwd=Path(__file__).parents[2],
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=280) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for log in logs:
-        log.seek(0)
-    texts = [log.read()[-3000:] for log in logs]
-    for log in logs:
-        log.close()
-    assert codes == [0] * world, "\n".join(texts)
-    return result
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("one")
     with_folder = {
         name: {**case, "folder": str(folder)} if "interval" in case else dict(case) for name, case in CASES.items()
     }
-    return torch.load(start(with_folder, folder, 1), weights_only=False)
+    return start(with_folder, folder, 1)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +64,7 @@ def two_ranks(results: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("two")
     weights = {"weights": results["ours"]["first"]}
     cases = {name: {**case, "folder": str(folder), **weights} for name, case in MORE.items()}
-    return torch.load(start(cases, folder, 2), weights_only=False)
+    return start(cases, folder, 2)
 
 
 RENAMED = (
@@ -117,12 +79,7 @@ RENAMED = (
 
 
 def our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {}
-    for name, tensor in tensors.items():
-        for old, new in RENAMED:
-            name = name.replace(old, new)
-        renamed[name] = tensor
-    return renamed
+    return {reduce(lambda name, pair: name.replace(*pair), RENAMED, name): tensor for name, tensor in tensors.items()}
 
 
 def our_model(state: dict[str, torch.Tensor], router: str) -> Transformer:
@@ -140,7 +97,9 @@ def our_balancers(tables: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def our_gradients(result: dict[str, Any], state: Any, router: str, balancers: dict[str, Any]) -> dict[str, torch.Tensor]:
+def our_gradients(
+    result: dict[str, Any], state: Any, router: str, balancers: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     """The gradients of titan_moe's step before any clipping."""
     model, found = our_model(state, router), {}
     sgd = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -202,18 +161,16 @@ def test_ten_steps_are_ours(results: dict[str, Any]):
         assert logged["lr/expert_max"] == pytest.approx(0.02 * float(output.load_factors.max()))
     last = our_names(ours["last"])
     for layer in (0, 1):
-        assert torch.equal(last[f"layers.{layer}.moe.expert_bias"], model.state_dict()[f"layers.{layer}.moe.expert_bias"])
+        assert torch.equal(
+            last[f"layers.{layer}.moe.expert_bias"], model.state_dict()[f"layers.{layer}.moe.expert_bias"]
+        )
         assert last[f"layers.{layer}.moe.expert_bias"].abs().max() > 0.02
     close(last, dict(model.state_dict()), rtol=0, atol=1e-5)
 
-    validation = LibraryText(
-        LibraryText.Config(first=2000), dp_world_size=1, dp_rank=0, seq_len=32, local_batch_size=4
-    )
+    validation = LibraryText(LibraryText.Config(first=2000), dp_world_size=1, dp_rank=0, seq_len=32, local_batch_size=4)
     load = 0
     for (inputs, _), _ in zip(validation, range(2), strict=False):
         load = load + torch.stack([r.tokens_per_expert for r in model(inputs["input"])[1]])
-    from titan_moe.metrics import maxvio
-
     assert ours["records"][10]["maxvio_global/layer_1"] == float(maxvio(load)[1])
     assert ours["records"][10]["maxvio_global"] == float(maxvio(load).mean())
 
@@ -221,7 +178,9 @@ def test_ten_steps_are_ours(results: dict[str, Any]):
 @pytest.mark.parametrize("case", ["full", "selective"])
 def test_recomputation_changes_nothing(results: dict[str, Any], case: str):
     for step in (1, 2):
-        names = [n for n in results["ours"]["records"][step] if "vio" in n or n.endswith("_loss") or n == "expert_batch_mean"]
+        names = [
+            n for n in results["ours"]["records"][step] if "vio" in n or n.endswith("_loss") or n == "expert_batch_mean"
+        ]
         assert len(names) > 8
         for name in names:
             if "global" not in name:
