@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from titan_moe.model.routing import ROUTERS, force_balanced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.combined import combine
-from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
 from titan_moe.runtime import Runtime
@@ -67,16 +68,19 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
     return balancers
 
 
-def build_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: Config, model: nn.Module, patterns: Mapping[str, str] = GROUP_PATTERNS
+) -> torch.optim.Optimizer:
     """Build the optimizer of [optimizer] over the model's parameter groups, with load-based rates if asked for.
 
-    A group that names another optimizer gets from [optimizer] those arguments that this one takes.
+    A group that names another optimizer gets from [optimizer] those arguments that this one takes. `patterns` tell
+    the groups of a model whose parameters have other names than ours.
     """
     arguments = {group: dict(own) for group, own in config.optimizer.groups.items()}
     names = {group: own.pop("name") for group, own in arguments.items() if "name" in own}
     if "expert" in arguments:
         arguments["expert"] = expand_load_lr(arguments["expert"], top_k=config.moe.top_k)
-    groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), arguments)
+    groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), arguments, patterns)
 
     def build(name: str, members: list[dict[str, Any]]) -> torch.optim.Optimizer:
         builder, shared = find_component(OPTIMIZERS, name), config.optimizer.arguments

@@ -108,21 +108,28 @@ def train_metrics(output: StepOutput) -> dict[str, Tensor]:
         "grad_norm": output.grad_norm,
     }
     if output.load.numel():
-        metrics |= _per_layer("maxvio_batch", maxvio(output.load))
-        metrics["minvio_batch"] = minvio(output.load).mean()
-        metrics["avgvio_batch"] = avgvio(output.load).mean()
-        metrics["load_cv"] = load_cv(output.load).mean()
-        metrics["load_entropy"] = load_entropy(output.load).mean()
-        metrics["dead_experts"] = dead_experts(output.load)
-        metrics["expert_batch_mean"] = output.load.to(torch.float64).mean()
-        metrics["expert_batch_min"] = output.load.amin()
+        metrics |= load_metrics(output.load)
     if output.router_logit_norm is not None and output.router_confidence is not None:
-        metrics |= _per_layer("router_logit_norm", output.router_logit_norm)
-        metrics |= _per_layer("router_confidence", output.router_confidence)
+        metrics |= per_layer("router_logit_norm", output.router_logit_norm)
+        metrics |= per_layer("router_confidence", output.router_confidence)
     if output.dropped_fraction is not None and output.unrouted_fraction is not None:
         metrics["dropped_fraction"] = output.dropped_fraction.mean()
         metrics["unrouted_fraction"] = output.unrouted_fraction.mean()
     return metrics
+
+
+def load_metrics(load: Tensor) -> dict[str, Tensor]:
+    """Scalar tensors by the names of metrics.jsonl for the load (L, E) of one optimizer step."""
+    return {
+        **per_layer("maxvio_batch", maxvio(load)),
+        "minvio_batch": minvio(load).mean(),
+        "avgvio_batch": avgvio(load).mean(),
+        "load_cv": load_cv(load).mean(),
+        "load_entropy": load_entropy(load).mean(),
+        "dead_experts": dead_experts(load),
+        "expert_batch_mean": load.to(torch.float64).mean(),
+        "expert_batch_min": load.amin(),
+    }
 
 
 def expert_metrics(output: StepOutput) -> dict[str, Tensor]:
@@ -160,11 +167,11 @@ def eval_metrics(output: EvalOutput) -> dict[str, Tensor]:
         metrics["aux_loss"] = (output.load / T * output.scores_sum / T).sum(-1).mean()
         metrics["z_loss"] = (output.z_loss_sum / T).mean()
         metrics["entropy_loss"] = (output.entropy_sum / T).mean()
-        metrics |= _per_layer("maxvio_global", maxvio(output.load))
+        metrics |= per_layer("maxvio_global", maxvio(output.load))
     return metrics
 
 
-def _per_layer(name: str, values_L: Tensor) -> dict[str, Tensor]:
+def per_layer(name: str, values_L: Tensor) -> dict[str, Tensor]:
     """Mean over layers under `name`, and each layer under `name/layer_I`."""
     return {name: values_L.mean(), **{f"{name}/layer_{i}": v for i, v in enumerate(values_L.unbind())}}
 

@@ -23,9 +23,9 @@ from titan_moe.convert.megatron import MOE_NORM
 NOT_WEIGHTS = ("_extra_state", "tokens_per_expert", "checkpoint_version", "iteration")
 
 
-def prepare() -> None:
-    """Make this process one without a GPU, as far as Megatron can tell, and of one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def prepare(rank: int = 0, world_size: int = 1, store: dist.Store | None = None) -> None:
+    """Make this process one without a GPU, as far as Megatron can tell."""
+    dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=world_size)
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *_: None

@@ -24,6 +24,7 @@ from titan_moe.model.selection import (
     Routing,
     drop_over_capacity,
     make_routing,
+    normalized,
     scaled_logits,
     select,
 )
@@ -149,9 +150,8 @@ def sigmoid(
         topk_experts_TK = select(s_TE, expert_bias_E, options)
         topk_scores_TK = s_TE.gather(-1, topk_experts_TK)
         if norm_topk:
-            topk_scores_TK = topk_scores_TK / (topk_scores_TK.sum(-1, keepdim=True) + 1e-20)
-        scores_TE = s_TE / (s_TE.sum(-1, keepdim=True) + 1e-20)
-        return make_routing(logits_TE, scores_TE, topk_scores_TK * score_scale, topk_experts_TK, s_TE)
+            topk_scores_TK = normalized(topk_scores_TK)
+        return make_routing(logits_TE, normalized(s_TE), topk_scores_TK * score_scale, topk_experts_TK, s_TE)
 
     return route
 

@@ -118,6 +118,11 @@ def limit_groups(selection_TE: Tensor, options: Options) -> Tensor:
     return grouped_TGE.masked_fill(~chosen_TKG.any(1).unsqueeze(-1), -math.inf).view(T, E)
 
 
+def normalized(scores: Tensor) -> Tensor:
+    """Scores divided by their sum over the last dimension + 1e-20."""
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
+
+
 def make_routing(
     logits_TE: Tensor,
     scores_TE: Tensor,

@@ -1,7 +1,7 @@
 """Parameter groups: every parameter belongs to exactly one of expert, router, embedding, norm, dense."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,13 +17,15 @@ GROUP_PATTERNS = {
 }
 
 
-def group_of(name: str) -> str:
+def group_of(name: str, patterns: Mapping[str, str] = GROUP_PATTERNS) -> str:
     """Name the group of the parameter called `name` in the model."""
-    return next(group for group, pattern in GROUP_PATTERNS.items() if re.search(pattern, name))
+    return next(group for group, pattern in patterns.items() if re.search(pattern, name))
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], group_arguments: dict[str, dict[str, Any]]
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    group_arguments: dict[str, dict[str, Any]],
+    patterns: Mapping[str, str] = GROUP_PATTERNS,
 ) -> list[dict[str, Any]]:
     """Sort parameters into torch.optim groups {"name", "params", **the group's own arguments}.
 
@@ -34,9 +36,10 @@ def parameter_groups(
     groups: dict[str, dict[str, Any]] = {}
     members: dict[str, list[str]] = {}
     for name, parameter in named_parameters:
-        group = groups.setdefault(group_of(name), {"name": group_of(name), "params": []})
+        kind = group_of(name, patterns)
+        group = groups.setdefault(kind, {"name": kind, "params": []})
         group["params"].append(parameter)
-        members.setdefault(group_of(name), []).append(name)
+        members.setdefault(kind, []).append(name)
     for name, arguments in group_arguments.items():
         if name not in groups:
             raise ValueError(f"[optimizer.{name}] is set, but the model has no {name} parameters: remove that table")

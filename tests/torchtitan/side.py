@@ -1,0 +1,187 @@
+"""torchtitan on the CPU in processes of its own: `python -m tests.torchtitan.side CASES RESULT`, once for each rank.
+
+CASES and RESULT are files of torch.save: {name: keyword arguments of `train` or `gradients`}, and {name: what it gave}.
+"""
+
+import copy
+import os
+import sys
+import time
+import types
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from torchtitan_patches import cpu
+
+if __name__ == "__main__":
+    cpu.prepare()
+
+import torchtitan.trainer
+from torchtitan.components.metrics import BaseLogger
+from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
+from torchtitan.config.override import derive
+from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
+from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter
+
+from torchtitan_patches import enable
+from torchtitan_patches.debug import debug_moe, small_model
+
+SIZES = {"dim": 32, "num_layers": 2, "num_experts": 8, "top_k": 2, "expert_dim": 32}
+
+
+class Float32Experts(GroupedExperts):
+    """torchtitan's experts without their casts to bf16, so that round-off does not hide differences."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(GroupedExperts.Config):
+        pass
+
+    def forward(self, x: Tensor, num_tokens: Tensor) -> Tensor:
+        w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
+        offs = num_tokens.cumsum(0, dtype=torch.int32)
+        h = F.silu(F.grouped_mm(x, w1.transpose(1, 2), offs=offs)) * F.grouped_mm(x, w3.transpose(1, 2), offs=offs)
+        return F.grouped_mm(h, w2.transpose(1, 2), offs=offs)
+
+
+class Records(BaseLogger):
+    """Keeps what torchtitan logs, by step."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, Any]] = {}
+
+    def log(self, metrics: dict[str, Any], step: int) -> None:
+        self.steps.setdefault(step, {}).update(metrics)
+
+
+def recipe(
+    *,
+    pieces: dict[str, Any],
+    steps: int = 4,
+    score_func: str = "sigmoid",
+    local_batch_size: int = 4,
+    global_batch_size: int = 8,
+    ep: int = 1,
+    checkpointing: str = "none",
+    folder: str = "",
+    interval: int = 0,
+    load_step: int = -1,
+    validate: bool = False,
+    compiled: str = "",
+) -> Any:
+    """debug_moe at a constant rate, in fp32, with the pieces that a case asks for."""
+    config = debug_moe()
+    config.model_spec = small_model(**SIZES)
+    for _, router, _, _ in config.model_spec.model.traverse(TokenChoiceTopKRouter.Config):
+        router.score_func = score_func
+    for _, experts, parent, name in config.model_spec.model.traverse(GroupedExperts.Config):
+        setattr(parent, name, derive(experts, Float32Experts.Config))
+    config.optimizer = default_adamw(lr=1e-2)
+    config.lr_scheduler = LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0.0)
+    training = config.training
+    training.steps, training.seq_len = steps, 32
+    training.local_batch_size, training.global_batch_size = local_batch_size, global_batch_size
+    config.parallelism.expert_parallel_degree = ep
+    config.activation_checkpoint = {"none": None, "full": FullAC.Config(), "selective": SelectiveAC.Config()}[
+        checkpointing
+    ]
+    config.validator.enable, config.validator.freq, config.validator.steps = validate, steps, 2
+    config.metrics.log_freq = 1
+    config.debug.seed = 7
+    if interval:
+        config.dump_folder = folder
+        config.checkpoint.enable, config.checkpoint.interval = True, interval
+        config.checkpoint.load_step = load_step
+    if compiled:
+        config.compile.enable, config.compile.backend = True, compiled
+    config.override.imports = ["torchtitan_patches.cpu_overrides.attention"]
+    return enable(config, **copy.deepcopy(pieces)) if pieces else config
+
+
+def plain(name: str) -> str:
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+@torch.no_grad()
+def set_state(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
+    """Give a model the full weights `state`, whatever its layout."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        value = state.get(plain(name))
+        if value is not None and isinstance(tensor, DTensor):
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+        if value is not None:
+            tensor.copy_(value)
+
+
+def full(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    """All weights and biases, full, on every rank."""
+    tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith("expert_bias_E"))]
+    return {plain(name): full(tensor) for name, tensor in tensors}
+
+
+def build(weights: dict[str, Tensor] | None, **arguments: Any) -> Any:
+    trainer = recipe(**arguments).build()
+    if weights:
+        set_state(trainer.model_parts[0], weights)
+    return trainer
+
+
+def close(trainer: Any) -> None:
+    trainer.close()
+    dist.destroy_process_group()
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1)  # a fresh store
+
+
+def train(weights: dict[str, Tensor] | None = None, **arguments: Any) -> dict[str, Any]:
+    """A whole run: what it logged by step, and its first and last weights."""
+    trainer = build(weights, **arguments)
+    trainer.metrics_processor.logger = records = Records()
+    first = state_of(trainer.model_parts[0])
+    trainer.train()
+    result = {"records": records.steps, "first": first, "last": state_of(trainer.model_parts[0])}
+    close(trainer)
+    return result
+
+
+def gradients(weights: dict[str, Tensor], **arguments: Any) -> dict[str, Any]:
+    """The gradients of one step's micro-batches, before the optimizer's step."""
+    trainer = build(weights, **arguments)
+    batches = trainer.batch_generator(trainer.dataloader)
+    micro_batches = [next(batches) for _ in range(trainer.gradient_accumulation_steps)]
+    tokens = torch.tensor(sum(labels.numel() for _, labels in micro_batches))
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tokens)
+    for inputs, labels in micro_batches:
+        trainer.forward_backward_step(input_dict=dict(inputs), labels=labels, global_valid_tokens=tokens)
+    grads = {plain(name): full(parameter.grad) for name, parameter in trainer.model_parts[0].named_parameters()}
+    close(trainer)
+    return {"gradients": grads, "batches": [(inputs["input"], labels) for inputs, labels in micro_batches]}
+
+
+def main(cases: str, result: str) -> None:
+    warnings.simplefilter("ignore")
+    torchtitan.trainer.time = types.SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
+    torch.set_num_threads(1)
+    results = {}
+    for name, arguments in torch.load(cases, weights_only=False).items():
+        function = gradients if arguments.pop("gradients", False) else train
+        weights = arguments.get("weights")
+        if isinstance(weights, str):
+            arguments["weights"] = results[weights]["first"]
+        results[name] = function(**arguments)
+    if os.environ["RANK"] == "0":
+        torch.save(results, result)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

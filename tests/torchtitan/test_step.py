@@ -1,0 +1,216 @@
+"""A step of stock torchtitan with the pieces on equals titan_moe's own step at the same weights and tokens."""
+
+from functools import reduce
+from typing import Any
+
+import pytest
+import torch
+
+from tests.torchtitan.processes import start
+from titan_moe.balancer import BALANCERS
+from titan_moe.metrics import maxvio, train_metrics
+from titan_moe.model.routing import ROUTERS
+from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.step import train_step
+
+AUX = {"aux_loss": {"coeff": 0.1}}
+SEQUENCE = {"aux_loss": {"coeff": 0.1, "scope": "sequence"}}
+LOSSES = {**SEQUENCE, "z_loss": {"coeff": 0.01}, "entropy_loss": {"coeff": 0.02}}
+BY_LOAD = {"load_lr": "ideal_normalized", "load_lr_ema": 0.5}
+ALL = {
+    "balancers": {**LOSSES, "loss_free": {"rate": 0.01}},
+    "optimizer": {"expert": {"lr": 0.02, **BY_LOAD}, "router": {"lr": 0.003}},
+    "metrics": True,
+}
+SHAMPOO = {
+    "balancers": {**SEQUENCE, "loss_free": {"rate": 0.01, "rule": "quantile"}},
+    "optimizer": {"expert": {"name": "shampoo", "precondition_frequency": 2, **BY_LOAD}},
+    "metrics": True,
+}
+CASES = {
+    "ours": {"pieces": ALL, "steps": 10, "validate": True},
+    "off": {"pieces": {}, "gradients": True, "weights": "ours"},
+    "on": {"pieces": {"balancers": AUX}, "gradients": True, "weights": "ours"},
+    "on_softmax": {"pieces": {"balancers": LOSSES}, "gradients": True, "weights": "ours", "score_func": "softmax"},
+    "off_softmax": {"pieces": {}, "gradients": True, "weights": "ours", "score_func": "softmax"},
+    "full": {"pieces": ALL, "steps": 2, "weights": "ours", "checkpointing": "full"},
+    "selective": {"pieces": ALL, "steps": 2, "weights": "ours", "checkpointing": "selective"},
+    "only_metrics": {"pieces": {"metrics": True}, "steps": 2, "weights": "ours"},
+    "stock": {"pieces": {}, "steps": 2, "weights": "ours"},
+    "one": {"pieces": SHAMPOO, "steps": 4, "weights": "ours", "interval": 2},
+    "resumed": {"pieces": SHAMPOO, "steps": 4, "interval": 100, "load_step": 2},
+}
+MORE = {
+    "two": {"pieces": SHAMPOO, "steps": 4, "global_batch_size": 8},
+    "ep": {"pieces": SHAMPOO, "steps": 4, "global_batch_size": 8, "ep": 2, "interval": 2},
+    "ep_resumed": {"pieces": SHAMPOO, "steps": 4, "ep": 2, "interval": 100, "load_step": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("one")
+    with_folder = {
+        name: {**case, "folder": str(folder)} if "interval" in case else dict(case) for name, case in CASES.items()
+    }
+    return start(with_folder, folder, 1)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(results: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("two")
+    weights = {"weights": results["ours"]["first"]}
+    cases = {name: {**case, "folder": str(folder), **weights} for name, case in MORE.items()}
+    return start(cases, folder, 2)
+
+
+RENAMED = (
+    ("qkv_linear.", ""),
+    ("moe.routed_experts.inner_experts.w1_EFD", "moe.experts.w1"),
+    ("moe.routed_experts.inner_experts.w2_EDF", "moe.experts.w2"),
+    ("moe.routed_experts.inner_experts.w3_EFD", "moe.experts.w3"),
+    ("router.gate.", "router."),
+    ("lm_head.", "output."),
+    ("expert_bias_E", "expert_bias"),
+)
+
+
+def our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {reduce(lambda name, pair: name.replace(*pair), RENAMED, name): tensor for name, tensor in tensors.items()}
+
+
+def our_model(state: dict[str, torch.Tensor], router: str) -> Transformer:
+    sizes = {"vocab_size": 256, "dim": 32, "num_layers": 2, "num_heads": 2, "num_experts": 8, "expert_dim": 32}
+    route = ROUTERS[router](top_k=2)
+    model = Transformer(**sizes, norm_eps=1e-6, qk_norm=True, tie_embeddings=False, router=route, expert_bias=True)
+    model.load_state_dict(our_names(state))
+    return model
+
+
+def our_balancers(tables: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: (table.get("coeff", 1.0), BALANCERS[name](**{**table, "coeff": 1.0} if "coeff" in table else table))
+        for name, table in tables.items()
+    }
+
+
+def our_gradients(
+    result: dict[str, Any], state: Any, router: str, balancers: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The gradients of titan_moe's step before any clipping."""
+    model, found = our_model(state, router), {}
+    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    sgd.register_step_pre_hook(
+        lambda *_: found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    )
+    train_step(model, result["batches"], sgd, our_balancers(balancers), model.expert_biases(), max_norm=0.0)
+    return found
+
+
+def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **tolerances: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], **tolerances, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("on", "off", "router", "balancers"),
+    [("on", "off", "sigmoid", AUX), ("on_softmax", "off_softmax", "topk_softmax", LOSSES)],
+)
+def test_balance_losses_have_our_gradients(results: dict[str, Any], on: str, off: str, router: str, balancers: Any):
+    """Alone, as the difference of two backward passes, and together with the cross-entropy; two micro-batches."""
+    state = results["ours"]["first"]
+    with_losses = our_gradients(results[on], state, router, balancers)
+    without = our_gradients(results[off], state, router, {})
+    theirs, plain = our_names(results[on]["gradients"]), our_names(results[off]["gradients"])
+    close(theirs, with_losses, rtol=0, atol=1e-6)
+    close(
+        {name: theirs[name] - plain[name] for name in theirs},
+        {name: with_losses[name] - without[name] for name in theirs},
+        rtol=0,
+        atol=1e-6,
+    )
+    gate = "layers.0.moe.router.weight"
+    assert (with_losses[gate] - without[gate]).abs().max() > 1e-4
+
+
+def test_ten_steps_are_ours(results: dict[str, Any]):
+    """Bias, MaxVio, the losses' values and the weights under rates by load after 10 steps with all pieces."""
+    from torchtitan_patches.debug import LibraryText
+
+    ours = results["ours"]
+    model = our_model(ours["first"], "sigmoid")
+    settings = ALL["optimizer"]
+    expert = expand_load_lr(settings["expert"], top_k=2)
+    arguments = {"expert": expert, "router": settings["router"], "norm": {"weight_decay": 0.0}}
+    optimizer = OPTIMIZERS["adamw"](parameter_groups(model.named_parameters(), arguments), lr=1e-2)
+    loader = iter(LibraryText(LibraryText.Config(), dp_world_size=1, dp_rank=0, seq_len=32, local_batch_size=4))
+    for step in range(1, 11):
+        batches = [(inputs["input"], labels) for inputs, labels in (next(loader), next(loader))]
+        balancers = our_balancers(ALL["balancers"])
+        output = train_step(model, batches, optimizer, balancers, model.expert_biases(), max_norm=1.0)
+        expected, logged = train_metrics(output), ours["records"][step]
+        for name in ("maxvio_batch", "maxvio_batch/layer_0", "maxvio_batch/layer_1", "expert_batch_min"):
+            assert logged[name] == float(expected[name]), (step, name)
+        for name in ("aux_loss", "z_loss", "entropy_loss", "grad_norm"):
+            assert logged[name] == pytest.approx(float(expected[name]), rel=2e-5), (step, name)
+        assert logged["lr/router"] == 0.003
+        assert logged["lr/expert_max"] == pytest.approx(0.02 * float(output.load_factors.max()))
+    last = our_names(ours["last"])
+    for layer in (0, 1):
+        assert torch.equal(
+            last[f"layers.{layer}.moe.expert_bias"], model.state_dict()[f"layers.{layer}.moe.expert_bias"]
+        )
+        assert last[f"layers.{layer}.moe.expert_bias"].abs().max() > 0.02
+    close(last, dict(model.state_dict()), rtol=0, atol=1e-5)
+
+    validation = LibraryText(LibraryText.Config(first=2000), dp_world_size=1, dp_rank=0, seq_len=32, local_batch_size=4)
+    load = 0
+    for (inputs, _), _ in zip(validation, range(2), strict=False):
+        load = load + torch.stack([r.tokens_per_expert for r in model(inputs["input"])[1]])
+    assert ours["records"][10]["maxvio_global/layer_1"] == float(maxvio(load)[1])
+    assert ours["records"][10]["maxvio_global"] == float(maxvio(load).mean())
+
+
+@pytest.mark.parametrize("case", ["full", "selective"])
+def test_recomputation_changes_nothing(results: dict[str, Any], case: str):
+    for step in (1, 2):
+        names = [
+            n for n in results["ours"]["records"][step] if "vio" in n or n.endswith("_loss") or n == "expert_batch_mean"
+        ]
+        assert len(names) > 8
+        for name in names:
+            if "global" not in name:
+                expected = results["ours"]["records"][step][name]
+                assert results[case]["records"][step][name] == pytest.approx(expected, rel=1e-5), name
+
+
+def test_metrics_alone_leave_the_run_as_it_is(results: dict[str, Any]):
+    """Bit for bit, torchtitan's own loss-free rule included; and count what it counts."""
+    close(results["only_metrics"]["last"], results["stock"]["last"], rtol=0, atol=0)
+    assert results["only_metrics"]["records"][1]["expert_batch_mean"] == 2 * 4 * 32 * 2 / 8
+    assert "maxvio_batch" not in results["stock"]["records"][1]
+    assert results["stock"]["last"]["layers.0.moe.expert_bias_E"].abs().max() > 0
+
+
+def test_a_resumed_run_goes_on_alike(results: dict[str, Any]):
+    close(results["resumed"]["last"], results["one"]["last"], rtol=0, atol=0)
+    assert results["resumed"]["records"].keys() == {3, 4}
+
+
+@pytest.mark.parametrize("case", ["two", "ep"])
+def test_two_ranks_equal_one(results: dict[str, Any], two_ranks: dict[str, Any], case: str):
+    one, two = results["one"], two_ranks[case]
+    for step in (1, 2, 3, 4):
+        for name in ("maxvio_batch", "maxvio_batch/layer_1", "dead_experts", "expert_batch_mean"):
+            assert two["records"][step][name] == one["records"][step][name], (step, name)
+        for name in ("loss_metrics/global_avg_loss", "aux_loss", "grad_norm", "lr/expert_max", "lr/expert_min"):
+            assert two["records"][step][name] == pytest.approx(one["records"][step][name], rel=2e-5), (step, name)
+    close(two["last"], one["last"], rtol=0, atol=2e-5)
+
+
+def test_two_ranks_resume(two_ranks: dict[str, Any]):
+    close(two_ranks["ep_resumed"]["last"], two_ranks["ep"]["last"], rtol=0, atol=0)

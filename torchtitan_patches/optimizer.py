@@ -1,0 +1,96 @@
+"""titan_moe's optimizers in torchtitan's container: groups with their own rates, rates by load, Shampoo per expert."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import tyro
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchtitan.components.checkpointer.utils import canonical_fqn
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.tools.logging import logger
+
+from titan_moe.build import build_optimizer
+from titan_moe.optimizer.combined import describe_group
+from titan_moe.optimizer.load_lr import step_by_load
+from torchtitan_patches.balancers import Table, make_balancers, read_tables
+from torchtitan_patches.monitor import Monitor, attach
+
+# torchtitan's names of the groups that titan_moe.optimizer.groups has; shared experts are `dense`, as there.
+GROUP_PATTERNS = {
+    "expert": r"\.inner_experts\.",
+    "router": r"\.router\.",
+    "embedding": r"^(tok_embeddings|lm_head)\.",
+    "norm": r"norm\.",
+    "dense": r"",
+}
+
+
+class BalancedOptimizers(OptimizersContainer):
+    """torchtitan's container with titan_moe's balancers, optimizers, or both; with neither it is as it was.
+
+    Before each step the loads of all ranks are added up and the balancers set the experts' bias. Without an
+    `optimizer` table the recipe's own `param_groups` are built, with one they are not.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):
+        """Tables of titan_moe: [balancer.NAME] by name, and [optimizer] with its groups."""
+
+        balancers: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+        optimizer: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+
+    monitor: Monitor
+    rates: dict[str, float]  # of the last step, by group
+    load_factors: Tensor | None  # (L, E) of the last step, where the experts' rates go by their loads
+
+    def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
+        self.rates, self.load_factors = {}, None
+        if not config.optimizer:
+            super().__init__(config, model_parts=model_parts)
+            attach(self, make_balancers(config.balancers))
+            return
+        self.model_parts = model_parts
+        parameters = [p for part in model_parts for p in part.parameters() if p.requires_grad]
+        Optimizer.__init__(self, parameters, {})  # the hooks; the parameters are those of the optimizer below
+        attach(self, make_balancers(config.balancers))
+        (model,) = model_parts
+        self.optimizers = [_build(config, model, self.monitor)]
+
+    def step(self, closure: None = None) -> None:
+        """Take the optimizer's step, with the loads of the step where rates depend on them."""
+        for optimizer in self.optimizers:
+            self.rates = {group["name"]: group["lr"] for group in optimizer.param_groups if "name" in group}
+            self.load_factors = step_by_load(optimizer, self.monitor.load)
+
+
+def base_table(config: OptimizersContainer.Config) -> Table:
+    """What [optimizer] inherits: the settings of the recipe's AdamW, where that updates everything."""
+    if len(config.param_groups) != 1 or config.param_groups[0].optimizer_name != "AdamW":
+        return {}
+    given = dict(config.param_groups[0].optimizer_kwargs)
+    beta1, beta2 = given.get("betas", (0.9, 0.999))
+    taken = {key: float(given[key]) for key in ("lr", "eps", "weight_decay") if key in given}
+    return {"optimizer": {**taken, "beta1": beta1, "beta2": beta2}}
+
+
+def _build(config: BalancedOptimizers.Config, model: nn.Module, monitor: Monitor) -> Optimizer:
+    experts = {"num_experts": int(monitor.layers[0].router.num_experts), "top_k": int(monitor.top_k)}
+    tables = read_tables({"moe": experts}, base_table(config), {"optimizer": config.optimizer})
+    optimizer = build_optimizer(tables, model, patterns=GROUP_PATTERNS)
+    names = {parameter: canonical_fqn(name) for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[parameter] for parameter in group["params"]]  # keys of torchtitan's checkpoints
+        logger.info(f"Optimizer of {group['name']}: {describe_group(optimizer, group)}, lr {group['lr']}")
+    return optimizer
+
+
+def with_tables(config: OptimizersContainer.Config, balancers: Table, optimizer: Table) -> BalancedOptimizers.Config:
+    """The container's configuration with these tables beside those it has; ValueError for what is wrong in them."""
+    if isinstance(config, BalancedOptimizers.Config):
+        balancers, optimizer = {**config.balancers, **balancers}, {**config.optimizer, **optimizer}
+    make_balancers(balancers)
+    read_tables(base_table(config), {"optimizer": dict(optimizer)})
+    given = {f.name: getattr(config, f.name) for f in dataclasses.fields(OptimizersContainer.Config)}
+    return BalancedOptimizers.Config(**given, balancers=dict(balancers), optimizer=dict(optimizer))

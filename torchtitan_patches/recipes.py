@@ -1,0 +1,53 @@
+"""For recipes, functions that return a torchtitan configuration: `enable`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torchtitan_patches.version import check_version
+
+
+def enable(
+    config: Any,
+    *,
+    balancers: Mapping[str, Any] | None = None,
+    metrics: bool = False,
+    optimizer: Mapping[str, Any] | None = None,
+) -> Any:
+    """Turn pieces on in a torchtitan `Trainer.Config`, in place; returns it. What is not given stays as it is.
+
+    `balancers` are the tables [balancer.NAME] of titan_moe by name, {"aux_loss": {"coeff": 0.01}}; `optimizer` is the
+    table [optimizer] with its groups, {"expert": {"name": "shampoo", "lr": 3e-4}}, which inherits lr, betas, eps and
+    weight_decay from the recipe's AdamW; `metrics` logs MaxVio and the other measures of balance. Raises RuntimeError
+    for another torchtitan than the supported one, ValueError for what is wrong in the tables or does not fit the
+    recipe. Nothing but the three nodes `optimizer`, `loss` and `metrics` of the configuration is replaced; `loss_free`
+    also turns the layers' bias on.
+    """
+    check_version()
+    from torchtitan.components.loss import CrossEntropyLoss
+    from torchtitan.models.common.moe import MoE
+
+    from titan_moe.balancer import keep_bias, no_loss
+    from torchtitan_patches import overrides
+    from torchtitan_patches.balancers import CountedCrossEntropyLoss, make_balancers
+
+    if not any(config.model_spec.model.traverse(MoE.Config)):
+        raise ValueError("torchtitan_patches is for Mixtures of Experts, but the model of this recipe has no MoE layer")
+    if balancers or optimizer:
+        config.optimizer = overrides.optimizers(
+            config.optimizer, balancers=dict(balancers or {}), optimizer=dict(optimizer or {})
+        )
+    made = [balancer for _, balancer in make_balancers(balancers or {}).values()]
+    if any(balancer.loss is not no_loss for balancer in made):
+        ours = CrossEntropyLoss.Config, CountedCrossEntropyLoss.Config
+        nodes = [node for node in config.traverse(CrossEntropyLoss.Config) if type(node[1]) in ours]
+        if not nodes:
+            found = type(config.loss).__qualname__
+            raise ValueError(f"torchtitan_patches: balance losses need torchtitan's CrossEntropyLoss, found {found}")
+        for _, node, parent, name in nodes:
+            setattr(parent, name, overrides.loss(node))
+    if any(balancer.post_step is not keep_bias for balancer in made):
+        for _, moe, _, _ in config.model_spec.model.traverse(MoE.Config):
+            moe.load_balance_coeff = moe.load_balance_coeff or 1e-3  # makes the bias; the value is not used
+    if metrics:
+        config.metrics = overrides.metrics(config.metrics)
+    return config
