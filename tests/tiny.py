@@ -11,6 +11,8 @@ from titan_moe.metrics import StepOutput
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.parallelize.mesh import Degrees
+from titan_moe.parallelize.sequence import own_positions
 from titan_moe.step import train_step
 
 VOCAB, SEQ = 64, 16
@@ -30,6 +32,14 @@ def batch(step: int, sequences: int = 8) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step % 4)
     tokens = torch.randint(0, VOCAB, (sequences, SEQ // 2 + 1), generator=generator).repeat(1, 2)[:, : SEQ + 1]
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def own_part(pair: tuple[Tensor, Tensor], rank: int, world: int, degrees: Degrees | None = None) -> list[Tensor]:
+    """A rank's part of tokens and labels: some of the sequences, of each some of the positions."""
+    degrees = degrees or Degrees(shard=world)
+    positions = own_positions(SEQ, rank, degrees)
+    own = [part.chunk(degrees.data)[rank // degrees.per_sequence] for part in pair]
+    return own if positions is None else [part[:, positions] for part in own]
 
 
 def balancers(bias: bool = True) -> dict[str, Any]:
