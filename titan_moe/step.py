@@ -138,12 +138,12 @@ def own_loads(
     routings: Sequence[Routing], scopes: Iterable[str], sequences: int, group: dist.ProcessGroup | None
 ) -> dict[str, Sequence[Tensor]]:
     """The loads of this micro-batch of whole sequences, of every layer: `micro_batch` (E,), `sequence` (B, E)."""
-    loads = {"micro_batch": [r.tokens_per_expert for r in routings]}
+    loads: dict[str, Sequence[Tensor]] = {"micro_batch": [r.tokens_per_expert for r in routings]}
     if "sequence" in scopes:
         loads["sequence"] = [sequence_load(r, sequences) for r in routings]
     if group is None or not routings:
         return loads
-    stacked = {scope: torch.stack(own) for scope, own in loads.items()}
+    stacked = {scope: torch.stack(list(own)) for scope, own in loads.items()}
     for load in stacked.values():
         dist.all_reduce(load, group=group)
     return {scope: load.unbind() for scope, load in stacked.items()}

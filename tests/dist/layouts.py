@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from tests.tiny import SEQ
 from titan_moe.model.transformer import Transformer
@@ -38,11 +37,6 @@ LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
 @functools.cache  # torch.compile takes new process groups for new code
 def mesh_of(world: int, layout: str) -> Meshes:
     return build_mesh(device=torch.device("cpu"), **LAYOUTS[world][layout])
-
-
-def sequence_group(world: int, layout: str) -> dist.ProcessGroup | None:
-    mesh = mesh_of(world, layout).sequence
-    return None if mesh is None else mesh.get_group()
 
 
 def degrees_of(world: int, layout: str) -> Degrees:

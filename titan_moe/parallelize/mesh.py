@@ -10,6 +10,7 @@ Neighbouring ranks are of one `tp`, then of one `cp` axis.
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
@@ -50,6 +51,11 @@ class Meshes(NamedTuple):
     tfsdp: DeviceMesh | None = None  # tfsdp, or dp_replicate x tfsdp: the axes that a share of them is sharded over
     cp: DeviceMesh | None = None  # cp, the axis over which attention has to look at all of a sequence
     sequence: DeviceMesh | None = None  # processes that have parts of the same sequences: cp x tp
+
+    @property
+    def sequence_group(self) -> dist.ProcessGroup | None:
+        """The processes that have parts of the same sequences; None where each has whole ones."""
+        return None if self.sequence is None else self.sequence.get_group()
 
 
 def resolve_degrees(

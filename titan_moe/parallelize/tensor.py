@@ -26,10 +26,9 @@ def share_out_matrices(model: nn.Module, mesh: DeviceMesh) -> None:
         if isinstance(layer, Attention | FeedForward):
             layer.share = share
             for name, linear in layer.named_children():
-                if name in SHARED_DIMS:
-                    part = distribute_tensor(
-                        linear.weight.detach(), mesh, [Shard(SHARED_DIMS[name])], src_data_rank=None
-                    )
+                if isinstance(linear, nn.Linear):
+                    placement = Shard(SHARED_DIMS[name])
+                    part = distribute_tensor(linear.weight.detach(), mesh, [placement], src_data_rank=None)
                     linear.weight = nn.Parameter(part)
 
 
