@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.cases import Case, build_router, takes_bias
@@ -63,12 +64,16 @@ def steps(
     rank: int = 0,
     world: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
+    degrees: Degrees | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
+    max_norm: float = 0.1,
 ) -> list[StepOutput]:
     """Train for `count` steps on this rank's part of each global batch of 8, cut into micro-batches."""
     optimizer = optimizer or adamw(model)
     outputs = []
     for step in range(count):
-        tokens, labels = (part.chunk(world)[rank] for part in batch(step))
+        tokens, labels = own_part(batch(step), rank, world, degrees)
         micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
-        outputs.append(train_step(model, micro, optimizer, balancers(), model.expert_biases(), max_norm=0.1))
+        options = {"max_norm": max_norm, "sequence_group": sequence_group}
+        outputs.append(train_step(model, micro, optimizer, balancers(), model.expert_biases(), **options))
     return outputs

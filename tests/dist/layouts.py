@@ -31,6 +31,7 @@ LAYOUTS: dict[int, dict[str, dict[str, int]]] = {
         "cp2_tp2_ep4": {"shard": 1, "expert": 4, "context": 2, "tensor": 2},
         "hsdp2_tp2": {"shard": 1, "replicate": 2, "tensor": 2},
     },
+    8: {"fsdp2_cp2_tp2_ep4": {"shard": 2, "expert": 4, "context": 2, "tensor": 2}},
 }
 
 
@@ -41,6 +42,12 @@ def mesh_of(world: int, layout: str) -> Meshes:
 
 def degrees_of(world: int, layout: str) -> Degrees:
     return Degrees(**LAYOUTS[world][layout])
+
+
+def place(rank: int, world: int, layout: str) -> dict[str, Any]:
+    """What `steps` and `outcome` want to know of a rank."""
+    group = mesh_of(world, layout).sequence_group
+    return {"rank": rank, "world": world, "degrees": degrees_of(world, layout), "sequence_group": group}
 
 
 def apply(model: Transformer, world: int, layout: str | None, **options: Any) -> None:

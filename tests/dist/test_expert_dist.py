@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, mesh_of, on_meta
+from tests.dist.layouts import LAYOUTS, mesh_of, on_meta, place
 from tests.tiny import adamw, steps, tiny_model
 from titan_moe.config.sections import Config, Training
 from titan_moe.job import check_same_on_all_ranks
@@ -67,12 +67,18 @@ def weights() -> Tensor:
 
 def count_collectives(world: int, layout: str, mode: str, rank: int) -> dict[str, int]:
     """Collectives of one optimizer step of a model of two MoE layers."""
-    model = on_meta(tiny_model(device="meta"), world, layout, checkpoint_mode=mode)
+    model = on_meta(tiny_model(device="meta", num_kv_heads=2), world, layout, checkpoint_mode=mode)
     optimizer = adamw(model)
     with warnings.catch_warnings(), CommDebugMode() as counter:
         warnings.simplefilter("ignore")  # of the counter's own hooks
-        steps(model, 1, rank=rank, world=world, optimizer=optimizer)
-    names = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+        steps(model, 1, **place(rank, world, layout), optimizer=optimizer)
+    names = {
+        "_allgather_base_": "all-gather",
+        "_reduce_scatter_base_": "reduce-scatter",
+        "allreduce_": "all-reduce",
+        "all_gather_into_tensor": "gathered activations",
+        "reduce_scatter_tensor": "scattered activations",
+    }
     counts = {str(op).rpartition(".")[2]: count for op, count in counter.get_comm_counts().items()}
     return {names.get(op, op.replace("all_to_all_single", "all-to-all")): count for op, count in counts.items()}
 
