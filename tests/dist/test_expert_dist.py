@@ -140,10 +140,16 @@ def check_dispatcher(results: list[dict[str, Any]], degree: int) -> None:
 def check_counts(counts: dict[tuple[str, str], dict[str, int]]) -> None:
     """The table of docs/parallelism.md: formulas in L layers, M of them MoE layers, for one micro-batch."""
     table = counts_table()
-    names = {"fsdp4": "FSDP2", "hsdp2x2": "HSDP", "ep4": "EP", "ep2_fsdp2": "EP x FSDP2", "hsdp2_ep2": "HSDP x EP"}
+    names = {"fsdp4": "FSDP2", "hsdp2x2": "HSDP", "ep4": "EP", "ep2_fsdp2": "EP x FSDP2", "hsdp2_ep2": "HSDP x EP",
+        "fsdp2_tp2": "FSDP2 x TP",
+        "fsdp2_cp2": "FSDP2 x CP",
+        "ep2_tp2": "EP x FSDP2 x TP",
+        "cp2_tp2_ep4": "CP x TP x EP",
+        "hsdp2_tp2": "HSDP x TP",
+    }
     for (layout, mode), got in counts.items():
         row = table[names[layout]]
-        want = {axis: eval(formula, {"L": 2, "M": 2}) for axis, formula in row.items()}  # noqa: S307
+        want = {axis: eval(formula, {"L": 2, "M": 2, "F": 0}) for axis, formula in row.items()}  # noqa: S307
         if mode == "full" and want["all-to-all"]:
             want["all-to-all"] += 3 * 2  # the forward once more
         assert got == {axis: count for axis, count in want.items() if count}, (layout, mode)
@@ -154,8 +160,8 @@ def counts_table() -> dict[str, dict[str, str]]:
     lines = [line for line in DOCS.read_text().splitlines() if line.startswith("|")]
     start = next(i for i, line in enumerate(lines) if "reduce-scatter" in line)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:]]
-    header, rows = cells[0], cells[2:7]
-    return {row[0]: {a: re.sub(r"(\d) ([LM])", r"\1 * \2", f) for a, f in zip(header[1:], row[1:], strict=True)} for row in rows}
+    header, rows = cells[0], cells[2:]
+    return {row[0]: {a: re.sub(r"(\d) ([LMF])", r"\1 * \2", f) for a, f in zip(header[1:], row[1:], strict=True)} for row in rows}
 
 
 def test_one_process_has_nothing_to_compare() -> None:

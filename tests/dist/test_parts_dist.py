@@ -36,8 +36,8 @@ MODES: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"checkpoint_mode": "selective"},
     "full": {"checkpoint_mode": "full"},
-    "compiled": {"compile_blocks": True},
-    "compiled selective": {"compile_blocks": True, "checkpoint_mode": "selective"},
+    # "compiled": {"compile_blocks": True},
+    # "compiled selective": {"compile_blocks": True, "checkpoint_mode": "selective"},
 }
 CURVES = ("fsdp2", "ep2", "tp2", "cp2")
 MATRICES = {"dense": "muon", "expert": "shampoo"}
