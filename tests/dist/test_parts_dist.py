@@ -4,6 +4,7 @@ The invariance of routers and balancers in these layouts is in `test_invariance_
 `test_expert_dist`.
 """
 
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,8 @@ MODES: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"checkpoint_mode": "selective"},
     "full": {"checkpoint_mode": "full"},
-    # "compiled": {"compile_blocks": True},
-    # "compiled selective": {"compile_blocks": True, "checkpoint_mode": "selective"},
+    "traced": {"compile_blocks": True},
+    "traced, selective": {"compile_blocks": True, "checkpoint_mode": "selective"},
 }
 CURVES = ("fsdp2", "ep2", "tp2", "cp2")
 MATRICES = {"dense": "muon", "expert": "shampoo"}
@@ -68,6 +69,7 @@ def of_matrices(model: Transformer) -> torch.optim.Optimizer:
 
 
 def two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # whole graphs, without minutes of a compiler
     results: dict[str, Any] = {}
     for layout in ("tp2", "cp2"):
         own = place(rank, world, layout)
