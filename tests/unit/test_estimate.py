@@ -46,7 +46,7 @@ def test_one_rank_by_hand() -> None:
 
 
 def test_parts_of_sequences_and_matrices() -> None:
-    """Each axis halves what it shares out: memory, operations, tokens; its bytes are those of tokens, or keys and values."""
+    """An axis halves what it shares out; its bytes are those of tokens, or of keys and values."""
     one, context = run(1), run(4, "--parallelism.context_parallel_degree", "2")
     tensor = run(4, "--parallelism.tensor_parallel_degree", "2")
     for result, axis in ((context, "cp (2)"), (tensor, "tp (2)")):
