@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.cases import ROUTER_CASES, WHOLE_BATCH, Case, cases, top_k_of
-from tests.tiny import batch, tiny_model
+from tests.tiny import batch, own_part, tiny_model
 from titan_moe.balancer import BALANCERS, keep_bias
 from titan_moe.config.combinations import check_combinations
 from titan_moe.config.sections import Component, Config, Moe
 from titan_moe.metrics import maxvio
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.load_lr import expand_load_lr, rate_factors
+from titan_moe.parallelize.mesh import Degrees
 from titan_moe.step import train_step
 
 BALANCER_CASES = cases(BALANCERS)
@@ -64,7 +66,7 @@ def fresh(
     router: Case, wrap: Callable[[Transformer], None] | None = None, device: str = "cpu", **sizes: int
 ) -> Transformer:
     """A model, of one layer unless `sizes` say otherwise, with selection biases that are not 0."""
-    model = tiny_model(router, device=device, **{"num_layers": 1, **sizes})
+    model = tiny_model(router, device=device, **{"num_layers": 1, "num_kv_heads": 2, **sizes})
     if wrap is not None:
         wrap(model)
         model.to_empty(device="cpu")
@@ -87,18 +89,21 @@ def outcome(
     rank: int = 0,
     world: int = 1,
     sequences: int = 8,
+    degrees: Degrees | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
     """Everything that a step of plain SGD makes: losses, norm, loads, MaxVio, biases, gradients by the new weights."""
     torch.manual_seed(0)
     built = {str(case): BALANCERS[case.name](**case.arguments) for case in balancers}
     weighed = {name: (0.5 if balancer.post_step is keep_bias else 1.0, balancer) for name, balancer in built.items()}
-    tokens, labels = (part.chunk(world)[rank] for part in batch(0, sequences))
+    tokens, labels = own_part(batch(0, sequences), rank, world, degrees)
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     gradients: dict[str, Tensor] = {}
     names = {p: plain(name) for name, p in model.named_parameters()}
     sgd.register_step_pre_hook(lambda *_: gradients.update({n: full(p.grad) for p, n in names.items()}))
-    output = train_step(model, micro, sgd, weighed, model.expert_biases(), max_norm=0.0)
+    options = {"max_norm": 0.0, "sequence_group": sequence_group}
+    output = train_step(model, micro, sgd, weighed, model.expert_biases(), **options)
     return {
         "loss": output.loss,
         "total_loss": output.total_loss,

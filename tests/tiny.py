@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.cases import Case, build_router, takes_bias
@@ -11,6 +12,8 @@ from titan_moe.metrics import StepOutput
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.parallelize.mesh import Degrees
+from titan_moe.parallelize.sequence import own_positions
 from titan_moe.step import train_step
 
 VOCAB, SEQ = 64, 16
@@ -30,6 +33,14 @@ def batch(step: int, sequences: int = 8) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step % 4)
     tokens = torch.randint(0, VOCAB, (sequences, SEQ // 2 + 1), generator=generator).repeat(1, 2)[:, : SEQ + 1]
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def own_part(pair: tuple[Tensor, Tensor], rank: int, world: int, degrees: Degrees | None = None) -> list[Tensor]:
+    """A rank's part of tokens and labels: some of the sequences, of each some of the positions."""
+    degrees = degrees or Degrees(shard=world)
+    positions = own_positions(SEQ, rank, degrees)
+    own = [part.chunk(degrees.data)[rank // degrees.per_sequence] for part in pair]
+    return own if positions is None else [part[:, positions] for part in own]
 
 
 def balancers(bias: bool = True) -> dict[str, Any]:
@@ -53,12 +64,16 @@ def steps(
     rank: int = 0,
     world: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
+    degrees: Degrees | None = None,
+    sequence_group: dist.ProcessGroup | None = None,
+    max_norm: float = 0.1,
 ) -> list[StepOutput]:
     """Train for `count` steps on this rank's part of each global batch of 8, cut into micro-batches."""
     optimizer = optimizer or adamw(model)
     outputs = []
     for step in range(count):
-        tokens, labels = (part.chunk(world)[rank] for part in batch(step))
+        tokens, labels = own_part(batch(step), rank, world, degrees)
         micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
-        outputs.append(train_step(model, micro, optimizer, balancers(), model.expert_biases(), max_norm=0.1))
+        options = {"max_norm": max_norm, "sequence_group": sequence_group}
+        outputs.append(train_step(model, micro, optimizer, balancers(), model.expert_biases(), **options))
     return outputs

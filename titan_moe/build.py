@@ -19,6 +19,8 @@ from titan_moe.optimizer.combined import combine
 from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
+from titan_moe.parallelize.mesh import Degrees
+from titan_moe.parallelize.sequence import own_positions
 from titan_moe.runtime import Runtime
 
 
@@ -98,8 +100,8 @@ def build_schedule(config: Config) -> Schedule:
     return builder(steps=config.training.steps, **config.lr_scheduler.arguments)
 
 
-def load_data(config: Config, rt: Runtime) -> Data:
-    """Prepare the tokenizer and this rank's batches."""
+def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
+    """Prepare the tokenizer and this rank's batches, of each sequence its part."""
     data, training, validation = config.data, config.training, config.validation
     return build_data(
         dataset=data.dataset,
@@ -109,8 +111,9 @@ def load_data(config: Config, rt: Runtime) -> Data:
         seed=training.seed,
         global_batch_size=training.global_batch_size,
         local_batch_size=training.local_batch_size,
-        dp_rank=rt.rank,
-        dp_degree=rt.world_size,
+        dp_rank=rt.rank // degrees.per_sequence,
+        dp_degree=degrees.data,
+        positions=own_positions(training.seq_len, rt.rank, degrees),
         num_workers=data.num_workers,
         validation_fraction=data.validation_fraction,
         validation_path=data.validation_path,

@@ -13,7 +13,8 @@ from titan_moe import runtime
 from titan_moe.build import build_model, with_vocab_size
 from titan_moe.config import Config, load_config
 from titan_moe.config.sections import ActivationCheckpoint, Training
-from titan_moe.parallelize.mesh import Degrees, resolve_degrees
+from titan_moe.job import degrees_of
+from titan_moe.parallelize.mesh import Degrees
 from titan_moe.records import count_active
 from titan_moe.simulate import Simulation, fake_world, simulate
 
@@ -101,19 +102,12 @@ def vocabulary(config: Config) -> int:
 
 def in_world(config: Config, world_size: int) -> Case:
     """Fit a configuration to a number of processes as training does; ValueError for degrees that do not fit."""
-    parallel, training = config.parallelism, config.training
-    degrees = resolve_degrees(
-        world_size=world_size,
-        replicate=parallel.data_parallel_replicate_degree,
-        shard=parallel.data_parallel_shard_degree,
-        expert=parallel.expert_parallel_degree,
-        num_experts=config.moe.num_experts,
-    )
-    together, wanted = training.local_batch_size * world_size, training.global_batch_size
+    training, degrees = config.training, degrees_of(config, world_size)
+    together, wanted = training.local_batch_size * degrees.data, training.global_batch_size
     if wanted == -1 or wanted % together == 0:
         return Case(config, degrees, max(1, wanted // together))
     note = (
-        f"training.global_batch_size ({wanted}) is no multiple of {training.local_batch_size} x {world_size} "
+        f"training.global_batch_size ({wanted}) is no multiple of {training.local_batch_size} x {degrees.data} "
         f"sequences: training would refuse it, this is for {together}"
     )
     return Case(config, degrees, 1, note)
@@ -138,10 +132,15 @@ def describe_run(case: Case) -> Iterator[str]:
         model = build_model(config)
     total = sum(p.numel() for p in model.parameters())
     yield f"model: {total:,} parameters, {count_active(config, model):,} active a token"
+    axes = f"replicas x shards {degrees.replicate} x {degrees.shard}, expert parallelism {degrees.expert}"
+    own = "of a rank"
+    if degrees.per_sequence > 1:
+        axes += f", context x tensor parallelism {degrees.context} x {degrees.tensor}"
+        own = f"of {degrees.per_sequence} ranks together"
     yield (
-        f"world: {degrees.replicate * degrees.shard} ranks, replicas x shards {degrees.replicate} x {degrees.shard}, "
-        f"expert parallelism {degrees.expert}; of a rank {case.accumulation} x {config.training.local_batch_size} "
-        f"sequences of {config.training.seq_len} tokens; checkpointing {config.activation_checkpoint.mode}"
+        f"world: {degrees.replicate * degrees.per_replica} ranks, {axes}; {own} {case.accumulation} x "
+        f"{config.training.local_batch_size} sequences of {config.training.seq_len} tokens; "
+        f"checkpointing {config.activation_checkpoint.mode}"
     )
     if case.note:
         yield f"note: {case.note}"
@@ -181,7 +180,7 @@ def describe_work(case: Case, result: Simulation) -> Iterator[str]:
     yield "sent by a rank in a micro-batch, GiB, by collective and axis (ranks)"
     for (name, axis), (calls, size) in sorted(result.traffic.items()):
         yield f"  {name:20}{axis:22}{calls:6} calls{size / GIB:12.4f}"
-    tokens = case.config.training.local_batch_size * case.config.training.seq_len
+    tokens = case.config.training.local_batch_size * case.config.training.seq_len // case.degrees.per_sequence
     yield (
         f"operations of a rank in a micro-batch: {result.flops / 1e12:.3f} TFLOP, "
         f"{result.flops / tokens / 1e9:.3f} GFLOP a token, with what checkpointing makes again"
@@ -202,7 +201,7 @@ def verdict(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
             yield f"it would with {change}: {peak:.1f} GiB"
             return
         yield f"  not with {change}: {peak:.1f} GiB"
-    ranks = case.degrees.replicate * case.degrees.shard
+    ranks = case.degrees.replicate * case.degrees.per_replica
     yield f"none of these makes it fit: take more than {ranks} ranks, or a smaller model"
 
 
@@ -221,8 +220,8 @@ def knobs(case: Case) -> Iterator[tuple[str, Case]]:
         words = ", ".join(filter(None, [words, "training.local_batch_size = 1"]))
         yield words, case._replace(config=config, accumulation=case.accumulation * size)
     if case.degrees.replicate > 1:
-        degrees = Degrees(1, case.degrees.replicate * case.degrees.shard, case.degrees.expert)
-        if case.degrees.expert == 1 or config.moe.num_experts % degrees.shard == 0:
+        degrees = case.degrees._replace(replicate=1, shard=case.degrees.data)
+        if case.degrees.expert == 1 or config.moe.num_experts % degrees.per_replica == 0:
             words = ", ".join(filter(None, [words, "parallelism.data_parallel_replicate_degree = 1"]))
             yield words, case._replace(config=config, degrees=degrees, accumulation=case.accumulation * size)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from titan_moe import __version__, runtime
 from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule, load_data, with_vocab_size
@@ -14,7 +15,7 @@ from titan_moe.config import Config, cautions
 from titan_moe.data.build import Data, check_batch_sizes
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
-from titan_moe.parallelize.mesh import Meshes, build_mesh, resolve_degrees
+from titan_moe.parallelize.mesh import Degrees, Meshes, build_mesh, resolve_degrees
 from titan_moe.parallelize.parallelize import DTYPES, parallelize
 from titan_moe.parallelize.quantize import check_quantize, quantize
 from titan_moe.records import log_parameters
@@ -36,21 +37,16 @@ class Job(NamedTuple):
     balancers: Balancers
     saver: Saver
     accumulation: int  # micro-batches of a step on each rank
+    sequence_group: dist.ProcessGroup | None  # ranks that have parts of the same sequences
     folder: Path
 
 
 def build_job(config: Config, rt: Runtime) -> Job:
     """Build the run's parts; what can be refused is refused before any process group or file exists."""
-    parallel, training = config.parallelism, config.training
-    degrees = resolve_degrees(
-        world_size=rt.world_size,
-        replicate=parallel.data_parallel_replicate_degree,
-        shard=parallel.data_parallel_shard_degree,
-        expert=parallel.expert_parallel_degree,
-        num_experts=config.moe.num_experts,
-    )
-    batch_size = check_batch_sizes(training.global_batch_size, training.local_batch_size, rt.world_size)
-    accumulation = batch_size // (training.local_batch_size * rt.world_size)
+    training = config.training
+    degrees = degrees_of(config, rt.world_size)
+    batch_size = check_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
+    accumulation = batch_size // (training.local_batch_size * degrees.data)
     in_float8, param_dtype = config.quantize, DTYPES[training.mixed_precision_param]
     check_quantize(
         converters=in_float8.converters, emulate=in_float8.emulate, device=rt.device, param_dtype=param_dtype
@@ -68,7 +64,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
     check_same_on_all_ranks(config)
     runtime.seed_everything(training.seed, deterministic=training.deterministic)
 
-    data = load_data(config, rt)
+    data = load_data(config, rt, degrees)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
     model = build_sharded(config, mesh, compile_blocks=config.compile.enable)
@@ -90,7 +86,22 @@ def build_job(config: Config, rt: Runtime) -> Job:
         balancers=build_balancers(config),
         saver=background_saver() if config.checkpoint.async_mode == "async" else foreground_saver(),
         accumulation=accumulation,
+        sequence_group=None if mesh is None else mesh.sequence_group,
         folder=folder,
+    )
+
+
+def degrees_of(config: Config, world_size: int) -> Degrees:
+    """The sizes of the axes in a world of that many processes; ValueError for degrees that do not fit."""
+    parallel = config.parallelism
+    return resolve_degrees(
+        world_size=world_size,
+        replicate=parallel.data_parallel_replicate_degree,
+        shard=parallel.data_parallel_shard_degree,
+        expert=parallel.expert_parallel_degree,
+        context=parallel.context_parallel_degree,
+        tensor=parallel.tensor_parallel_degree,
+        num_experts=config.moe.num_experts,
     )
 
 
@@ -107,6 +118,7 @@ def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) 
         reduce_dtype=DTYPES[training.mixed_precision_reduce],
         checkpoint_mode=config.activation_checkpoint.mode,
         compile_blocks=compile_blocks,
+        seq_len=training.seq_len,
         reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
     )
     return model

@@ -185,7 +185,7 @@ def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
         meter.answers = True
         return clip(*args)
 
-    step.clip_grad_norm = clip_and_answer
+    step.clip_grad_norm = clip_and_answer  # pyrefly: ignore
     torch.UntypedStorage.resize_ = resize_and_tell  # pyrefly: ignore
     ShardingPropagator._propagate_tensor_meta_non_cached = propagate_unseen  # pyrefly: ignore
     try:
@@ -215,7 +215,7 @@ def simulate(config: Config, degrees: Degrees, *, accumulates: bool = False, exc
     training = config.training
     mesh = build_mesh(device=torch.device("cpu"), **degrees._asdict())
     model = build_sharded(config, mesh, compile_blocks=False)
-    rows = rows_sent(config)
+    rows = rows_sent(config) // degrees.per_sequence
     received = -(-int(rows * (1 + excess)) // degrees.expert) * degrees.expert
     if mesh.ep is not None:
         give_splits(model, mesh.ep, rows, received)
@@ -223,7 +223,8 @@ def simulate(config: Config, degrees: Degrees, *, accumulates: bool = False, exc
     with fake:
         model.to(getattr(torch, training.dtype)).to_empty(device="cpu")
         optimizer, balancers = build_optimizer(without_load_lr(config), model), build_balancers(config)
-        tokens = torch.zeros(training.local_batch_size, training.seq_len, dtype=torch.int64)
+        own_length = training.seq_len // degrees.per_sequence
+        tokens = torch.zeros(training.local_batch_size, own_length, dtype=torch.int64)
         meter = Meter(fake)
         parameters = _local_bytes(model.parameters())
         for tensor in (*model.parameters(), *model.buffers()):
@@ -239,7 +240,13 @@ def simulate(config: Config, degrees: Degrees, *, accumulates: bool = False, exc
         handle = optimizer.register_step_pre_hook(start_optimizer)
         with meter, _what_no_mode_sees(meter):
             train_step(
-                model, [(tokens, tokens)], optimizer, balancers, model.expert_biases(), max_norm=training.max_norm
+                model,
+                [(tokens, tokens)],
+                optimizer,
+                balancers,
+                model.expert_biases(),
+                max_norm=training.max_norm,
+                sequence_group=mesh.sequence_group,
             )
         handle.remove()
         state = _local_bytes(leaf for s in optimizer.state.values() for leaf in tree_leaves(s))

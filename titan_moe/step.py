@@ -38,6 +38,7 @@ def train_step(
     max_norm: float,
     progress: float = 0.0,
     measure_experts: bool = False,
+    sequence_group: dist.ProcessGroup | None = None,
 ) -> StepOutput:
     """Update the model once from all micro-batches of tokens and labels (B, S) that this rank holds.
 
@@ -45,7 +46,8 @@ def train_step(
     all ranks and micro-batches. The loss is a sum divided by the global number of tokens of the step, so gradients do
     not depend on how the step is cut into ranks and micro-batches. `progress` is the part of the run that is done
     with this step, for balancers with a schedule. With `measure_experts` the output has `expert_stats`, at the cost of
-    a copy of this rank's experts during the step.
+    a copy of this rank's experts during the step. `sequence_group` are the ranks that hold parts of the same
+    sequences, where a rank has not all of them.
     """
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
     scopes = {balancer.scope for _, balancer in balancers.values()}
@@ -56,7 +58,8 @@ def train_step(
         loads.append(stack_loads(routings, reduce="global_batch" in scopes))
         observations.append(observe(routings, expert_biases, balancers))
         ce = cross_entropy_sum(logits, labels) / num_tokens
-        scoped = scoped_loads(routings, scopes, sequences=tokens.shape[0], so_far_LE=loads, whole_LE=whole_LE)
+        own = own_loads(routings, scopes, tokens.shape[0], sequence_group)
+        scoped = scoped_loads(own, scopes, so_far_LE=loads, whole_LE=whole_LE)
         balance = balance_losses(routings, balancers, scoped, num_tokens)
         trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
         loss = sum_tensors([ce, *trained])
@@ -129,21 +132,34 @@ def route_ahead(model: nn.Module, micro_batches: Sequence[tuple[Tensor, Tensor]]
     return all_reduce_sum(sum_tensors([stack_loads(model(tokens)[1]) for tokens, _ in micro_batches]))
 
 
-def scoped_loads(
-    routings: Sequence[Routing],
-    scopes: Iterable[str],
-    *,
-    sequences: int,
-    so_far_LE: Sequence[Tensor],
-    whole_LE: Tensor | None,
+@torch.no_grad()
+def own_loads(
+    routings: Sequence[Routing], scopes: Iterable[str], sequences: int, group: dist.ProcessGroup | None
 ) -> dict[str, Sequence[Tensor]]:
-    """For each scope in use the load of every layer as `Balancer.loss` wants it.
-
-    `so_far_LE` are the loads of this micro-batch and the ones before, of all ranks when `global_batch` is in use.
-    """
+    """The loads of this micro-batch of whole sequences, of every layer: `micro_batch` (E,), `sequence` (B, E)."""
     loads: dict[str, Sequence[Tensor]] = {"micro_batch": [r.tokens_per_expert for r in routings]}
     if "sequence" in scopes:
         loads["sequence"] = [sequence_load(r, sequences) for r in routings]
+    if group is None or not routings:
+        return loads
+    stacked = {scope: torch.stack(list(own)) for scope, own in loads.items()}
+    for load in stacked.values():
+        dist.all_reduce(load, group=group)
+    return {scope: load.unbind() for scope, load in stacked.items()}
+
+
+def scoped_loads(
+    own: Mapping[str, Sequence[Tensor]],
+    scopes: Iterable[str],
+    *,
+    so_far_LE: Sequence[Tensor],
+    whole_LE: Tensor | None,
+) -> dict[str, Sequence[Tensor]]:
+    """For each scope in use the load of every layer as `Balancer.loss` wants it; `own` are those of `own_loads`.
+
+    `so_far_LE` are the loads of this micro-batch and the ones before, of all ranks when `global_batch` is in use.
+    """
+    loads = dict(own)
     if "global_batch" in scopes:
         loads["global_batch"] = sum_tensors(so_far_LE).unbind()
     if whole_LE is not None:

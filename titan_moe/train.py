@@ -134,6 +134,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
                 max_norm=config.training.max_norm,
                 progress=step / steps,
                 measure_experts=is_due(step, config.metrics.expert_stats_freq),
+                sequence_group=job.sequence_group,
             )
             seconds = time.perf_counter() - begin
             step_tokens = rt.world_size * sum(labels.numel() for _, labels in micro_batches)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, mesh_of, on_meta
+from tests.dist.layouts import LAYOUTS, mesh_of, on_meta, place
 from tests.tiny import adamw, steps, tiny_model
 from titan_moe.config import load_config
 from titan_moe.config.sections import Config, Training
@@ -72,12 +72,19 @@ def weights() -> Tensor:
 
 def count_collectives(world: int, layout: str, mode: str, policy: str, rank: int) -> dict[str, int]:
     """Collectives of one optimizer step of a model of two MoE layers."""
-    model = on_meta(tiny_model(device="meta"), world, layout, checkpoint_mode=mode, reshard_after_forward=policy)
+    meta = tiny_model(device="meta", num_kv_heads=2)
+    model = on_meta(meta, world, layout, checkpoint_mode=mode, reshard_after_forward=policy)
     optimizer = adamw(model)
     with warnings.catch_warnings(), CommDebugMode() as counter:
         warnings.simplefilter("ignore")  # of the counter's own hooks
-        steps(model, 1, rank=rank, world=world, optimizer=optimizer)
-    names = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+        steps(model, 1, **place(rank, world, layout), optimizer=optimizer)
+    names = {
+        "_allgather_base_": "all-gather",
+        "_reduce_scatter_base_": "reduce-scatter",
+        "allreduce_": "all-reduce",
+        "all_gather_into_tensor": "gathered activations",
+        "reduce_scatter_tensor": "scattered activations",
+    }
     counts = {str(op).rpartition(".")[2]: count for op, count in counter.get_comm_counts().items()}
     return {names.get(op, op.replace("all_to_all_single", "all-to-all")): count for op, count in counts.items()}
 
@@ -145,10 +152,14 @@ def check_dispatcher(results: list[dict[str, Any]], degree: int) -> None:
 def check_counts(counts: dict[tuple[str, str, str], dict[str, int]]) -> None:
     """The table of docs/parallelism.md: formulas in L layers, M of them MoE layers, for one micro-batch."""
     table = counts_table()
-    names = {"fsdp4": "FSDP2", "hsdp2x2": "HSDP", "ep4": "EP", "ep2_fsdp2": "EP x FSDP2", "hsdp2_ep2": "HSDP x EP"}
+    names = {
+        **{"fsdp4": "FSDP2", "hsdp2x2": "HSDP", "ep4": "EP", "ep2_fsdp2": "EP x FSDP2", "hsdp2_ep2": "HSDP x EP"},
+        **{"fsdp2_tp2": "FSDP2 x TP", "fsdp2_cp2": "FSDP2 x CP", "ep2_tp2": "EP x FSDP2 x TP"},
+        **{"cp2_tp2_ep4": "CP x TP x EP", "hsdp2_tp2": "HSDP x TP"},
+    }
     for (layout, mode, policy), got in counts.items():
         row = table[names[layout]]
-        want = {axis: eval(formula, {"L": 2, "M": 2}) for axis, formula in row.items()}  # noqa: S307
+        want = {axis: eval(formula, {"L": 2, "M": 2, "F": 0}) for axis, formula in row.items()}  # noqa: S307
         if mode == "full" and want["all-to-all"]:
             want["all-to-all"] += 3 * 2  # the forward once more
         # all units but the root's are gathered twice by default
@@ -161,8 +172,8 @@ def counts_table() -> dict[str, dict[str, str]]:
     lines = [line for line in DOCS.read_text().splitlines() if line.startswith("|")]
     start = next(i for i, line in enumerate(lines) if "reduce-scatter" in line)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:]]
-    header, rows = cells[0], cells[2:7]
-    return {row[0]: {a: re.sub(r"(\d) ([LM])", r"\1 * \2", f) for a, f in zip(header[1:], row[1:], strict=True)} for row in rows}
+    header, rows = cells[0], cells[2:]
+    return {row[0]: {a: re.sub(r"(\d) ([LMF])", r"\1 * \2", f) for a, f in zip(header[1:], row[1:], strict=True)} for row in rows}
 
 
 def test_one_process_has_nothing_to_compare() -> None:

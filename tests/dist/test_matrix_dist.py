@@ -30,6 +30,10 @@ CURVE = 50
 # have a graph each otherwise, as the process group of the all-to-alls is in it.
 COMPILED = {2: [["fsdp2", "hsdp2x1"], ["ep2"]], 4: [["ep4"], ["ep2_fsdp2"]]}
 INDUCTOR = ("ep2", "selective")
+# Parts of sequences (tensor and context parallelism) are tests/dist/test_parts_dist.py's.
+WHOLE = {
+    world: [name for name, degrees in LAYOUTS[world].items() if not {"tensor", "context"} & set(degrees)] for world in COMPILED
+}
 # Curves of 50 steps: layout and checkpointing, in eager mode and compiled.
 CURVES = {"eager": [("fsdp2", "full"), ("hsdp2x1", "none")], "compiled": [INDUCTOR, ("ep4", "none"), ("ep2_fsdp2", "full")]}
 
@@ -71,7 +75,7 @@ def weights(model: Any) -> dict[str, Any]:
 
 def eager(rank: int, world: int) -> dict[Any, Any]:
     results: dict[Any, Any] = {}
-    for layout, mode in itertools.product(LAYOUTS[world], MODES):
+    for layout, mode in itertools.product(WHOLE[world], MODES):
         model = build(world, layout, SIZES, checkpoint_mode=mode)
         results[layout, mode] = {"weights": weights(model), **some_steps(model, rank, world)}
         if (layout, mode) in CURVES["eager"]:
@@ -118,7 +122,7 @@ def on_ranks(rank: int, world: int) -> tuple[dict[Any, Any], dict[Any, Any]]:
 
 @pytest.mark.dist
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("world", LAYOUTS)
+@pytest.mark.parametrize("world", WHOLE)
 def test_ranks_equal_one_process_however_layers_are_run(world: int) -> None:
     alone = [reference(sizes, world) for sizes in (SIZES, MOE_ONLY)]
     for result in run_ranks(world, on_ranks):

@@ -96,7 +96,26 @@ CONFIGURATIONS: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "",
         ["moe.dispatcher = 'all_to_all'", "expert_parallel_degree = 1"],
     ),
-    "tensor degree": ({"parallelism.tensor_parallel_degree": 2}, "", ["tensor_parallel_degree = 2", "not supported"]),
+    "tensor degree": (
+        {"parallelism.tensor_parallel_degree": 2},
+        "",
+        ["data_parallel_shard_degree (1) x tensor_parallel_degree (2)", "processes (1)", "nproc_per_node"],
+    ),
+    "tensor degree and heads": (
+        {"parallelism.tensor_parallel_degree": 2, "model.num_kv_heads": 1},
+        "",
+        ["tensor_parallel_degree (2)", "model.num_kv_heads (1)"],
+    ),
+    "tensor degree and float8": (
+        {"parallelism.tensor_parallel_degree": 2, "quantize.converters": ["quantize.linear.float8"]},
+        "",
+        ["tensor_parallel_degree = 2", "quantize.linear.float8", "leave the converter out"],
+    ),
+    "context degree": (
+        {"parallelism.context_parallel_degree": 3},
+        "",
+        ["training.seq_len (", "2 x context_parallel_degree (3)"],
+    ),
     "heads": ({"model.num_heads": 3}, "", ["model.num_heads (3)", "model.dim (32)"]),
     "dump folder below a file": ({}, "--job.dump_folder {file}/run", ["job.dump_folder", "{file}", "not writable"]),
     "dump folder in /proc": ({}, "--job.dump_folder /proc/run", ["job.dump_folder /proc/run", "not writable"]),

@@ -237,9 +237,10 @@ def test_compiled_model(train: Train, arguments: Arguments, tmp_path: Path) -> N
 
 
 def test_two_processes_equal_one(arguments: Arguments, train: Train, tmp_path: Path) -> None:
-    """torchrun with two processes, each with half of the experts: as one process, which goes on from its checkpoint."""
+    """torchrun with two processes, each with half of the heads, tokens and experts: as one, which goes on from it."""
     options = {"training__local_batch_size": 1, "training__steps": 4, "validation__freq": 2}
-    layout = {"parallelism__expert_parallel_degree": 2, "activation_checkpoint__mode": "selective"}
+    layout = {f"parallelism__{axis}_parallel_degree": 2 for axis in ("tensor", "expert")}
+    layout["activation_checkpoint__mode"] = "selective"
     words = arguments("two", **options, **layout)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}

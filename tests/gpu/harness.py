@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.tiny import adamw, balancers, batch, tiny_model
+from tests.tiny import SEQ, adamw, balancers, batch, own_part, tiny_model
 from titan_moe.metrics import StepOutput
 from titan_moe.model.transformer import Transformer
-from titan_moe.parallelize.mesh import Meshes
+from titan_moe.parallelize.mesh import Degrees, Meshes
 from titan_moe.parallelize.parallelize import parallelize
 from titan_moe.parallelize.quantize import quantize
 from titan_moe.step import train_step
@@ -49,7 +49,7 @@ def build(
     """The model, parallelized; its weights depend on the device (generators do), and on nothing else."""
     model = tiny_model(device="meta", **SIZES)
     quantize(model, converters=converters, recipe_name="rowwise", emulate=emulate)
-    defaults = {"reduce_dtype": torch.float32, "checkpoint_mode": "none", "compile_blocks": False}
+    defaults = {"reduce_dtype": torch.float32, "checkpoint_mode": "none", "compile_blocks": False, "seq_len": SEQ}
     parallelize(model, mesh=mesh, param_dtype=dtype, **{**defaults, **options})
     model.to_empty(device=device)
     model.init_weights(0)
@@ -57,15 +57,23 @@ def build(
 
 
 def train(
-    model: Transformer, count: int = 4, *, rank: int = 0, world: int = 1, micro_batches: int = 1
+    model: Transformer,
+    count: int = 4,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    micro_batches: int = 1,
+    degrees: Degrees | None = None,
+    mesh: Meshes | None = None,
 ) -> list[StepOutput]:
     """Some steps on this rank's part of each batch, cut into micro-batches."""
     device, optimizer = next(model.parameters()).device, adamw(model)
     outputs = []
     for step in range(count):
-        tokens, labels = (part.chunk(world)[rank].to(device) for part in batch(step))
+        tokens, labels = (part.to(device) for part in own_part(batch(step), rank, world, degrees))
         micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
-        output = train_step(model, micro, optimizer, balancers(), model.expert_biases(), max_norm=0.1)
+        options = {"max_norm": 0.1, "sequence_group": None if mesh is None else mesh.sequence_group}
+        output = train_step(model, micro, optimizer, balancers(), model.expert_biases(), **options)
         outputs.append(output)
     return outputs
 

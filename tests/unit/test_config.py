@@ -10,7 +10,6 @@ from typing import Any, get_type_hints
 import pytest
 
 from titan_moe.config import cautions, find_component, help_text, load_config, to_toml
-from titan_moe.config.checks import SUPPORTED
 from titan_moe.config.load import KINDS, SECTIONS
 from titan_moe.config.schema import check_value, document
 from titan_moe.config.sections import Config
@@ -319,13 +318,6 @@ def test_constraints_between_keys(args: list[str], parts: list[str]):
     message = error_of(*args)
     for part in parts:
         assert part in message
-
-
-@pytest.mark.parametrize(("section", "key"), list(SUPPORTED))
-def test_values_that_are_not_built_yet_are_refused(section: str, key: str):
-    message = error_of(f"--{section}.{key}", "2")
-    assert f"{section}.{key} = " in message
-    assert "is not supported yet: use" in message
 
 
 def test_a_group_may_be_frozen_and_a_dense_model_takes_an_inherited_recipe():

@@ -48,6 +48,21 @@ def test_one_rank_by_hand() -> None:
     assert result.activations > 2 * logits
 
 
+def test_parts_of_sequences_and_matrices() -> None:
+    """An axis halves what it shares out; its bytes are those of tokens, or of keys and values."""
+    one, context = run(1), run(4, "--parallelism.context_parallel_degree", "2")
+    tensor = run(4, "--parallelism.tensor_parallel_degree", "2")
+    for result, axis in ((context, "cp (2)"), (tensor, "tp (2)")):
+        assert result.parameters == pytest.approx(one.parameters / 4, rel=0.01)
+        assert result.expert_rows == one.expert_rows / 2
+        assert 0.4 < result.flops / one.flops <= 0.5  # a causal chunk sees less than all
+        assert result.activations < 0.6 * one.activations
+        tokens_or_keys = 4 * 2 * 64 * 32  # fp32, sequences, tokens, width: K and V of half of them are as large
+        calls = 3 if axis == "cp (2)" else 2 * 3
+        assert result.traffic["all_gather", axis] == (calls, calls * tokens_or_keys // (2 if calls == 6 else 1))
+        assert result.traffic["reduce_scatter", axis] == result.traffic["all_gather", axis]
+
+
 def test_sharding_divides_and_communication_is_that_of_the_parameters() -> None:
     one, four = run(1), run(4)
     assert four.parameters == pytest.approx(one.parameters / 4, rel=0.01)

@@ -23,6 +23,7 @@ from titan_moe.parallelize import expert
 from titan_moe.parallelize.activation import checkpoint_block
 from titan_moe.parallelize.mesh import Degrees, build_mesh, resolve_degrees
 from titan_moe.parallelize.parallelize import parallelize
+from titan_moe.parallelize.sequence import own_positions
 from titan_moe.records import train_record
 from titan_moe.step import train_step
 
@@ -36,6 +37,8 @@ def test_degrees_are_filled_in() -> None:
     assert resolve(8, expert=4) == Degrees(1, 8, 4)
     assert resolve(8, replicate=2, expert=4) == Degrees(2, 4, 4)
     assert resolve(16, num_experts=0) == Degrees(1, 16, 1)
+    assert resolve(16, context=2, tensor=4, replicate=2) == Degrees(2, 1, 1, 2, 4)
+    assert resolve(8, context=2, tensor=2, expert=8) == Degrees(1, 2, 8, 2, 2)
     assert resolve(16, num_experts=3) == Degrees(1, 16, 1)  # FSDP2 alone takes any number of experts
 
 
@@ -53,6 +56,10 @@ def test_degrees_are_filled_in() -> None:
             {"replicate": 2, "expert": 4},
             ["expert_parallel_degree (4)", "must divide data_parallel_shard_degree (2)"],
         ),
+        (4, {"shard": 4, "context": 2}, ["shard_degree (4) x context_parallel_degree (2)", "processes (4)"]),
+        (2, {"tensor": 4}, ["shard_degree (1) x tensor_parallel_degree (4)", "processes (2)"]),
+        (4, {"tensor": 2, "expert": 8}, ["must divide", "shard_degree (2) x tensor_parallel_degree (2)"]),
+        (16, {"tensor": 2, "expert": 8}, ["shard_degree (8) x tensor_parallel_degree (2)", "num_experts (8)"]),
         (16, {"expert": 8}, ["data_parallel_shard_degree (16)", "num_experts (8)", "raise data_parallel_replicate"]),
     ],
 )
@@ -61,6 +68,20 @@ def test_degrees_that_do_not_fit_are_refused(world: int, degrees: dict[str, int]
         resolve(world, **degrees)
     for part in parts:
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("degrees", [Degrees(2, 2), Degrees(context=2, tensor=2), Degrees(2, 1, 1, 3, 2)])
+def test_parts_of_sequences(degrees: Degrees) -> None:
+    """Each token is on one process of a group, and a causal mask gives all processes of the cp axis the same work."""
+    parts = [own_positions(24, rank, degrees) for rank in range(degrees.replicate * degrees.per_replica)]
+    if degrees.per_sequence == 1:
+        assert parts == [None] * 4
+        return
+    for group in range(degrees.data):
+        own = parts[group * degrees.per_sequence : (group + 1) * degrees.per_sequence]
+        assert torch.equal(torch.cat([p for p in own if p is not None]).sort().values, torch.arange(24))
+    work = torch.stack([p for p in parts if p is not None]).view(degrees.data, degrees.context, -1).sum(-1)
+    assert work.unique().numel() == 1
 
 
 def gradients(mode: str, *, unsteady: bool) -> dict[str, Tensor]:

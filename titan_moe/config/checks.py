@@ -1,27 +1,10 @@
 """What must hold between keys, checked before any process group or data exists."""
 
-from typing import Any
-
 from titan_moe.config.combinations import check_combinations
 from titan_moe.config.sections import Config
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.matrix import NO_MATRICES
 from titan_moe.optimizer.matrix_builders import DIRECTIONS
-
-# What this version can do for keys whose table in the contract allows more: (section, key) -> values that work.
-SUPPORTED: dict[tuple[str, str], tuple[Any, ...]] = {
-    ("parallelism", "tensor_parallel_degree"): (1,),
-    ("parallelism", "context_parallel_degree"): (1,),
-}
-
-
-def check_supported(config: Config) -> None:
-    """Refuse the values that are planned but not built yet, with the value to use instead."""
-    for (section, key), supported in SUPPORTED.items():
-        value = getattr(getattr(config, section), key)
-        if value not in supported:
-            use = " or ".join(repr(choice) for choice in supported)
-            raise ValueError(f"{section}.{key} = {value!r} is not supported yet: use {use}")
 
 
 def check_config(config: Config) -> None:
@@ -29,6 +12,7 @@ def check_config(config: Config) -> None:
     _check_attention(config)
     _check_experts(config)
     _check_batches(config)
+    _check_parts(config)
     _check_optimizer(config)
 
 
@@ -123,6 +107,35 @@ def _check_batches(config: Config) -> None:
         )
     if data.dataset in ("text", "hf") and not data.path:
         raise ValueError(f"data.dataset = {data.dataset!r} needs data.path: the files to read or the name on the hub")
+
+
+def _check_parts(config: Config) -> None:
+    """What tensor and context parallelism share out has to divide evenly."""
+    model, moe, training = config.model, config.moe, config.training
+    tensor, context = config.parallelism.tensor_parallel_degree, config.parallelism.context_parallel_degree
+    widths = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads or model.num_heads}
+    if not moe.num_experts or moe.first_dense_layers or moe.layer_freq > 1:
+        widths["model.ffn_dim"] = model.ffn_dim
+    if moe.num_experts and moe.num_shared_experts:
+        widths["moe.num_shared_experts x moe.expert_dim"] = moe.num_shared_experts * moe.expert_dim
+    for name, width in widths.items():
+        if width % tensor:
+            raise ValueError(f"parallelism.tensor_parallel_degree ({tensor}) must divide {name} ({width})")
+    if "quantize.linear.float8" in config.quantize.converters and tensor > 1:
+        raise ValueError(
+            f"parallelism.tensor_parallel_degree = {tensor} does not go with quantize.linear.float8, whose scales are "
+            "of whole matrices: leave the converter out (quantize.grouped_mm.float8 goes), or take degree 1"
+        )
+    if context > 1 and training.seq_len % (2 * context * tensor):
+        raise ValueError(
+            f"training.seq_len ({training.seq_len}) must be a multiple of 2 x context_parallel_degree ({context}) x "
+            f"tensor_parallel_degree ({tensor}): each rank has two chunks of a sequence, shared out over tensor ranks"
+        )
+    if training.seq_len % tensor:
+        raise ValueError(
+            f"parallelism.tensor_parallel_degree ({tensor}) must divide training.seq_len ({training.seq_len}): between "
+            "attention and dense layers each rank has a part of every sequence"
+        )
 
 
 def _check_optimizer(config: Config) -> None:

@@ -12,7 +12,7 @@ import tomli_w
 from pydantic import AfterValidator, Field
 
 from titan_moe.balancer import BALANCERS
-from titan_moe.config.checks import check_config, check_supported
+from titan_moe.config.checks import check_config
 from titan_moe.config.help import render_help
 from titan_moe.config.layers import Layer, command_line_layer, file_layers
 from titan_moe.config.schema import (
@@ -108,7 +108,6 @@ def merge_layers(layers: Iterable[Layer]) -> Config:
             _apply(state, section, table, layer.origin)
     config = _finish(state)
     check_config(config)
-    check_supported(config)
     return config
 
 

@@ -139,7 +139,7 @@ class Parallelism:
     data_parallel_replicate_degree: Annotated[PositiveInt, "replicas of the sharded model"] = 1
     data_parallel_shard_degree: Annotated[PositiveOrMinusOne, "ranks that shard a model, FSDP2 (-1: the rest)"] = -1
     expert_parallel_degree: Annotated[PositiveInt, "ranks that share the experts of a layer"] = 1
-    tensor_parallel_degree: Annotated[PositiveInt, "ranks that share each matrix"] = 1
+    tensor_parallel_degree: Annotated[PositiveInt, "ranks that share heads, dense widths and tokens"] = 1
     context_parallel_degree: Annotated[PositiveInt, "ranks that share each sequence"] = 1
     fsdp_reshard_after_forward: Annotated[
         Literal["default", "always", "never"],

@@ -15,6 +15,7 @@ from titan_moe.data.corpus import Split, corpus_tokenizer, make_corpus, make_spl
 from titan_moe.data.loader import (
     TrainLoader,
     WindowBatches,
+    at_positions,
     make_loader,
     num_windows,
     validation_batches,
@@ -89,13 +90,15 @@ def build_data(
     barrier: Callable[[], object] | None = None,
     progress: bool = True,
     endpoint: str = hub.HUB_ENDPOINT,
+    positions: Tensor | None = None,
 ) -> Data:
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
     `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`. Validation data are the
     files of `validation_path`, else `validation_fraction` of the documents, chosen by the hash of their content. On
     every node the one process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size`
-    of -1 is one without accumulation. Errors: ValueError and OSError of one line.
+    of -1 is one without accumulation. Where ranks have parts of sequences, `positions` (S',) are those of this rank,
+    and batches are (B, S'). Errors: ValueError and OSError of one line.
     """
     size = check_batch_sizes(global_batch_size, local_batch_size, dp_degree)
     if not 0 <= validation_fraction < 1:
@@ -121,8 +124,8 @@ def build_data(
         key = "data.validation_path" if validation_path else f"data.validation_fraction ({fraction})"
         _check_length(made.validation, seq_len, key)
         share = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
-        validation = partial(validation_batches, made.validation, **where, **share)
-    loader = TrainLoader(make, f"{made.fingerprint}-{made.tokenizer.fingerprint}-{seq_len}")
+        validation = partial(_at, positions, partial(validation_batches, made.validation, **where, **share))
+    loader = TrainLoader(make, f"{made.fingerprint}-{made.tokenizer.fingerprint}-{seq_len}", positions)
     return Data(made.tokenizer, loader, validation, {"data": made.fingerprint, "tokenizer": made.tokenizer.fingerprint})
 
 
@@ -152,6 +155,12 @@ def build_validation(
     _check_length(file, seq_len, "data.path")
     where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     return partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **where)
+
+
+def _at(positions: Tensor | None, make: Callable[[], Batches]) -> Batches:
+    """The batches of `make`, of each sequence the tokens and labels at these positions."""
+    for tokens, labels in make():
+        yield at_positions(tokens, positions), at_positions(labels, positions)
 
 
 def token_bytes(tokenizer: Tokenizer) -> Tensor:

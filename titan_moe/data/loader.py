@@ -83,6 +83,11 @@ def read_windows(file: TokenFile, windows: list[int], seq_len: int) -> tuple[Ten
     return split_labels(rows)
 
 
+def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
+    """Of each sequence what is at these positions, all where there are none: (B, S) -> (B, S')."""
+    return x if positions is None else x[:, positions]
+
+
 def split_labels(rows: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return tokens and labels (B, S), int64, of rows of S + 1 token ids."""
     pairs = torch.from_numpy(rows.astype(np.int64))
@@ -148,16 +153,21 @@ class TrainLoader:
     starts a new StatefulDataLoader there. Iterate again after `load_state_dict`.
     """
 
-    def __init__(self, make: Callable[[dict[str, Any]], StatefulDataLoader], fingerprint: str) -> None:
-        self._make, self._fingerprint = make, fingerprint
+    def __init__(
+        self,
+        make: Callable[[dict[str, Any]], StatefulDataLoader],
+        fingerprint: str,
+        positions: Tensor | None = None,
+    ) -> None:
+        self._make, self._fingerprint, self._positions = make, fingerprint, positions
         self._state: dict[str, Any] = {"sequences": 0}
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches (B, S) from the current position on."""
+        """Yield batches (B, S) from the current position on; of each sequence the `positions` that were asked for."""
         for tokens, labels, after in self._make(self._state):
             lanes = {**self._state.get("lanes", {}), **after.get("lanes", {})}
             self._state = {**after, "lanes": lanes} if lanes else after
-            yield tokens, labels
+            yield at_positions(tokens, self._positions), at_positions(labels, self._positions)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch handed out: plain numbers, strings, lists and dicts."""

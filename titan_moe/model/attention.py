@@ -3,11 +3,16 @@
 Shapes: B batch, S sequence, D dim, H query heads, G key-value heads, C channels of a head (D / H).
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_moe.model.share import WHOLE, Share, project
+
 Rope = tuple[Tensor, Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, S, C), k and v (B, G, S, C) -> (B, H, S, C)
 
 
 def rope_cos_sin(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Rope:
@@ -28,13 +33,24 @@ def apply_rope(x_BHSC: Tensor, rope: Rope) -> Tensor:
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x_BHSC)
 
 
+def attend_to_past(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
+    """Causal attention where keys and values are of the same tokens as queries."""
+    grouped = q_BHSC.shape[1] != k_BGSC.shape[1]
+    return F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=grouped)
+
+
 class Attention(nn.Module):
-    """Softmax attention over the past; `qk_norm` puts an RMSNorm on each head's queries and keys before rotation."""
+    """Softmax attention over the past; `qk_norm` puts an RMSNorm on each head's queries and keys before rotation.
+
+    `attend` and `share` are functions that parallelism replaces: over tokens, and over heads.
+    """
 
     def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, qk_norm: bool, norm_eps: float) -> None:
         super().__init__()
         self.head_dim = dim // num_heads
         self.grouped = num_kv_heads != num_heads
+        self.attend: Attend = attend_to_past
+        self.share: Share = WHOLE
         self.wq = nn.Linear(dim, num_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
@@ -44,11 +60,12 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        q_BSHC, k_BSGC, v_BSGC = (w(x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
+        x_BSD = self.share.gather(x_BSD)
+        q_BSHC, k_BSGC, v_BSGC = (
+            project(w, x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
         q_BHSC, k_BGSC = apply_rope(q_BSHC.transpose(1, 2), rope), apply_rope(k_BSGC.transpose(1, 2), rope)
-        y_BHSC = F.scaled_dot_product_attention(
-            q_BHSC, k_BGSC, v_BSGC.transpose(1, 2), is_causal=True, enable_gqa=self.grouped
-        )
-        return self.wo(y_BHSC.transpose(1, 2).flatten(2))
+        y_BHSC = self.attend(q_BHSC, k_BGSC, v_BSGC.transpose(1, 2))
+        return self.share.reduce(project(self.wo, y_BHSC.transpose(1, 2).flatten(2)))

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.grouped import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.routing import Router, Routing
+from titan_moe.model.share import WHOLE, Share, project
 
 # The experts' gradients, by hand to save memory: what w2's function kept is freed before those of w1 and w3 are made;
 # it writes into what nothing needs any more, because on a CPU new memory costs more than arithmetic; and weight
@@ -69,17 +70,20 @@ def expert_swiglu(
 
 
 class FeedForward(nn.Module):
-    """Dense SwiGLU: w2(silu(w1 x) * w3 x), (..., D) -> (..., D)."""
+    """Dense SwiGLU: w2(silu(w1 x) * w3 x), (B, S, D) -> (B, S, D); parallelism replaces `share`."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
+        self.share: Share = WHOLE
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
         self.w2 = nn.Linear(hidden_dim, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor) -> Tensor:
         """Apply to every token."""
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        x_BSD = self.share.gather(x_BSD)
+        h_BSF = F.silu(project(self.w1, x_BSD)) * project(self.w3, x_BSD)
+        return self.share.reduce(project(self.w2, h_BSF))
 
 
 class Experts(nn.Module):

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, D dim, V vocabulary.
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +75,7 @@ class Transformer(nn.Module):
         _check_attention(dim, num_heads, num_kv_heads)
         self.init_std, self.num_layers = init_std, num_layers
         self.head_dim, self.rope_theta = dim // num_heads, rope_theta
+        self.rope: Callable[..., Rope] = rope_cos_sin  # replaced where a process has a part of each sequence
         moe_layers = moe_layer_ids(num_layers, num_experts, first_dense_layers, layer_freq)
 
         def feed_forward(layer: int) -> FeedForward | MoE:
@@ -109,7 +111,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
         """(B, S) int64 token ids -> (B, S, V) logits in the parameters' dtype, and one Routing per MoE layer."""
-        rope = rope_cos_sin(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
+        rope = self.rope(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
         x_BSD = self.tok_embeddings(tokens_BS)
         routings = []
         for layer in self.layers:

@@ -20,12 +20,14 @@ ATTENTION = {
 # Drawing again the same numbers means to save and restore the generator. Attention counts, for its dropout.
 RANDOM = ATTENTION | {aten.rand_like.default, aten.randn_like.default, aten.rand.default, aten.randn.default}
 # The choice of experts and what travelled between processes: to make them again costs most, and a choice made anew
-# could differ from the first where two experts are nearly as good.
+# could differ from the first where two experts are nearly as good. What is gathered is as large as the whole, on every
+# process: that is gathered again.
 ROUTED = {
     aten.topk.default,
     aten.sort.default,
     aten.sort.stable,
     c10d.all_to_all_single.default,
+    c10d.reduce_scatter_tensor.default,
     c10d.wait_tensor.default,
 }
 
@@ -33,10 +35,10 @@ ROUTED = {
 def checkpoint_block(block: nn.Module, mode: str, *, keep_random: bool = False) -> nn.Module:
     """Wrap a layer so that its activations are kept (`none`), made again (`full`), or kept in part (`selective`).
 
-    `selective` keeps attention's results, the choice of experts, and what the all-to-alls brought; norms, projections
-    and experts are computed again. With `keep_random` attention is kept by `full` too: torch 2.13's partitioner, when
-    a compiled layer with DTensors is to restore a generator, mixes up what it saves (the generator's state comes after
-    the device mesh).
+    `selective` keeps attention's results, the choice of experts, what the all-to-alls brought and what was reduced over
+    processes; norms, projections and experts are computed again. With `keep_random` attention is kept by `full` too:
+    torch 2.13's partitioner, when a compiled layer with DTensors is to restore a generator, mixes up what it saves (the
+    generator's state comes after the device mesh).
     """
     if mode == "none":
         return block
@@ -47,7 +49,12 @@ def checkpoint_block(block: nn.Module, mode: str, *, keep_random: bool = False) 
 
 
 def _contexts(kept: Set[Any]) -> tuple[Any, Any]:
+    before: list[Any] = [None]  # the operator before this one
+
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        waits_for, before[0] = before[0], op
+        if op is c10d.wait_tensor.default and waits_for is c10d.all_gather_into_tensor.default:
+            return CheckpointPolicy.PREFER_RECOMPUTE
         # numbers on their way to the host: the split sizes of dispatch are waited for once
         to_host = op is aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
         return CheckpointPolicy.MUST_SAVE if op in kept or to_host else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""Parallelism, applied to the model from outside, in one order: EP, activation checkpointing, compile, FSDP2."""
+"""Parallelism, applied from outside, in one order: CP, TP, EP, activation checkpointing, compile, FSDP2."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,15 +6,19 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
+from titan_moe.model.attention import Attention
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.activation import checkpoint_block
 from titan_moe.parallelize.expert import share_out_experts
 from titan_moe.parallelize.mesh import Meshes
+from titan_moe.parallelize.sequence import attend_to_all, rope_of_part
+from titan_moe.parallelize.tensor import share_out_matrices
 
 Reshard = Literal["default", "always", "never"]  # torchtitan's names
 
@@ -29,14 +33,18 @@ def parallelize(
     reduce_dtype: torch.dtype,
     checkpoint_mode: str,
     compile_blocks: bool,
+    seq_len: int = 0,
     reshard_after_forward: Reshard = "default",
 ) -> None:
-    """Parallelize `model` in place; with `mesh` None it stays whole, on one process."""
-    has_expert_axis = mesh is not None and mesh.ep is not None
-    if mesh is not None and mesh.ep is not None:
-        share_out_experts(model, mesh.ep)
+    """Parallelize `model` in place; with `mesh` None it stays whole, on one process.
+
+    `seq_len`, of whole sequences, is needed with context parallelism.
+    """
+    has_shares = mesh is not None and (mesh.ep is not None or mesh.tp is not None)
+    if mesh is not None:
+        share_out(model, mesh, seq_len)
     for name, block in model.layers.named_children():
-        wrapped = checkpoint_block(block, checkpoint_mode, keep_random=compile_blocks and has_expert_axis)
+        wrapped = checkpoint_block(block, checkpoint_mode, keep_random=compile_blocks and has_shares)
         model.layers.register_module(name, wrapped)
     if compile_blocks:
         torch._dynamo.config.capture_scalar_outputs = True  # the split sizes of dispatch are numbers in the graph
@@ -47,19 +55,34 @@ def parallelize(
         shard(model, mesh, policy, reshard_after_forward)
 
 
+def share_out(model: Transformer, mesh: Meshes, seq_len: int) -> None:
+    """Give each process its part of sequences (CP, TP), of attention and dense layers (TP) and of experts (EP)."""
+    if mesh.sequence is not None:
+        model.rope = rope_of_part(cp=mesh.cp, tp=mesh.tp)
+    if mesh.cp is not None:
+        attend = attend_to_all(mesh.cp, seq_len)
+        for layer in model.modules():
+            if isinstance(layer, Attention):
+                layer.attend = attend
+    if mesh.tp is not None:
+        share_out_matrices(model, mesh.tp)
+    if mesh.ep is not None:
+        share_out_experts(model, mesh.ep)
+
+
 def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshard_after_forward: Reshard) -> None:
     """Apply FSDP2 to every block and to the rest of the model.
 
-    A block is one unit, whose experts are sharded over their own mesh under expert parallelism. Gradients are summed,
-    not averaged, over ranks: the loss is already divided by the step's global token count, so expert and dense
-    gradients are right whatever the layout. gloo has no pre-multiplied sum, hence the forced one.
+    A block is one unit, whose experts and matrices have meshes of their own where they are shared out. Gradients are
+    summed, not averaged, over ranks: the loss is already divided by the step's global token count, so all gradients
+    are right whatever the layout. gloo has no pre-multiplied sum, hence the forced one.
 
     Between forward and backward the gathered parameters of blocks are freed; with `always` also those of the rest,
     which backward gathers again at once, with `never` none.
     """
     # Activations come in the parameters' type already; the cast would only take the rotary angles out of fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
-    placement = expert_placement(model, mesh)
+    placement = placements(model, mesh)
     for block in model.layers.children():
         fully_shard(
             block,
@@ -82,13 +105,19 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def expert_placement(model: nn.Module, mesh: Meshes) -> Callable[[nn.Parameter], Any] | None:
-    """Where FSDP2 shards a parameter: experts over `efsdp` under expert parallelism, the rest where it would anyway."""
-    if mesh.efsdp is None:
-        return None
-    if mesh.efsdp.ndim == 1:
-        info = FSDPMeshInfo(mesh.efsdp, shard_mesh_dim=0)
-    else:
-        info = HSDPMeshInfo(mesh.efsdp, replicate_mesh_dim=0, shard_mesh_dim=1)
+def placements(model: nn.Module, mesh: Meshes) -> Callable[[nn.Parameter], Any] | None:
+    """Where FSDP2 shards what is shared out: over the axes that this leaves. The rest goes where it would anyway."""
     experts = {p for layer in model.modules() if isinstance(layer, MoE) for p in layer.experts.parameters()}
-    return lambda parameter: ShardPlacementResult(Shard(0), info) if parameter in experts else None
+    matrices = {p for p in model.parameters() if isinstance(p, DTensor)} - experts
+    where: dict[nn.Parameter, ShardPlacementResult] = {}
+    for parameters, rest in ((experts, mesh.efsdp), (matrices, mesh.tfsdp)):
+        if rest is not None:
+            where |= dict.fromkeys(parameters, ShardPlacementResult(Shard(0), mesh_info(rest)))
+    return where.get if where else None
+
+
+def mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:
+    """A mesh of one axis to shard over, or of two: replicas, then shards."""
+    if mesh.ndim == 1:
+        return FSDPMeshInfo(mesh, shard_mesh_dim=0)
+    return HSDPMeshInfo(mesh, replicate_mesh_dim=0, shard_mesh_dim=1)
