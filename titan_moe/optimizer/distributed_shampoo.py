@@ -54,7 +54,7 @@ def meta_direction(group: Group) -> Transform:
             optimizers.append(optimizer)
             for row, tensors in enumerate(_tensors_of(optimizer, made)):
                 for name, tensor in tensors.items():
-                    tensor.set_(state[name][row])  # pyrefly: ignore
+                    tensor.data = state[name][row]
             for row in rows:  # one count for all, which this does once only
                 optimizer.state[row]["step"].fill_(tick.step - 1)
         for row, own in zip(rows, gradient, strict=True):
