@@ -185,7 +185,7 @@ def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
         meter.answers = True
         return clip(*args)
 
-    step.clip_grad_norm = clip_and_answer
+    step.clip_grad_norm = clip_and_answer  # pyrefly: ignore
     torch.UntypedStorage.resize_ = resize_and_tell  # pyrefly: ignore
     ShardingPropagator._propagate_tensor_meta_non_cached = propagate_unseen  # pyrefly: ignore
     try:
