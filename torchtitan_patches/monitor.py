@@ -184,7 +184,7 @@ class Monitor:
         self.own_bias_rule = any(b.post_step is not keep_bias for _, b in balancers.values())
         if self.own_bias_rule and any(layer.moe.load_balance_coeff is None for layer in self.layers):
             raise ValueError(
-                "torchtitan_patches: loss_free needs the layers' bias: set load_balance_coeff of MoE.Config to 1e-3"
+                "torchtitan_patches: loss_free needs a bias: set load_balance_coeff of each MoE.Config, to 1e-3"
             )
         self.load = torch.zeros(0)
         self._values, self._tokens = torch.zeros(0), torch.ones(())

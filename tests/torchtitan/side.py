@@ -4,6 +4,7 @@ CASES and RESULT are files of torch.save: {name: keyword arguments of `train` or
 """
 
 import copy
+import itertools
 import os
 import sys
 import time
@@ -146,9 +147,23 @@ def train(weights: dict[str, Tensor] | None = None, **arguments: Any) -> dict[st
     """A whole run: what it logged by step, and its first and last weights."""
     trainer = build(weights, **arguments)
     trainer.metrics_processor.logger = records = Records()
+    generate, batches = trainer.batch_generator, []
+
+    def remembered(loader: Any) -> Any:
+        for inputs, labels in generate(loader):
+            batches.append((inputs["input"].clone(), labels.clone()))
+            yield inputs, labels
+
+    trainer.batch_generator = remembered
     first = state_of(trainer.model_parts[0])
     trainer.train()
-    result = {"records": records.steps, "first": first, "last": state_of(trainer.model_parts[0])}
+    result = {"records": records.steps, "first": first, "last": state_of(trainer.model_parts[0]), "batches": batches}
+    if arguments.get("validate"):
+        validator = trainer.validator
+        loader = validator.dl_config.build(
+            dp_world_size=1, dp_rank=0, tokenizer=None, seq_len=validator.seq_len, local_batch_size=4
+        )
+        result["validation"] = [inputs["input"] for inputs, _ in itertools.islice(loader, 2)]
     close(trainer)
     return result
 
