@@ -8,8 +8,10 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan_moe.model.moe import MoE
@@ -34,6 +36,17 @@ def routing_choices(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
         is_expert_TK = counts_T1 & (routing.topk_experts < routing.scores.shape[-1])
         choices.append(torch.where(is_expert_TK, routing.topk_experts, NO_EXPERT).to(torch.int16))
     return torch.stack(choices).cpu()
+
+
+def of_whole_sequences(choices: Tensor, positions: Tensor, sequences: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Join the choices (L, T, K) of the ranks of `group`, which have parts of the same sequences, in the whole's order.
+
+    `positions` are those of this rank, of each sequence. Every rank gets the same, and one that has all would too.
+    """
+    parts: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(parts, (positions, choices.unflatten(1, (sequences, -1))), group=group)
+    order = torch.cat([where for where, _ in parts]).argsort()
+    return torch.cat([own for _, own in parts], dim=2)[:, :, order].flatten(1, 2)
 
 
 def routing_drift(before: Tensor, after: Tensor) -> float:

@@ -18,10 +18,11 @@ from titan_moe.config import help_text, load_config, to_toml
 from titan_moe.data.build import token_bytes
 from titan_moe.data.loader import merge_states
 from titan_moe.files import write_atomic
-from titan_moe.job import Job, build_job
+from titan_moe.job import Job, build_job, degrees_of
 from titan_moe.metrics import eval_metrics
 from titan_moe.optimizer.build import set_lr
-from titan_moe.probe import balance_tax, routing_choices, routing_drift
+from titan_moe.parallelize.sequence import own_positions
+from titan_moe.probe import balance_tax, of_whole_sequences, routing_choices, routing_drift
 from titan_moe.profiling import profiler
 from titan_moe.records import Record, flush, moe_layer_names, speed_record, train_record
 from titan_moe.runtime import StopRequest, logger
@@ -175,12 +176,18 @@ def is_due(step: int, freq: int) -> bool:
 
 
 def probe(job: Job) -> Tensor | None:
-    """The experts chosen on this rank's first batch of validation, None for a dense model. The main rank's count."""
+    """The experts chosen on this rank's first batch of validation, None for a dense model. The main rank's count.
+
+    Of whole sequences, also where ranks have parts of them, so that the drift does not depend on that.
+    """
     assert job.data.validation is not None
     if not job.config.moe.num_experts:
         return None
     tokens, labels = next(iter(job.data.validation()))
-    return routing_choices(job.model, tokens.to(job.runtime.device), labels.to(job.runtime.device))
+    choices = routing_choices(job.model, tokens.to(job.runtime.device), labels.to(job.runtime.device))
+    rank, world = job.runtime.rank, job.runtime.world_size
+    positions = own_positions(job.config.training.seq_len, rank, degrees_of(job.config, world))
+    return choices if positions is None else of_whole_sequences(choices, positions, len(tokens), job.sequence_group)
 
 
 def validate(job: Job, sinks: Sink, step: int, before: Tensor | None, choices: Tensor | None) -> None:
