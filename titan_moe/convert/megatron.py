@@ -302,7 +302,8 @@ def _ours(config: Config, theirs: LazyTensors, source: Path) -> LazyTensors:
 
 
 def _digest(tensor: Lazy) -> bytes:
-    return hashlib.blake2b(tensor.load().contiguous().flatten().view(torch.uint8).numpy()).digest()
+    data = tensor.load().contiguous().flatten().view(torch.uint8)
+    return hashlib.blake2b(data.numpy().tobytes()).digest()
 
 
 def _zeros(shape: tuple[int, ...]) -> Lazy:
