@@ -302,8 +302,9 @@ def _ours(config: Config, theirs: LazyTensors, source: Path) -> LazyTensors:
 
 
 def _digest(tensor: Lazy) -> bytes:
-    data = tensor.load().contiguous().flatten().view(torch.uint8)
-    return hashlib.blake2b(data.numpy().tobytes()).digest()
+    data: Any = tensor.load().contiguous().flatten().view(torch.uint8).numpy()
+    buffer: Any = memoryview(data)
+    return hashlib.blake2b(buffer).digest()
 
 
 def _zeros(shape: tuple[int, ...]) -> Lazy:
