@@ -46,7 +46,6 @@ CASES: dict[str, tuple[int, int, dict[str, int]]] = {
     "8 experts, EP 2": (8, 512, {"shard": 2, "expert": 2}),
     "64 experts, EP 2": (64, 256, {"shard": 2, "expert": 2}),
 }
-LAYER_CASES = [name for name, (num_experts, _, _) in CASES.items() if num_experts and "EP" in name]
 
 
 class Spent(NamedTuple):
@@ -196,10 +195,10 @@ def ask(pipes: list[Connection], task: str, name: str, seed: int) -> list[Any]:
     return [pipe.recv() for pipe in pipes]
 
 
-def scaling(pipes: list[Connection], rounds: int) -> None:
+def scaling(pipes: list[Connection], cases: list[str], rounds: int) -> None:
     """Print two processes' steps against one's."""
     print("| model | one process, s | wall | processor |\n|---|---|---|---|")
-    for name in CASES:
+    for name in cases:
 
         def alone(seed: int, name: str = name) -> Spent:
             return TASKS["step"](name, seed)
@@ -218,11 +217,12 @@ def scaling(pipes: list[Connection], rounds: int) -> None:
         build.cache_clear()
 
 
-def bytes_sent(pipes: list[Connection], rounds: int) -> None:
+def bytes_sent(pipes: list[Connection], cases: list[str], rounds: int) -> None:
     """Print bytes that a rank sends in a step, by its tokens, against the least that the layout needs."""
     print("| model | collective | bytes a token | least | ratio |\n|---|---|---|---|---|")
     tokens = SEQUENCES * SEQ // RANKS
-    for name, (num_experts, width, degrees) in CASES.items():
+    for name in cases:
+        num_experts, width, degrees = CASES[name]
         totals = [sum(ask(pipes, "count", name, seed), Counter()) for seed in range(rounds)]
         sent = {kind: sum(total[kind] for total in totals) / (rounds * RANKS * tokens) for kind in totals[0]}
         experts = 4 * LAYERS * 3 * num_experts * width * DIM
@@ -242,10 +242,10 @@ def bytes_sent(pipes: list[Connection], rounds: int) -> None:
         build.cache_clear()
 
 
-def dispatch(pipes: list[Connection], rounds: int) -> None:
+def dispatch(pipes: list[Connection], cases: list[str], rounds: int) -> None:
     """Print what dispatch and combine take of a MoE layer, forward and backward, by the clock and the processor."""
     print("| layer | processes | layer, ms | share, wall | share, processor |\n|---|---|---|---|---|")
-    for name in LAYER_CASES:
+    for name in (name for name in cases if "EP" in name):
         times: dict[int, list[tuple[float, float, float]]] = {1: [], RANKS: []}
         for seed in range(WARMUP + rounds):
             for processes, results in ((1, [layer_times(name, seed)]), (RANKS, ask(pipes, "layer", name, seed))):
@@ -263,6 +263,7 @@ MODES = {"scaling": scaling, "bytes": bytes_sent, "dispatch": dispatch}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -274,7 +275,7 @@ def main() -> None:
             theirs.close()  # so that the end of a process is the end of its pipe
         pipes = [ours for ours, _ in ends]
         for mode in arguments.modes:
-            MODES[mode](pipes, arguments.rounds if mode != "bytes" else 2)
+            MODES[mode](pipes, arguments.cases, arguments.rounds if mode != "bytes" else 2)
         for pipe in pipes:
             pipe.send(None)
         for process in multiprocessing.active_children():
