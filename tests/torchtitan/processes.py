@@ -35,10 +35,11 @@ def start(cases: dict[str, Any], folder: Path, world_size: int) -> dict[str, Any
             for rank, log in enumerate(logs)
         ]
         try:
-            codes = [rank.wait(timeout=280) for rank in ranks]
+            codes = [rank.wait(timeout=540) for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
+                rank.wait()
         texts = [Path(log.name).read_text()[-3000:] for log in logs]
     assert codes == [0] * world_size, "\n".join(texts)
     return torch.load(result, weights_only=False)

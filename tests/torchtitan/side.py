@@ -4,6 +4,7 @@ CASES and RESULT are files of torch.save: {name: keyword arguments of `train` or
 """
 
 import copy
+import faulthandler
 import itertools
 import os
 import sys
@@ -187,6 +188,7 @@ def main(cases: str, result: str) -> None:
     warnings.simplefilter("ignore")
     torchtitan.trainer.time = types.SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda _: None)
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(500, exit=True)  # a hang says where
     results = {}
     for name, arguments in torch.load(cases, weights_only=False).items():
         function = gradients if arguments.pop("gradients", False) else train
