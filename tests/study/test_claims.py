@@ -122,7 +122,7 @@ def test_mistakes_in_a_file_of_claims(tmp_path: Path, change: dict[str, Any], pa
 
 
 def test_the_shipped_claims_are_about_points_of_the_shipped_studies():
-    document = tomllib.loads((STUDIES / "claims_mini.toml").read_text(encoding="utf-8"))
+    document = tomllib.loads((STUDIES / "claims/mini.toml").read_text(encoding="utf-8"))
     points = {name: expand(load_study(str(STUDIES / f"{name}.toml"), [], "")) for name in document["studies"]}
     for claim in document["claims"]:
         for one in claim["contrasts"]:

@@ -1,7 +1,7 @@
 """Routing drift and the balance tax: their definitions, and that training does not notice them."""
 
 import math
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,18 +69,22 @@ def test_balance_tax_is_the_ratio_of_the_medians(monkeypatch):
 
 
 def test_balance_tax_sees_a_slow_router(monkeypatch):
-    fast = ROUTERS["topk_softmax"](top_k=2)
+    choose, clock = ROUTERS["topk_softmax"](top_k=2), [0.0]
 
-    def slow(logits, bias):
-        time.sleep(0.02)
-        return fast(logits, bias)
+    def taking(seconds):
+        def route(logits, bias):
+            clock[0] += seconds
+            return choose(logits, bias)
+
+        return route
 
     model, forced = fresh(), probe._forced
     for module in model.modules():
         if isinstance(module, MoE):
-            module.route = slow
-    monkeypatch.setattr(probe, "_forced", lambda route: forced(fast))
-    assert balance_tax(model, *batch(0), repeats=1) < 0.7
+            module.route = taking(4.0)
+    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(probe, "_forced", lambda route: forced(taking(1.0)))
+    assert balance_tax(model, *batch(0), repeats=1) == pytest.approx(0.25)
 
 
 def noisy(logits, bias):
