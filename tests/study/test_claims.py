@@ -70,9 +70,15 @@ def test_differences_of_differences():
 
 
 def test_a_claim_in_parts():
-    agree, disagree = ([3.90, 3.91, 3.89], "lower"), ([3.90, 3.91, 3.89], "higher")
-    judged = [judge(contrast(e), results({"old": [4.0] * 3, "new": new})) for new, e in (agree, disagree)]
-    assert [overall(judged[:1]), overall(judged[1:]), overall(judged)] == ["agree", "disagree", "partly"]
+    clear, noisy = [3.90, 3.91, 3.89], [3.9, 4.3, 3.7]
+    agree, disagree, unclear = (
+        judge(contrast(expect), results({"old": [4.0] * 3, "new": new}))
+        for expect, new in (("lower", clear), ("higher", clear), ("lower", noisy))
+    )
+    assert overall([agree, agree]) == "agree"
+    assert overall([agree, disagree]) == overall([agree, unclear]) == "partly"
+    assert overall([disagree, unclear]) == "disagree"
+    assert overall([unclear, unclear]) == "can't tell"
 
 
 def write_claims(folder: Path, **change: Any) -> Path:

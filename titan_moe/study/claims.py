@@ -110,11 +110,11 @@ def by_seed(contrast: Mapping[str, Any], results: Results) -> list[float]:
 
 
 def overall(findings: Sequence[Finding]) -> str:
-    """One word for a claim of several contrasts: the worst of them, but what disagrees in part says so."""
+    """One word for a claim of several contrasts: partly where some agree, disagree where none does and one refutes."""
     verdicts = {finding.verdict for finding in findings}
     if len(verdicts) == 1:
         return verdicts.pop()
-    return "partly" if "disagree" in verdicts and "agree" in verdicts else "can't tell"
+    return "partly" if "agree" in verdicts else "disagree" if "disagree" in verdicts else "can't tell"
 
 
 def page(document: Mapping[str, Any], findings: Sequence[Sequence[Finding]], found: Mapping[str, Results]) -> str:
