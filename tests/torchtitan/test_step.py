@@ -29,7 +29,8 @@ ALL = {
 }
 SHAMPOO = {
     "balancers": {**SEQUENCE, "loss_free": {"rate": 0.01, "rule": "quantile"}},
-    "optimizer": {"expert": {"name": "shampoo", "precondition_frequency": 2, **BY_LOAD}},
+    # with the default epsilon, experts of few tokens have factors whose inverse roots enlarge round-off a thousandfold
+    "optimizer": {"expert": {"name": "shampoo", "precondition_frequency": 2, "epsilon": 1e-6, **BY_LOAD}},
     "metrics": True,
 }
 CASES = {
