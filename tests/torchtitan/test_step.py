@@ -29,7 +29,8 @@ ALL = {
 }
 SHAMPOO = {
     "balancers": {**SEQUENCE, "loss_free": {"rate": 0.01, "rule": "quantile"}},
-    "optimizer": {"expert": {"name": "shampoo", "precondition_frequency": 2, **BY_LOAD}},
+    # with the default epsilon, experts of few tokens have factors whose inverse roots enlarge round-off a thousandfold
+    "optimizer": {"expert": {"name": "shampoo", "precondition_frequency": 2, "epsilon": 1e-6, **BY_LOAD}},
     "metrics": True,
 }
 CASES = {
@@ -42,6 +43,7 @@ CASES = {
     "selective": {"pieces": ALL, "steps": 2, "weights": "ours", "checkpointing": "selective"},
     "only_metrics": {"pieces": {"metrics": True}, "steps": 2, "weights": "ours"},
     "stock": {"pieces": {}, "steps": 2, "weights": "ours"},
+    "compiled": {"pieces": ALL, "steps": 1, "weights": "ours", "compiled": "aot_eager"},
     "one": {"pieces": SHAMPOO, "steps": 4, "weights": "ours", "interval": 2},
     "resumed": {"pieces": SHAMPOO, "steps": 4, "interval": 100, "load_step": 2},
 }
@@ -182,6 +184,15 @@ def test_recomputation_changes_nothing(results: dict[str, Any], case: str):
             if "global" not in name:
                 expected = results["ours"]["records"][step][name]
                 assert results[case]["records"][step][name] == pytest.approx(expected, rel=1e-5), name
+
+
+def test_compiled_layers_count_and_lose_the_same(results: dict[str, Any]):
+    """torchtitan compiles whole layers, so that a hook that breaks the graph would be an error."""
+    expected, found = results["ours"]["records"][1], results["compiled"]["records"][1]
+    for name in ("maxvio_batch/layer_0", "maxvio_batch/layer_1", "expert_batch_mean", "expert_batch_min"):
+        assert found[name] == expected[name], name
+    for name in ("aux_loss", "z_loss", "entropy_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3), name  # experts in bf16 here
 
 
 def test_metrics_alone_leave_the_run_as_it_is(results: dict[str, Any]):
