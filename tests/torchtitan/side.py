@@ -118,7 +118,7 @@ def set_state(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         value = state.get(plain(name))
         if value is not None and isinstance(tensor, DTensor):
-            value = distribute_tensor(value, tensor.device_mesh, tensor.placements)
+            value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         if value is not None:
             tensor.copy_(value)
 

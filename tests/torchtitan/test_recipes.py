@@ -118,7 +118,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     events.Reload()
     assert len(events.Scalars("maxvio_batch/layer_1")) == 2
     assert events.Scalars("aux_loss")[0].value == pytest.approx(0.25, rel=0.5)
-    assert events.Scalars("lr/router")[0].value == pytest.approx(1e-5)  # 1e-4 in the first of ten steps of warm-up
+    assert events.Scalars("lr/router")[0].value == pytest.approx(5e-5)  # 1e-4, in the first of two steps of warm-up
 
 
 def test_a_forgotten_override_says_so(tmp_path: Path) -> None:
