@@ -67,8 +67,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def two_ranks(results: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two")
     weights = {"weights": results["ours"]["first"]}
-    cases = {name: {**case, "folder": str(folder), **weights} for name, case in MORE.items()}
-    return start(cases, folder, 2)
+    found = {}
+    for name, case in MORE.items():  # processes of their own: a second group in a process now and then never connects
+        found |= start({name: {**case, "folder": str(folder), **weights}}, folder, 2)
+    return found
 
 
 RENAMED = (
