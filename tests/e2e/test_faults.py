@@ -64,7 +64,7 @@ def test_processes_with_different_configurations(arguments: Arguments, tmp_path:
     commands = start_two(arguments(**OPTIONS), tmp_path / "log", second=["--optimizer.lr", "1e-4"])
     ended = [command.end() for command in commands]
     assert [end.code for end in ended] == [2, 2]
-    assert "error: ranks have different configurations: optimizer.arguments.lr is 0.005 on rank 0" in ended[0].err
+    assert "error: ranks have different configurations: optimizer.lr is 0.005 on rank 0" in ended[0].err
     assert "0.0001 on rank 1" in ended[0].err
     assert not (tmp_path / "run").exists()
 
