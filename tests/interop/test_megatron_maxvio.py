@@ -40,7 +40,7 @@ def test_reports_are_those_of_a_plain_count(tmp_path: Path) -> None:
         assert report[f"maxvio_{kind}/layer_0"] == pytest.approx(expected[0], rel=1e-6)
         assert report[f"maxvio_{kind}/layer_1"] == pytest.approx(expected[1], rel=1e-6)
         assert report[f"maxvio_{kind}"] == pytest.approx(sum(expected) / 2, rel=1e-6)
-        assert min(expected) > 0.05
+        assert min(expected) > 0  # not balanced by chance
     assert "nothing was routed" in result["again"]  # a report begins anew
 
 
