@@ -9,10 +9,11 @@ python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
     { echo "error: torchtitan needs Python 3.11 or newer: set PYTHON=..." >&2; exit 2; }
 key=$("$python" --version | cat - constraints-torchtitan.txt | sha256sum | cut -c 1-16)
-venv=${XDG_CACHE_HOME:-$HOME/.cache}/titan_moe/torchtitan-$key
+cache=${XDG_CACHE_HOME:-${HOME:-}/.cache}/titan_moe
+mkdir -p "$cache" 2>/dev/null && [ -w "$cache" ] || cache=$PWD/.venv  # a user without a home
+venv=$cache/torchtitan-$key
 if [ ! -d "$venv" ]; then
     fresh=$venv.$$
-    mkdir -p "$(dirname "$venv")"
     "$python" -m venv "$fresh"
     log=$fresh/install.log
     echo "installing torchtitan into $venv (some minutes the first time)" >&2
