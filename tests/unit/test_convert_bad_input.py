@@ -1,7 +1,9 @@
 """Conversions of bad input as commands: one line, exit code 2, nothing left behind. No other library is needed."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from titan_moe.config import to_toml
 from titan_moe.convert.cli import convert_from_hf, convert_from_megatron, convert_to_megatron
 from titan_moe.convert.hf import to_hf
 from titan_moe.convert.megatron import to_megatron
+from titan_moe.convert.output import new_folder
 
 Refuse = Callable[..., None]
 
@@ -98,3 +101,13 @@ def test_full_disk_for_megatron(tmp_path: Path, refused: Refuse, size: int) -> N
     to_megatron(step, tmp_path / "theirs", verify=False)
     with LimitedFileSize(size):
         refused("File too large", convert_from_megatron, tmp_path / "theirs", tmp_path / "out", "--no_verify")
+
+
+def test_a_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
+    """As Ctrl-C; after the block the signal is what it was before."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as folder:
+        (folder / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -2,23 +2,28 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from torchtitan_patches import enable, version
 
 
-@pytest.mark.parametrize("found", ["0.2.2", "0.4.0", "1.0.0", "0.30.0"])
+@pytest.mark.parametrize("found", ["0.2.2", "0.3", "0.3.1", "0.3.0.dev1", "0.4.0", "0.30.0"])
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     monkeypatch.setattr(version, "version", lambda _: found)
-    with pytest.raises(RuntimeError, match=rf"supports torchtitan 0\.3\.\*, found {found}: pip install"):
+    message = rf"supports torchtitan 0\.3\.0, found {found}: pip install 'torchtitan==0\.3\.0'"
+    with pytest.raises(RuntimeError, match=message):
         enable(None, metrics=True)
 
 
-@pytest.mark.parametrize("found", ["0.3.0", "0.3.1.dev1"])
-def test_supported_versions(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr(version, "version", lambda _: found)
+def test_the_extra_and_the_tests_have_the_supported_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    (newest,) = version.TESTED
+    monkeypatch.setattr(version, "version", lambda _: newest)
     version.check_version()
+    root = Path(__file__).parents[2]
+    assert f'"torchtitan=={newest}; ' in (root / "pyproject.toml").read_text()
+    assert f"torchtitan=={newest}\n" in (root / "constraints-torchtitan.txt").read_text()
 
 
 def test_no_torchtitan_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +32,7 @@ def test_no_torchtitan_is_an_error_that_says_what_to_install(monkeypatch: pytest
 
     monkeypatch.setattr(version, "version", missing)
     with pytest.raises(
-        RuntimeError, match=r"needs torchtitan 0\.3\.\*, found none: pip install 'titan_moe\[torchtitan\]'"
+        RuntimeError, match=r"needs torchtitan 0\.3\.0, found none: pip install 'titan_moe\[torchtitan\]'"
     ):
         version.check_version()
 

@@ -11,11 +11,11 @@ from zipfile import BadZipFile, ZipFile
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 
 class Lazy(NamedTuple):
@@ -48,48 +48,67 @@ def read_lazily(folder: Path) -> LazyTensors:
     Raises ValueError where the folder is not one.
     """
     try:
-        entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        metadata = dcp.FileSystemReader(folder).read_metadata()
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a checkpoint of torch.distributed: it has no .metadata") from None
     except Exception as error:  # the metadata are a pickle: a broken one may raise anything
         raise ValueError(f"{folder}: .metadata cannot be read ({type(error).__name__})") from error
     return {
-        name: _entry(folder, name, entry) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+        name: _entry(folder, metadata, name)
+        for name, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
     }
 
 
-def _entry(folder: Path, name: str, entry: TensorStorageMetadata) -> Lazy:
+def _entry(folder: Path, metadata: Metadata, name: str) -> Lazy:
+    entry: Any = metadata.state_dict_metadata[name]
     shape, dtype = tuple(entry.size), entry.properties.dtype
     rows: tuple[Lazy, ...] = ()
     if shape and shape[0] > 1 and all(chunk.sizes[0] == 1 for chunk in entry.chunks):
-        rows = tuple(Lazy(shape[1:], dtype, _reader(folder, name, entry, row)) for row in range(shape[0]))
-    return Lazy(shape, dtype, _reader(folder, name, entry), rows)
+        rows = tuple(Lazy(shape[1:], dtype, _reader(folder, metadata, name, row)) for row in range(shape[0]))
+    return Lazy(shape, dtype, _reader(folder, metadata, name), rows)
 
 
-def _reader(folder: Path, name: str, entry: TensorStorageMetadata, row: int | None = None) -> Callable[[], Tensor]:
+def _reader(folder: Path, metadata: Metadata, name: str, row: int | None = None) -> Callable[[], Tensor]:
     def load() -> Tensor:
+        entry: Any = metadata.state_dict_metadata[name]
         size = list(entry.size)
         offsets = [0] * len(size)
         if row is not None:
             size[0], offsets[0] = 1, row
-        tensor = torch.empty(size, dtype=entry.properties.dtype)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            planner = _PartPlanner(ChunkStorageMetadata(torch.Size(offsets), torch.Size(size)))
-            reader = dcp.FileSystemReader(folder)
-            try:
-                dcp.load({name: tensor}, storage_reader=reader, planner=planner, no_dist=True)
-            except (Exception, CheckpointException) as error:  # a broken file may raise anything
-                raise ValueError(f"{folder} is broken: {name} cannot be read ({_why(error)})") from error
+        try:
+            tensor = _read(folder, metadata, name, ChunkStorageMetadata(torch.Size(offsets), torch.Size(size)))
+        except Exception as error:  # a broken file may raise anything
+            raise ValueError(f"{folder} is broken: {name} cannot be read ({_why(error)})") from error
         return tensor if row is None else tensor[0]
 
     return load
 
 
+def _read(folder: Path, metadata: Metadata, name: str, part: ChunkStorageMetadata) -> Tensor:
+    """A part of a tensor, from the shards that hold some of it.
+
+    A part that is one whole shard is that shard as it was read: dcp.load would copy it, and hold it twice.
+    """
+    entry: Any = metadata.state_dict_metadata[name]
+    tensor = torch.empty(part.sizes, dtype=entry.properties.dtype)
+    for item in create_read_items_for_chunk_list(name, entry, [part]):
+        place = metadata.storage_data[item.storage_index]
+        with open(folder / place.relative_path, "rb") as file:
+            view = _create_file_view(file, place.offset, place.length)
+            shard = torch.load(view, map_location="cpu", weights_only=True)
+        if shard.shape == part.sizes:
+            return shard
+        tensor[_box(item.dest_offsets, item.lengths)] = shard[_box(item.storage_offsets, item.lengths)]
+    return tensor
+
+
+def _box(offsets: torch.Size, lengths: torch.Size) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(offsets, lengths, strict=True))
+
+
 def _why(error: BaseException) -> str:
     """What a failed read comes from: the file that is missing, or the sort of the error."""
-    while isinstance(error, CheckpointException) and error.failures:
-        error, _ = next(iter(error.failures.values()))
     return f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else type(error).__name__
 
 
@@ -112,23 +131,6 @@ def check_sums(folder: Path) -> None:
             raise ValueError(f"{folder} is broken: {path.name} cannot be read ({_why(error)})") from error
         if changed:
             raise ValueError(f"{folder} is broken: {index.fqn} in {path.name} does not have its checksum")
-
-
-class _PartPlanner(DefaultLoadPlanner):
-    """DCP's planner for one part of one tensor."""
-
-    def __init__(self, part: ChunkStorageMetadata) -> None:
-        super().__init__(flatten_state_dict=False)
-        self._part = part
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        ((name, _),) = self.state_dict.items()
-        entry: Any = self.metadata.state_dict_metadata[name]
-        return LoadPlan(create_read_items_for_chunk_list(name, entry, [self._part]))
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.state_dict[index.fqn]
 
 
 def write_lazily(folder: Path, tensors: Mapping[str, Lazy]) -> None:
@@ -211,10 +213,18 @@ def sharded(parts: list[Lazy]) -> Lazy:
 
 
 def joined(parts: list[Lazy], dim: int) -> Lazy:
-    """Parts one after the other along `dim`."""
+    """Parts one after the other along `dim`, filled one at a time."""
+    sizes = [part.shape[dim] for part in parts]
     shape = list(parts[0].shape)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    return Lazy(tuple(shape), parts[0].dtype, lambda: torch.cat([part.load() for part in parts], dim))
+    shape[dim] = sum(sizes)
+
+    def load() -> Tensor:
+        whole = torch.empty(shape, dtype=parts[0].dtype)
+        for place, part in zip(whole.split(sizes, dim), parts, strict=True):
+            place.copy_(part.load())
+        return whole
+
+    return Lazy(tuple(shape), parts[0].dtype, load)
 
 
 def rows(whole: Lazy) -> list[Lazy]:
@@ -244,6 +254,11 @@ def narrowed(whole: Lazy, dim: int, start: int, length: int) -> Lazy:
     return Lazy(tuple(shape), whole.dtype, lambda: whole.load().narrow(dim, start, length).contiguous())
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all elements are; a part at a time, as torch's test takes more memory than what it tests."""
+    return all(bool(part.isfinite().all()) for part in tensor.flatten().split(1 << 20))
+
+
 def cast(whole: Lazy, dtype: torch.dtype, name: str) -> Lazy:
     """The tensor in another type; values that it cannot hold are a ValueError that names the tensor when it is made."""
     if dtype == whole.dtype:
@@ -252,7 +267,7 @@ def cast(whole: Lazy, dtype: torch.dtype, name: str) -> Lazy:
     def load() -> Tensor:
         tensor = whole.load()
         converted = tensor.to(dtype)
-        if not bool(converted.isfinite().all()) and bool(tensor.isfinite().all()):
+        if not _is_finite(converted) and _is_finite(tensor):
             raise ValueError(f"{name} holds values that {str(dtype).removeprefix('torch.')} cannot: take another dtype")
         return converted
 

@@ -3,10 +3,11 @@
 import os
 import re
 import shutil
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from titan_moe.checkpoint.lazy import LazyTensors
 from titan_moe.checkpoint.store import save_lazily
@@ -17,11 +18,13 @@ from titan_moe.files import fsync_folder
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which gets the name `out` at the end of the block, and is removed when that raises.
 
-    Raises ValueError where `out` is there already.
+    A SIGTERM during the block raises KeyboardInterrupt there, as Ctrl-C does. Raises ValueError where `out` is there
+    already.
     """
     if os.path.lexists(out):
         raise ValueError(f"{out} is there already: give the name of a new folder")
     staging = out.absolute().parent / f".{out.name}.{os.getpid()}.tmp"
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         staging.mkdir(parents=True)
         yield staging
@@ -31,6 +34,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         fsync_folder(out.absolute().parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 @contextmanager
