@@ -30,7 +30,7 @@ from titan_moe.balancer import BALANCERS
 from titan_moe.model.routing import topk_softmax
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.combined import Combined, combine
+from titan_moe.optimizer.combined import Combined, combine, refuse_nonfinite_gradients
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.matrix import MatrixOptimizer
 from titan_moe.step import train_step
@@ -83,9 +83,10 @@ class Side:
         return seconds(lambda: train_step(self.model, micro, self.optimizer, BALANCE, [], max_norm=1.0))
 
     def update(self, gradients: list[Tensor]) -> float:
-        """Processor seconds of the optimizer's step alone."""
+        """Processor seconds of the optimizer's step alone, on gradients known to be finite, as in training."""
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             parameter.grad = gradient
+        refuse_nonfinite_gradients(self.model, self.optimizer, torch.ones(()))
         spent = seconds(self.optimizer.step)
         self.optimizer.zero_grad()
         return spent
@@ -161,8 +162,10 @@ def parts(side: Side, repeats: int = 3) -> dict[str, float]:
 def ratios(model: str, variants: list[str], tokens: int, rounds: int) -> None:
     """Print whole steps of each variant over AdamW's, measured without roots and with the share of them added."""
     sides = {name: Side(model, name) for name in ["adamw", *variants]}
-    costs = {name: parts(side) for name, side in sides.items()}
     generator = torch.Generator().manual_seed(0)
+    # a whole step first: what it allocates decides how much freed memory the process keeps, as in training
+    sides["adamw"].step(torch.randint(0, VOCAB, (tokens // SEQ, SEQ + 1), generator=generator))
+    costs = {name: parts(side) for name, side in sides.items()}
     base: list[float] = []
     quotients: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):

@@ -106,8 +106,13 @@ def test_full_disk_for_megatron(tmp_path: Path, refused: Refuse, size: int) -> N
 def test_a_sigterm_leaves_nothing_behind(tmp_path: Path) -> None:
     """As Ctrl-C; after the block the signal is what it was before."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "out") as folder:
-        (folder / "model.safetensors").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGTERM)
+
+    def convert() -> None:
+        with new_folder(tmp_path / "out") as folder:
+            (folder / "model.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        convert()
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before

@@ -95,7 +95,7 @@ def _read(folder: Path, metadata: Metadata, name: str, part: ChunkStorageMetadat
     for item in create_read_items_for_chunk_list(name, entry, [part]):
         place = metadata.storage_data[item.storage_index]
         with open(folder / place.relative_path, "rb") as file:
-            view = _create_file_view(file, place.offset, place.length)
+            view: Any = _create_file_view(file, place.offset, place.length)
             shard = torch.load(view, map_location="cpu", weights_only=True)
         if shard.shape == part.sizes:
             return shard

@@ -37,19 +37,21 @@ def regions(matrix: Sequence[int], max_dim: int) -> list[Region]:
     return [Region(r, c, h, w) for r, h in cut(height) for c, w in cut(width)]
 
 
+def grid(x: Tensor, region: Region) -> Tensor:
+    """The blocks of a region of (R, M, N) where they lie, a view (R, rows of blocks, H, columns of blocks, W)."""
+    part = x[:, region.rows, region.cols]
+    return part.unflatten(2, (-1, region.width)).unflatten(1, (-1, region.height))
+
+
 def to_blocks(x: Tensor, region: Region) -> Tensor:
     """(R, M, N) -> (R * B, H, W), a copy unless the region is one block."""
-    part = x[:, region.rows, region.cols]
-    grid = part.unflatten(2, (-1, region.width)).unflatten(1, (-1, region.height))  # (R, rows, H, cols, W)
-    return grid.transpose(2, 3).reshape(x.shape[0] * region.num_blocks, region.height, region.width)
+    return grid(x, region).transpose(2, 3).reshape(x.shape[0] * region.num_blocks, region.height, region.width)
 
 
 def from_blocks(blocks: Tensor, region: Region, out: Tensor) -> None:
     """Write (R * B, H, W) to its place in `out` (R, M, N)."""
-    part = out[:, region.rows, region.cols]
-    columns = part.shape[2] // region.width
-    grid = blocks.view(out.shape[0], -1, columns, region.height, region.width).transpose(2, 3)
-    part.copy_(grid.reshape(part.shape))
+    target = grid(out, region).transpose(2, 3)
+    target.copy_(blocks.view(target.shape))
 
 
 @functools.lru_cache(maxsize=64)

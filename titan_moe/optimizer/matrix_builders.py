@@ -68,13 +68,13 @@ def shampoo_fast(
     precondition_frequency: int = 100,
     start_preconditioning_step: int = -1,
     statistics_every: int = 10,
-    max_preconditioner_dim: int = 2048,
+    max_preconditioner_dim: int = 128,
     adamw_above: int = 8192,
-    one_sided: bool = True,
+    one_sided: bool = False,
     matmul_dtype: MatmulDtype = "float32",
     stagger_roots: bool = True,
 ) -> Optimizer:
-    """The preset of shampoo that we recommend: one factor a matrix, statistics every 10 steps, roots staggered."""
+    """The preset of shampoo that we recommend: blocks of 128, statistics every 10 steps, roots staggered."""
     return _matrix_optimizer("shampoo_fast", param_groups, locals())
 
 

@@ -18,15 +18,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from titan_moe.optimizer.blocks import Region, from_blocks, pack, regions, to_blocks, unpack
+from titan_moe.optimizer.blocks import Region, from_blocks, grid, pack, regions, to_blocks, unpack
 from titan_moe.optimizer.factors import (
     DTYPES,
     Factors,
-    Side,
     init_factors,
     inverse_root,
     mean_factor,
-    multiply,
     observe,
     packed_identity,
     sides,
@@ -107,14 +105,18 @@ def precondition(direction: Tensor, state: State, index: int, region: Region, *,
 
     Without `graft` the direction is the momentum, and it is preconditioned as it is.
     """
-
-    def root(side: Side) -> Tensor | None:
+    blocks = to_blocks(state["exp_avg"] if graft else direction, region)
+    for side in ("left", "right"):
         packed = state.get(f"root_{side}_{index}")
-        return None if packed is None else unpack(packed.flatten(0, 1), size_of(side, region))
-
-    old = to_blocks(direction, region)
-    new = multiply(root("left"), to_blocks(state["exp_avg"], region) if graft else old, root("right"))
+        if packed is None:
+            continue
+        root = unpack(packed.flatten(0, 1), size_of(side, region))
+        blocks = blocks.to(root.dtype)
+        blocks = root @ blocks if side == "left" else blocks @ root
+    blocks = blocks.float()
     if graft:
-        length, norm = (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) for x in (old, new))
-        new *= torch.where(norm > 0, length / norm, 0.0)
-    return new
+        rows = torch.linalg.vector_norm(grid(direction, region), dim=4)
+        length = torch.linalg.vector_norm(rows, dim=2).view(-1, 1, 1)
+        norm = torch.linalg.vector_norm(blocks, dim=(1, 2), keepdim=True)
+        blocks *= torch.where(norm > 0, length / norm, 0.0)
+    return blocks
