@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,21 +25,33 @@ def new_folder(out: Path) -> Iterator[Path]:
     if os.path.lexists(out):
         raise ValueError(f"{out} is there already: give the name of a new folder")
     staging = out.absolute().parent / f".{out.name}.{os.getpid()}.tmp"
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    with _interruptible():
+        try:
+            staging.mkdir(parents=True)
+            yield staging
+            if staging.exists():  # else what it held is there by another name already
+                fsync_folder(staging)
+                os.rename(staging, out)
+            fsync_folder(out.absolute().parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raise KeyboardInterrupt at a SIGTERM, in the main thread: others may not set what a signal does."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        staging.mkdir(parents=True)
-        yield staging
-        if staging.exists():  # else what it held is there by another name already
-            fsync_folder(staging)
-            os.rename(staging, out)
-        fsync_folder(out.absolute().parent)
+        yield
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 @contextmanager
