@@ -36,8 +36,14 @@ from titan_moe.optimizer.matrix import MatrixOptimizer
 from titan_moe.step import train_step
 
 TOP_K, VOCAB, SEQ, MICRO_BATCH = 2, 2048, 512, 4
-# dim, layers, heads, experts, width of an expert; `moe8x` has one layer of the paper's shapes, `tiny` tries the script
-MODELS = {"bench": (256, 4, 4, 8, 512), "moe8x": (768, 1, 12, 8, 2048), "tiny": (64, 1, 2, 4, 64)}
+# dim, layers, heads, experts, width of an expert; `moe8x` has one layer of the paper's shapes, `study` those of
+# train_configs/studies/shampoo_mini.toml, `tiny` tries the script
+MODELS = {
+    "bench": (256, 4, 4, 8, 512),
+    "moe8x": (768, 1, 12, 8, 2048),
+    "study": (256, 4, 4, 8, 384),
+    "tiny": (64, 1, 2, 4, 64),
+}
 BALANCE = {name: (0.01, BALANCERS[name](coeff=1.0)) for name in ("aux_loss", "z_loss")}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adamw": ("adamw", {}),

@@ -21,7 +21,7 @@ from titan_moe.study.analysis import (
     summarize,
 )
 from titan_moe.study.compare import compare, find_runs, read_runs
-from titan_moe.study.figures import u_curve
+from titan_moe.study.figures import measure_panels, u_curve
 from titan_moe.study.grid import Run, runs_of
 from titan_moe.study.measures import MEASURES
 from titan_moe.study.runs import METRICS, history, last_records, measure, prepare
@@ -188,6 +188,19 @@ def test_a_figure_over_values_shows_all_of_its_points_and_intervals(write: Write
     labels = [label.get_text() for label in drawn.get_xticklabels()]
     assert (labels[0], labels[-1]) == ("0", "0.6")
     assert drawn.get_title().startswith("best at 0")
+
+
+@pytest.mark.parametrize("order", [("coeff", "top_k"), ("top_k", "coeff")])
+def test_the_longer_of_two_numeric_axes_is_the_curves(write: Write, order: tuple[str, str]):
+    both = {
+        "coeff": {"key": "balancer.aux_loss.coeff", "values": [0, 0.1, 0.6]},
+        "top_k": {"key": "moe.top_k", "values": [1, 2]},
+    }
+    runs = runs_of(load_study(write(axes={name: both[name] for name in order}, config__training__steps=1)))
+    for run in runs:
+        train(run, [3.0])
+    panels = measure_panels(summarize(read_entries(runs)), axes_of({name: name for name in order}, runs), "loss")
+    assert [panel.name for panel in panels] == ["loss_by_coeff", "loss_heatmap"]
 
 
 def test_compare_finds_the_axes_and_takes_runs_that_are_going(write: Write, study: Study, tmp_path: Path):

@@ -32,8 +32,8 @@ def measure_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measu
         return []
     numeric = [axis for axis in axes if axis.is_numeric]
     panels = []
-    if len(axes) <= 2 and numeric and len(numeric[0].values) > 2:
-        x = max(numeric, key=lambda axis: len(axis.values)) if len(axes) == 2 else numeric[0]
+    x = max(numeric, key=lambda axis: len(axis.values), default=None)
+    if len(axes) <= 2 and x is not None and len(x.values) > 2:
         hue = next((axis for axis in axes if axis is not x), None)
         panels.append(Panel(f"{measure}_by_{x.id}", _caption(measure, x.label), u_curve(found, x, hue, measure)))
     if len(axes) == 2 and len(numeric) == 2:
