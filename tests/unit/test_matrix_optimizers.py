@@ -17,6 +17,8 @@ from titan_moe.config import load_config, to_toml
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.combined import Combined, combine, describe_group, kind_of
 from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.optimizer.matrix import parts_of
 from titan_moe.step import train_step
 
 MATRIX = [name for name in OPTIMIZERS if name not in ("adamw", "distributed_shampoo")]
@@ -173,6 +175,38 @@ def test_any_scale_gives_finite_steps(name: str, scale: float) -> None:
         assert (weight - before).abs().max() < 10 * 1e-2
     if scale >= 1e-12:
         assert weight.abs().max() > 0
+
+
+@pytest.mark.parametrize("together", [1, 60])
+@pytest.mark.parametrize("name", MATRIX)
+def test_experts_are_updated_alike_however_many_at_a_time(
+    name: str, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One or three of five experts of 20 elements at once, with rates by load: as all of them, state included."""
+    weights = [nn.Parameter(torch.linspace(-1, 1, 100).view(5, 4, 5)) for _ in range(2)]
+    by_load = expand_load_lr({"load_lr": "batch_fraction"}, top_k=2)
+    groups = [{"name": "expert", "params": [w], "layers": [0], **by_load} for w in weights]
+    all_at_once, some = (OPTIMIZERS[name]([group], lr=1e-2, **SOON[name]) for group in groups)
+    sizes = []
+
+    def step(optimizer: Any, gradient: Tensor, load: Tensor) -> None:
+        (weight,) = optimizer.param_groups[0]["params"]
+        weight.grad = gradient
+        optimizer.step(load=load)
+        sizes.append(len(parts_of(weight, optimizer._transforms[weight])))
+
+    for number in range(7):
+        gradient = torch.randn(5, 4, 5)
+        load = torch.tensor([[4.0, 0.0 if number == 3 else 2.0, 2.0, 1.0, 1.0]])
+        gradient[1] *= number != 3
+        step(all_at_once, gradient.clone(), load)
+        with monkeypatch.context() as patch:
+            patch.setattr("titan_moe.optimizer.matrix.TOGETHER", together)
+            step(some, gradient.clone(), load)
+    assert set(sizes) == {1, 5 if together == 1 else 2}
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
+    for key, value in all_at_once.state[weights[0]].items():
+        torch.testing.assert_close(some.state[weights[1]][key], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["shampoo", "shampoo_fast", "soap"])

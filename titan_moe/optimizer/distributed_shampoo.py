@@ -69,7 +69,7 @@ def meta_direction(group: Group) -> Transform:
             made = [nn.Parameter(torch.zeros_like(row, dtype=torch.float32)) for row in like]
         return _build(made, group), made
 
-    return Transform(init, update)
+    return Transform(init, update, by_rows=False)
 
 
 def _tensors_of(optimizer: torch.optim.Optimizer, rows: list[nn.Parameter]) -> list[State]:

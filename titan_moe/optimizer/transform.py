@@ -31,11 +31,13 @@ class Transform(NamedTuple):
     `init(weight)` makes the state: tensors by name whose first dimension is that of `weight` (R, M, N), so that they
     are sharded as it is. `update(gradient, state, tick)` gives the direction, (R, M, N) fp32 from such a gradient, and
     writes the state in place, because a copy of it would cost as much as the step. It does not know the learning
-    rate: rates that differ by expert are then exact for every transform.
+    rate: rates that differ by expert are then exact for every transform. `by_rows`: it may be called for some rows at a
+    time.
     """
 
     init: Callable[[Tensor], State]
     update: Callable[[Tensor, State, Tick], Tensor]
+    by_rows: bool = True
 
 
 def adam(beta1: float, beta2: float, eps: float) -> Transform:
