@@ -83,15 +83,6 @@ def inverse_root(factor: Tensor, exponent: float, epsilon: float) -> Tensor:
     return vectors * values.pow(-exponent).unsqueeze(-2) @ vectors.mT
 
 
-def multiply(left: Tensor | None, blocks: Tensor, right: Tensor | None) -> Tensor:
-    """Left @ blocks @ right in the type of the factors, leaving out one that is None; fp32."""
-    for factor in (left, right):
-        if factor is not None:
-            blocks = blocks.to(factor.dtype)
-    product = blocks if left is None else left @ blocks
-    return (product if right is None else product @ right).float()
-
-
 def packed_identity(state: State, name: str, count: Tensor, size: int, dtype: torch.dtype) -> None:
     """Put identities, as packed triangles of `dtype`, into a state."""
     eye = pack(torch.eye(size, dtype=dtype, device=count.device))

@@ -18,7 +18,6 @@ from titan_moe.optimizer.factors import (
     Side,
     init_factors,
     mean_factor,
-    multiply,
     observe,
     sides,
     size_of,
@@ -93,7 +92,9 @@ def rotate(blocks: Tensor, state: State, index: int, options: Factors, *, back: 
         right = None if right is None else right.mT
     else:
         left = None if left is None else left.mT
-    return multiply(left, blocks, right)
+    product = blocks.to(options.dtype)
+    product = product if left is None else left @ product
+    return (product if right is None else product @ right).float()
 
 
 def first_basis(state: State, side: Side, index: int, region: Region, beta2: float) -> None:
