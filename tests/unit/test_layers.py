@@ -22,6 +22,7 @@ LAYERS = {
     "optimizer.transform": 0,
     "optimizer.blocks": 0,
     "optimizer.factors": 0,
+    "optimizer.layouts": 0,
     "optimizer.shampoo": 0,
     "optimizer.soap": 0,
     "optimizer.distributed_shampoo": 0,

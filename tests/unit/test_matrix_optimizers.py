@@ -225,7 +225,7 @@ def test_factors_of_an_expert_without_tokens_stay(name: str) -> None:
         state = {k: v for k, v in optimizer.state[weight].items() if k.startswith(("left", "right", "count"))}
         if step == 4:
             kept = copy.deepcopy(state)
-    assert state["count_0"].flatten().tolist() == [200, 5, 200]
+    assert state["count_left_0"].flatten().tolist() == [200, 5, 200]
     for key, value in state.items():
         assert torch.equal(value[1], kept[key][1])
         torch.testing.assert_close(value[[0, 2]], reference.state[other][key], rtol=1e-5, atol=1e-6)

@@ -22,6 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "statistics_every": 1,
     "max_preconditioner_dim": 64,
     "adamw_above": 8192,
+    "share_factors": False,
     "one_sided": False,
 }
 
@@ -71,7 +72,10 @@ class Block:
             shampoo = shampoo @ self.root["right"]
         if o["grafting"] == "none":
             return shampoo
-        return adam if self.t < start else shampoo * adam.norm() / shampoo.norm()
+        return adam if self.t < start else self.graft(shampoo, adam)
+
+    def graft(self, shampoo: Tensor, adam: Tensor) -> Tensor:
+        return shampoo * adam.norm() / shampoo.norm()
 
 
 class Matrix:
@@ -89,6 +93,41 @@ class Matrix:
             rows.append(torch.cat([b.direction(g) for b, g in zip(blocks, row.split(size, 1), strict=True)], 1))
         direction = torch.cat(rows, 0)
         self.weight -= LR * (direction + self.o["weight_decay"] * self.weight)
+
+
+class SharedMatrix(Block):
+    """One matrix whose two factors have blocks on their diagonal and nothing beside them."""
+
+    def __init__(self, weight: Tensor, o: dict[str, Any]) -> None:
+        super().__init__(tuple(weight.shape), o)
+        self.weight = weight.double().clone()
+
+    def new_roots(self) -> None:
+        size = self.o["max_preconditioner_dim"]
+        whole = dict(self.factor)
+        roots = {}
+        for side, factor in whole.items():
+            starts = range(0, len(factor), size)
+            pieces = []
+            for i in starts:
+                self.factor = {**whole, side: factor[i : i + size, i : i + size]}
+                super().new_roots()
+                pieces.append(self.root[side])
+            roots[side] = torch.block_diag(*pieces)
+        self.factor, self.root = whole, roots
+
+    def graft(self, shampoo: Tensor, adam: Tensor) -> Tensor:
+        size, graft = self.o["max_preconditioner_dim"], super().graft
+        strips = zip(shampoo.split(size, 0), adam.split(size, 0), strict=True)
+        return torch.cat(
+            [
+                torch.cat([graft(*pair) for pair in zip(p.split(size, 1), a.split(size, 1), strict=True)], 1)
+                for p, a in strips
+            ]
+        )
+
+    def step(self, gradient: Tensor) -> None:
+        self.weight -= LR * (self.direction(gradient.double()) + self.o["weight_decay"] * self.weight)
 
 
 def gradients(shape: tuple[int, ...], rank: int | None, scale: float = 1.0) -> list[Tensor]:
@@ -119,6 +158,11 @@ CASES: dict[str, tuple[tuple[int, ...], int | None, dict[str, Any]]] = {
     "no grafting, blocks": ((2, 8, 12), None, {"grafting": "none", "max_preconditioner_dim": 5}),
     "one side, wide": ((2, 8, 12), None, {"one_sided": True}),
     "one side, tall": ((2, 12, 8), None, {"one_sided": True, "max_preconditioner_dim": 7}),
+    "shared": ((2, 12, 20), None, {"max_preconditioner_dim": 8, "share_factors": True}),
+    "shared, of one matrix": ((13, 7), None, {"max_preconditioner_dim": 6, "share_factors": True}),
+    "shared, rank-deficient": ((2, 12, 8), 3, {"max_preconditioner_dim": 4, "share_factors": True, "epsilon": 1e-4}),
+    "shared, one side": ((2, 12, 8), None, {"max_preconditioner_dim": 5, "share_factors": True, "one_sided": True}),
+    "shared, no grafting": ((8, 12), None, {"max_preconditioner_dim": 5, "share_factors": True, "grafting": "none"}),
     "statistics every 3 steps": ((2, 8, 12), None, {"statistics_every": 3}),
     "other betas": ((2, 8, 12), None, {"beta1": 0.5, "beta2": 0.99, "weight_decay": 0.0}),
 }
@@ -129,7 +173,8 @@ def test_equals_the_plain_loop(name: str) -> None:
     shape, rank, changes = CASES[name]
     arguments = {**DEFAULTS, **changes}
     weight = nn.Parameter(torch.randn(shape))
-    matrices = [Matrix(w, arguments) for w in (weight.detach() if weight.dim() == 3 else weight.detach()[None])]
+    make = SharedMatrix if arguments["share_factors"] else Matrix
+    matrices = [make(w, arguments) for w in (weight.detach() if weight.dim() == 3 else weight.detach()[None])]
     optimizer = OPTIMIZERS["shampoo"]([{"name": "expert", "params": [weight]}], lr=LR, **arguments)
     for gradient in gradients(shape, rank):
         weight.grad = gradient

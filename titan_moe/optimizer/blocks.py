@@ -25,16 +25,17 @@ class Region(NamedTuple):
         return (self.rows.stop - self.rows.start) // self.height * ((self.cols.stop - self.cols.start) // self.width)
 
 
+def cut(size: int, max_dim: int) -> list[tuple[slice, int]]:
+    """Cut a dimension as torch.split does: where the whole parts lie and their size, and the same of a remainder."""
+    whole = size // max_dim * max_dim
+    parts = [(slice(0, whole), max_dim)] if whole else []
+    return parts + ([(slice(whole, size), size - whole)] if whole < size else [])
+
+
 def regions(matrix: Sequence[int], max_dim: int) -> list[Region]:
-    """Cut a matrix of that shape as torch.split cuts both dimensions: at most four regions, the last of remainders."""
-
-    def cut(size: int) -> list[tuple[slice, int]]:
-        whole = size // max_dim * max_dim
-        parts = [(slice(0, whole), max_dim)] if whole else []
-        return parts + ([(slice(whole, size), size - whole)] if whole < size else [])
-
+    """Cut both dimensions of a matrix of that shape: at most four regions, the last of remainders."""
     height, width = matrix
-    return [Region(r, c, h, w) for r, h in cut(height) for c, w in cut(width)]
+    return [Region(r, c, h, w) for r, h in cut(height, max_dim) for c, w in cut(width, max_dim)]
 
 
 def grid(x: Tensor, region: Region) -> Tensor:

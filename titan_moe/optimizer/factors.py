@@ -1,12 +1,11 @@
-"""Kronecker factors of blocks of a gradient: their statistics, inverse roots and eigenbases, batched over experts.
+"""Kronecker factors: averages of G G^T and G^T G over steps, their inverse roots, batched over experts.
 
-A block G (H x W) has a left factor, an average of G G^T, and a right one, of G^T G. In a state they are packed
-triangles (R, B, P) by the name of their side and region, `left_0`, with `count_0` (R, B): how many gradients they have
-seen. A block whose gradient is exactly zero (an expert that got no token) is not counted and its factors stay as they
-are: decaying them would not change their directions, but bias correction would take the lost weight for evidence, and
-after many such steps the factor would round to zero and its inverse root blow up.
+In a state they are packed triangles (R, B, P) by their name, `left_0`, with `count_left_0` (R, B): how many gradients
+they have seen. A factor whose product is exactly zero (an expert that got no token) is not counted and stays as it is:
+decaying it would not change its directions, but bias correction would take the lost weight for evidence, and after many
+such steps the factor would round to zero and its inverse root blow up.
 
-Shapes: R rows (experts), B blocks of a region, H x W a block, S the size of a side, P = S (S + 1) / 2.
+Shapes: R rows (experts), B factors of one size S to a matrix, P = S (S + 1) / 2.
 """
 
 from typing import Literal, NamedTuple
@@ -14,64 +13,70 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe.optimizer.blocks import Region, pack, packed_diagonal, to_blocks, unpack
+from titan_moe.optimizer.blocks import pack, packed_diagonal, unpack
 from titan_moe.optimizer.transform import State, Tick
 
 Side = Literal["left", "right"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class Factors(NamedTuple):
-    """Which factors a transform keeps and how their products are computed."""
+class Factor(NamedTuple):
+    """Factors of one size: their name in a state, how many to a matrix, and their size."""
 
-    beta2: float
-    one_sided: bool
-    dtype: torch.dtype
+    name: str
+    number: int
+    size: int
 
 
-def sides(region: Region, one_sided: bool) -> list[Side]:
-    """Both sides, or with `one_sided` the shorter one of the block."""
+def kept_sides(height: int, width: int, *, one_sided: bool) -> list[Side]:
+    """Both sides, or with `one_sided` the shorter one."""
     if one_sided:
-        return ["left" if region.height <= region.width else "right"]
+        return ["left" if height <= width else "right"]
     return ["left", "right"]
 
 
-def size_of(side: Side, region: Region) -> int:
-    """Length of a block's side."""
-    return region.height if side == "left" else region.width
+def init_factor(factor: Factor, weight: Tensor) -> State:
+    """Zero factors, and zero counts, for a weight (R, M, N)."""
+    shape = weight.shape[0], factor.number
+    triangle = weight.new_zeros((*shape, factor.size * (factor.size + 1) // 2), dtype=torch.float32)
+    return {f"count_{factor.name}": weight.new_zeros(shape, dtype=torch.float32), factor.name: triangle}
 
 
-def init_factors(weight: Tensor, index: int, region: Region, options: Factors) -> State:
-    """Zero factors and counts of region number `index`."""
-    shape = weight.shape[0], region.num_blocks
-    state = {f"count_{index}": weight.new_zeros(shape, dtype=torch.float32)}
-    for side in sides(region, options.one_sided):
-        size = size_of(side, region)
-        state[f"{side}_{index}"] = weight.new_zeros((*shape, size * (size + 1) // 2), dtype=torch.float32)
-    return state
-
-
-def observe(gradient: Tensor, state: State, index: int, region: Region, options: Factors, tick: Tick) -> None:
-    """Add this step's gradient (R, M, N) to the averages of a region: F <- beta2 F + (1 - beta2) G G^T."""
-    blocks = to_blocks(gradient, region).to(options.dtype)
-    count = state[f"count_{index}"]
-    seen: Tensor | None = None
-    for side in sides(region, options.one_sided):
-        product = blocks @ blocks.mT if side == "left" else blocks.mT @ blocks
-        new = pack(product).float().view(*count.shape, -1)
-        if seen is None:
-            squares = packed_diagonal(new, size_of(side, region)).sum(-1)  # |G|^2 of each block
-            seen = squares > 0 if tick.alive is None else (squares > 0) & tick.alive[:, None]
-        state[f"{side}_{index}"].lerp_(new, ((1 - options.beta2) * seen).unsqueeze(-1))
-    assert seen is not None
+def add_product(factor: Factor, product: Tensor, state: State, beta2: float, tick: Tick) -> None:
+    """F <- beta2 F + (1 - beta2) product, (R, B, S, S) or any shape of as many numbers."""
+    average, count = state[factor.name], state[f"count_{factor.name}"]
+    new = pack(product).float().view(average.shape)
+    seen = packed_diagonal(new, factor.size).sum(-1) > 0  # |G|^2
+    if tick.alive is not None:
+        seen &= tick.alive[:, None]
+    average.lerp_(new, ((1 - beta2) * seen).unsqueeze(-1))
     count += seen
 
 
-def mean_factor(state: State, side: Side, index: int, region: Region, beta2: float) -> Tensor:
-    """The factor with its bias corrected, F / (1 - beta2^count), as squares (R * B, S, S)."""
-    weight = 1 - beta2 ** state[f"count_{index}"]
-    packed = state[f"{side}_{index}"] / torch.where(weight > 0, weight, 1.0).unsqueeze(-1)
-    return unpack(packed.flatten(0, 1), size_of(side, region))
+def mean_factor(factor: Factor, state: State, beta2: float) -> Tensor:
+    """The factor with its bias corrected, F / (1 - beta2^count), as squares (R, B, S, S)."""
+    weight = 1 - beta2 ** state[f"count_{factor.name}"]
+    packed = state[factor.name] / torch.where(weight > 0, weight, 1.0).unsqueeze(-1)
+    return unpack(packed.flatten(0, 1), factor.size).unflatten(0, weight.shape)
+
+
+def init_root(factor: Factor, weight: Tensor, dtype: torch.dtype) -> State:
+    """The root before the first one: identities, as packed triangles."""
+    eye = pack(torch.eye(factor.size, dtype=dtype, device=weight.device))
+    return {f"root_{factor.name}": eye.expand(weight.shape[0], factor.number, -1).contiguous()}
+
+
+def refresh_root(factor: Factor, state: State, beta2: float, exponent: float, epsilon: float) -> None:
+    """Compute the inverse root from the factor; where it has seen no gradient yet it stays an identity."""
+    old, seen = state[f"root_{factor.name}"], state[f"count_{factor.name}"] > 0
+    new = pack(inverse_root(mean_factor(factor, state, beta2), exponent, epsilon))
+    old.copy_(torch.where(seen.unsqueeze(-1), new.to(old.dtype), old))
+
+
+def root_of(factor: Factor, state: State) -> Tensor:
+    """The inverse root as squares (R, B, S, S)."""
+    packed = state[f"root_{factor.name}"]
+    return unpack(packed.flatten(0, 1), factor.size).unflatten(0, packed.shape[:2])
 
 
 def inverse_root(factor: Tensor, exponent: float, epsilon: float) -> Tensor:
@@ -81,9 +86,3 @@ def inverse_root(factor: Tensor, exponent: float, epsilon: float) -> Tensor:
     values = values + (epsilon - values[..., :1]).clamp(min=0)
     values = values.clamp(min=epsilon)  # where the shift's round-off is larger than epsilon
     return vectors * values.pow(-exponent).unsqueeze(-2) @ vectors.mT
-
-
-def packed_identity(state: State, name: str, count: Tensor, size: int, dtype: torch.dtype) -> None:
-    """Put identities, as packed triangles of `dtype`, into a state."""
-    eye = pack(torch.eye(size, dtype=dtype, device=count.device))
-    state[name] = eye.expand(*count.shape, -1).contiguous()

@@ -37,8 +37,9 @@ def shampoo(
     precondition_frequency: int = 100,
     start_preconditioning_step: int = -1,
     statistics_every: int = 1,
-    max_preconditioner_dim: int = 2048,
+    max_preconditioner_dim: int = 1024,
     adamw_above: int = 8192,
+    share_factors: bool = False,
     one_sided: bool = False,
     matmul_dtype: MatmulDtype = "float32",
     stagger_roots: bool = False,
@@ -48,8 +49,9 @@ def shampoo(
     Inverse roots (factor + epsilon)^-exponent are computed every `precondition_frequency` steps from
     `start_preconditioning_step` on (-1: the first of these), before it the step is AdamW's; exponent 0 is 1/4, and 1/2
     with `one_sided`, which keeps the factor of a matrix' shorter side alone. Factors see every `statistics_every`-th
-    gradient. Matrices are cut into blocks of at most `max_preconditioner_dim`; one with a dimension above
-    `adamw_above` is AdamW's. `stagger_roots` spreads the roots of different tensors evenly over the steps.
+    gradient. Matrices are cut into blocks of at most `max_preconditioner_dim`, with factors of their own, or with
+    `share_factors` one for each row and each column of blocks; a matrix with a dimension above `adamw_above` is
+    AdamW's. `stagger_roots` spreads the roots of different tensors evenly over the steps.
     """
     return _matrix_optimizer("shampoo", param_groups, locals())
 
@@ -70,11 +72,12 @@ def shampoo_fast(
     statistics_every: int = 10,
     max_preconditioner_dim: int = 128,
     adamw_above: int = 8192,
+    share_factors: bool = True,
     one_sided: bool = False,
     matmul_dtype: MatmulDtype = "float32",
     stagger_roots: bool = True,
 ) -> Optimizer:
-    """The preset of shampoo that we recommend: blocks of 128, statistics every 10 steps, roots staggered."""
+    """The preset of shampoo that we recommend: shared factors of 128, statistics every 10 steps, roots staggered."""
     return _matrix_optimizer("shampoo_fast", param_groups, locals())
 
 
@@ -91,7 +94,7 @@ def distributed_shampoo(
     grafting: Grafting = "adamw",
     precondition_frequency: int = 100,
     start_preconditioning_step: int = -1,
-    max_preconditioner_dim: int = 2048,
+    max_preconditioner_dim: int = 1024,
     adamw_above: int = 8192,
 ) -> Optimizer:
     """Meta's Distributed Shampoo, each expert by itself; its package must be installed. Arguments are shampoo's.
@@ -112,7 +115,7 @@ def soap(
     weight_decay: float = 0.1,
     precondition_frequency: int = 10,
     statistics_every: int = 1,
-    max_preconditioner_dim: int = 2048,
+    max_preconditioner_dim: int = 1024,
     adamw_above: int = 8192,
     one_sided: bool = False,
     matmul_dtype: MatmulDtype = "float32",

@@ -11,17 +11,9 @@ Shapes: R rows (experts), M x N a matrix, B blocks of a region, H x W a block, S
 import torch
 from torch import Tensor
 
-from titan_moe.optimizer.blocks import Region, from_blocks, regions, to_blocks
-from titan_moe.optimizer.factors import (
-    DTYPES,
-    Factors,
-    Side,
-    init_factors,
-    mean_factor,
-    observe,
-    sides,
-    size_of,
-)
+from titan_moe.optimizer.blocks import Region, from_blocks, to_blocks
+from titan_moe.optimizer.factors import DTYPES, Factor, Side, init_factor, mean_factor
+from titan_moe.optimizer.layouts import block_layout, factors_by_region
 from titan_moe.optimizer.transform import State, Tick, Transform, adam
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,80 +35,77 @@ def soap_direction(
 
     With `one_sided` only the shorter side of a block is rotated. The moments are kept in the rotated coordinates.
     """
-    options = Factors(beta2, one_sided, DTYPES[matmul_dtype])
+    dtype = DTYPES[matmul_dtype]
+    layout = block_layout(max_preconditioner_dim, beta2, one_sided=one_sided, dtype=dtype)
     base = adam(beta1, beta2, eps)
 
     def init(weight: Tensor) -> State:
         state = base.init(weight)
-        for index, region in enumerate(regions(weight.shape[1:], max_preconditioner_dim)):
-            state |= init_factors(weight, index, region, options)
-            for side in sides(region, one_sided):
-                eye = torch.eye(size_of(side, region), dtype=torch.float32, device=weight.device)
-                state[f"basis_{side}_{index}"] = eye.repeat(*state[f"count_{index}"].shape, 1, 1)
+        for factor in layout.factors(weight.shape[1:]):
+            eye = torch.eye(factor.size, dtype=torch.float32, device=weight.device)
+            state |= init_factor(factor, weight)
+            state[f"basis_{factor.name}"] = eye.repeat(weight.shape[0], factor.number, 1, 1)
         return state
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
-        parts = list(enumerate(regions(gradient.shape[1:], max_preconditioner_dim)))
+        shape = gradient.shape[1:]
         if tick.step == 1:
-            for index, region in parts:
-                observe(gradient, state, index, region, options, tick)
-                for side in sides(region, one_sided):
-                    first_basis(state, side, index, region, beta2)
+            layout.observe(gradient, state, tick)
+            for factor in layout.factors(shape):
+                first_basis(factor, state, beta2)
             return torch.zeros_like(gradient)
         due = (tick.step - offset) % precondition_frequency == 0
+        parts = factors_by_region(shape, max_preconditioner_dim, one_sided=one_sided)
         rotated = torch.empty_like(gradient)
-        for index, region in parts:
-            from_blocks(rotate(to_blocks(gradient, region), state, index, options), region, rotated)
+        for region, factors in parts:
+            from_blocks(rotate(to_blocks(gradient, region), factors, state, dtype), region, rotated)
         direction = base.update(rotated, state, tick._replace(steps=(tick.steps - 1).clamp(min=1)))
-        for index, region in parts:
-            back = rotate(to_blocks(direction, region), state, index, options, back=True)
+        for region, factors in parts:
+            back = rotate(to_blocks(direction, region), factors, state, dtype, back=True)
             from_blocks(back, region, direction)
-            if (tick.step - 1) % statistics_every == 0:
-                observe(gradient, state, index, region, options, tick)
-            for side in sides(region, one_sided) if due else []:
-                turn_basis(state, side, index, region, beta2)
+        if (tick.step - 1) % statistics_every == 0:
+            layout.observe(gradient, state, tick)
+        for region, factors in parts if due else []:
+            for side, factor in factors.items():
+                turn_basis(side, factor, region, state, beta2)
         return direction
 
     return Transform(init, update)
 
 
-def rotate(blocks: Tensor, state: State, index: int, options: Factors, *, back: bool = False) -> Tensor:
+def rotate(
+    blocks: Tensor, factors: dict[Side, Factor], state: State, dtype: torch.dtype, *, back: bool = False
+) -> Tensor:
     """(R * B, H, W) into the eigenbasis of a region's blocks, Q_L^T G Q_R, or back from it, Q_L G Q_R^T."""
-
-    def basis(side: Side) -> Tensor | None:
-        found = state.get(f"basis_{side}_{index}")
-        return None if found is None else found.flatten(0, 1).to(options.dtype)
-
-    left, right = basis("left"), basis("right")
-    if back:
-        right = None if right is None else right.mT
-    else:
-        left = None if left is None else left.mT
-    product = blocks.to(options.dtype)
-    product = product if left is None else left @ product
-    return (product if right is None else product @ right).float()
+    product = blocks.to(dtype)
+    for side, factor in factors.items():
+        basis = state[f"basis_{factor.name}"].flatten(0, 1).to(dtype)
+        if side == "left":
+            product = (basis if back else basis.mT) @ product
+        else:
+            product = product @ (basis.mT if back else basis)
+    return product.float()
 
 
-def first_basis(state: State, side: Side, index: int, region: Region, beta2: float) -> None:
-    """Make a side's basis the eigenvectors of its factor, largest eigenvalue first."""
-    old = state[f"basis_{side}_{index}"]
-    _, vectors = torch.linalg.eigh(mean_factor(state, side, index, region, beta2))
-    seen = (state[f"count_{index}"] > 0)[..., None, None]
-    old.copy_(torch.where(seen, vectors.flip(-1).view_as(old), old))
+def first_basis(factor: Factor, state: State, beta2: float) -> None:
+    """Make the basis the eigenvectors of its factor, largest eigenvalue first."""
+    old = state[f"basis_{factor.name}"]
+    _, vectors = torch.linalg.eigh(mean_factor(factor, state, beta2))
+    seen = (state[f"count_{factor.name}"] > 0)[..., None, None]
+    old.copy_(torch.where(seen, vectors.flip(-1), old))
 
 
-def turn_basis(state: State, side: Side, index: int, region: Region, beta2: float) -> None:
+def turn_basis(side: Side, factor: Factor, region: Region, state: State, beta2: float) -> None:
     """Move a side's basis by one step of orthogonal iteration on its factor, and the moments with it.
 
     The first moment is turned exactly. The second moment keeps its coordinates, which are put in the order of the
     basis' eigenvalue estimates. A block that has seen no gradient stays as it is.
     """
-    old = state[f"basis_{side}_{index}"]
-    factor = mean_factor(state, side, index, region, beta2).view_as(old)
-    product = factor @ old
+    old = state[f"basis_{factor.name}"]
+    product = mean_factor(factor, state, beta2) @ old
     order = (old * product).sum(-2).argsort(dim=-1, descending=True, stable=True)  # diag(Q^T F Q)
     identity = torch.arange(old.shape[-1], device=old.device)
-    seen = (state[f"count_{index}"] > 0).unsqueeze(-1)
+    seen = (state[f"count_{factor.name}"] > 0).unsqueeze(-1)
     order = torch.where(seen, order, identity)
     new = torch.linalg.qr(product.gather(-1, order.unsqueeze(-2).expand_as(product))).Q
     new = torch.where(seen.unsqueeze(-1), new, old)
