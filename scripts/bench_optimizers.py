@@ -7,10 +7,11 @@
 A step is `train_step`: forward, losses, backward, clipping, update. The named optimizer has the experts, AdamW the
 rest. Its steps are of three kinds: plain, with statistics, with roots. The ratio of whole steps is measured on steps
 without roots, in turn with AdamW's, on the same fresh random batches; what the roots of all tensors take is measured
-by itself and added in proportion to the frequency, so that no measurement has to last for hundreds of steps. A plain
+by itself and added in proportion to the frequency, so that no measurement has to last for hundreds of steps. The other
+ratio takes the updates of these steps alone, and with them the rest of AdamW's step for both: less noise. A plain
 step applies what is there: Shampoo's roots, SOAP's bases (whose turns count as roots), Muon's iterations. Statistics of
-Meta's package, which takes part where it can be imported, are in its plain step. Time is processor time: on one thread
-the wall time, less what other programs took.
+Meta's package, which takes part where it can be imported, are in its plain step, as are others taken at every step.
+Time is processor time: on one thread the wall time, less what other programs took.
 """
 
 import argparse
@@ -81,12 +82,17 @@ class Side:
         groups = parameter_groups(self.model.named_parameters(), {"expert": self.arguments})
         names = {group["name"]: "adamw" for group in groups} | {"expert": self.name}
         self.optimizer = combine(groups, names, lambda name, own: OPTIMIZERS[name](own, lr=1e-4))
+        self.marks: list[float] = []  # processor time before and after the last update
+        for register in (self.optimizer.register_step_pre_hook, self.optimizer.register_step_post_hook):
+            register(lambda *_: self.marks.append(time.process_time()))
         self.group = next(group for group in self.optimizer.param_groups if group["name"] == "expert")
 
-    def step(self, tokens: Tensor) -> float:
-        """Processor seconds of a whole step on (B, SEQ + 1) tokens, cut into micro-batches."""
+    def step(self, tokens: Tensor) -> tuple[float, float]:
+        """Processor seconds of a whole step on (B, SEQ + 1) tokens, cut into micro-batches, and of its update."""
         micro = [(part[:, :-1], part[:, 1:]) for part in tokens.split(MICRO_BATCH)]
-        return seconds(lambda: train_step(self.model, micro, self.optimizer, BALANCE, [], max_norm=1.0))
+        self.marks.clear()
+        whole = seconds(lambda: train_step(self.model, micro, self.optimizer, BALANCE, [], max_norm=1.0))
+        return whole, self.marks[1] - self.marks[0]
 
     def update(self, gradients: list[Tensor]) -> float:
         """Processor seconds of the optimizer's step alone, on gradients known to be finite, as in training."""
@@ -135,7 +141,7 @@ def seconds(task: Callable[[], Any]) -> float:
 
 
 def parts(side: Side, repeats: int = 3) -> dict[str, float]:
-    """Processor milliseconds of the optimizer's parts, and bytes of its states over those of the parameters."""
+    """Processor milliseconds of statistics and roots, and bytes of the states over those of the parameters."""
     gradients = [1e-3 * torch.randn_like(p) for p in side.model.parameters()]
     side.update(gradients)
     settings, is_metas = dict(side.group), side.name == "distributed_shampoo"
@@ -154,7 +160,7 @@ def parts(side: Side, repeats: int = 3) -> dict[str, float]:
         return statistics.median(times)
 
     plain = at(observing=False)
-    found = {"plain": plain, "statistics": 0.0, "roots": 0.0}
+    found = {"statistics": 0.0, "roots": 0.0}
     if "statistics_every" in settings:
         found["statistics"] = at(observing=True) - plain
     if "precondition_frequency" in settings:
@@ -172,7 +178,7 @@ def ratios(model: str, variants: list[str], tokens: int, rounds: int) -> None:
     # a whole step first: what it allocates decides how much freed memory the process keeps, as in training
     sides["adamw"].step(torch.randint(0, VOCAB, (tokens // SEQ, SEQ + 1), generator=generator))
     costs = {name: parts(side) for name, side in sides.items()}
-    base: list[float] = []
+    steps: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     quotients: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         batch = torch.randint(0, VOCAB, (tokens // SEQ, SEQ + 1), generator=generator)
@@ -182,26 +188,26 @@ def ratios(model: str, variants: list[str], tokens: int, rounds: int) -> None:
             own = sides[name].step(batch)
             after = sides["adamw"].step(batch)
             if number:  # the first round warms up
-                quotients[name].append(own / ((before + after) / 2))
-                base.append((before + after) / 2)
+                steps[name].append(own)
+                steps["adamw"].append(after)
+                quotients[name].append(own[0] / ((before[0] + after[0]) / 2))
             before = after
-    step = statistics.median(base)
+    step, update = (statistics.median(times) for times in zip(*steps["adamw"], strict=True))
     print(f"\n{model}, {tokens} tokens an update: AdamW's step takes {step:.3f} s, its update")
-    print(f"{costs['adamw']['plain']:.0f} ms. State over parameters {costs['adamw']['state']:.2f}.\n")
-    print(
-        "| experts | whole steps | by the parts alone | plain, ms | statistics | roots | shares of these, % | state |"
-    )
+    print(f"{1000 * update:.0f} ms. State over parameters {costs['adamw']['state']:.2f}.\n")
+    print("| experts | whole steps | by updates | plain, ms | statistics | roots | shares of these, % | state |")
     print("|---|---|---|---|---|---|---|---|")
     for name in variants:
         often, rooting = sides[name].shares()
         cost = costs[name]
-        # quotients hold the plain step, and statistics where they are taken at every step
-        missing = cost["roots"] * rooting + (cost["statistics"] * often if often < 1 else 0.0)
-        whole = statistics.median(quotients[name]) + missing / 1000 / step
-        spent = [cost["plain"], cost["statistics"] * often, cost["roots"] * rooting]
-        extra = sum(spent) - costs["adamw"]["plain"]
-        cells = [f"{whole:.3f}", f"{1 + extra / 1000 / step:.3f}"]
-        cells += [f"{cost[key]:.0f}" for key in ("plain", "statistics", "roots")]
+        # a plain step holds statistics where they are taken at every step
+        missing = (cost["roots"] * rooting + (cost["statistics"] * often if often < 1 else 0.0)) / 1000
+        plain = statistics.median(own for _, own in steps[name])
+        cells = [f"{statistics.median(quotients[name]) + missing / step:.3f}"]
+        cells += [f"{1 + (plain + missing - update) / step:.3f}"]
+        plain -= cost["statistics"] / 1000 if often == 1 else 0.0
+        spent = [1000 * plain, cost["statistics"] * often, cost["roots"] * rooting]
+        cells += [f"{1000 * plain:.0f}", f"{cost['statistics']:.0f}", f"{cost['roots']:.0f}"]
         cells += [" + ".join(f"{100 * part / sum(spent):.0f}" for part in spent), f"{cost['state']:.2f}"]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
@@ -212,7 +218,7 @@ def jitter(model: str, variants: list[str], tokens: int) -> None:
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randint(0, VOCAB, (tokens // SEQ, SEQ + 1), generator=generator) for _ in range(4)]
     gradients = [1e-3 * torch.randn_like(p) for p in base.model.parameters()]
-    rest = statistics.median([base.step(batch) for batch in batches][1:]) - base.update(gradients)
+    rest = statistics.median([base.step(batch)[0] for batch in batches][1:]) - base.update(gradients)
     print(f"\n{model}, {tokens} tokens an update, {1000 * rest:.0f} ms without the update\n")
     print("| experts | median step, ms | slowest | ratio |\n|---|---|---|---|")
     for name in variants:
