@@ -90,18 +90,16 @@ def strip_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dt
                 add_product(factor, torch.stack(products, dim=1), state, beta2, tick)
 
     def precondition(x: Tensor, direction: Tensor, state: State, graft: bool) -> Tensor:
-        result = x.to(dtype)
-        for side, found in by_side(x.shape[1:]).items():
+        result, sides = x.to(dtype), by_side(x.shape[1:])
+        for side in reversed(sides):  # the left one last, whose strips are whole rows
             source, result = result, torch.empty_like(result)
-            for where, factor in found:
-                old, new = (strips_of(y, side, where, factor) for y in (source, result))
-                for root, strip, out in zip(root_of(factor, state).unbind(1), old, new, strict=True):
-                    torch.bmm(*((root, strip) if side == "left" else (strip, root)), out=out)
-        result = result.float()
-        for region in regions(x.shape[1:], max_dim) if graft else []:
-            scale = quotient(block_norms(direction, region), block_norms(result, region))
-            grid(result, region).mul_(scale[:, :, None, :, None])
-        return result
+            for where, factor in sides[side]:
+                strips = (strips_of(y, side, where, factor) for y in (source, result, direction))
+                for root, old, new, own in zip(root_of(factor, state).unbind(1), *strips, strict=True):
+                    torch.bmm(*((root, old) if side == "left" else (old, root)), out=new)
+                    if graft and side == next(iter(sides)):
+                        take_norms(new, own, max_dim)  # now, while the strip is in the cache
+        return result.float()
 
     return Layout(factors, observe, precondition)
 
@@ -124,9 +122,17 @@ def factors_by_region(
     return found
 
 
+def take_norms(x: Tensor, other: Tensor, max_dim: int) -> None:
+    """Scale each block of x (R, M, N) to the norm that it has in `other`."""
+    for region in regions(x.shape[1:], max_dim):
+        scale = quotient(block_norms(other, region), block_norms(x, region))
+        grid(x, region).mul_(scale[:, :, None, :, None])
+
+
 def block_norms(x: Tensor, region: Region) -> Tensor:
-    """Frobenius norms of the blocks of a region of (R, M, N): (R, rows of blocks, columns of blocks)."""
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(grid(x, region), dim=4), dim=2)
+    """Frobenius norms, in fp32, of the blocks of a region of (R, M, N): (R, rows of blocks, columns of blocks)."""
+    rows = torch.linalg.vector_norm(grid(x, region), dim=4, dtype=torch.float32)
+    return torch.linalg.vector_norm(rows, dim=2)
 
 
 def quotient(length: Tensor, norm: Tensor) -> Tensor:
