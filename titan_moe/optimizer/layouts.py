@@ -9,6 +9,7 @@ Shapes: R rows (experts), M x N a matrix, B blocks of a region or strips of a si
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ class Layout(NamedTuple):
     """`factors(shape)` of a matrix M x N; `observe` adds a gradient (R, M, N) to the averages in a state.
 
     `precondition(x, direction, state, graft)` gives X_L x X_R from the roots in a state, with `graft` scaled to the
-    norm of `direction`, which it may overwrite; x and direction are (R, M, N) in fp32, and x stays as it is.
+    norm of `direction`, which it may overwrite; x, which may be the same tensor, and direction are (R, M, N) in fp32.
     """
 
     factors: Callable[[Sequence[int]], list[Factor]]
@@ -34,8 +35,7 @@ class Layout(NamedTuple):
 def block_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dtype) -> Layout:
     """A factor for each side of each block; the norm of a step is grafted block by block."""
 
-    def by_region(shape: Sequence[int]) -> list[tuple[Region, dict[Side, Factor]]]:
-        return factors_by_region(shape, max_dim, one_sided=one_sided)
+    by_region = partial(factors_by_region, max_dim=max_dim, one_sided=one_sided)
 
     def factors(shape: Sequence[int]) -> list[Factor]:
         return [factor for _, found in by_region(shape) for factor in found.values()]
