@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from tests.e2e.harness import PATIENCE, TINY
+from tests.e2e.harness import PATIENCE, TINY, command
 
 
 def end(process: subprocess.Popen[str]) -> None:
@@ -68,16 +68,14 @@ def test_a_study_from_the_command_line(tmp_path: Path, shared: Path, request: py
     page = (tmp_path / "out" / "report.html").read_text()
     assert 'id="loads"' in page, "real validations say how each expert was loaded"
 
-    words = [sys.executable, "-m", "titan_moe.study", "--compare", *map(str, runs)]
-    done = subprocess.run(
-        [*words, "--dump_folder", str(tmp_path / "both")], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    words = ["--compare", *map(str, runs)]
+    compared = command("study.__main__", [*words, "--dump_folder", str(tmp_path / "both")])
+    assert (compared.code, compared.err) == (0, "")
     results = [json.loads(line) for line in (tmp_path / "both" / "results.jsonl").read_text().splitlines()]
     assert [r["seed"] for r in results] == [1, 2]
 
-    done = subprocess.run([*words, "no/such"], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: --compare no/such: no such folder\n")
+    compared = command("study.__main__", [*words, "no/such"])
+    assert (compared.code, compared.err) == (2, "error: --compare no/such: no such folder\n")
 
 
 def last_step(run: Path) -> int:

@@ -1,7 +1,7 @@
-"""Megatron-core as a maker of models, in a process of its own: `python -m tests.interop.megatron_side FOLDER RESULT`.
+"""Megatron-core as a maker of models, in a process of its own: `python -m tests.interop.megatron_side FOLDER ...`.
 
 It makes a model with random weights by FOLDER/transformer_config.json, saves it to FOLDER as torch_dist and writes the
-logits of RESULT's tokens into RESULT.
+logits of the tokens in FOLDER.pt into that; the same for each folder.
 """
 
 import json
@@ -15,9 +15,15 @@ import torch.distributed as dist
 from titan_moe.convert.megatron_model import build, prepare, run
 
 
-def main(folder: Path, result: Path) -> None:
+def main(folders: list[Path]) -> None:
     warnings.simplefilter("ignore")
     prepare()
+    for folder in folders:
+        make(folder, folder.with_suffix(".pt"))
+    dist.destroy_process_group()
+
+
+def make(folder: Path, result: Path) -> None:
     from megatron.core import dist_checkpointing
 
     given = torch.load(result)
@@ -35,8 +41,7 @@ def main(folder: Path, result: Path) -> None:
             )
     dist_checkpointing.save(model.sharded_state_dict(), str(folder))
     torch.save(run(model, given["tokens"]), result)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main([Path(name) for name in sys.argv[1:]])

@@ -36,17 +36,20 @@ LOADED = [
 ]
 
 
-def megatron_saves(folder: Path, config: Any, result: Path) -> torch.Tensor:
-    """Save a Megatron model there; its logits on tokens of its vocabulary."""
+def megatron_saves(configs: dict[Path, Any]) -> dict[Path, torch.Tensor]:
+    """Save a Megatron model to each folder; their logits on tokens of their vocabularies."""
     tokens = torch.randint(0, 257, (2, 24), generator=torch.Generator().manual_seed(2))
-    model = config.model
-    sizes = {"vocab_size": model.vocab_size, "tied": model.tie_embeddings, "theta": model.rope_theta}
-    torch.save({"tokens": tokens, **sizes}, result)
-    command = [sys.executable, "-m", "tests.interop.megatron_side", str(folder), str(result)]
+    for folder, config in configs.items():
+        folder.mkdir()
+        (folder / "transformer_config.json").write_text(json.dumps(transformer_config(config)))
+        model = config.model
+        sizes = {"vocab_size": model.vocab_size, "tied": model.tie_embeddings, "theta": model.rope_theta}
+        torch.save({"tokens": tokens, **sizes}, folder.with_suffix(".pt"))
+    command = [sys.executable, "-m", "tests.interop.megatron_side", *map(str, configs)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    return torch.load(result)["logits"]
+    return {folder: torch.load(folder.with_suffix(".pt"))["logits"] for folder in configs}
 
 
 def our_logits(folder: Path) -> torch.Tensor:
@@ -96,22 +99,20 @@ def test_megatron_loads_ours(tmp_path: Path, caplog: pytest.LogCaptureFixture, k
 
 
 @needs_megatron
-@pytest.mark.parametrize("kind", ["topk_softmax shared", "topk_softmax some layers", "sigmoid"])
-def test_we_load_megatrons(tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
-    """A folder that Megatron saved, which says nothing about the model: our file does."""
-    config = configure(**EXPORTED[kind])
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "transformer_config.json").write_text(json.dumps(transformer_config(config)))
-    theirs = megatron_saves(tmp_path / "theirs", config, tmp_path / "result.pt")
-    (tmp_path / "model.toml").write_text(to_toml(config))
-    by_itself = kind == "sigmoid"
-    with caplog.at_level(logging.INFO):
-        from_megatron(tmp_path / "theirs", tmp_path / "run", config_file=str(tmp_path / "model.toml"), verify=by_itself)
-    if by_itself:
-        checked(caplog)
-    ours = our_logits(tmp_path / "run")
-    assert ours.abs().max() > 2
-    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+def test_we_load_megatrons(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Folders that Megatron saved, which say nothing about the model: our file does."""
+    kinds = ("topk_softmax shared", "topk_softmax some layers", "sigmoid")
+    configs = {tmp_path / kind.replace(" ", "-"): configure(**EXPORTED[kind]) for kind in kinds}
+    for folder, theirs in megatron_saves(configs).items():
+        (tmp_path / "model.toml").write_text(to_toml(configs[folder]))
+        run, by_itself = tmp_path / f"{folder.name}-run", folder.name == "sigmoid"
+        with caplog.at_level(logging.INFO):
+            from_megatron(folder, run, config_file=str(tmp_path / "model.toml"), verify=by_itself)
+        if by_itself:
+            checked(caplog)
+        ours = our_logits(run)
+        assert ours.abs().max() > 2
+        torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
 
 
 @needs_megatron
