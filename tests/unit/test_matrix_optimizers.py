@@ -18,7 +18,7 @@ from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.combined import Combined, combine, describe_group, kind_of
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.optimizer.matrix import parts_of
+from titan_moe.optimizer.matrix import apply, parts_of
 from titan_moe.step import train_step
 
 MATRIX = [name for name in OPTIMIZERS if name not in ("adamw", "distributed_shampoo")]
@@ -207,6 +207,32 @@ def test_experts_are_updated_alike_however_many_at_a_time(
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
     for key, value in all_at_once.state[weights[0]].items():
         torch.testing.assert_close(some.state[weights[1]][key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MATRIX)
+@pytest.mark.parametrize("case", ["transposed", "bfloat16"])
+def test_weights_of_other_layouts_and_types_are_updated_alike(name: str, case: str) -> None:
+    plain = nn.Parameter((torch.randn(2, 6, 8) / 100).bfloat16().float())
+    odd = nn.Parameter(plain.detach().mT.contiguous().mT if case == "transposed" else plain.detach().bfloat16())
+    optimizers = [optimizer_of(name, weight) for weight in (plain, odd)]
+    for _ in range(4):
+        gradient = torch.randn(plain.shape).bfloat16().float()
+        plain.grad = gradient
+        odd.grad = torch.empty_like(odd).copy_(gradient)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(odd.float(), plain, atol=1e-6 if case == "transposed" else 2e-3, rtol=1e-4)
+
+
+def test_a_step_is_the_direction_and_the_decay_at_the_rate() -> None:
+    """W - lr (d + decay W), for weights that lie one after another in memory and those that do not."""
+    direction, group = torch.randn(2, 6, 8), {"lr": 0.1, "weight_decay": 0.5}
+    for weight in (torch.randn(2, 6, 8), torch.randn(2, 8, 6).mT, torch.randn(3, 7, 9)[1:, :6, :8]):
+        for d in (direction, direction.mT.contiguous().mT):
+            updated = weight.clone(memory_format=torch.preserve_format) if weight.is_contiguous() else weight
+            want = weight - 0.1 * (d + 0.5 * weight)
+            apply(updated, d, group, None)
+            torch.testing.assert_close(updated, want)
 
 
 @pytest.mark.parametrize("name", ["shampoo", "shampoo_fast", "soap"])

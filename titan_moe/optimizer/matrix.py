@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from titan_moe.optimizer.load_lr import Group, local, next_factors, rows
-from titan_moe.optimizer.transform import State, Tick, Transform, adam, fused_adamw
+from titan_moe.optimizer.transform import State, Tick, Transform, adam, fused_adamw, fused_sgd
 
 NO_MATRICES = ("embedding", "norm")  # groups that are updated by AdamW whatever the shape
 # Elements of a stacked parameter whose rows are updated together. Temporaries of more are handed back to the system and
@@ -47,6 +47,7 @@ class MatrixOptimizer(Optimizer):
         super().__init__(param_groups, defaults)
         self.kind = kind
         self.known_finite = False  # the next step's gradients: who has read their norm already sets it
+        self._memory: Tensor | None = None  # for the directions of a step, one after another
         self._make, self._fits = make, fits
         self._transforms: dict[Tensor, Transform] = {}
         matrices = [(group, p) for group in self.param_groups for p in group["params"] if self.is_matrix(group, p)]
@@ -87,6 +88,7 @@ class MatrixOptimizer(Optimizer):
                 else:
                     dense.append(parameter)
             self._step_adamw(group, dense)
+        self._memory = None
         return loss
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -123,14 +125,18 @@ class MatrixOptimizer(Optimizer):
         whole = local(gradient) if stacked else gathered(gradient).unsqueeze(0)
         target = local(parameter)
         for part in parts_of(whole, transform):
-            tick = Tick(step, steps[part], None if alive is None else alive[part])
-            direction = transform.update(
-                whole[part].float(), {name: value[part] for name, value in local_state.items()}, tick
-            )
+            some = whole[part].float().contiguous()
+            tick = Tick(step, steps[part], self._spare(some), None if alive is None else alive[part])
+            direction = transform.update(some, {name: value[part] for name, value in local_state.items()}, tick)
             if stacked:
                 apply(target[part], direction, group, None if factor is None else factor[part])
             else:
                 apply(target, own_part(direction[0], parameter), group, factor)
+
+    def _spare(self, like: Tensor) -> Tensor:
+        if self._memory is None or self._memory.numel() < like.numel():
+            self._memory = like.new_zeros(like.numel())
+        return self._memory[: like.numel()].view(like.shape)
 
     def _step_adamw(self, group: Group, parameters: list[Tensor]) -> None:
         for parameter in parameters:
@@ -167,7 +173,10 @@ def apply(weight: Tensor, direction: Tensor, group: Group, factor_R: Tensor | No
     """W <- W - lr factor (direction + weight_decay W), in place; decay without the factor if the group says so."""
     lr, decay = group["lr"], group["lr"] * group["weight_decay"]
     if factor_R is None:
-        weight.mul_(1 - decay).add_(direction, alpha=-lr)
+        if weight.dtype == direction.dtype and weight.is_contiguous():
+            fused_sgd(weight, direction.contiguous(), lr, group["weight_decay"])
+        else:
+            weight.mul_(1 - decay).add_(direction, alpha=-lr)
         return
     factor = factor_R.view(-1, 1, 1)
     weight.mul_(1 - decay * factor if group["load_lr_decay"] else 1 - decay)

@@ -16,19 +16,21 @@ class Tick(NamedTuple):
     """Where a parameter is in time.
 
     `step` counts from 1 and is known on the host, so that what happens every n-th step needs no synchronisation.
-    `steps` (R,) fp32 is each row's own count, this step included. `alive` (R,) bool is None when every row takes
-    part; the state of a row that does not must stay as it is, and its direction is not used.
+    `steps` (R,) fp32 is each row's own count, this step included. `spare` (R, M, N) fp32 is memory for the direction,
+    which holds anything finite. `alive` (R,) bool is None when every row takes part; the state of a row that does not
+    must stay as it is, and its direction is not used.
     """
 
     step: int
     steps: Tensor
+    spare: Tensor
     alive: Tensor | None = None
 
 
 class Transform(NamedTuple):
     """A pair of functions; the step is W <- W - lr (update(G, state, tick) + weight_decay W).
 
-    `init(weight)` makes the state: tensors by name whose first dimension is that of `weight` (R, M, N), so that they
+    `init(weight)` makes the state: contiguous tensors by name whose first dimension is that of `weight` (R, M, N), so that they
     are sharded as it is. `update(gradient, state, tick)` gives the direction, (R, M, N) fp32 from such a gradient, and
     writes the state in place, because a copy of it would cost as much as the step. It does not know the learning
     rate: rates that differ by expert are then exact for every transform. `by_rows`: it may be called for some rows at a
@@ -44,18 +46,19 @@ def adam(beta1: float, beta2: float, eps: float) -> Transform:
     """Adam's direction m / (sqrt(v) + eps), both bias-corrected (Kingma and Ba, 2015, algorithm 1)."""
 
     def init(weight: Tensor) -> State:
-        return {name: torch.zeros_like(weight, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+        return {name: weight.new_zeros(weight.shape, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
-        # torch's fused AdamW from a weight of 0 with learning rate -1: the direction in one pass over memory.
-        direction = torch.zeros_like(gradient)
+        # torch's fused AdamW with learning rate and decay of -1, which takes any finite weight to 0 plus the direction:
+        # one pass over memory
+        direction = tick.spare
         tensors = [direction, gradient, state["exp_avg"], state["exp_avg_sq"]]
         if tick.alive is None:
-            fused_adamw([[tensor] for tensor in tensors], [tick.steps[0]], -1.0, (beta1, beta2), eps, 0.0)
+            fused_adamw([[tensor] for tensor in tensors], [tick.steps[0]], -1.0, (beta1, beta2), eps, -1.0)
             return direction
         for row, dead in enumerate((~tick.alive).float().unbind()):
             one = [[tensor[row]] for tensor in tensors]
-            fused_adamw(one, [tick.steps[row]], -1.0, (beta1, beta2), eps, 0.0, skip=dead)
+            fused_adamw(one, [tick.steps[row]], -1.0, (beta1, beta2), eps, -1.0, skip=dead)
         return direction
 
     return Transform(init, update)
@@ -95,11 +98,27 @@ def fused_adamw(
     )
 
 
+def fused_sgd(weight: Tensor, direction: Tensor, lr: float, weight_decay: float) -> None:
+    """W <- W - lr (direction + weight_decay W) by torch's kernel, in one pass; both contiguous and of one dtype."""
+    torch._fused_sgd_(
+        [weight],
+        [direction],
+        [],
+        weight_decay=weight_decay,
+        momentum=0.0,
+        lr=lr,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
+
+
 def momentum(beta: float, name: str = "exp_avg", *, correct_bias: bool = True) -> Transform:
     """Exponential average of the gradient, kept as `name`; bias-corrected as Adam's unless `correct_bias` is false."""
 
     def init(weight: Tensor) -> State:
-        return {name: torch.zeros_like(weight, dtype=torch.float32)}
+        return {name: weight.new_zeros(weight.shape, dtype=torch.float32)}
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
         average = state[name]
