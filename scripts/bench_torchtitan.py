@@ -17,6 +17,8 @@ import torch
 
 from torchtitan_patches import cpu
 
+# The preset with all of its roots at the first step: by default the first hundred steps are AdamW's.
+EARLY = {"name": "shampoo_fast", "start_preconditioning_step": 1, "stagger_roots": False}
 PIECES: dict[str, dict[str, Any]] = {
     "stock": {},
     "metrics": {"metrics": True},
@@ -24,7 +26,7 @@ PIECES: dict[str, dict[str, Any]] = {
     "loss_free": {"balancers": {"loss_free": {}}},
     "rates of groups": {"optimizer": {"router": {"lr": 1e-4}}},
     "rates by load": {"optimizer": {"expert": {"load_lr": "ideal_normalized"}}},
-    "shampoo_fast for experts": {"optimizer": {"expert": {"name": "shampoo_fast"}}},
+    "shampoo_fast for experts": {"optimizer": {"expert": EARLY}},
 }
 
 

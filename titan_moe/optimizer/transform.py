@@ -30,11 +30,11 @@ class Tick(NamedTuple):
 class Transform(NamedTuple):
     """A pair of functions; the step is W <- W - lr (update(G, state, tick) + weight_decay W).
 
-    `init(weight)` makes the state: contiguous tensors by name whose first dimension is that of `weight` (R, M, N), so that they
-    are sharded as it is. `update(gradient, state, tick)` gives the direction, (R, M, N) fp32 from such a gradient, and
-    writes the state in place, because a copy of it would cost as much as the step. It does not know the learning
-    rate: rates that differ by expert are then exact for every transform. `by_rows`: it may be called for some rows at a
-    time.
+    `init(weight)` makes the state: contiguous tensors by name whose first dimension is that of `weight` (R, M, N), so
+    that they are sharded as it is. `update(gradient, state, tick)` gives the direction, (R, M, N) fp32 from such a
+    gradient, contiguous as well, and writes the state in place, because a copy of it would cost as much as the step. It
+    does not know the learning rate: rates that differ by expert are then exact for every transform. `by_rows`: it may
+    be called for some rows at a time.
     """
 
     init: Callable[[Tensor], State]
