@@ -126,7 +126,7 @@ class MatrixOptimizer(Optimizer):
         target = local(parameter)
         for part in parts_of(whole, transform):
             some = whole[part].float().contiguous()
-            tick = Tick(step, steps[part], self._spare(some), None if alive is None else alive[part])
+            tick = Tick(step, steps[part], self._spare, None if alive is None else alive[part])
             direction = transform.update(some, {name: value[part] for name, value in local_state.items()}, tick)
             if stacked:
                 apply(target[part], direction, group, None if factor is None else factor[part])
@@ -134,6 +134,7 @@ class MatrixOptimizer(Optimizer):
                 apply(target, own_part(direction[0], parameter), group, factor)
 
     def _spare(self, like: Tensor) -> Tensor:
+        """Memory of a tensor's shape, zeros or what an earlier direction of this step left."""
         if self._memory is None or self._memory.numel() < like.numel():
             self._memory = like.new_zeros(like.numel())
         return self._memory[: like.numel()].view(like.shape)

@@ -16,14 +16,15 @@ class Tick(NamedTuple):
     """Where a parameter is in time.
 
     `step` counts from 1 and is known on the host, so that what happens every n-th step needs no synchronisation.
-    `steps` (R,) fp32 is each row's own count, this step included. `spare` (R, M, N) fp32 is memory for the direction,
-    which holds anything finite. `alive` (R,) bool is None when every row takes part; the state of a row that does not
-    must stay as it is, and its direction is not used.
+    `steps` (R,) fp32 is each row's own count, this step included. `spare(gradient)` is contiguous memory of that
+    shape for the direction to be made in; it holds anything finite, and the next call gives it again. `alive` (R,)
+    bool is None when every row takes part; the state of a row that does not must stay as it is, and its direction is
+    not used.
     """
 
     step: int
     steps: Tensor
-    spare: Tensor
+    spare: Callable[[Tensor], Tensor]
     alive: Tensor | None = None
 
 
@@ -51,7 +52,7 @@ def adam(beta1: float, beta2: float, eps: float) -> Transform:
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
         # torch's fused AdamW with learning rate and decay of -1, which takes any finite weight to 0 plus the direction:
         # one pass over memory
-        direction = tick.spare
+        direction = tick.spare(gradient)
         tensors = [direction, gradient, state["exp_avg"], state["exp_avg_sq"]]
         if tick.alive is None:
             fused_adamw([[tensor] for tensor in tensors], [tick.steps[0]], -1.0, (beta1, beta2), eps, -1.0)
