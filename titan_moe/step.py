@@ -55,7 +55,7 @@ def train_step(
     sums, loads, observations = [], [], []
     for tokens, labels in micro_batches:
         logits, routings = model(tokens)
-        loads.append(stack_loads(routings, reduce="global_batch" in scopes))
+        loads.append(stack_loads(routings, device=tokens.device, reduce="global_batch" in scopes))
         observations.append(observe(routings, expert_biases, balancers))
         ce = cross_entropy_sum(logits, labels) / num_tokens
         own = own_loads(routings, scopes, tokens.shape[0], sequence_group)
@@ -106,7 +106,7 @@ def eval_step(model: nn.Module, tokens: Tensor, labels: Tensor, token_bytes: Ten
         num_correct=((logits.argmax(-1) == labels) & counts).sum(),
         num_tokens=counts.sum(),
         num_bytes=(token_bytes[labels.clamp(min=0)] * counts).sum(),
-        load=stack_loads(routings) * counted,
+        load=stack_loads(routings, device=tokens.device) * counted,
         scores_sum=stack([r.scores.sum(0) for r in routings], logits) * counted,
         z_loss_sum=stack([token_z_loss(r).sum() for r in routings], logits) * counted,
         entropy_sum=stack([token_entropy(r).sum() for r in routings], logits) * counted,
@@ -129,7 +129,8 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
 @torch.no_grad()
 def route_ahead(model: nn.Module, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The load (L, E) of the whole step, all ranks, by a forward pass over all micro-batches before the real ones."""
-    return all_reduce_sum(sum_tensors([stack_loads(model(tokens)[1]) for tokens, _ in micro_batches]))
+    loads = [stack_loads(model(tokens)[1], device=tokens.device) for tokens, _ in micro_batches]
+    return all_reduce_sum(sum_tensors(loads))
 
 
 @torch.no_grad()
@@ -261,10 +262,10 @@ def router_means(sums: Tensor, load_LE: Tensor) -> dict[str, Any]:
     return means
 
 
-def stack_loads(routings: Sequence[Routing], *, reduce: bool = False) -> Tensor:
+def stack_loads(routings: Sequence[Routing], *, device: torch.device, reduce: bool = False) -> Tensor:
     """Tokens per expert of all layers, (L, E) int64, of all ranks with `reduce`; (0,) for a dense model."""
     if not routings:
-        return torch.zeros(0, dtype=torch.int64)
+        return torch.zeros(0, dtype=torch.int64, device=device)
     load_LE = torch.stack([r.tokens_per_expert for r in routings])
     return all_reduce_sum(load_LE) if reduce else load_LE
 

@@ -68,6 +68,7 @@ def test_mixed_precision_follows_fp32() -> None:
     torch.testing.assert_close(got["grad_norm"], expected["grad_norm"], rtol=0.1, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch's note that it is a prototype
 def test_a_step_does_not_wait_for_the_device() -> None:
     """torch raises where the host waits for the GPU; bf16, for fp32 grouped products are a loop that does."""
     with one_process():

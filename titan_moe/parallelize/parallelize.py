@@ -8,13 +8,14 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
 from torch.distributed.tensor import DTensor, Shard
 
 from titan_moe.model.attention import Attention
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.activation import checkpoint_block
+from titan_moe.parallelize.compat import ShardPlacementResult
 from titan_moe.parallelize.expert import share_out_experts
 from titan_moe.parallelize.mesh import Meshes
 from titan_moe.parallelize.sequence import attend_to_all, rope_of_part
@@ -82,7 +83,12 @@ def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshar
     """
     # Activations come in the parameters' type already; the cast would only take the rotary angles out of fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
-    placement = placements(model, mesh)
+    placement = placements(model, mesh) if ShardPlacementResult is not None else None
+    if ShardPlacementResult is None and mesh.efsdp is not None:  # torch before 2.13: one mesh for a unit
+        for layer in model.modules():
+            if isinstance(layer, MoE):
+                frees = reshard_after_forward != "never"
+                fully_shard(layer.experts, mesh=mesh.efsdp, mp_policy=block_policy, reshard_after_forward=frees)
     for block in model.layers.children():
         fully_shard(
             block,
@@ -109,7 +115,7 @@ def placements(model: nn.Module, mesh: Meshes) -> Callable[[nn.Parameter], Any] 
     """Where FSDP2 shards what is shared out: over the axes that this leaves. The rest goes where it would anyway."""
     experts = {p for layer in model.modules() if isinstance(layer, MoE) for p in layer.experts.parameters()}
     matrices = {p for p in model.parameters() if isinstance(p, DTensor)} - experts
-    where: dict[nn.Parameter, ShardPlacementResult] = {}
+    where: dict[nn.Parameter, Any] = {}
     for parameters, rest in ((experts, mesh.efsdp), (matrices, mesh.tfsdp)):
         if rest is not None:
             where |= dict.fromkeys(parameters, ShardPlacementResult(Shard(0), mesh_info(rest)))

@@ -13,11 +13,12 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_single, wait_tensor
+from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
 from titan_moe.model.attention import Attend, Rope, rope_cos_sin
+from titan_moe.parallelize.compat import all_gather_single
 from titan_moe.parallelize.mesh import Degrees
 
 

@@ -8,13 +8,14 @@ Shapes: B batch, S the tokens of a sequence that this process has, D dim, P proc
 """
 
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_gather_single, reduce_scatter_single, wait_tensor
+from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_moe.model.attention import Attention
 from titan_moe.model.moe import FeedForward
 from titan_moe.model.share import Share
+from titan_moe.parallelize.compat import all_gather_single, reduce_scatter_single
 
 SHARED_DIMS = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1}  # of a (out, in) matrix: heads, width
 
