@@ -235,17 +235,10 @@ def check_writable(folder: Path) -> None:
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
     """Versions, git commit, world size and device, for run.json."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     cuda = runtime.device.type == "cuda"
     return {
         "titan_moe": __version__,
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
@@ -254,6 +247,16 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _git_commit() -> str | None:
+    """The checkout's commit, `-dirty` with changes; None where there is no checkout or no git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        shown = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return shown.stdout.strip() or None
 
 
 def run_command(main: Callable[[list[str]], int]) -> None:
