@@ -20,7 +20,7 @@ from titan_moe.optimizer.combined import refuse_nonfinite_gradients
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.load_lr import step_by_load
 from titan_moe.parallelize.grad import clip_grad_norm
-from titan_moe.parallelize.parallelize import reshard
+from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
 
 IGNORE = -100  # a label that does not count, torch's convention
 
@@ -53,7 +53,8 @@ def train_step(
     scopes = {balancer.scope for _, balancer in balancers.values()}
     whole_LE = route_ahead(model, micro_batches) if "global_batch_exact" in scopes else None
     sums, loads, observations = [], [], []
-    for tokens, labels in micro_batches:
+    for number, (tokens, labels) in enumerate(micro_batches, start=1):
+        set_last_micro_batch(model, number == len(micro_batches))
         logits, routings = model(tokens)
         loads.append(stack_loads(routings, device=tokens.device, reduce="global_batch" in scopes))
         observations.append(observe(routings, expert_biases, balancers))

@@ -2,14 +2,14 @@
 
 import dataclasses
 import re
-import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.dist.harness import run_ranks
 from tests.dist.layouts import LAYOUTS, mesh_of, on_meta, place
@@ -62,22 +62,42 @@ def through(dispatcher: Dispatcher, weight: Tensor, name: str, rank: int) -> tup
     return y.detach(), *torch.autograd.grad(y, (x, scores, weight), upstream)
 
 
-# Checkpointing and resharding.
-COUNTED = [("none", "default"), ("selective", "default"), ("full", "default"), ("none", "always"), ("none", "never")]
+# Checkpointing, resharding, and micro-batches of a step.
+COUNTED = [
+    ("none", "default", 1),
+    ("none", "default", 2),
+    ("selective", "default", 1),
+    ("full", "default", 1),
+    ("none", "always", 1),
+    ("none", "never", 1),
+    ("none", "never", 2),
+]
 
 
 def weights() -> Tensor:
     return torch.linspace(0.5, 2.0, E)
 
 
-def count_collectives(world: int, layout: str, mode: str, policy: str, rank: int) -> dict[str, int]:
+class Counted(TorchDispatchMode):
+    """Counts collectives by name; torch's CommDebugMode takes one forward pass only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and "wait_tensor" not in func.__name__ and "_wrap" not in func.__name__:
+            self.counts[func.__name__.partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives(world: int, layout: str, mode: str, policy: str, micro: int, rank: int) -> dict[str, int]:
     """Collectives of one optimizer step of a model of two MoE layers."""
     meta = tiny_model(device="meta", num_kv_heads=2)
     model = on_meta(meta, world, layout, checkpoint_mode=mode, reshard_after_forward=policy)
     optimizer = adamw(model)
-    with warnings.catch_warnings(), CommDebugMode() as counter:
-        warnings.simplefilter("ignore")  # of the counter's own hooks
-        steps(model, 1, **place(rank, world, layout), optimizer=optimizer)
+    with Counted() as counter:
+        steps(model, 1, **place(rank, world, layout), optimizer=optimizer, micro_batches=micro)
     names = {
         "_allgather_base_": "all-gather",
         "_reduce_scatter_base_": "reduce-scatter",
@@ -85,8 +105,7 @@ def count_collectives(world: int, layout: str, mode: str, policy: str, rank: int
         "all_gather_into_tensor": "gathered activations",
         "reduce_scatter_tensor": "scattered activations",
     }
-    counts = {str(op).rpartition(".")[2]: count for op, count in counter.get_comm_counts().items()}
-    return {names.get(op, op.replace("all_to_all_single", "all-to-all")): count for op, count in counts.items()}
+    return {names.get(op, op.replace("all_to_all_single", "all-to-all")): count for op, count in counter.counts.items()}
 
 
 def refusals(rank: int) -> list[str]:
@@ -111,10 +130,10 @@ def on_ranks(rank: int, world: int) -> dict[str, Any]:
     model = on_meta(tiny_model(device="meta"), world, "ep2_fsdp2", param_dtype=torch.bfloat16)
     results["bfloat16"] = steps(model, 1, rank=rank, world=world)[0].loss
     results["counts"] = {
-        (layout, mode, policy): count_collectives(world, layout, mode, policy, rank)
+        (layout, *case): count_collectives(world, layout, *case, rank)
         for layout in LAYOUTS[world]
-        for mode, policy in COUNTED
-        if (mode, policy) == COUNTED[0] or layout in ("fsdp4", "ep2_fsdp2")
+        for case in COUNTED
+        if case == COUNTED[0] or layout in ("fsdp4", "hsdp2x2", "ep2_fsdp2")
     }
     return results
 
@@ -149,22 +168,27 @@ def check_dispatcher(results: list[dict[str, Any]], degree: int) -> None:
             torch.testing.assert_close(result[name][3], want, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
-def check_counts(counts: dict[tuple[str, str, str], dict[str, int]]) -> None:
+def check_counts(counts: dict[tuple[str, str, str, int], dict[str, int]]) -> None:
     """The table of docs/parallelism.md: formulas in L layers, M of them MoE layers, for one micro-batch."""
+    kept = ("all-gather", "reduce-scatter")  # what a second micro-batch does not do again where parameters stay gathered
     table = counts_table()
     names = {
         **{"fsdp4": "FSDP2", "hsdp2x2": "HSDP", "ep4": "EP", "ep2_fsdp2": "EP x FSDP2", "hsdp2_ep2": "HSDP x EP"},
         **{"fsdp2_tp2": "FSDP2 x TP", "fsdp2_cp2": "FSDP2 x CP", "ep2_tp2": "EP x FSDP2 x TP"},
         **{"cp2_tp2_ep4": "CP x TP x EP", "hsdp2_tp2": "HSDP x TP"},
     }
-    for (layout, mode, policy), got in counts.items():
+    for (layout, mode, policy, micro), got in counts.items():
         row = table[names[layout]]
         want = {axis: eval(formula, {"L": 2, "M": 2, "F": 0}) for axis, formula in row.items()}  # noqa: S307
         if mode == "full" and want["all-to-all"]:
             want["all-to-all"] += 3 * 2  # the forward once more
         # all units but the root's are gathered twice by default
         want["all-gather"] += {"default": 0, "always": 1, "never": -(want["all-gather"] // 2)}[policy]
-        assert got == {axis: count for axis, count in want.items() if count}, (layout, mode, policy)
+        if policy == "default":
+            # the root keeps its parameters until backward only
+            want |= {axis: micro * count for axis, count in want.items() if axis in kept}
+        want |= {axis: micro * count for axis, count in want.items() if axis not in (*kept, "all-reduce")}
+        assert got == {axis: count for axis, count in want.items() if count}, (layout, mode, policy, micro)
 
 
 def counts_table() -> dict[str, dict[str, str]]:

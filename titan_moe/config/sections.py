@@ -143,7 +143,7 @@ class Parallelism:
     context_parallel_degree: Annotated[PositiveInt, "ranks that share each sequence"] = 1
     fsdp_reshard_after_forward: Annotated[
         Literal["default", "always", "never"],
-        "whether FSDP2 frees gathered parameters until backward: of blocks, of everything, of nothing",
+        "whether FSDP2 frees gathered parameters until backward: of blocks, of everything, of nothing (and reduces once)",
     ] = "default"
 
 

@@ -76,6 +76,9 @@ class Transformer(nn.Module):
         self.init_std, self.num_layers = init_std, num_layers
         self.head_dim, self.rope_theta = dim // num_heads, rope_theta
         self.rope: Callable[..., Rope] = rope_cos_sin  # replaced where a process has a part of each sequence
+        self.keeps_gathered = (
+            False  # set where parameters are sharded but stay gathered over the micro-batches of a step
+        )
         moe_layers = moe_layer_ids(num_layers, num_experts, first_dense_layers, layer_freq)
 
         def feed_forward(layer: int) -> FeedForward | MoE:

@@ -79,8 +79,13 @@ def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshar
     are right whatever the layout. gloo has no pre-multiplied sum, hence the forced one.
 
     Between forward and backward the gathered parameters of blocks are freed; with `always` also those of the rest,
-    which backward gathers again at once, with `never` none.
+    which backward gathers again at once, with `never` none. To free them saves next to nothing where there is one
+    process to shard over, so that `default` is `never` there.
     """
+    shards = mesh.dense["dp_shard"].size() if mesh.dense.ndim > 1 else mesh.dense.size()
+    if reshard_after_forward == "default" and shards == 1:
+        reshard_after_forward = "never"
+    model.keeps_gathered = reshard_after_forward == "never"
     # Activations come in the parameters' type already; the cast would only take the rotary angles out of fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
     placement = placements(model, mesh) if ShardPlacementResult is not None else None
@@ -100,8 +105,26 @@ def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshar
     fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.dense.size() > 1:  # one process divides by nothing; with a factor it would, in a pass of its own
+                module.set_gradient_divide_factor(1.0)
+
+
+def set_last_micro_batch(model: nn.Module, last: bool) -> None:
+    """Say whether the next forward and backward are the step's last: FSDP2 puts off until then what can wait.
+
+    Replicas (HSDP) sum their gradients once a step. Where gathered parameters are kept until backward, they are kept
+    from one micro-batch to the next too, and gradients add up whole, in the type of their reduction, before this is
+    done once. It takes as much memory as all gradients do on one process; so the default reduces each micro-batch's.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    if cast(Any, model).keeps_gathered:
+        model.set_is_last_backward(last)
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
+    else:
+        model.set_requires_all_reduce(last)
 
 
 def reshard(model: nn.Module) -> None:
