@@ -13,6 +13,7 @@ from titan_moe import runtime
 from titan_moe.build import build_model, with_vocab_size
 from titan_moe.config import Config, load_config
 from titan_moe.config.sections import ActivationCheckpoint, Training
+from titan_moe.data.build import resolve_batch_sizes
 from titan_moe.job import degrees_of
 from titan_moe.parallelize.mesh import Degrees
 from titan_moe.records import count_active
@@ -103,6 +104,10 @@ def vocabulary(config: Config) -> int:
 def in_world(config: Config, world_size: int) -> Case:
     """Fit a configuration to a number of processes as training does; ValueError for degrees that do not fit."""
     training, degrees = config.training, degrees_of(config, world_size)
+    if training.local_batch_size == -1:
+        _, own = resolve_batch_sizes(training.global_batch_size, -1, degrees.data)
+        config = dataclasses.replace(config, training=dataclasses.replace(training, local_batch_size=own))
+        training = config.training
     together, wanted = training.local_batch_size * degrees.data, training.global_batch_size
     if wanted == -1 or wanted % together == 0:
         return Case(config, degrees, max(1, wanted // together))

@@ -12,7 +12,7 @@ from titan_moe import __version__, runtime
 from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule, load_data, with_vocab_size
 from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
 from titan_moe.config import Config, cautions
-from titan_moe.data.build import Data, check_batch_sizes
+from titan_moe.data.build import Data, resolve_batch_sizes
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import Degrees, Meshes, build_mesh, resolve_degrees
@@ -45,8 +45,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
     """Build the run's parts; what can be refused is refused before any process group or file exists."""
     training = config.training
     degrees = degrees_of(config, rt.world_size)
-    batch_size = check_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
-    accumulation = batch_size // (training.local_batch_size * degrees.data)
+    sequences, own = resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
     in_float8, param_dtype = config.quantize, DTYPES[training.mixed_precision_param]
     check_quantize(
         converters=in_float8.converters, emulate=in_float8.emulate, device=rt.device, param_dtype=param_dtype
@@ -67,7 +66,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
     data = load_data(config, rt, degrees)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
-    model = build_sharded(config, mesh, compile_blocks=config.compile.enable)
+    model = build_sharded(config, mesh, compile_blocks=compiles(config, rt.device))
     model.to(DTYPES[training.dtype]).to_empty(device=rt.device)
     model.init_weights(training.seed)
     runtime.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
@@ -85,10 +84,16 @@ def build_job(config: Config, rt: Runtime) -> Job:
         schedule=build_schedule(config),
         balancers=build_balancers(config),
         saver=background_saver() if config.checkpoint.async_mode == "async" else foreground_saver(),
-        accumulation=accumulation,
+        accumulation=sequences // (own * degrees.data),
         sequence_group=None if mesh is None else mesh.sequence_group,
         folder=folder,
     )
+
+
+def compiles(config: Config, device: torch.device) -> bool:
+    """Whether decoder layers are compiled on this device."""
+    enable = config.compile.enable
+    return device.type == "cuda" if enable == "auto" else enable
 
 
 def degrees_of(config: Config, world_size: int) -> Degrees:

@@ -27,8 +27,10 @@ Record = dict[str, Any]  # its tensors may still be on the device
 NONFINITE = "nonfinite"  # never written
 
 
-def train_record(model: Transformer, output: StepOutput, lrs: dict[str, float]) -> Record:
-    """What a `train` line says of the step itself.
+def train_record(
+    model: Transformer, output: StepOutput, lrs: dict[str, float], *, with_param_norm: bool = True
+) -> Record:
+    """What a `train` line says of the step itself; the parameters' norm reads all of them, for the record alone.
 
     The load (L, E) goes along for the heatmap, and for `flush` which layers' routers left the finite numbers.
     """
@@ -36,8 +38,9 @@ def train_record(model: Transformer, output: StepOutput, lrs: dict[str, float]) 
         "kind": "train",
         **train_metrics(output),
         **expert_metrics(output),
-        "param_norm": param_norm(model.parameters()),
     }
+    if with_param_norm:
+        record["param_norm"] = param_norm(model.parameters())
     record |= {f"lr/{name}": lr for name, lr in lrs.items()}
     if output.load_factors is not None:  # lr/expert is the scheduled rate, these are the smallest and largest applied
         record |= expert_lr_range(lrs["expert"], output.load_factors)

@@ -167,7 +167,7 @@ def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
     the end of backward: optimizers of matrices look from there on at numbers, which are not there.
     """
     resize, propagate = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
-    clip = step.clip_grad_norm
+    norm = step.grad_norm
 
     def resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
         result = resize(storage, size)
@@ -181,17 +181,17 @@ def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
         finally:
             meter.paused = False
 
-    def clip_and_answer(*args: Any) -> Tensor:
+    def norm_and_answer(*args: Any) -> Tensor:
         meter.answers = True
-        return clip(*args)
+        return norm(*args)
 
-    step.clip_grad_norm = clip_and_answer  # pyrefly: ignore
+    step.grad_norm = norm_and_answer  # pyrefly: ignore
     torch.UntypedStorage.resize_ = resize_and_tell  # pyrefly: ignore
     ShardingPropagator._propagate_tensor_meta_non_cached = propagate_unseen  # pyrefly: ignore
     try:
         yield
     finally:
-        step.clip_grad_norm = clip
+        step.grad_norm = norm
         torch.UntypedStorage.resize_ = resize
         ShardingPropagator._propagate_tensor_meta_non_cached = propagate
 

@@ -4,7 +4,6 @@ Shapes: B sequences, S positions, V vocabulary, L MoE layers, E experts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from torch.optim import Optimizer
 from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.routing import Routing
-from titan_moe.optimizer.combined import refuse_nonfinite_gradients
+from titan_moe.optimizer.combined import clip_gradients, refuse_nonfinite_gradients
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.load_lr import step_by_load
-from titan_moe.parallelize.grad import clip_grad_norm
+from titan_moe.parallelize.grad import grad_norm
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
 
 IGNORE = -100  # a label that does not count, torch's convention
@@ -73,8 +72,9 @@ def train_step(
     if "global_batch" not in scopes:
         all_reduce_sum(load_LE)  # one collective for all layers
 
-    refuse = partial(refuse_nonfinite_gradients, model, optimizer)
-    grad_norm = clip_grad_norm(model.parameters(), max_norm, refuse)
+    norm = grad_norm(model.parameters())
+    refuse_nonfinite_gradients(model, optimizer, norm)
+    clip_gradients(optimizer, norm, max_norm)
     experts = expert_parameters(model.named_parameters()) if measure_experts else {}
     before = copies(experts)
     load_factors = step_by_load(optimizer, load_LE)
@@ -84,7 +84,7 @@ def train_step(
         loss=ce,
         balance_losses=dict(zip(balance, balance_values, strict=True)),
         total_loss=total_loss,
-        grad_norm=grad_norm,
+        grad_norm=norm,
         load=load_LE,
         num_tokens=num_tokens,
         load_factors=load_factors,

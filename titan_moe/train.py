@@ -141,7 +141,8 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
             step_tokens = rt.world_size * sum(labels.numel() for _, labels in micro_batches)
             num_tokens += step_tokens
             record = {"step": step, "num_tokens": num_tokens, "data_seconds": data_seconds}
-            record |= train_record(job.model, output, lrs)
+            logging = step % config.metrics.log_freq == 0 or step in (1, steps) or rt.device.type == "cpu"
+            record |= train_record(job.model, output, lrs, with_param_norm=logging)
             record |= speed_record(config, job.model, rt, step_tokens, seconds)
             if is_due(step, config.metrics.balance_tax_freq):
                 record["balance_tax"] = balance_tax(job.model, *micro_batches[0])

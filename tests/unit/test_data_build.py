@@ -166,8 +166,19 @@ def test_fineweb_without_the_hub(tmp_path: Path) -> None:
         make(tmp_path, dataset="fineweb_edu", endpoint="http://127.0.0.1:9")
 
 
-def test_no_accumulation() -> None:
-    assert build.check_batch_sizes(-1, 4, 3) == 12
+@pytest.mark.parametrize(
+    ("sizes", "want"), [((-1, 4, 3), (12, 4)), ((40, -1, 8), (40, 5)), ((40, -1, 1), (40, 40)), ((40, 5, 4), (40, 5))]
+)
+def test_batch_sizes_that_follow_from_each_other(sizes: tuple[int, int, int], want: tuple[int, int]) -> None:
+    assert build.resolve_batch_sizes(*sizes) == want
+
+
+@pytest.mark.parametrize("ranks", [3, 64])
+def test_batches_that_ranks_cannot_share(ranks: int) -> None:
+    with pytest.raises(
+        ValueError, match=rf"global_batch_size \(40\) must be a multiple of {ranks} data-parallel ranks"
+    ):
+        build.resolve_batch_sizes(40, -1, ranks)
 
 
 def test_the_main_process_goes_first_and_frees_the_others_when_it_fails(tmp_path: Path, path: str) -> None:

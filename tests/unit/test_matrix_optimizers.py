@@ -19,6 +19,7 @@ from titan_moe.optimizer.combined import Combined, combine, describe_group, kind
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.matrix import apply, parts_of
+from titan_moe.optimizer.transform import momentum
 from titan_moe.step import train_step
 
 MATRIX = [name for name in OPTIMIZERS if name not in ("adamw", "distributed_shampoo")]
@@ -201,12 +202,20 @@ def test_experts_are_updated_alike_however_many_at_a_time(
         gradient[1] *= number != 3
         step(all_at_once, gradient.clone(), load)
         with monkeypatch.context() as patch:
-            patch.setattr("titan_moe.optimizer.matrix.TOGETHER", together)
+            patch.setattr("titan_moe.optimizer.matrix.CPU_ELEMENTS_PER_UPDATE", together)
             step(some, gradient.clone(), load)
     assert set(sizes) == {1, 5 if together == 1 else 2}
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
     for key, value in all_at_once.state[weights[0]].items():
         torch.testing.assert_close(some.state[weights[1]][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_all_experts_are_updated_at_once_but_on_a_cpu() -> None:
+    transform = momentum(0.9)
+    many = torch.empty(8, 2048, 768, device="meta")
+    assert len(parts_of(many, transform)) == 1
+    with torch._subclasses.FakeTensorMode():
+        assert len(parts_of(torch.empty(8, 2048, 768), transform)) == 4
 
 
 @pytest.mark.parametrize("name", MATRIX)

@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.cases import OPTIMIZER_NAMES
 from titan_moe.optimizer.build import OPTIMIZERS, set_lr
+from titan_moe.optimizer.combined import clip_gradients, combine
 from titan_moe.optimizer.groups import group_of, parameter_groups
 from titan_moe.optimizer.schedule import SCHEDULES
 
@@ -111,3 +112,40 @@ def test_schedule_formulas():
     assert [linear(20), linear(60), linear(100)] == pytest.approx([1, 0.75, 0.5])
     assert SCHEDULES["constant"](steps=10, warmup_steps=0)(10) == 1
     assert SCHEDULES["cosine"](steps=3, warmup_steps=300)(3) == pytest.approx(0.01)  # a short trial of a long recipe
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 100.0, 0.0])
+@pytest.mark.parametrize("experts", ["adamw", "muon"])
+def test_clipping_equals_that_of_torch(max_norm: float, experts: str) -> None:
+    """Fused kernels are told a scale, and another optimizer beside them gets gradients that are scaled already."""
+    ours = [
+        ("layers.0.moe.experts.w1", nn.Parameter(torch.randn(2, 4, 3))),
+        *named("layers.0.wq.weight", "norm.weight"),
+    ]
+    theirs = [(name, nn.Parameter(p.detach().clone())) for name, p in ours]
+    built = []
+    for parameters in (ours, theirs):
+        groups = parameter_groups(parameters, {})
+        names = {group["name"]: experts if group["name"] == "expert" else "adamw" for group in groups}
+        built.append(combine(groups, names, lambda name, members: OPTIMIZERS[name](members, lr=1e-2)))
+    for step in range(3):
+        for index, ((_, a), (_, b)) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(10 * step + index))
+            b.grad = a.grad.clone()
+        norm = torch.nn.utils.get_total_norm([p.grad for _, p in ours])
+        clip_gradients(built[0], norm, max_norm)
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_([p for _, p in theirs], max_norm)
+        for optimizer in built:
+            optimizer.step()
+    for (name, a), (_, b) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_clipping_ends_with_max_norm() -> None:
+    """A scale of an earlier step is not taken again."""
+    parameters = named("norm.weight")
+    optimizer = OPTIMIZERS["adamw"](parameter_groups(parameters, {}), lr=1e-2)
+    for max_norm, want in ((0.1, 10.0), (0.0, None)):
+        clip_gradients(optimizer, torch.tensor(1.0), max_norm)
+        assert (optimizer.grad_scale if want is None else optimizer.grad_scale.item()) == (want and pytest.approx(want))

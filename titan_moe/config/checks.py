@@ -95,6 +95,11 @@ def _check_balance_tax(config: Config) -> None:
 
 def _check_batches(config: Config) -> None:
     training, data = config.training, config.data
+    if training.global_batch_size == training.local_batch_size == -1:
+        raise ValueError(
+            "training.local_batch_size and training.global_batch_size are both -1, and nothing says how many sequences "
+            "a step has: give one of them a number"
+        )
     if training.global_batch_size != -1 and training.global_batch_size % training.local_batch_size:
         raise ValueError(
             f"training.local_batch_size ({training.local_batch_size}) must divide training.global_batch_size "

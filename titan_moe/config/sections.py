@@ -94,7 +94,9 @@ class Training:
     """Length, batches, precision and seed; the defaults are the paper's Table 1."""
 
     steps: Annotated[PositiveInt, "optimizer steps of the run"] = 50000
-    local_batch_size: Annotated[PositiveInt, "sequences of a rank in one forward pass"] = 5
+    local_batch_size: Annotated[
+        PositiveOrMinusOne, "sequences of a rank in one forward pass (-1: all that it has of global_batch_size)"
+    ] = 5
     global_batch_size: Annotated[PositiveOrMinusOne, "sequences of an optimizer step (-1: no accumulation)"] = 40
     seq_len: Annotated[PositiveInt, "tokens of a sequence"] = 512
     max_norm: Annotated[NonNegative, "gradients are clipped to this global norm (0: no clipping)"] = 1.0
@@ -143,7 +145,7 @@ class Parallelism:
     context_parallel_degree: Annotated[PositiveInt, "ranks that share each sequence"] = 1
     fsdp_reshard_after_forward: Annotated[
         Literal["default", "always", "never"],
-        "whether FSDP2 frees gathered parameters until backward: of blocks, of everything, of nothing (and reduces once)",
+        "gathered parameters that FSDP2 frees until backward: of blocks, all, or none (and gradients are reduced once)",
     ] = "default"
 
 
@@ -158,7 +160,7 @@ class ActivationCheckpoint:
 class Compile:
     """torch.compile."""
 
-    enable: Annotated[bool, "compile the decoder layers"] = False
+    enable: Annotated[Literal["auto"] | bool, "compile the decoder layers (auto: on a GPU)"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def build_data(
     of -1 is one without accumulation. Where ranks have parts of sequences, `positions` (S',) are those of this rank,
     and batches are (B, S'). Errors: ValueError and OSError of one line.
     """
-    size = check_batch_sizes(global_batch_size, local_batch_size, dp_degree)
+    size, local_batch_size = resolve_batch_sizes(global_batch_size, local_batch_size, dp_degree)
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"data.validation_fraction ({validation_fraction}) must be at least 0 and below 1")
     if path and dataset in ("stdlib", "fineweb_edu"):
@@ -168,16 +168,19 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
     return torch.tensor(token_byte_lengths(tokenizer))
 
 
-def check_batch_sizes(global_batch_size: int, local_batch_size: int, dp_degree: int) -> int:
-    """Return the global batch size, -1 replaced by one without accumulation. Errors: it does not divide."""
-    together = local_batch_size * dp_degree
+def resolve_batch_sizes(global_batch_size: int, local_batch_size: int, dp_degree: int) -> tuple[int, int]:
+    """Return the sequences of a step and of one forward pass of a rank; a -1 is what the other makes it, one pass a step.
+
+    Raises ValueError where they don't divide.
+    """
+    local = max(1, global_batch_size // dp_degree) if local_batch_size == -1 else local_batch_size
+    together = local * dp_degree
     size = together if global_batch_size == -1 else global_batch_size
-    if local_batch_size < 1 or size < 1 or size % together:
-        raise ValueError(
-            f"training.global_batch_size ({global_batch_size}) must be a multiple of training.local_batch_size "
-            f"({local_batch_size}) x {dp_degree} data-parallel ranks"
-        )
-    return size
+    if local < 1 or size < 1 or size % together:
+        factors = [] if local_batch_size == -1 else [f"training.local_batch_size ({local_batch_size})"]
+        text = " x ".join([*factors, f"{dp_degree} data-parallel ranks"])
+        raise ValueError(f"training.global_batch_size ({global_batch_size}) must be a multiple of {text}")
+    return size, local
 
 
 def in_turn(work: Callable[[], T], is_main: bool, barrier: Callable[[], object] | None) -> T:

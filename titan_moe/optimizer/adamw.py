@@ -93,7 +93,7 @@ class AdamW(torch.optim.AdamW):
                 eps=group["eps"],
                 amsgrad=False,
                 maximize=False,
-                grad_scale=None,
+                grad_scale=getattr(self, "grad_scale", None),
                 found_inf=skip,  # the kernel's own switch: 1 leaves everything as it is
             )
 

@@ -92,6 +92,27 @@ def describe_group(optimizer: Optimizer, group: Group) -> str:
     return optimizer.kind
 
 
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that make up this one, or it alone."""
+    return list(optimizer.parts.values()) if isinstance(optimizer, Combined) else [optimizer]
+
+
+@torch.no_grad()
+def clip_gradients(optimizer: Optimizer, norm: Tensor, max_norm: float) -> None:
+    """Have the next step take gradients times min(1, max_norm / norm), `norm` being that of all; 0: as they are.
+
+    torch's fused optimizers divide by a scale while they read the gradients, which saves a pass over memory: they are
+    told by `grad_scale`, as torch.amp.GradScaler tells them. The gradients of others are scaled here, in place.
+    """
+    scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
+    for part in parts_of(optimizer):
+        if getattr(part, "_step_supports_amp_scaling", False):
+            part.grad_scale = scale  # pyrefly: ignore[missing-attribute]
+        elif scale is not None:
+            gradients = [local(p.grad) for group in part.param_groups for p in group["params"] if p.grad is not None]
+            torch._foreach_div_(gradients, scale)
+
+
 def refuse_nonfinite_gradients(model: nn.Module, optimizer: Optimizer, norm: Tensor) -> None:
     """Raise ValueError, on every rank, if the gradients' `norm` is not finite and a matrix optimizer would take them.
 
@@ -99,8 +120,7 @@ def refuse_nonfinite_gradients(model: nn.Module, optimizer: Optimizer, norm: Ten
     and saves the optimizer from reading the gradients once more. The name is that of the first bad parameter on this
     rank, if it has one.
     """
-    parts = optimizer.parts.values() if isinstance(optimizer, Combined) else [optimizer]
-    matrices = [part for part in parts if isinstance(part, MatrixOptimizer)]
+    matrices = [part for part in parts_of(optimizer) if isinstance(part, MatrixOptimizer)]
     if matrices and not norm.isfinite():
         gradients = [(name, local(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
         bad = first_nonfinite(gradients) or "a parameter on another rank"

@@ -16,9 +16,10 @@ from titan_moe.optimizer.load_lr import Group, local, next_factors, rows
 from titan_moe.optimizer.transform import State, Tick, Transform, adam, fused_adamw, fused_sgd
 
 NO_MATRICES = ("embedding", "norm")  # groups that are updated by AdamW whatever the shape
-# Elements of a stacked parameter whose rows are updated together. Temporaries of more are handed back to the system and
-# faulted in again at each use, which doubles the time of an update of eight experts of 768 x 2048.
-TOGETHER = 1 << 22
+# Elements of a stacked parameter whose rows are updated together on a CPU. Temporaries of more are handed back to the
+# system and faulted in again at each use, which doubles the time of an update of eight experts of 768 x 2048. A GPU
+# keeps its memory, and each kernel costs a launch: there all rows are updated together.
+CPU_ELEMENTS_PER_UPDATE = 1 << 22
 COUNTS = ("step", "clock", "load_ema", "load_factor")  # states that are the same on every rank
 
 
@@ -166,7 +167,8 @@ def parts_of(stack: Tensor, transform: Transform) -> list[slice]:
     """Rows of (R, M, N) that are updated together, none where it has none (more ranks than experts)."""
     if not stack.numel():
         return []
-    count = max(1, TOGETHER // stack[0].numel()) if transform.by_rows else len(stack)
+    one_update = not transform.by_rows or stack.device.type != "cpu"
+    count = len(stack) if one_update else max(1, CPU_ELEMENTS_PER_UPDATE // stack[0].numel())
     return [slice(start, start + count) for start in range(0, len(stack), count)]
 
 

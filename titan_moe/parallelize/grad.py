@@ -1,6 +1,6 @@
-"""Gradients over meshes: the global norm and clipping."""
+"""Norms over meshes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -43,21 +43,9 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     return square.sqrt().float()
 
 
-@torch.no_grad()
-def clip_grad_norm(
-    parameters: Iterable[nn.Parameter], max_norm: float, check: Callable[[Tensor], None] | None = None
-) -> Tensor:
-    """Scale gradients so that their global 2-norm is at most `max_norm` (0: leave them); return the norm before.
-
-    Equals the single-process norm whatever the layout, up to round-off. `check` sees it before anything is scaled.
-    """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = total_norm(gradients)
-    if check is not None:
-        check(norm)
-    if max_norm > 0:
-        torch._foreach_mul_([_local(gradient) for gradient in gradients], (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Global 2-norm of the gradients, a scalar, the single process's whatever the layout, up to round-off."""
+    return total_norm(p.grad for p in parameters if p.grad is not None)
 
 
 def param_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
