@@ -8,6 +8,7 @@ from titan_moe.config import Config, load_config
 from titan_moe.data.build import Batches, build_data, build_validation, token_bytes
 from titan_moe.data.tokenizer import load_tokenizer
 from titan_moe.metrics import eval_metrics, to_numbers
+from titan_moe.parallelize.parallelize import DTYPES, move_for_inference
 from titan_moe.step import evaluate
 
 OVERRIDES = (  # what the command line may change: the rest belongs to the checkpoint
@@ -46,7 +47,7 @@ def main(args: list[str]) -> int:
     model, _ = load_model(step_folder)
     tokenizer = str(step_folder / "tokenizer.json")
     output = evaluate(
-        model.to(rt.device),
+        move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param]),
         validation_batches(config, tokenizer, files),
         token_bytes(load_tokenizer(tokenizer)).to(rt.device),
     )

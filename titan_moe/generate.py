@@ -14,6 +14,7 @@ from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 from titan_moe.model.decode import Cache, empty_cache, extend
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
+from titan_moe.parallelize.parallelize import DTYPES, move_for_inference
 
 SEPARATOR = "\n---\n\n"  # between texts
 ALONE = tuple(name for name in ROUTERS if name != "expert_choice")  # a token's experts depend on it alone
@@ -26,8 +27,9 @@ def main(args: list[str]) -> int:
     step_folder = resolve_checkpoint(options.checkpoint)
     model, config = load_model(step_folder)
     tokenizer = load_tokenizer(str(step_folder / "tokenizer.json"))
+    move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param])
     texts = generate(
-        model.to(rt.device),
+        model,
         tokenizer,
         options.prompt or [""],
         max_new_tokens=options.max_new_tokens,

@@ -1,20 +1,34 @@
 """One GPU: the numbers of a CPU, in fp32, bf16 and float8, eager and compiled, without waiting for the device."""
 
+import importlib
+import json
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.e2e.conftest import Arguments, _process_as_before, arguments, shared  # noqa: F401 (fixtures)
+from tests.e2e.harness import command
 from tests.gpu.harness import DEVICE, build, hopper, numbers, one_gpu, one_process, train
-from tests.tiny import adamw, balancers, batch
+from tests.tiny import adamw, balancers, batch, tiny_model
 from titan_moe.model.grouped import float8_grouped_mm, grouped_mm
+from titan_moe.model.moe import Experts, MoE
+from titan_moe.model.routing import ROUTERS
 from titan_moe.parallelize.mesh import build_mesh
-from titan_moe.step import train_step
+from titan_moe.step import evaluate, train_step
 
 pytestmark = one_gpu
 COUNTS = [3, 0, 37, 1, 0, 23]  # nothing that hardware likes
 BOTH = ("quantize.linear.float8", "quantize.grouped_mm.float8")
+
+
+# Importing inductor makes torch warn of its own deprecated parts; here first, so that no test fails by it.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    importlib.import_module("torch._inductor.cudagraph_trees")
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +134,83 @@ def test_float8_training_is_that_of_the_emulation() -> None:
         emulated = numbers(train(sharded(emulate=True, **options)))
         got = numbers(train(sharded(**options)))
     torch.testing.assert_close(got["loss"], emulated["loss"], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "moe"])
+def test_evaluation_equals_that_of_a_cpu(experts: int) -> None:
+    router = None if experts == 0 else "topk_softmax"
+    model = tiny_model(router, num_experts=experts, ffn_dim=64)
+    model.init_weights(0)
+    want = evaluate(model, [batch(9)], torch.ones(64))
+    got = evaluate(model.to(DEVICE), [batch(9)], torch.ones(64, device=DEVICE))
+    for name, value in want._asdict().items():
+        torch.testing.assert_close(getattr(got, name).cpu(), value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("policy", ["default", "always", "never"])
+def test_accumulation_changes_nothing(policy: str) -> None:
+    """Four micro-batches under FSDP2, gathered and reduced once or each time; the loss by micro-batch stays out."""
+    with one_process():
+        plain = numbers(train(build(None), micro_batches=4))
+        got = numbers(train(sharded(reshard_after_forward=policy), micro_batches=4))
+    torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["position", "score"])
+def test_capacity_equals_that_of_a_cpu(policy: str) -> None:
+    route = ROUTERS["topk_softmax"](top_k=2, capacity_factor=0.75, drop_policy=policy)
+    results = []
+    for device in ("cpu", DEVICE):
+        generator = torch.Generator().manual_seed(0)
+        layer = MoE(dim=64, num_experts=6, expert_dim=64, route=route)
+        for parameter in layer.parameters():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+        x = torch.randn(4, 16, 64, generator=generator).to(device).requires_grad_()
+        y, routing = layer.to(device)(x)
+        y.square().sum().backward()
+        assert routing.kept is not None
+        assert not routing.kept.all()
+        results.append([t.cpu() for t in (y, routing.kept, x.grad, layer.experts.w2.grad, layer.router.weight.grad)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def test_experts_without_any_row() -> None:
+    """As on an expert-parallel rank that no token was sent to: forward, and gradients that are zero."""
+    experts = Experts(4, 64, 64).to(DEVICE, torch.bfloat16)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.zeros(0, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    y = experts(x, torch.zeros(4, dtype=torch.int64, device=DEVICE))
+    y.sum().backward()
+    assert y.shape == (0, 64)
+    assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
+
+
+def on_the_device(job: Arguments, **changes: object) -> list[str]:
+    sizes = {"model__dim": 64, "moe__expert_dim": 64, "training__mixed_precision_param": "bfloat16"}
+    return job(**{**sizes, "compile__enable": False, **changes})
+
+
+def losses(folder: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+
+
+@pytest.mark.parametrize("async_mode", ["disabled", "async"])
+def test_a_run_that_goes_on_from_a_save_is_the_same_run(
+    arguments: Arguments,  # noqa: F811
+    tmp_path: Path,
+    async_mode: str,
+) -> None:
+    """Saved in the background or not, ended after four of six steps, and gone on; then evaluated and asked for text."""
+    options = {"lr_scheduler__name": "constant", "checkpoint__async_mode": async_mode}
+    assert command("train", on_the_device(arguments, name="whole", **options)).code == 0
+    assert command("train", [*on_the_device(arguments, name="part", **options), "--training.steps=4"]).code == 0
+    assert command("train", on_the_device(arguments, name="part", **options)).code == 0
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+    evaluated = command("evaluate", ["--checkpoint", str(tmp_path / "part")])
+    assert evaluated.code == 0, evaluated.err
+    assert "perplexity" in evaluated.out
+    text = command("generate", ["--checkpoint", str(tmp_path / "part"), "--prompt", "the ", "--max_new_tokens", "20"])
+    assert text.code == 0, text.err
+    assert text.out.startswith("the ")

@@ -22,7 +22,7 @@ from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.parallelize import expert
 from titan_moe.parallelize.activation import checkpoint_block
 from titan_moe.parallelize.mesh import Degrees, build_mesh, resolve_degrees
-from titan_moe.parallelize.parallelize import parallelize
+from titan_moe.parallelize.parallelize import move_for_inference, parallelize
 from titan_moe.parallelize.sequence import own_positions
 from titan_moe.records import train_record
 from titan_moe.step import train_step
@@ -115,6 +115,14 @@ def test_selective_checkpointing_keeps_the_choice_of_experts() -> None:
     other = gradients("full", unsteady=True)["moe.experts.w1"]
     assert (other - want["moe.experts.w1"]).norm() > 0.1 * want["moe.experts.w1"].norm()
     torch.testing.assert_close(gradients("full", unsteady=False), want)
+
+
+def test_models_are_evaluated_in_the_type_of_training_but_on_a_cpu() -> None:
+    model = tiny_model()
+    assert next(move_for_inference(model, torch.device("cpu"), torch.bfloat16).parameters()).dtype == torch.float32
+    move_for_inference(model, torch.device("meta"), torch.bfloat16)  # stands for a GPU
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.bfloat16, "meta")}
+    assert {(b.dtype, b.device.type) for b in model.buffers()} == {(torch.float32, "meta")}
 
 
 # The functions that may read a tensor's value on the host, which waits for the device, in a training step.

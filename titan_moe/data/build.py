@@ -169,7 +169,7 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
 
 
 def resolve_batch_sizes(global_batch_size: int, local_batch_size: int, dp_degree: int) -> tuple[int, int]:
-    """Return the sequences of a step and of one forward pass of a rank; a -1 is what the other makes it, one pass a step.
+    """Return the sequences of a step and of a rank's forward pass; a -1 is what the other makes it, one pass a step.
 
     Raises ValueError where they don't divide.
     """

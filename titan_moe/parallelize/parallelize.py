@@ -127,6 +127,17 @@ def set_last_micro_batch(model: nn.Module, last: bool) -> None:
         model.set_requires_all_reduce(last)
 
 
+def move_for_inference(model: nn.Module, device: torch.device, param_dtype: torch.dtype) -> nn.Module:
+    """Move a whole model of fp32 to where it is evaluated, on a GPU in the type that training multiplied in.
+
+    In fp32 the experts' products are a loop there that waits for the device. The selection biases stay in fp32.
+    """
+    if device.type != "cpu":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(param_dtype)
+    return model.to(device)
+
+
 def reshard(model: nn.Module) -> None:
     """Free parameters that a forward pass without a backward has left gathered; nothing where nothing is sharded."""
     for module in model.modules():
