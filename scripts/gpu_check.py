@@ -491,8 +491,8 @@ def main() -> int:
         left = options.budget - (time.monotonic() - begin)
         if left < 15:
             results[name] = {"left out": f"{left:.0f} s were left"}
-            continue
-        results[name] = run_part(name, min(PARTS[name][1], left), out, options.tiny)
+        else:
+            results[name] = run_part(name, min(PARTS[name][1], left), out, options.tiny)
         (out / "results.json").write_text(json.dumps(results, indent=1))
         print(f"[{time.monotonic() - begin:5.0f} s] {name} done", flush=True)
     (out / "table.txt").write_text(table(results) + "\n")
