@@ -3,6 +3,7 @@
     python scripts/bench_optimizers.py                        # ratios at 2048 and 8192 tokens an update
     python scripts/bench_optimizers.py --mode jitter          # a whole period of steps: the slowest over the median
     python scripts/bench_optimizers.py --model moe8x          # the paper's shapes, in one layer
+    python scripts/bench_optimizers.py --model moe8x --device cuda
 
 A step is `train_step`: forward, losses, backward, clipping, update. The named optimizer has the experts, AdamW the
 rest. Its steps are of three kinds: plain, with statistics, with roots. The ratio of whole steps is measured on steps
@@ -11,7 +12,8 @@ by itself and added in proportion to the frequency, so that no measurement has t
 ratio takes the updates of these steps alone, and with them the rest of AdamW's step for both: less noise. A plain
 step applies what is there: Shampoo's roots, SOAP's bases (whose turns count as roots), Muon's iterations. Statistics of
 Meta's package, which takes part where it can be imported, are in its plain step, as are others taken at every step.
-Time is processor time: on one thread the wall time, less what other programs took.
+Time is processor time: on one thread the wall time, less what other programs took. With `--device cuda` it is wall time,
+the device waited for; the model is in fp32 there too, so that updates are what to look at, not whole steps.
 """
 
 import argparse
@@ -66,7 +68,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 class Side:
     """A model with an optimizer for its experts; the optimizer's clock is moved by hand."""
 
-    def __init__(self, model: str, variant: str) -> None:
+    def __init__(self, model: str, variant: str, device: torch.device) -> None:
         dim, layers, heads, num_experts, expert_dim = MODELS[model]
         self.model = Transformer(
             vocab_size=VOCAB,
@@ -76,30 +78,31 @@ class Side:
             num_experts=num_experts,
             expert_dim=expert_dim,
             router=topk_softmax(top_k=TOP_K),
-        )
+        ).to(device)
         self.model.init_weights(0)
+        self.device = device
         self.name, self.arguments = VARIANTS[variant]
         groups = parameter_groups(self.model.named_parameters(), {"expert": self.arguments})
         names = {group["name"]: "adamw" for group in groups} | {"expert": self.name}
         self.optimizer = combine(groups, names, lambda name, own: OPTIMIZERS[name](own, lr=1e-4))
-        self.marks: list[float] = []  # processor time before and after the last update
+        self.marks: list[float] = []  # time before and after the last update
         for register in (self.optimizer.register_step_pre_hook, self.optimizer.register_step_post_hook):
-            register(lambda *_: self.marks.append(time.process_time()))
+            register(lambda *_: self.marks.append(clock(device)))
         self.group = next(group for group in self.optimizer.param_groups if group["name"] == "expert")
 
     def step(self, tokens: Tensor) -> tuple[float, float]:
-        """Processor seconds of a whole step on (B, SEQ + 1) tokens, cut into micro-batches, and of its update."""
+        """Seconds of a whole step on (B, SEQ + 1) tokens, cut into micro-batches, and of its update."""
         micro = [(part[:, :-1], part[:, 1:]) for part in tokens.split(MICRO_BATCH)]
         self.marks.clear()
-        whole = seconds(lambda: train_step(self.model, micro, self.optimizer, BALANCE, [], max_norm=1.0))
+        whole = seconds(lambda: train_step(self.model, micro, self.optimizer, BALANCE, [], max_norm=1.0), self.device)
         return whole, self.marks[1] - self.marks[0]
 
     def update(self, gradients: list[Tensor]) -> float:
-        """Processor seconds of the optimizer's step alone, on gradients known to be finite, as in training."""
+        """Seconds of the optimizer's step alone, on gradients known to be finite, as in training."""
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        refuse_nonfinite_gradients(self.model, self.optimizer, torch.ones(()))
-        spent = seconds(self.optimizer.step)
+        refuse_nonfinite_gradients(self.model, self.optimizer, torch.ones((), device=self.device))
+        spent = seconds(self.optimizer.step, self.device)
         self.optimizer.zero_grad()
         return spent
 
@@ -133,15 +136,28 @@ class Side:
         return 1 / self.group.get("statistics_every", 1), 1 / frequency if frequency else 0.0
 
 
-def seconds(task: Callable[[], Any]) -> float:
-    """Processor seconds of a call."""
-    start = time.process_time()
+def clock(device: torch.device) -> float:
+    """Processor time, or wall time at which a GPU has done what it was given."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(task: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call."""
+    start = clock(device)
     task()
-    return time.process_time() - start
+    return clock(device) - start
+
+
+def batch_of(tokens: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Random sequences, (B, SEQ + 1), of so many tokens."""
+    return torch.randint(0, VOCAB, (tokens // SEQ, SEQ + 1), generator=generator).to(device)
 
 
 def parts(side: Side, repeats: int = 3) -> dict[str, float]:
-    """Processor milliseconds of statistics and roots, and bytes of the states over those of the parameters."""
+    """Milliseconds of statistics and roots, and bytes of the states over those of the parameters."""
     gradients = [1e-3 * torch.randn_like(p) for p in side.model.parameters()]
     side.update(gradients)
     settings, is_metas = dict(side.group), side.name == "distributed_shampoo"
@@ -171,17 +187,17 @@ def parts(side: Side, repeats: int = 3) -> dict[str, float]:
     return found
 
 
-def ratios(model: str, variants: list[str], tokens: int, rounds: int) -> None:
+def ratios(model: str, variants: list[str], tokens: int, rounds: int, device: torch.device) -> None:
     """Print whole steps of each variant over AdamW's, measured without roots and with the share of them added."""
-    sides = {name: Side(model, name) for name in ["adamw", *variants]}
+    sides = {name: Side(model, name, device) for name in ["adamw", *variants]}
     generator = torch.Generator().manual_seed(0)
     # a whole step first: what it allocates decides how much freed memory the process keeps, as in training
-    sides["adamw"].step(torch.randint(0, VOCAB, (tokens // SEQ, SEQ + 1), generator=generator))
+    sides["adamw"].step(batch_of(tokens, generator, device))
     costs = {name: parts(side) for name, side in sides.items()}
     steps: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     quotients: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
-        batch = torch.randint(0, VOCAB, (tokens // SEQ, SEQ + 1), generator=generator)
+        batch = batch_of(tokens, generator, device)
         before = sides["adamw"].step(batch)
         for name in variants:
             sides[name].skip_to(observing=False, rooting=False)
@@ -212,17 +228,17 @@ def ratios(model: str, variants: list[str], tokens: int, rounds: int) -> None:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-def jitter(model: str, variants: list[str], tokens: int) -> None:
+def jitter(model: str, variants: list[str], tokens: int, device: torch.device) -> None:
     """Print the slowest step of a period over the median, from the update's time of every step and a plain step's."""
-    base = Side(model, "adamw")
+    base = Side(model, "adamw", device)
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(0, VOCAB, (tokens // SEQ, SEQ + 1), generator=generator) for _ in range(4)]
+    batches = [batch_of(tokens, generator, device) for _ in range(4)]
     gradients = [1e-3 * torch.randn_like(p) for p in base.model.parameters()]
     rest = statistics.median([base.step(batch)[0] for batch in batches][1:]) - base.update(gradients)
     print(f"\n{model}, {tokens} tokens an update, {1000 * rest:.0f} ms without the update\n")
     print("| experts | median step, ms | slowest | ratio |\n|---|---|---|---|")
     for name in variants:
-        side = Side(model, name)
+        side = Side(model, name, device)
         side.update(gradients)
         period = side.group.get("precondition_frequency", 10)
         for parameter in side.group["params"]:
@@ -244,16 +260,20 @@ def main() -> None:
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"`python {' '.join(sys.argv)}`, {os.cpu_count()} cores, one thread, Python {platform.python_version()},")
+    where = "a CPU" if arguments.device.type == "cpu" else torch.cuda.get_device_name(arguments.device)
+    print(
+        f"`python {' '.join(sys.argv)}`, {os.cpu_count()} cores, one thread, Python {platform.python_version()}, {where},"
+    )
     print(f"torch {torch.__version__}, medians of {arguments.rounds} rounds")
     for tokens in arguments.tokens:
         if arguments.mode == "jitter":
-            jitter(arguments.model, arguments.variants, tokens)
+            jitter(arguments.model, arguments.variants, tokens, arguments.device)
         else:
-            ratios(arguments.model, arguments.variants, tokens, arguments.rounds)
+            ratios(arguments.model, arguments.variants, tokens, arguments.rounds, arguments.device)
 
 
 if __name__ == "__main__":
