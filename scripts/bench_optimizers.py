@@ -12,8 +12,8 @@ by itself and added in proportion to the frequency, so that no measurement has t
 ratio takes the updates of these steps alone, and with them the rest of AdamW's step for both: less noise. A plain
 step applies what is there: Shampoo's roots, SOAP's bases (whose turns count as roots), Muon's iterations. Statistics of
 Meta's package, which takes part where it can be imported, are in its plain step, as are others taken at every step.
-Time is processor time: on one thread the wall time, less what other programs took. With `--device cuda` it is wall time,
-the device waited for; the model is in fp32 there too, so that updates are what to look at, not whole steps.
+Time is processor time: on one thread the wall time, less what other programs took. With `--device cuda` it is wall
+time, the device waited for; the model is in fp32 there too, so that updates are what to look at, not whole steps.
 """
 
 import argparse
@@ -265,10 +265,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     where = "a CPU" if arguments.device.type == "cpu" else torch.cuda.get_device_name(arguments.device)
-    print(
-        f"`python {' '.join(sys.argv)}`, {os.cpu_count()} cores, one thread, Python {platform.python_version()}, {where},"
-    )
-    print(f"torch {torch.__version__}, medians of {arguments.rounds} rounds")
+    print(f"`python {' '.join(sys.argv)}`, {os.cpu_count()} cores, one thread, Python {platform.python_version()},")
+    print(f"{where}, torch {torch.__version__}, medians of {arguments.rounds} rounds")
     for tokens in arguments.tokens:
         if arguments.mode == "jitter":
             jitter(arguments.model, arguments.variants, tokens, arguments.device)
