@@ -15,7 +15,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 multiprocessing.set_forkserver_preload(
-    ["torch._dynamo", "torch.distributed.fsdp", "titan_moe.parallelize.parallelize", "titan_moe.job", "tests.invariance"]
+    [
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "titan_moe.parallelize.parallelize",
+        "titan_moe.job",
+        "tests.invariance",
+    ]
 )
 
 

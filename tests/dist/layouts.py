@@ -54,7 +54,9 @@ def apply(model: Transformer, world: int, layout: str | None, **options: Any) ->
     """Parallelize in a layout (None: one process) in fp32."""
     defaults = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
     mesh = None if layout is None else mesh_of(world, layout)
-    parallelize(model, mesh=mesh, **{**defaults, "checkpoint_mode": "none", "compile_blocks": False, "seq_len": SEQ, **options})
+    parallelize(
+        model, mesh=mesh, **{**defaults, "checkpoint_mode": "none", "compile_blocks": False, "seq_len": SEQ, **options}
+    )
 
 
 def on_meta(model: Transformer, world: int, layout: str | None, **options: Any) -> Transformer:

@@ -17,10 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from titan_moe.checkpoint import state
+from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoint, save_checkpoint, state
 from titan_moe.checkpoint import folder as checkpoint_folder
 from titan_moe.checkpoint.background import background_saver
-from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoint, save_checkpoint
 
 WORLD = 2
 pytestmark = pytest.mark.dist
@@ -76,8 +75,8 @@ def full(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
 
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **changes: Any) -> Path:

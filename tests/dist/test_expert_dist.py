@@ -1,4 +1,4 @@
-"""Expert parallelism on its own: the dispatcher against the local one, its collectives, and configurations that differ."""
+"""Expert parallelism: the dispatcher against the local one, collectives, and configurations that differ."""
 
 import dataclasses
 import re
@@ -86,7 +86,11 @@ class Counted(TorchDispatchMode):
         self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional") and "wait_tensor" not in func.__name__ and "_wrap" not in func.__name__:
+        if (
+            func.namespace in ("c10d", "_c10d_functional")
+            and "wait_tensor" not in func.__name__
+            and "_wrap" not in func.__name__
+        ):
             self.counts[func.__name__.partition(".")[0]] += 1
         return func(*args, **(kwargs or {}))
 
@@ -170,7 +174,10 @@ def check_dispatcher(results: list[dict[str, Any]], degree: int) -> None:
 
 def check_counts(counts: dict[tuple[str, str, str, int], dict[str, int]]) -> None:
     """The table of docs/parallelism.md: formulas in L layers, M of them MoE layers, for one micro-batch."""
-    kept = ("all-gather", "reduce-scatter")  # what a second micro-batch does not do again where parameters stay gathered
+    kept = (
+        "all-gather",
+        "reduce-scatter",
+    )  # what a second micro-batch does not do again where parameters stay gathered
     table = counts_table()
     names = {
         **{"fsdp4": "FSDP2", "hsdp2x2": "HSDP", "ep4": "EP", "ep2_fsdp2": "EP x FSDP2", "hsdp2_ep2": "HSDP x EP"},
@@ -179,7 +186,7 @@ def check_counts(counts: dict[tuple[str, str, str, int], dict[str, int]]) -> Non
     }
     for (layout, mode, policy, micro), got in counts.items():
         row = table[names[layout]]
-        want = {axis: eval(formula, {"L": 2, "M": 2, "F": 0}) for axis, formula in row.items()}  # noqa: S307
+        want = {axis: eval(formula, {"L": 2, "M": 2, "F": 0}) for axis, formula in row.items()}
         if mode == "full" and want["all-to-all"]:
             want["all-to-all"] += 3 * 2  # the forward once more
         # all units but the root's are gathered twice by default
@@ -197,7 +204,10 @@ def counts_table() -> dict[str, dict[str, str]]:
     start = next(i for i, line in enumerate(lines) if "reduce-scatter" in line)
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[start:]]
     header, rows = cells[0], cells[2:]
-    return {row[0]: {a: re.sub(r"(\d) ([LMF])", r"\1 * \2", f) for a, f in zip(header[1:], row[1:], strict=True)} for row in rows}
+    return {
+        row[0]: {a: re.sub(r"(\d) ([LMF])", r"\1 * \2", f) for a, f in zip(header[1:], row[1:], strict=True)}
+        for row in rows
+    }
 
 
 def test_one_process_has_nothing_to_compare() -> None:

@@ -25,17 +25,21 @@ ACCUMULATIONS = (1, 4)
 SEQUENCES = 2  # of a micro-batch of a rank, always: another number would be another graph
 CURVE = 50
 
-# The product is compiled by aot_eager: inductor's kernels take long to build and know nothing of layouts. A row of it is
-# there all the same. HSDP comes after FSDP2, whose graph it shares; HSDP with expert parallelism is eager only. Rows
+# The product is compiled by aot_eager: inductor's kernels take long to build and know nothing of layouts. A row of it
+# is there all the same. HSDP comes after FSDP2, whose graph it shares; HSDP with expert parallelism is eager only. Rows
 # have a graph each otherwise, as the process group of the all-to-alls is in it.
 COMPILED = {2: [["fsdp2", "hsdp2x1"], ["ep2"]], 4: [["ep4"], ["ep2_fsdp2"]]}
 INDUCTOR = ("ep2", "selective")
 # Parts of sequences (tensor and context parallelism) are tests/dist/test_parts_dist.py's.
 WHOLE = {
-    world: [name for name, degrees in LAYOUTS[world].items() if not {"tensor", "context"} & set(degrees)] for world in COMPILED
+    world: [name for name, degrees in LAYOUTS[world].items() if not {"tensor", "context"} & set(degrees)]
+    for world in COMPILED
 }
 # Curves of 50 steps: layout and checkpointing, in eager mode and compiled.
-CURVES = {"eager": [("fsdp2", "full"), ("hsdp2x1", "none")], "compiled": [INDUCTOR, ("ep4", "none"), ("ep2_fsdp2", "full")]}
+CURVES = {
+    "eager": [("fsdp2", "full"), ("hsdp2x1", "none")],
+    "compiled": [INDUCTOR, ("ep4", "none"), ("ep2_fsdp2", "full")],
+}
 
 
 def build(world: int, layout: str, sizes: dict[str, int], **options: Any) -> Any:
@@ -50,7 +54,7 @@ def skew(model: Any) -> None:
 
 
 def some_steps(model: Any, rank: int = 0, world: int = 1, ranks: int = 1) -> dict[Any, Any]:
-    """A step by accumulation, and one in which most experts have no token; of `world`, or of one in place of `ranks`."""
+    """A step by accumulation, and one in which most experts have no token; of `world`, or of one for `ranks`."""
     results: dict[Any, Any] = {}
     for accumulation in ACCUMULATIONS:
         start(model)

@@ -80,7 +80,11 @@ def assert_close(got: dict[str, Any], want: dict[str, Any], link: int) -> None:
     for name, value in got.items():
         rtol, atol = (1e-3, 1e-4) if name in ("stats", "evaluation") else (1e-5, 1e-6)
         torch.testing.assert_close(
-            value, want[name], rtol=rtol, atol=atol, msg=lambda text: f"{CHAIN[link]}, {name}: {text}"  # noqa: B023
+            value,
+            want[name],
+            rtol=rtol,
+            atol=atol,
+            msg=lambda text: f"{CHAIN[link]}, {name}: {text}",  # noqa: B023
         )
 
 
