@@ -11,8 +11,9 @@ import torch.distributed as dist
 from titan_moe import __version__, runtime
 from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule, load_data, with_vocab_size
 from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
-from titan_moe.config import Config, cautions
+from titan_moe.config import Config, cautions, find_component
 from titan_moe.data.build import Data, resolve_batch_sizes
+from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_experts_backend, use_experts_backend
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import Degrees, Meshes, build_mesh, resolve_degrees
@@ -49,6 +50,9 @@ def build_job(config: Config, rt: Runtime) -> Job:
     in_float8, param_dtype = config.quantize, DTYPES[training.mixed_precision_param]
     check_quantize(
         converters=in_float8.converters, emulate=in_float8.emulate, device=rt.device, param_dtype=param_dtype
+    )
+    check_experts_backend(
+        config.moe.experts_backend, device=rt.device, param_dtype=param_dtype, deterministic=training.deterministic
     )
     folder = Path(config.job.dump_folder)
     runtime.check_writable(folder)
@@ -116,6 +120,7 @@ def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) 
     with torch.device("meta"):
         model = build_model(config)
     quantize(model, **dataclasses.asdict(config.quantize))
+    use_experts_backend(model, find_component(EXPERTS_BACKENDS, config.moe.experts_backend))
     parallelize(
         model,
         mesh=mesh,

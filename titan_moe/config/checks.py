@@ -1,7 +1,9 @@
 """What must hold between keys, checked before any process group or data exists."""
 
 from titan_moe.config.combinations import check_combinations
+from titan_moe.config.schema import find_builder
 from titan_moe.config.sections import Config
+from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.matrix import NO_MATRICES
 from titan_moe.optimizer.matrix_builders import DIRECTIONS
@@ -54,11 +56,16 @@ def _check_experts(config: Config) -> None:
                 "quantize.converters has quantize.grouped_mm.float8, which needs experts, but moe.num_experts is 0: "
                 "leave it out"
             )
+        if moe.experts_backend != "grouped_mm":
+            raise ValueError(
+                f"moe.experts_backend = {moe.experts_backend!r} needs experts, but moe.num_experts is 0: leave it out"
+            )
         for key in ("expert_stats_freq", "balance_tax_freq"):
             if freq := getattr(config.metrics, key):
                 raise ValueError(f"metrics.{key} = {freq} needs experts, but moe.num_experts is 0: set it to 0")
         return
     _check_dispatcher(config)
+    _check_experts_backend(config)
     _check_balance_tax(config)
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) must be at most moe.num_experts ({moe.num_experts})")
@@ -76,6 +83,16 @@ def _check_dispatcher(config: Config) -> None:
         raise ValueError(
             f"moe.dispatcher = {name!r} does not go with parallelism.expert_parallel_degree = {degree}: "
             "local is for 1, all_to_all for more; auto takes the right one"
+        )
+
+
+def _check_experts_backend(config: Config) -> None:
+    name = config.moe.experts_backend
+    check_signature(name, find_builder(EXPERTS_BACKENDS, name, "configuration", "moe.experts_backend"))
+    if name != "grouped_mm" and "quantize.grouped_mm.float8" in config.quantize.converters:
+        raise ValueError(
+            f"moe.experts_backend = {name!r} does not go with quantize.converters = "
+            "['quantize.grouped_mm.float8']: experts in float8 are computed by 'grouped_mm' alone"
         )
 
 

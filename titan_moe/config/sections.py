@@ -70,6 +70,9 @@ class Moe:
         Literal["auto", "local", "all_to_all"],
         "how tokens reach their experts (auto: all_to_all where expert_parallel_degree is above 1)",
     ] = "auto"
+    experts_backend: Annotated[
+        str, "who computes the experts: grouped_mm (torch), liger (liger-kernel's Triton kernels), or my_pkg.my_mod:fn"
+    ] = "grouped_mm"
 
 
 @dataclass(frozen=True)

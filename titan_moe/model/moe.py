@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, T = B * S tokens, D dim, F hidden width, E experts, K top_k, N = T * K rows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.grouped import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.routing import Router, Routing
 from titan_moe.model.share import WHOLE, Share, project
+
+# (x_ND, w1, w2, w3, tokens_per_expert_E) -> y_ND: see `experts_backend`
+ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # The experts' gradients, by hand to save memory: what w2's function kept is freed before those of w1 and w3 are made;
 # it writes into what nothing needs any more, because on a CPU new memory costs more than arithmetic; and weight
@@ -95,6 +99,7 @@ class Experts(nn.Module):
     def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:
         super().__init__()
         self.precision: Precision = "high"
+        self.backend: ExpertsBackend | None = None  # in place of `expert_swiglu`
         self.w1 = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, expert_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
@@ -102,6 +107,8 @@ class Experts(nn.Module):
     def forward(self, x_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
         """(N, D) rows sorted by expert -> (N, D)."""
         w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
+        if self.backend is not None:
+            return self.backend(x_ND, w1, w2, w3, tokens_per_expert_E)
         return expert_swiglu(x_ND, w1, w2, w3, tokens_per_expert_E, self.precision)
 
 
