@@ -86,6 +86,11 @@ CONFIGURATIONS: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "",
         ["quantize.grouped_mm.float8", "multiples of 16", "layers.0.moe.experts", "24 x 32", "moe.expert_dim"],
     ),
+    "experts backend that is not there": (
+        {"moe.experts_backend": "liger"},
+        "",
+        ["moe.experts_backend = 'liger'", "take 'grouped_mm'"],
+    ),
     "expert degree": (
         {"parallelism.expert_parallel_degree": 2},
         "",

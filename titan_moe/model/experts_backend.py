@@ -12,7 +12,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import inspect
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -214,6 +213,14 @@ def use_experts_backend(model: nn.Module, backend: ExpertsBackend) -> None:
             layer.experts.backend = backend
 
 
+def _is_interpreted() -> bool:
+    return importlib.import_module("triton.knobs").runtime.interpret
+
+
+def _is_tuned() -> bool:
+    return len(_liger()._moe_bwd_dW1_kernel.configs) > 1
+
+
 def check_signature(name: str, backend: ExpertsBackend) -> None:
     """Raise ValueError where a function can't be called as a backend is."""
     try:
@@ -237,7 +244,7 @@ def check_experts_backend(name: str, *, device: torch.device, param_dtype: torch
     numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
     if not LIGER_VERSIONS[0] <= numbers < LIGER_VERSIONS[1]:
         raise ValueError(f"{key} knows the kernels of liger-kernel 0.8.5 to 0.8.x, this is {version}: {otherwise[3:]}")
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and not _is_interpreted():
         raise ValueError(
             f"{key} needs a GPU, this is a CPU: {otherwise[3:]}; to try out the numbers, slowly, set "
             "TRITON_INTERPRET=1 and LIGER_FUSED_MOE_AUTOTUNE=0 in the environment"
@@ -246,7 +253,7 @@ def check_experts_backend(name: str, *, device: torch.device, param_dtype: torch
         raise ValueError(
             f"{key} needs training.mixed_precision_param = 'bfloat16', {otherwise}: a GPU multiplies fp32 as TF32 there"
         )
-    if deterministic and os.environ.get("LIGER_FUSED_MOE_AUTOTUNE") != "0":
+    if deterministic and _is_tuned():
         raise ValueError(
             f"{key} picks kernels by timing them, so that sums are added up in another order in the next run: with "
             f"training.deterministic set LIGER_FUSED_MOE_AUTOTUNE=0 in the environment, {otherwise}"
