@@ -1,6 +1,6 @@
 """Experts forward and backward by every backend that can be used here, on moe8x's sizes.
 
-python scripts/bench_experts.py [--experts 8 --dim 768 --hidden 2048 --rows 40960] [--device cuda] [--uneven]
+python scripts/bench_experts.py [--experts 8 --dim 768 --hidden 2048 --rows 40960] [--uneven] [--compiled]
 
 Liger's kernels run as its environment says: with LIGER_FUSED_MOE_AUTOTUNE=0 one fixed configuration, else the best of
 160, found at the first call, in minutes.
@@ -76,6 +76,7 @@ def time_backends(
     hidden: int = 2048,
     rows: int = 40960,
     uneven: bool = False,
+    compiled: bool = False,
 ) -> dict[str, str]:
     """What each backend takes, by name: time, operations a second, peak of memory; or why it can't be used."""
     found = {}
@@ -85,7 +86,8 @@ def time_backends(
         except ValueError as error:
             found[name] = str(error)
             continue
-        run = one_pass(backend, rows_of_experts(experts, rows, uneven), dim, hidden, dtype, device)
+        called = torch.compile(backend, fullgraph=True) if compiled else backend
+        run = one_pass(called, rows_of_experts(experts, rows, uneven), dim, hidden, dtype, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         taken = milliseconds(run, device)
@@ -100,7 +102,8 @@ def main() -> None:
     for name, default in (("experts", 8), ("dim", 768), ("hidden", 2048), ("rows", 40960)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--uneven", action="store_true")
+    for name in ("uneven", "compiled"):
+        parser.add_argument(f"--{name}", action="store_true")
     arguments = vars(parser.parse_args())
     device = torch.device(arguments.pop("device"))
     for name, text in time_backends(device=device, **arguments).items():
