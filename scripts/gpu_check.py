@@ -142,8 +142,8 @@ def env(results: Results) -> None:
 
 
 def tests(results: Results) -> None:
-    """tests/gpu for one GPU."""
-    command = [sys.executable, "-m", "pytest", "tests/gpu/test_one_gpu.py", "-q", "--tb=short", "-rfEs"]
+    """tests/gpu; those for several GPUs are skipped on one."""
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "--tb=short", "-rfEs"]
     command += ["-n", "6", "-p", "no:cacheprovider", "-p", "no:benchmark", "--timeout=100"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout[-40000:], done.stderr[-5000:])
@@ -330,6 +330,25 @@ def layer(results: Results) -> None:
                 results[f"{tokens} {mode} {name}"] = text
 
 
+def experts(results: Results) -> None:
+    """The experts alone, forward and backward, by each library that is installed."""
+    from bench_experts import time_backends
+
+    sizes = results.sizes
+    rows = 2 * sizes.sequences * sizes.sequence
+    for compiled in (False,) if results.tiny else (False, True):
+        found = time_backends(
+            device=DEVICE,
+            experts=sizes.experts,
+            dim=sizes.dim,
+            hidden=sizes.width,
+            rows=rows,
+            compiled=compiled,
+        )
+        for name, text in found.items():
+            results[f"{name}{', compiled' if compiled else ''}"] = text
+
+
 def head(results: Results) -> None:
     """Output head and cross-entropy, forward and backward, of the logits whole and in chunks."""
     sizes = results.sizes
@@ -426,6 +445,7 @@ PARTS: dict[str, tuple[Callable[[Results], None], int]] = {
     "tests": (tests, 120),
     "profile": (profile, 70),
     "layer": (layer, 60),
+    "experts": (experts, 40),
     "train_balanced": (train_balanced, 60),
     "optimizers": (optimizers, 60),
     "head": (head, 40),
@@ -441,7 +461,8 @@ def run_part(name: str, limit: float, out: Path, tiny: bool) -> dict[str, Any]:
     path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--part", name, "--out", str(out), *(["--tiny"] if tiny else [])]
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
+    # liger-kernel times 160 ways to multiply before its first step, which takes minutes
+    environment = {"LIGER_FUSED_MOE_AUTOTUNE": "0", **os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": paths}
     begin = time.monotonic()
     with (out / "log.txt").open("a") as log:
         log.write(f"\n===== {name}, at most {limit:.0f} s\n")
