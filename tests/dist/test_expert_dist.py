@@ -55,6 +55,7 @@ def through(dispatcher: Dispatcher, weight: Tensor, name: str, rank: int) -> tup
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(10 + rank)).requires_grad_()
     scores = routing.topk_scores.detach().requires_grad_()
     rows, tokens_per_expert, state = dispatcher.dispatch(x, routing)
+    rows = dispatcher.receive(rows, state)
     factor = weight.repeat_interleave(tokens_per_expert)
     factor = torch.cat([factor, factor.new_zeros(len(rows) - len(factor))])  # rows that nobody computes
     y = dispatcher.combine(rows * factor.unsqueeze(-1), scores, state)

@@ -258,6 +258,7 @@ def test_dispatcher_with_identity_experts_gives_back_x(name: str) -> None:
     x = torch.randn(11, D, requires_grad=True)
     routing = topk_softmax(top_k=K)(torch.randn(11, E), None)
     rows, tokens_per_expert, state = dispatcher.dispatch(x, routing)
+    rows = dispatcher.receive(rows, state)
     assert tokens_per_expert.sum() == len(rows)
     y = dispatcher.combine(rows, routing.topk_scores, state)
     assert_close(y, x)
