@@ -27,7 +27,10 @@ def kernels() -> Any:
 
 
 def _define(schema: str, formula: Callable[..., Any], eager: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
-    """An operator: `formula` where torch compiles, else a kernel on a GPU, `eager` on a CPU; `shapes`: of fake results."""
+    """An operator: `formula` where torch compiles, else a kernel on a GPU and `eager` on a CPU.
+
+    `shapes` makes fake results.
+    """
     name = schema.partition("(")[0]
     torch.library.define(f"titan_moe::{name}", schema.removeprefix(name))
 
