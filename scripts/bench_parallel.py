@@ -167,6 +167,7 @@ def layer_times(name: str, seed: int) -> tuple[Spent, Spent]:
 
     def dispatch_and_combine() -> None:
         rows, _, state = moe.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        rows = moe.dispatcher.receive(rows, state)
         moe.dispatcher.combine(rows, routing.topk_scores, state).backward(upstream.flatten(0, 1))
 
     return spent(whole), spent(dispatch_and_combine)

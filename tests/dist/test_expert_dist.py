@@ -5,10 +5,13 @@ import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.dist.harness import run_ranks
@@ -19,7 +22,9 @@ from titan_moe.config.sections import Config, Training
 from titan_moe.job import check_same_on_all_ranks
 from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.routing import ROUTERS, Routing
-from titan_moe.parallelize.expert import all_to_all
+from titan_moe.model.grouped import Precision
+from titan_moe.model.moe import MoE, expert_swiglu, experts_together
+from titan_moe.parallelize.expert import all_to_all, share_out_experts
 
 E, D = 8, 3
 DOCS = Path(__file__).parents[2] / "docs" / "parallelism.md"
@@ -55,6 +60,7 @@ def through(dispatcher: Dispatcher, weight: Tensor, name: str, rank: int) -> tup
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(10 + rank)).requires_grad_()
     scores = routing.topk_scores.detach().requires_grad_()
     rows, tokens_per_expert, state = dispatcher.dispatch(x, routing)
+    rows = dispatcher.receive(rows, state)
     factor = weight.repeat_interleave(tokens_per_expert)
     factor = torch.cat([factor, factor.new_zeros(len(rows) - len(factor))])  # rows that nobody computes
     y = dispatcher.combine(rows * factor.unsqueeze(-1), scores, state)
@@ -112,6 +118,54 @@ def count_collectives(world: int, layout: str, mode: str, policy: str, micro: in
     return {names.get(op, op.replace("all_to_all_single", "all-to-all")): count for op, count in counter.counts.items()}
 
 
+class Order(TorchDispatchMode):
+    """The names of operators in the order in which they are issued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def whole_layer(mesh: DeviceMesh | None = None) -> MoE:
+    """A MoE layer with shared experts, the same everywhere, its experts shared out over `mesh`."""
+    route = ROUTERS["topk_softmax"](top_k=2)
+    moe = MoE(route=route, dim=16, num_experts=E, expert_dim=24, num_shared_experts=1, expert_bias=True)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+    if mesh is not None:
+        share_out_experts(moe, mesh)
+    return moe
+
+
+def all_to_one_rank(moe: MoE, rank: int) -> dict[str, Tensor]:
+    """Output and gradients where every token goes to experts 0 and 1: other ranks of the group receive no row."""
+    assert moe.expert_bias is not None
+    moe.expert_bias[:2] = 100.0
+    x = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+    y, routing = moe(x)
+    assert set(routing.topk_experts.unique().tolist()) == {0, 1}
+    y.square().sum().backward()
+    assert x.grad is not None
+    grads = {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
+    local_grads = {name: g.to_local() if isinstance(g, DTensor) else g for name, g in grads.items()}
+    return {"y": y.detach(), "x": x.grad, **local_grads}
+
+
+def order_of_a_layer(moe: MoE) -> list[str]:
+    with Order() as order:
+        moe(torch.randn(1, 5, 16))
+    return order.names
+
+
+def experts_as_on_a_gpu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: Tensor, precision: Precision) -> Tensor:
+    return experts_together(x, w1, w2, w3, counts.cumsum(0, dtype=torch.int32), precision)
+
+
 def refusals(rank: int) -> list[str]:
     check_same_on_all_ranks(Config())
     texts = []
@@ -131,6 +185,10 @@ def on_ranks(rank: int, world: int) -> dict[str, Any]:
         dispatcher = all_to_all(mesh)
         results[layout] = {name: through(dispatcher, own, name, rank) for name in CASES}
         results[layout]["rank"] = mesh.get_local_rank()
+        results[layout]["order"] = order_of_a_layer(whole_layer(mesh))
+        for how in (expert_swiglu, experts_as_on_a_gpu):
+            with mock.patch("titan_moe.model.moe.expert_swiglu", how):
+                results[layout][how.__name__] = all_to_one_rank(whole_layer(mesh), rank)
     model = on_meta(tiny_model(device="meta"), world, "ep2_fsdp2", param_dtype=torch.bfloat16)
     results["bfloat16"] = steps(model, 1, rank=rank, world=world)[0].loss
     results["counts"] = {
@@ -151,6 +209,9 @@ def test_four_ranks() -> None:
     results = run_ranks(4, on_ranks)
     for layout, degree in (("ep4", 4), ("ep2_fsdp2", 2)):
         check_dispatcher([result[layout] for result in results], degree)
+        check_ranks_without_rows([result[layout] for result in results], degree)
+        for result in results:
+            check_order(result[layout]["order"])
     for result in results:
         check_counts(result["counts"])
         torch.testing.assert_close(result["bfloat16"], exact.loss, rtol=1e-2, atol=0)
@@ -170,6 +231,27 @@ def check_dispatcher(results: list[dict[str, Any]], degree: int) -> None:
             group = [other for other in range(4) if other // degree == rank // degree]
             want = sum(alone[other][3] for other in group).chunk(degree)[result["rank"]]
             torch.testing.assert_close(result[name][3], want, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def check_ranks_without_rows(results: list[dict[str, Any]], degree: int) -> None:
+    """Everything is as where all experts are; the experts of ranks that received no row have gradients of zero."""
+    alone = [all_to_one_rank(whole_layer(), rank) for rank in range(4)]
+    for rank, result in enumerate(results):
+        group = [other for other in range(4) if other // degree == rank // degree]
+        for how in (expert_swiglu, experts_as_on_a_gpu):
+            for name, got in result[how.__name__].items():
+                want = alone[rank][name]
+                if name.startswith("experts."):
+                    want = sum(alone[other][name] for other in group).chunk(degree)[result["rank"]]
+                    assert (got == 0).all() == (result["rank"] > 0)
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def check_order(names: list[str]) -> None:
+    """The shared experts' three products come between the rows' all-to-all and the wait for it."""
+    sent = [i for i, name in enumerate(names) if name == "all_to_all_single"][1]  # the first brings the counts
+    wait = next(i for i, name in enumerate(names) if i > sent and name == "wait_tensor")
+    assert names[sent:wait].count("mm") == 3
 
 
 def check_counts(counts: dict[tuple[str, str, str, int], dict[str, int]]) -> None:

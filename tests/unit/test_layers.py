@@ -12,6 +12,8 @@ LAYERS = {
     "model.routing": 0,
     "model.dispatch": 0,
     "model.grouped": 0,
+    "model.fused": 0,
+    "model.triton_kernels": 0,
     "model.selection": 0,
     "model.assignment": 0,
     "balancer": 0,

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import ROUTER_CASES, Case, build_router, takes_bias
 from titan_moe.model.dispatch import DISPATCHERS
-from titan_moe.model.moe import MoE, expert_swiglu
+from titan_moe.model.moe import MoE, expert_swiglu, experts_together
 from titan_moe.model.routing import Routing, topk_softmax
 
 D, HIDDEN, E, K = 16, 24, 4, 2
@@ -89,16 +89,28 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
         assert_close(value.float(), want[name].float(), rtol=0, atol=tolerance * scale, msg=labelled(name))
 
 
-@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_experts_equal_the_loop(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
+def as_on_a_gpu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, tokens_per_expert: Tensor) -> Tensor:
+    """What expert_swiglu does there, where all experts' rows go through each product together."""
+    return experts_together(x, w1, w2, w3, tokens_per_expert.cumsum(0, dtype=torch.int32), "high")
+
+
+@pytest.mark.parametrize("ours", [expert_swiglu, as_on_a_gpu])
+@pytest.mark.parametrize("counts", [*COUNTS.values(), [0, 0, 0, 0]], ids=[*COUNTS, "no row"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
+)
+def test_experts_equal_the_loop(
+    counts: list[int], dtype: torch.dtype, tolerance: float, ours: Callable[..., Tensor]
+) -> None:
+    if dtype == torch.float64 and ours is as_on_a_gpu:
+        pytest.skip("torch's grouped products have no float64")
     torch.manual_seed(0)
     shapes = [(sum(counts), D), (E, HIDDEN, D), (E, D, HIDDEN), (E, HIDDEN, D)]
     inputs = [(torch.randn(shape) / 2).to(dtype).requires_grad_() for shape in shapes]
     loads = torch.tensor(counts)
     results = []
     x, w1, w2, w3 = inputs
-    for function in (expert_swiglu, swiglu_by_loop):
+    for function in (ours, swiglu_by_loop):
         y = function(x, w1, w2, w3, loads)
         weights = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
         results.append([y, *torch.autograd.grad(y, inputs, weights)])
@@ -120,6 +132,12 @@ def test_experts_take_an_expanded_gradient() -> None:
     want = torch.autograd.grad(swiglu_by_loop(x, w1, w2, w3, loads).sum(), inputs)
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 15, 16, 40])
+def test_few_rows_and_many(rows: int) -> None:
+    """An expert with few rows multiplies by w1 and w3 one after the other, with more by both together."""
+    test_experts_equal_the_loop([0, rows, 2, 0], torch.float64, 1e-12, expert_swiglu)
 
 
 def test_weight_gradients_are_kept_and_not_copied() -> None:
@@ -258,11 +276,32 @@ def test_dispatcher_with_identity_experts_gives_back_x(name: str) -> None:
     x = torch.randn(11, D, requires_grad=True)
     routing = topk_softmax(top_k=K)(torch.randn(11, E), None)
     rows, tokens_per_expert, state = dispatcher.dispatch(x, routing)
+    rows = dispatcher.receive(rows, state)
     assert tokens_per_expert.sum() == len(rows)
     y = dispatcher.combine(rows, routing.topk_scores, state)
     assert_close(y, x)
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert_close(gradient, torch.ones_like(x))
+
+
+def test_scores_stay_in_fp32() -> None:
+    """The output of bf16 rows is rounded once, and the scores' gradient is a sum in fp32 of unrounded products."""
+    generator = torch.Generator().manual_seed(0)
+    rows, width = 24, 1024
+    x, y, grad = (torch.randn(n, width, generator=generator).bfloat16() for n in (rows, K * rows, rows))
+    routing = topk_softmax(top_k=K)(torch.randn(rows, E, generator=generator), None)
+    dispatcher = DISPATCHERS["local"]()
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        scores = routing.topk_scores.to(torch.promote_types(dtype, torch.float32)).detach().requires_grad_()
+        _, _, state = dispatcher.dispatch(x.to(dtype), routing)
+        out = dispatcher.combine(y.to(dtype), scores, state)
+        out.backward(grad.to(dtype))
+        assert scores.grad is not None
+        results.append((out.detach().double(), scores.grad.double()))
+    (output, gradient), (exact_output, exact_gradient) = results
+    assert ((output - exact_output) / exact_output).abs().max() <= 1.001 * 2**-8
+    assert (gradient - exact_gradient).abs().max() <= 1e-6 * exact_gradient.abs().max()
 
 
 def test_rows_that_are_not_computed_are_not_read() -> None:

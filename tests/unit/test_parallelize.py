@@ -7,14 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.tiny import balancers, batch, tiny_model
 from titan_moe.model.attention import rope_cos_sin
-from titan_moe.model.routing import ROUTERS, Routing
+from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer import load_lr
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
@@ -84,23 +86,17 @@ def test_parts_of_sequences(degrees: Degrees) -> None:
     assert work.unique().numel() == 1
 
 
-def gradients(mode: str, *, unsteady: bool) -> dict[str, Tensor]:
+def gradients(mode: str) -> dict[str, Tensor]:
     """Gradients of a layer in which all experts are equally good, so that noise of 1e-7 decides.
 
-    `unsteady`: with other noise whenever it is computed again, as a GPU's sums may have it.
+    The noise is another one whenever it is computed again, as a GPU's sums may have it.
     """
     model = tiny_model(num_layers=1, expert_bias=False)
     model.init_weights(0)
     moe: Any = model.layers[0].moe
     moe.router.weight.data.zero_()
     route, calls = ROUTERS["topk_softmax"](top_k=2), [0]
-
-    def noisy(logits: Tensor, bias: Tensor | None) -> Routing:
-        generator = torch.Generator().manual_seed(calls[0] if unsteady else 0)
-        calls[0] += 1
-        return route(logits + 1e-7 * torch.randn(logits.shape, generator=generator), bias)
-
-    moe.route = noisy
+    moe.route = lambda logits, bias: route(logits + unsteady_noise(logits, calls), bias)
     x = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
     y, _ = checkpoint_block(model.layers[0], mode)(x, rope_cos_sin(16, 8, 1e4, x.device))
     y.square().sum().backward()
@@ -108,13 +104,42 @@ def gradients(mode: str, *, unsteady: bool) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.layers[0].named_parameters() if p.grad is not None}
 
 
-def test_selective_checkpointing_keeps_the_choice_of_experts() -> None:
-    want = gradients("none", unsteady=True)
-    got = {k.removeprefix("_checkpoint_wrapped_module."): v for k, v in gradients("selective", unsteady=True).items()}
+def unsteady_noise(logits: Tensor, calls: list[int]) -> Tensor:
+    generator = torch.Generator().manual_seed(calls[0])
+    calls[0] += 1
+    return 1e-7 * torch.randn(logits.shape, generator=generator)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointing_keeps_the_choice_of_experts(mode: str) -> None:
+    want = gradients("none")
+    got = {name.removeprefix("_checkpoint_wrapped_module."): value for name, value in gradients(mode).items()}
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    other = gradients("full", unsteady=True)["moe.experts.w1"]
-    assert (other - want["moe.experts.w1"]).norm() > 0.1 * want["moe.experts.w1"].norm()
-    torch.testing.assert_close(gradients("full", unsteady=False), want)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*Function'> should not be instantiated:DeprecationWarning"
+)  # torch's own, in dynamo
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_compiled_backward_does_not_choose_again(mode: str) -> None:
+    graphs: list[set[Any]] = []
+
+    def note(module: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append({node.target for node in module.graph.nodes})
+        return make_boxed_func(module.forward)
+
+    model = tiny_model(num_layers=1)
+    model.init_weights(0)
+    backend = aot_autograd(fw_compiler=note, partition_fn=min_cut_rematerialization_partition)
+    x = torch.randn(2, 16, 16, requires_grad=True)
+    block: Any = torch.compile(checkpoint_block(model.layers[0], mode), backend=backend, fullgraph=True)
+    block(x, rope_cos_sin(16, 8, 1e4, x.device))[0].sum().backward()
+    torch.compiler.reset()
+    forward, backward = graphs
+    aten = torch.ops.aten
+    assert {aten.topk.default, aten.sort.stable, aten.rsqrt.default} <= forward
+    assert aten.rsqrt.default in backward  # norms are made again
+    assert not {aten.topk.default, aten.sort.stable, aten.sort.default} & backward
 
 
 def test_models_are_evaluated_in_the_type_of_training_but_on_a_cpu() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
 
+from titan_moe.model import fused
 from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.grouped import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.routing import Router, Routing
@@ -20,43 +22,53 @@ from titan_moe.model.share import WHOLE, Share, project
 # (x_ND, w1, w2, w3, tokens_per_expert_E) -> y_ND: see `experts_backend`
 ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
-# The experts' gradients, by hand to save memory: what w2's function kept is freed before those of w1 and w3 are made;
-# it writes into what nothing needs any more, because on a CPU new memory costs more than arithmetic; and weight
-# gradients come out contiguous, so that autograd keeps them instead of copying.
+# The experts' gradients, by hand to save memory and passes over it: what w2's function kept is freed before those of w1
+# and w3 are made; h is made again instead of kept; the gradient of x is one product with both w1 and w3 instead of the
+# sum of two; and weight gradients come out contiguous, so that autograd keeps them instead of copying. To put w1 and w3
+# side by side is a copy of both, which costs a GPU less than it saves there.
 
 
-class _GroupedLinear(Function):
+class _Up(Function):
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
-        ctx.save_for_backward(x_ND, weight, offs_E)
+    def forward(ctx: Any, x_ND: Tensor, w1: Tensor, w3: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
+        ctx.save_for_backward(x_ND, w1, w3, offs_E)
         ctx.precision = precision
-        return PRODUCTS[precision](x_ND, weight.transpose(1, 2), offs_E)
+        return PRODUCTS[precision](x_ND, torch.cat([w1, w3], dim=1).transpose(1, 2), offs_E)
 
     @staticmethod
-    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyrefly: ignore
-        x_ND, weight, offs_E = ctx.saved_tensors
-        grad_x_ND = PRODUCTS[ctx.precision](grad_NF, weight, offs_E)
-        return grad_x_ND, grouped_mm(grad_NF.t(), x_ND, offs_E), None, None
+    def backward(ctx: Any, grad_h13_N2F: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyrefly: ignore
+        x_ND, w1, w3, offs_E = ctx.saved_tensors
+        grad_x_ND = PRODUCTS[ctx.precision](grad_h13_N2F, torch.cat([w1, w3], dim=1), offs_E)
+        grad_w1, grad_w3 = (grouped_mm(half_NF.t(), x_ND, offs_E) for half_NF in grad_h13_N2F.chunk(2, dim=-1))
+        return grad_x_ND, grad_w1, grad_w3, None, None
 
 
 class _GatedDown(Function):
     @staticmethod
-    def forward(ctx: Any, h1_NF: Tensor, h3_NF: Tensor, w2: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
-        silu_NF = F.silu(h1_NF)
-        ctx.save_for_backward(h1_NF, h3_NF, silu_NF, w2, offs_E)
+    def forward(ctx: Any, h13_N2F: Tensor, w2: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
+        ctx.save_for_backward(h13_N2F, w2, offs_E)
         ctx.precision = precision
-        return PRODUCTS[precision](silu_NF * h3_NF, w2.transpose(1, 2), offs_E)
+        return PRODUCTS[precision](fused.swiglu(h13_N2F), w2.transpose(1, 2), offs_E)
 
     @staticmethod
-    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyrefly: ignore
-        h1_NF, h3_NF, silu_NF, w2, offs_E = ctx.saved_tensors
+    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyrefly: ignore
+        h13_N2F, w2, offs_E = ctx.saved_tensors
         grad_y_ND = grad_y_ND.contiguous()  # grouped_mm refuses expanded (zero-stride) tensors
-        h_NF = silu_NF * h3_NF
-        grad_w2 = grouped_mm(grad_y_ND.t(), h_NF, offs_E)
         grad_h_NF = PRODUCTS[ctx.precision](grad_y_ND, w2, offs_E)
-        grad_h3_NF = torch.mul(grad_h_NF, silu_NF, out=h_NF)
-        grad_h1_NF = torch.ops.aten.silu_backward.grad_input(grad_h_NF.mul_(h3_NF), h1_NF, grad_input=grad_h_NF)
-        return grad_h1_NF, grad_h3_NF, grad_w2, None, None
+        h_NF, grad_h13_N2F = fused.swiglu_backward(grad_h_NF, h13_N2F)
+        return grad_h13_N2F, grouped_mm(grad_y_ND.t(), h_NF, offs_E), None, None
+
+
+class _InTurn(Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        y_ND, h13_N2F = torch.ops.titan_moe.experts_in_turn(*inputs)
+        ctx.save_for_backward(inputs[0], h13_N2F, *inputs[1:])
+        return y_ND
+
+    @staticmethod
+    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
+        return *torch.ops.titan_moe.experts_in_turn_backward(grad_y_ND.contiguous(), *ctx.saved_tensors), None
 
 
 def expert_swiglu(
@@ -69,8 +81,17 @@ def expert_swiglu(
     gradient of x are in it; those that give the weights' gradients stay. Source: Shazeer (2020), SwiGLU.
     """
     offs_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
-    h1_NF, h3_NF = (_GroupedLinear.apply(x_ND, w, offs_E, precision) for w in (w1, w3))
-    return _GatedDown.apply(h1_NF, h3_NF, w2, offs_E, precision)
+    # Fake tensors outside of torch.compile are those of an estimate, and stand for a GPU's.
+    is_estimate = isinstance(x_ND, FakeTensor) and not torch.compiler.is_compiling()
+    if x_ND.device.type == "cpu" and precision == "high" and not is_estimate:
+        return _InTurn.apply(x_ND, w1, w2, w3, offs_E)
+    return experts_together(x_ND, w1, w2, w3, offs_E, precision)
+
+
+def experts_together(x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
+    """`expert_swiglu` by grouped products, offs_E being the cumulative counts."""
+    h13_N2F = _Up.apply(x_ND, w1, w3, offs_E, precision)
+    return _GatedDown.apply(h13_N2F, w2, offs_E, precision)
 
 
 class FeedForward(nn.Module):
@@ -145,8 +166,8 @@ class MoE(nn.Module):
         # The logits in fp32: in bf16 near-ties between experts would be decided by rounding.
         routing = self.route(F.linear(x_TD.float(), self.router.weight.float()), self.expert_bias)
         x_ND, tokens_per_expert_E, state = self.dispatcher.dispatch(x_TD, routing)
-        y_ND = self.experts(x_ND, tokens_per_expert_E)
+        # The shared experts need no rows from elsewhere: they are computed while these travel.
+        shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
+        y_ND = self.experts(self.dispatcher.receive(x_ND, state), tokens_per_expert_E)
         y_BSD = self.dispatcher.combine(y_ND, routing.topk_scores, state).view_as(x_BSD)
-        if self.shared_experts is not None:
-            y_BSD = y_BSD + self.shared_experts(x_BSD)
-        return y_BSD, routing
+        return (y_BSD if shared_BSD is None else y_BSD + shared_BSD), routing

@@ -19,13 +19,12 @@ ATTENTION = {
 }
 # Drawing again the same numbers means to save and restore the generator. Attention counts, for its dropout.
 RANDOM = ATTENTION | {aten.rand_like.default, aten.randn_like.default, aten.rand.default, aten.randn.default}
-# The choice of experts and what travelled between processes: to make them again costs most, and a choice made anew
-# could differ from the first where two experts are nearly as good. What is gathered is as large as the whole, on every
+# The choice of experts is a few numbers for each token, and made anew it could differ from the first where two experts
+# are nearly as good: the gradient would be of another function than the one that was computed.
+CHOICE = {aten.topk.default, aten.sort.default, aten.sort.stable}
+# What travelled between processes costs most to make again. What is gathered is as large as the whole, on every
 # process: that is gathered again.
-ROUTED = {
-    aten.topk.default,
-    aten.sort.default,
-    aten.sort.stable,
+ROUTED = CHOICE | {
     c10d.all_to_all_single.default,
     c10d.reduce_scatter_tensor.default,
     c10d.wait_tensor.default,
@@ -35,16 +34,14 @@ ROUTED = {
 def checkpoint_block(block: nn.Module, mode: str, *, keep_random: bool = False) -> nn.Module:
     """Wrap a layer so that its activations are kept (`none`), made again (`full`), or kept in part (`selective`).
 
-    `selective` keeps attention's results, the choice of experts, what the all-to-alls brought and what was reduced over
-    processes; norms, projections and experts are computed again. With `keep_random` attention is kept by `full` too:
-    torch 2.13's partitioner, when a compiled layer with DTensors is to restore a generator, mixes up what it saves (the
-    generator's state comes after the device mesh).
+    `full` keeps the choice of experts alone. `selective` keeps also attention's results, what the all-to-alls brought
+    and what was reduced over processes; norms, projections and experts are computed again. With `keep_random`
+    attention is kept by `full` too: torch 2.13's partitioner, when a compiled layer with DTensors is to restore a
+    generator, mixes up what it saves (the generator's state comes after the device mesh).
     """
     if mode == "none":
         return block
-    kept = RANDOM | ROUTED if mode == "selective" else RANDOM if keep_random else set()
-    if not kept:
-        return checkpoint_wrapper(block)
+    kept = RANDOM | ROUTED if mode == "selective" else RANDOM | CHOICE if keep_random else CHOICE
     return checkpoint_wrapper(block, context_fn=functools.partial(_contexts, frozenset(kept)))
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import GroupName
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_moe.model.dispatch import Dispatcher, Permutation, combine_rows, gather_rows, sort_choices
@@ -58,17 +57,19 @@ def all_to_all(mesh: DeviceMesh, read: ReadSplits | None = None) -> Dispatcher:
         received_PE = wait_tensor(all_to_all_single(sent_E, None, None, group)).view(degree, -1)
         sent, received = read(sent_PE.sum(1), received_PE.sum(1))
         permutation = permutation._replace(order=permutation.order[: sum(sent)])  # less where choices are not kept
-        x_MD = _exchange(gather_rows(x_TD, permutation), received, sent, group)
+        x_MD = all_to_all_single_autograd(gather_rows(x_TD, permutation), received, sent, group)
         by_expert_M, by_process_M = orders(received_PE, sum(received))
-        x_MD = _Permute.apply(x_MD, by_expert_M, by_process_M)
         return x_MD, received_PE.sum(0), Exchange(permutation, by_expert_M, by_process_M, sent, received)
+
+    def receive(x_MD: Tensor, state: Exchange) -> Tensor:
+        return _Permute.apply(wait_tensor(x_MD), state.by_expert_M, state.by_process_M)
 
     def combine(y_MD: Tensor, topk_scores_TK: Tensor, state: Exchange) -> Tensor:
         y_MD = _Permute.apply(y_MD, state.by_process_M, state.by_expert_M)
-        y_ND = _exchange(y_MD, state.sent, state.received, group)
+        y_ND = wait_tensor(all_to_all_single_autograd(y_MD, state.sent, state.received, group))
         return combine_rows(y_ND, topk_scores_TK, state.permutation)
 
-    return Dispatcher(dispatch, combine)
+    return Dispatcher(dispatch, receive, combine)
 
 
 def read_splits(sent_P: Tensor, received_P: Tensor) -> tuple[list[int], list[int]]:
@@ -92,10 +93,6 @@ def orders(received_PE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     by_expert_M = row_M + (start_PE.t() - start_EP).flatten()[torch.searchsorted(end_by_expert_S, row_M, right=True)]
     by_process_M = row_M + (start_EP.t() - start_PE).flatten()[torch.searchsorted(end_S, row_M, right=True)]
     return by_expert_M, by_process_M
-
-
-def _exchange(x_ND: Tensor, received: list[int], sent: list[int], group: GroupName) -> Tensor:
-    return wait_tensor(all_to_all_single_autograd(x_ND, received, sent, group))
 
 
 class _Permute(Function):
