@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.cases import Case, build_router, takes_bias
 from titan_moe.balancer import BALANCERS
 from titan_moe.metrics import StepOutput
+from titan_moe.model.cross_entropy import Score
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
@@ -26,6 +28,23 @@ def tiny_model(router: str | Case | None = "topk_softmax", *, device: str = "cpu
     route = None if case is None else build_router(case.name, **case.arguments)
     with torch.device(device):
         return Transformer(vocab_size=VOCAB, **{**sizes, **experts, "router": route, **arguments})
+
+
+class WholeLogits(Transformer):
+    """The reference for losses: torch's cross-entropy of the logits of all tokens."""
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, want: Any = None) -> Any:
+        logits, routings = super().forward(tokens)
+        if labels is None:
+            return logits, routings
+        ce_sum = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        return Score(ce_sum, (logits.argmax(-1) == labels).sum()) if want == "score" else ce_sum, routings
+
+
+def whole_logits(model: Transformer) -> Transformer:
+    """The same model, with losses of whole logits."""
+    model.__class__ = WholeLogits
+    return model
 
 
 def batch(step: int, sequences: int = 8) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,7 @@ def build_model(config: Config) -> Transformer:
         first_dense_layers=moe.first_dense_layers,
         layer_freq=moe.layer_freq,
         router=router,
+        loss_chunk_tokens=config.training.loss_chunk_tokens,
         expert_bias=any(b.post_step is not keep_bias for _, b in build_balancers(config).values()),
     )
 

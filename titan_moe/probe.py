@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.moe import MoE
 from titan_moe.model.routing import Router, force_balanced
 from titan_moe.parallelize.parallelize import reshard
-from titan_moe.step import IGNORE, cross_entropy_sum
 
 NO_EXPERT = -1  # in the choices of tokens that do not count
 
@@ -28,7 +28,7 @@ def routing_choices(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
 
     A token whose label does not count has NO_EXPERT, as has a choice that is not an expert.
     """
-    _, routings = model(tokens)
+    _, routings = model(tokens, want="routings")
     reshard(model)
     counts_T1 = (labels != IGNORE).view(-1, 1)
     choices = []
@@ -101,8 +101,8 @@ def _seconds(model: nn.Module, tokens: Tensor, labels: Tensor) -> float:
     """Time of forward, cross-entropy and backward."""
     _wait(tokens.device)
     begin = time.perf_counter()
-    logits, _ = model(tokens)
-    (cross_entropy_sum(logits, labels) / labels.numel()).backward()
+    ce_sum, _ = model(tokens, labels)
+    (ce_sum / labels.numel()).backward()
     _wait(tokens.device)
     spent = time.perf_counter() - begin
     model.zero_grad()

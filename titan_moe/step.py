@@ -8,20 +8,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
+from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.routing import Routing
 from titan_moe.optimizer.combined import clip_gradients, refuse_nonfinite_gradients
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.load_lr import step_by_load
 from titan_moe.parallelize.grad import grad_norm
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
-
-IGNORE = -100  # a label that does not count, torch's convention
 
 # Each balancer at coefficient 1, with its coefficient beside it: values are reported before their coefficients.
 Balancers = Mapping[str, tuple[float, Balancer]]
@@ -54,10 +52,10 @@ def train_step(
     sums, loads, observations = [], [], []
     for number, (tokens, labels) in enumerate(micro_batches, start=1):
         set_last_micro_batch(model, number == len(micro_batches))
-        logits, routings = model(tokens)
+        ce_sum, routings = model(tokens, labels)
         loads.append(stack_loads(routings, device=tokens.device, reduce="global_batch" in scopes))
         observations.append(observe(routings, expert_biases, balancers))
-        ce = cross_entropy_sum(logits, labels) / num_tokens
+        ce = ce_sum / num_tokens
         own = own_loads(routings, scopes, tokens.shape[0], sequence_group)
         scoped = scoped_loads(own, scopes, so_far_LE=loads, whole_LE=whole_LE)
         balance = balance_losses(routings, balancers, scoped, num_tokens)
@@ -99,18 +97,18 @@ def eval_step(model: nn.Module, tokens: Tensor, labels: Tensor, token_bytes: Ten
 
     `token_bytes` (V,) is the number of UTF-8 bytes of each token.
     """
-    logits, routings = model(tokens)
+    score, routings = model(tokens, labels, want="score")
     counts = labels != IGNORE
     counted = counts.any()  # a batch is real or a dummy that only keeps this rank in step with the others
     return EvalOutput(
-        loss_sum=cross_entropy_sum(logits, labels).double(),
-        num_correct=((logits.argmax(-1) == labels) & counts).sum(),
+        loss_sum=score.ce_sum.double(),
+        num_correct=score.num_correct,
         num_tokens=counts.sum(),
         num_bytes=(token_bytes[labels.clamp(min=0)] * counts).sum(),
         load=stack_loads(routings, device=tokens.device) * counted,
-        scores_sum=stack([r.scores.sum(0) for r in routings], logits) * counted,
-        z_loss_sum=stack([token_z_loss(r).sum() for r in routings], logits) * counted,
-        entropy_sum=stack([token_entropy(r).sum() for r in routings], logits) * counted,
+        scores_sum=stack([r.scores.sum(0) for r in routings], score.ce_sum) * counted,
+        z_loss_sum=stack([token_z_loss(r).sum() for r in routings], score.ce_sum) * counted,
+        entropy_sum=stack([token_entropy(r).sum() for r in routings], score.ce_sum) * counted,
     )
 
 
@@ -122,15 +120,10 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_b
     return EvalOutput(*(all_reduce_sum(sum_tensors(field)) for field in zip(*outputs, strict=True)))
 
 
-def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy summed over the labels that count, nats; logits (B, S, V), labels (B, S)."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
-
-
 @torch.no_grad()
 def route_ahead(model: nn.Module, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """The load (L, E) of the whole step, all ranks, by a forward pass over all micro-batches before the real ones."""
-    loads = [stack_loads(model(tokens)[1], device=tokens.device) for tokens, _ in micro_batches]
+    loads = [stack_loads(model(tokens, want="routings")[1], device=tokens.device) for tokens, _ in micro_batches]
     return all_reduce_sum(sum_tensors(loads))
 
 

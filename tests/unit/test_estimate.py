@@ -48,6 +48,16 @@ def test_one_rank_by_hand() -> None:
     assert result.activations > 2 * logits
 
 
+def test_logits_of_a_chunk_at_a_time() -> None:
+    """With a large vocabulary they would be most of the memory; the operations are the same, none is made again."""
+    words = ("--model.vocab_size", "8192", "--training.loss_chunk_tokens")
+    for dtype in ("float32", "bfloat16"):
+        more = (*words, "{}", "--training.mixed_precision_param", dtype)
+        whole, chunks = (run(1, *(word.format(size) for word in more)) for size in (0, 32))
+        assert whole.activations - chunks.activations > 0.5 * 4 * 2 * 64 * 8192
+        assert chunks.flops == whole.flops
+
+
 def test_parts_of_sequences_and_matrices() -> None:
     """An axis halves what it shares out; its bytes are those of tokens, or of keys and values."""
     one, context = run(1), run(4, "--parallelism.context_parallel_degree", "2")

@@ -6,6 +6,7 @@ Shapes: B batch, S sequence, D dim, V vocabulary.
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_moe.model.attention import Attention, Rope, rope_cos_sin
+from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
 from titan_moe.model.moe import FeedForward, MoE
 from titan_moe.model.routing import Router, Routing
+
+Want = Literal["logits", "loss", "score", "routings"]
 
 
 class Block(nn.Module):
@@ -40,12 +44,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model. `logits, routings = model(tokens)`; forward writes no state.
+    """Decoder-only language model. `logits, routings = model(tokens)`, `ce_sum, routings = model(tokens, labels)`.
+
+    Forward writes no state.
 
     Layers `first_dense_layers, first_dense_layers + layer_freq, ...` are MoE layers when num_experts > 0, the others
     dense of width `ffn_dim`. `router` maps logits to a Routing and is needed when num_experts > 0. `expert_bias` gives
-    every MoE layer a bias that takes part in the choice of experts. Built on the meta device or any other, parameters
-    are undefined until `init_weights`. Raises ValueError for sizes that do not fit together.
+    every MoE layer a bias that takes part in the choice of experts. Where only the loss or the score is wanted, the
+    logits of `loss_chunk_tokens` tokens (0: of all) are in memory at once. Built on the meta device or any other,
+    parameters are undefined until `init_weights`. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
@@ -69,6 +76,7 @@ class Transformer(nn.Module):
         layer_freq: int = 1,
         router: Router | None = None,
         expert_bias: bool = False,
+        loss_chunk_tokens: int = 0,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -76,9 +84,10 @@ class Transformer(nn.Module):
         self.init_std, self.num_layers = init_std, num_layers
         self.head_dim, self.rope_theta = dim // num_heads, rope_theta
         self.rope: Callable[..., Rope] = rope_cos_sin  # replaced where a process has a part of each sequence
-        self.keeps_gathered = (
-            False  # set where parameters are sharded but stay gathered over the micro-batches of a step
-        )
+        # Parallelism sets it where parameters are sharded, but stay gathered over the micro-batches of a step.
+        self.keeps_gathered = False
+        self.loss_chunk_tokens = loss_chunk_tokens
+        self.softmax_ = softmax_  # replaced by the same compiled
         moe_layers = moe_layer_ids(num_layers, num_experts, first_dense_layers, layer_freq)
 
         def feed_forward(layer: int) -> FeedForward | MoE:
@@ -112,8 +121,15 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         self.output = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
 
-    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, tuple[Routing, ...]]:
-        """(B, S) int64 token ids -> (B, S, V) logits in the parameters' dtype, and one Routing per MoE layer."""
+    def forward(
+        self, tokens_BS: Tensor, labels_BS: Tensor | None = None, want: Want | None = None
+    ) -> tuple[Tensor | Score | None, tuple[Routing, ...]]:
+        """(B, S) int64 token ids -> what is wanted of the output head, and one Routing per MoE layer.
+
+        `want` is `logits` (B, S, V) in the parameters' dtype, the default without labels (B, S); `loss`, their summed
+        cross-entropy in nats, fp32, the default with labels; `score`, that and the number of tokens predicted, without
+        gradients; or `routings`, nothing (None). Labels of -100 do not count.
+        """
         rope = self.rope(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
         x_BSD = self.tok_embeddings(tokens_BS)
         routings = []
@@ -121,9 +137,18 @@ class Transformer(nn.Module):
             x_BSD, routing = layer(x_BSD, rope)
             if routing is not None:
                 routings.append(routing)
-        x_BSD = self.norm(x_BSD)
-        logits_BSV = F.linear(x_BSD, self.tok_embeddings.weight) if self.output is None else self.output(x_BSD)
-        return logits_BSV, tuple(routings)
+        want = want or ("logits" if labels_BS is None else "loss")
+        return None if want == "routings" else self._head(self.norm(x_BSD), labels_BS, want), tuple(routings)
+
+    def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score:
+        """The output head, which is the embedding once more or a matrix of its own, and what is made of its logits."""
+        weight_VD = self.tok_embeddings.weight if self.output is None else self.output.weight
+        if want == "logits":
+            return F.linear(x_BSD, weight_VD)
+        assert labels_BS is not None
+        reduce = score if want == "score" else linear_cross_entropy
+        x_TD, labels_T = x_BSD.flatten(0, 1), labels_BS.flatten()
+        return reduce(x_TD, weight_VD, labels_T, chunk_tokens=self.loss_chunk_tokens, softmax_=self.softmax_)
 
     def expert_biases(self) -> list[Tensor]:
         """Selection biases (E,) of the MoE layers, in order; empty when the model has none."""

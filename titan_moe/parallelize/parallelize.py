@@ -51,6 +51,7 @@ def parallelize(
         torch._dynamo.config.capture_scalar_outputs = True  # the split sizes of dispatch are numbers in the graph
         for name, block in model.layers.named_children():
             model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=True)))
+        model.softmax_ = torch.compile(model.softmax_, fullgraph=True)
     if mesh is not None:
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
         shard(model, mesh, policy, reshard_after_forward)

@@ -1,0 +1,124 @@
+"""Cross-entropy of an output head, a chunk of tokens at a time, so that the logits of all tokens are never in memory.
+
+The gradients are made in forward, where a chunk's logits are at hand, and backward only scales them: three products
+with the head, as many as with whole logits (Liger Kernel: Hsu et al., 2024). To make the logits again in backward (Cut
+Cross-Entropy: Wijmans et al., 2025) would take a fourth and save nothing here: at the start of backward, when all
+activations are in memory, the head's gradient has to be there in either case.
+
+Shapes: T tokens, C tokens of a chunk, D dim, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100  # a label that does not count, torch's convention
+
+Softmax = Callable[[Tensor, Tensor], Tensor]
+
+
+class Score(NamedTuple):
+    """Of the tokens whose label counts: cross-entropy summed, nats, fp32; tokens whose largest logit is the label's."""
+
+    ce_sum: Tensor
+    num_correct: Tensor
+
+
+def softmax_(logits_CV: Tensor, label_C1: Tensor) -> Tensor:
+    """Write the softmax of each row over it; return the log-probability of each row's label, (C, 1) fp32.
+
+    All is computed in fp32. Nothing beside the logits is as large as they are, but a copy where they are not fp32.
+    """
+    z_CV = logits_CV.float()
+    max_C1 = z_CV.amax(dim=-1, keepdim=True)
+    label_z_C1 = z_CV.gather(1, label_C1) - max_C1
+    p_CV = z_CV.sub_(max_C1).exp_()
+    sum_C1 = p_CV.sum(dim=-1, keepdim=True)
+    logits_CV.copy_(p_CV.div_(sum_C1))
+    return label_z_C1 - sum_C1.log()
+
+
+def linear_cross_entropy(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, chunk_tokens: int = 0, softmax_: Softmax = softmax_
+) -> Tensor:
+    """Cross-entropy of the logits x weight^T, summed over the labels that are not IGNORE; nats, a fp32 scalar.
+
+    Differentiable once by `x` and `weight`, whose gradients have their types; that of `weight` is added up in fp32
+    over chunks of `chunk_tokens` tokens (0: all in one) and rounded at the end. `softmax_` is the one of this file, or
+    the same compiled.
+    """
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, chunk_tokens, softmax_)
+    return score(x_TD, weight_VD, labels_T, chunk_tokens=chunk_tokens, softmax_=softmax_).ce_sum
+
+
+@torch.no_grad()
+def score(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, chunk_tokens: int = 0, softmax_: Softmax = softmax_
+) -> Score:
+    """`linear_cross_entropy` without gradients, and the number of tokens that are predicted."""
+    ce_sum = torch.zeros((), device=x_TD.device)
+    num_correct = torch.zeros((), dtype=torch.int64, device=x_TD.device)
+    for x_CD, labels_C in _chunks(chunk_tokens, x_TD, labels_T):
+        logits_CV = F.linear(x_CD, weight_VD)
+        num_correct += (logits_CV.argmax(-1) == labels_C).sum()  # no argmax is IGNORE
+        ce_sum += _cross_entropy_(logits_CV, labels_C, softmax_)
+        del logits_CV  # before the next chunk has any
+    return Score(ce_sum, num_correct)
+
+
+class _LinearCrossEntropy(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_tokens: int, softmax_: Softmax
+    ) -> Tensor:
+        ce_sum = torch.zeros((), device=x_TD.device)
+        grad_x_TD, grad_weight_VD = torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=torch.float32)
+        for x_CD, labels_C, grad_x_CD in _chunks(chunk_tokens, x_TD, labels_T, grad_x_TD):
+            grad_CV = F.linear(x_CD, weight_VD)  # the logits, until the next line
+            ce_sum += _cross_entropy_(grad_CV, labels_C, softmax_)
+
+            # Tokens that do not count are left out here, in rows of D numbers, where zeros in their gradient would be
+            # one more pass over V.
+            counts_C1 = (labels_C != IGNORE).unsqueeze(1)
+            torch.mm(grad_CV, weight_VD, out=grad_x_CD).mul_(counts_C1)
+            _add_product_(grad_weight_VD, grad_CV.t(), x_CD * counts_C1)
+            del grad_CV  # before the next chunk has any
+        ctx.save_for_backward(grad_x_TD, grad_weight_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return ce_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ce: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyrefly: ignore
+        grad_x_TD, grad_weight_VD = ctx.saved_tensors
+        return grad_x_TD * grad_ce, (grad_weight_VD * grad_ce).to(ctx.weight_dtype), None, None, None
+
+
+def _cross_entropy_(logits_CV: Tensor, labels_C: Tensor, softmax_: Softmax) -> Tensor:
+    """Sum the cross-entropy of the tokens that count, fp32; over the logits is written each token's gradient by them.
+
+    It is softmax - one_hot, for a token that does not count of some label.
+    """
+    label_C1 = labels_C.clamp(min=0).unsqueeze(1)
+    log_p_C1 = softmax_(logits_CV, label_C1)
+    logits_CV.scatter_(1, label_C1, log_p_C1.expm1().to(logits_CV.dtype))
+    return -torch.where(labels_C == IGNORE, 0.0, log_p_C1.squeeze(1)).sum()
+
+
+def _chunks(chunk_tokens: int, *tensors_T: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    size = chunk_tokens or max(1, len(tensors_T[0]))
+    return zip(*(tensor.split(size) for tensor in tensors_T), strict=True)
+
+
+def _add_product_(sum_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
+    """Add a b, of bf16 or fp32 matrices, to a fp32 sum, without rounding the product to bf16 before."""
+    if sum_VD.is_cuda and a_VC.dtype != torch.float32:
+        sum_VD += torch.mm(a_VC, b_CD, out_dtype=torch.float32)
+    else:  # a CPU has no such product
+        torch.addmm(sum_VD, a_VC.float(), b_CD.float(), out=sum_VD)
