@@ -10,7 +10,7 @@ from tests.cases import Case
 from tests.dist.harness import run_ranks
 from tests.dist.layouts import LAYOUTS, on_meta, place
 from tests.invariance import assert_same, outcome, start
-from tests.tiny import own_part, batch, tiny_model, whole_logits
+from tests.tiny import batch, own_part, tiny_model, whole_logits
 from titan_moe.step import evaluate
 
 BALANCED = [Case("aux_loss", {}), Case("z_loss", {}), Case("loss_free", {})]
