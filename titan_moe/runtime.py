@@ -131,6 +131,8 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # a pass over all memory that is made, and nothing here reads what it has not written
+        torch._C._set_deterministic_fill_uninitialized_memory(False)
         torch.backends.cudnn.benchmark = False
 
 
