@@ -71,7 +71,10 @@ GRACE_SECONDS = 60
 
 
 def init_process_group(runtime: Runtime, timeout_seconds: int) -> None:
-    """Start the default process group: gloo on a CPU, NCCL (with gloo for CPU tensors) on GPUs."""
+    """Start the default process group: gloo on a CPU, NCCL (with gloo for CPU tensors) on GPUs, one a process."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if runtime.device.type == "cuda" and processes > gpus:
+        raise ValueError(f"{processes} processes for the {gpus} GPU(s) that torch sees: set --nproc_per_node {gpus}")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder's last collectives
     backend = "cuda:nccl,cpu:gloo" if runtime.device.type == "cuda" else "gloo"
     if runtime.device.type == "cuda":
