@@ -112,7 +112,7 @@ def metrics(name: str) -> tuple[Side, Side]:
         def record() -> None:
             lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
             line = {"step": 1, "num_tokens": 1, "data_seconds": 0.0, **train_record(model, latest[-1], lrs)}
-            flush(sink, [line | speed_record(config, model, runtime, BATCH * SEQ, 1.0)])
+            flush(sink, [line | speed_record(config, model, runtime, BATCH * SEQ, lambda: 1.0)])
 
         def step(tokens: Tensor) -> None:
             with mock.patch.object(step_module, "router_sums", sums):

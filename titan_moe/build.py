@@ -115,6 +115,7 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
         dp_rank=rt.rank // degrees.per_sequence,
         dp_degree=degrees.data,
         positions=own_positions(training.seq_len, rt.rank, degrees),
+        device=rt.device,
         num_workers=data.num_workers,
         validation_fraction=data.validation_fraction,
         validation_path=data.validation_path,

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import torch
+
 from titan_moe import runtime
 from titan_moe.checkpoint import load_model, resolve_checkpoint
 from titan_moe.config import Config, load_config
 from titan_moe.data.build import Batches, build_data, build_validation, token_bytes
+from titan_moe.data.loader import CPU
 from titan_moe.data.tokenizer import load_tokenizer
 from titan_moe.metrics import eval_metrics, to_numbers
 from titan_moe.parallelize.parallelize import DTYPES, move_for_inference
@@ -48,7 +51,7 @@ def main(args: list[str]) -> int:
     tokenizer = str(step_folder / "tokenizer.json")
     output = evaluate(
         move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param]),
-        validation_batches(config, tokenizer, files),
+        validation_batches(config, tokenizer, files, rt.device),
         token_bytes(load_tokenizer(tokenizer)).to(rt.device),
     )
     for name, value in to_numbers([eval_metrics(output)])[0].items():
@@ -76,8 +79,8 @@ def evaluation_config(step_folder: Path, overrides: list[str]) -> tuple[Config, 
     return config, config.data.path if "data.path" in given else []
 
 
-def validation_batches(config: Config, tokenizer: str, files: list[str]) -> Batches:
-    """Iterate over `files`, or over the run's validation data where there are none."""
+def validation_batches(config: Config, tokenizer: str, files: list[str], device: torch.device = CPU) -> Batches:
+    """Iterate over `files`, or over the run's validation data where there are none, on `device`."""
     data, training, validation = config.data, config.training, config.validation
     folder = data.cache_folder or str(runtime.user_cache_folder())
     if files:
@@ -88,6 +91,7 @@ def validation_batches(config: Config, tokenizer: str, files: list[str]) -> Batc
             steps=validation.steps,
             local_batch_size=validation.local_batch_size,
             cache_folder=folder,
+            device=device,
         )()
     made = build_data(
         dataset=data.dataset,
@@ -102,6 +106,7 @@ def validation_batches(config: Config, tokenizer: str, files: list[str]) -> Batc
         validation_steps=validation.steps,
         validation_local_batch_size=validation.local_batch_size,
         cache_folder=folder,
+        device=device,
     )
     if made.validation is None:
         raise ValueError("the run held out no validation data: give files by --data.path")

@@ -43,9 +43,9 @@ def margin_counts(routing: Routing, expert_bias_E: Tensor) -> Tensor:
 
 def quantile_shift(counts: Tensor) -> Tensor:
     """The change of each expert's bias, (..., E), from `margin_counts` (..., E, M + 1) of a step: linear in a bin."""
-    counts_M, load = counts[..., :-1].double(), counts[..., -1].double()
+    counts_M, load = counts[..., :-1].long(), counts[..., -1].double()
     target = load.mean(-1, keepdim=True).unsqueeze(-1)  # an even share of the step's choices
-    cumulative_M = counts_M.cumsum(-1)
+    cumulative_M = counts_M.cumsum(-1)  # of integers: CUDA has no deterministic sum of this kind for floats
     bin_1 = (cumulative_M < target).sum(-1, keepdim=True).clamp(max=BINS - 1)
     inside = counts_M.gather(-1, bin_1)
     below = cumulative_M.gather(-1, bin_1) - inside

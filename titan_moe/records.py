@@ -1,6 +1,6 @@
 """Records of a run: the flat dicts that sinks get, and what the user is told about the model at the start."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from titan_moe.parallelize.grad import param_norm
 from titan_moe.runtime import Runtime, logger
 from titan_moe.sinks import Sink
 
-Record = dict[str, Any]  # its tensors may still be on the device
+Record = dict[str, Any]  # its tensors may still be on the device; functions give values that are known when it is done
 NONFINITE = "nonfinite"  # never written
 
 
@@ -51,10 +51,11 @@ def train_record(
     return record
 
 
-def speed_record(config: Config, model: Transformer, rt: Runtime, step_tokens: int, seconds: float) -> Record:
-    """What a `train` line says of the step's cost; MFU where the device's peak is known."""
-    tokens_per_second = step_tokens / seconds
-    record: Record = {"tokens_per_second": tokens_per_second, "step_seconds": seconds}
+def speed_record(
+    config: Config, model: Transformer, rt: Runtime, step_tokens: int, seconds: Callable[[], float]
+) -> Record:
+    """What a `train` line says of the step's cost, once its `seconds` are asked for; MFU where the peak is known."""
+    record: Record = {"tokens_per_second": lambda: step_tokens / seconds(), "step_seconds": seconds}
     record["peak_memory_gib"] = runtime.peak_memory_gib(rt.device)
     peak = runtime.peak_flops(rt.device)
     if peak is not None:
@@ -64,7 +65,7 @@ def speed_record(config: Config, model: Transformer, rt: Runtime, step_tokens: i
             dim=config.model.dim,
             seq_len=config.training.seq_len,
         )
-        record["mfu"] = tokens_per_second * flops / (peak * rt.world_size)
+        record["mfu"] = lambda: step_tokens * flops / (seconds() * peak * rt.world_size)
     return record
 
 
@@ -84,7 +85,7 @@ def flush(sinks: Sink, pending: list[Record], moe_layers: Sequence[str] = ()) ->
     """
     for record in to_numbers(pending):
         nonfinite = record.pop(NONFINITE, None)
-        sinks.write(record)
+        sinks.write({key: value() if callable(value) else value for key, value in record.items()})
         if nonfinite is not None and nonfinite.any():
             names = ", ".join(name for name, flag in zip(moe_layers, nonfinite.tolist(), strict=True) if flag)
             raise ValueError(

@@ -71,7 +71,10 @@ GRACE_SECONDS = 60
 
 
 def init_process_group(runtime: Runtime, timeout_seconds: int) -> None:
-    """Start the default process group: gloo on a CPU, NCCL (with gloo for CPU tensors) on GPUs."""
+    """Start the default process group: gloo on a CPU, NCCL (with gloo for CPU tensors) on GPUs, one a process."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if runtime.device.type == "cuda" and processes > gpus:
+        raise ValueError(f"{processes} processes for the {gpus} GPU(s) that torch sees: set --nproc_per_node {gpus}")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder's last collectives
     backend = "cuda:nccl,cpu:gloo" if runtime.device.type == "cuda" else "gloo"
     if runtime.device.type == "cuda":
@@ -131,6 +134,8 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # a pass over all memory that is made, and nothing here reads what it has not written
+        torch._C._set_deterministic_fill_uninitialized_memory(False)
         torch.backends.cudnn.benchmark = False
 
 

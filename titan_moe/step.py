@@ -114,8 +114,7 @@ def eval_step(model: nn.Module, tokens: Tensor, labels: Tensor, token_bytes: Ten
 
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor) -> EvalOutput:
     """Sums over all validation batches of all ranks, each of which must have the same number of batches."""
-    device = token_bytes.device
-    outputs = [eval_step(model, tokens.to(device), labels.to(device), token_bytes) for tokens, labels in batches]
+    outputs = [eval_step(model, tokens, labels, token_bytes) for tokens, labels in batches]
     reshard(model)
     return EvalOutput(*(all_reduce_sum(sum_tensors(field)) for field in zip(*outputs, strict=True)))
 

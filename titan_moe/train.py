@@ -23,7 +23,7 @@ from titan_moe.metrics import eval_metrics
 from titan_moe.optimizer.build import set_lr
 from titan_moe.parallelize.sequence import own_positions
 from titan_moe.probe import balance_tax, of_whole_sequences, routing_choices, routing_drift
-from titan_moe.profiling import profiler
+from titan_moe.profiling import profiler, start_timer
 from titan_moe.records import Record, flush, moe_layer_names, speed_record, train_record
 from titan_moe.runtime import StopRequest, logger
 from titan_moe.sinks import Sink, console, fan_out, jsonl, summary, tensorboard, wandb
@@ -120,10 +120,9 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
         freq=profiling.profile_freq,
     ) as profile_step:
         for step in range(start + 1, steps + 1):
-            watch.step, begin = step, time.perf_counter()
+            watch.step, begin, stop_timer = step, time.perf_counter(), start_timer(rt.device)
             micro_batches = [next(batches) for _ in range(job.accumulation)]
             data_seconds = time.perf_counter() - begin
-            micro_batches = [(tokens.to(rt.device), labels.to(rt.device)) for tokens, labels in micro_batches]
             lrs = set_lr(job.optimizer, job.base_lrs, job.schedule(step))
             runtime.seed_step(config.training.seed, step, rt.rank)
             output = train_step(
@@ -137,7 +136,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
                 measure_experts=is_due(step, config.metrics.expert_stats_freq),
                 sequence_group=job.sequence_group,
             )
-            seconds = time.perf_counter() - begin
+            seconds = stop_timer()
             step_tokens = rt.world_size * sum(labels.numel() for _, labels in micro_batches)
             num_tokens += step_tokens
             record = {"step": step, "num_tokens": num_tokens, "data_seconds": data_seconds}
@@ -185,7 +184,7 @@ def probe(job: Job) -> Tensor | None:
     if not job.config.moe.num_experts:
         return None
     tokens, labels = next(iter(job.data.validation()))
-    choices = routing_choices(job.model, tokens.to(job.runtime.device), labels.to(job.runtime.device))
+    choices = routing_choices(job.model, tokens, labels)
     rank, world = job.runtime.rank, job.runtime.world_size
     positions = own_positions(job.config.training.seq_len, rank, degrees_of(job.config, world))
     return choices if positions is None else of_whole_sequences(choices, positions, len(tokens), job.sequence_group)

@@ -21,6 +21,7 @@ def _process_as_before() -> Iterator[None]:
         STARTED.pop().kill()
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_fill_uninitialized_memory(True)
     logger.handlers, logger.propagate = before[:2]
     logger.setLevel(before[2])
     for number, handler in zip(numbers, handlers, strict=True):

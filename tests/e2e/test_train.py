@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.e2e.conftest import Arguments
@@ -222,6 +223,7 @@ def test_deterministic_algorithms(train: Train, tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     losses = [[record["loss"] for record in records(tmp_path / name)] for name in ("plain", "deterministic")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert not torch._C._get_deterministic_fill_uninitialized_memory()
 
 
 @pytest.mark.slow

@@ -142,7 +142,8 @@ def test_evaluation_equals_that_of_a_cpu(experts: int) -> None:
     model = tiny_model(router, num_experts=experts, ffn_dim=64)
     model.init_weights(0)
     want = evaluate(model, [batch(9)], torch.ones(64))
-    got = evaluate(model.to(DEVICE), [batch(9)], torch.ones(64, device=DEVICE))
+    tokens, labels = (part.to(DEVICE) for part in batch(9))
+    got = evaluate(model.to(DEVICE), [(tokens, labels)], torch.ones(64, device=DEVICE))
     for name, value in want._asdict().items():
         torch.testing.assert_close(getattr(got, name).cpu(), value, rtol=1e-4, atol=1e-5, msg=name)
 

@@ -1,11 +1,13 @@
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_moe.data import loader
 from titan_moe.data.cache import TokenFile
@@ -14,11 +16,13 @@ from titan_moe.data.loader import (
     WindowBatches,
     merge_states,
     num_windows,
+    on_device,
     permute,
     validation_batches,
     window_loader,
 )
 
+AWAY = torch.device("meta")  # stands for a GPU
 SEQ_LEN = 4
 GLOBAL = 12
 Rows = list[list[int]]
@@ -32,10 +36,17 @@ def file(tmp_path: Path) -> TokenFile:
 
 
 def make(
-    file: TokenFile, rank: int = 0, degree: int = 1, local: int = GLOBAL, *, workers: int = 0, seed: int = 3
+    file: TokenFile,
+    rank: int = 0,
+    degree: int = 1,
+    local: int = GLOBAL,
+    *,
+    workers: int = 0,
+    seed: int = 3,
+    device: torch.device = loader.CPU,
 ) -> TrainLoader:
     batches = WindowBatches(file, seq_len=SEQ_LEN, seed=seed, local_batch_size=local, dp_rank=rank, dp_degree=degree)
-    return TrainLoader(lambda state: window_loader(batches, workers, state), "data")
+    return TrainLoader(lambda state: window_loader(batches, workers, device, state), "data", device=device)
 
 
 def take(train: TrainLoader, count: int) -> list[Rows]:
@@ -165,6 +176,104 @@ def test_the_loader_leaves_the_random_numbers_alone(file: TokenFile, workers: in
 def test_workers_do_not_print(file: TokenFile, capfd: pytest.CaptureFixture[str]) -> None:
     take(make(file, workers=2), 3)
     assert capfd.readouterr() == ("", "")
+
+
+class Pinned:
+    """What went into pinned memory, and by which threads."""
+
+    def __init__(self) -> None:
+        self.rows: list[Rows] = []
+        self.threads: set[int] = set()
+
+    def note(self, tensor: torch.Tensor) -> None:
+        self.rows.append(tensor.tolist())
+        self.threads.add(threading.get_ident())
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> Pinned:
+    """Pinned memory without CUDA: tokens, labels, tokens, labels, ..."""
+    found = Pinned()
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        found.note(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    return found
+
+
+class Copies(TorchDispatchMode):
+    """Copies to the device, and those of them that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.waits = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == AWAY:
+            self.all += 1
+            self.waits += not kwargs.get("non_blocking")
+        return func(*args, **kwargs)
+
+
+def test_a_gpu_gets_its_batches_without_waiting(file: TokenFile, pinned: Pinned) -> None:
+    """The same batches, one ahead, read by another thread, in copies that the host does not wait for."""
+    expected = take(make(file), 5)
+    batches, copies = iter(make(file, device=AWAY)), Copies()
+    with copies:
+        found = [next(batches) for _ in range(4)]
+    assert (copies.all, copies.waits) == (8, 0)
+    assert all(part.device == AWAY and part.shape == (GLOBAL, SEQ_LEN) for pair in found for part in pair)
+    batches.close()  # waits for what is being read
+    assert pinned.rows[::2] == expected
+    assert len(pinned.threads) == 1
+    assert threading.get_ident() not in pinned.threads
+
+
+def test_the_position_is_not_that_of_batches_read_ahead(file: TokenFile, pinned: Pinned) -> None:
+    expected = take(make(file, 1, 2, 3), 9)
+    first = make(file, 1, 2, 3, device=AWAY)
+    batches = iter(first)
+    for count in range(1, 5):
+        next(batches)
+        assert first.state_dict()["sequences"] == count * 6
+    batches.close()
+    second = make(file, 1, 2, 3, device=AWAY)
+    second.load_state_dict(first.state_dict())
+    pinned.rows.clear()
+    again = iter(second)
+    for _ in range(4):
+        next(again)
+    again.close()
+    assert pinned.rows[::2] == expected[4:]
+
+
+def test_a_reader_that_fails_does_so_at_its_batch(pinned: Pinned) -> None:
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        yield torch.zeros(2, 4), torch.zeros(2, 4)
+        raise ValueError("no more")
+
+    found = on_device(batches(), AWAY, torch.tensor([1, 3]))
+    assert [part.shape for part in next(found)] == [(2, 2), (2, 2)]
+    with pytest.raises(ValueError, match="no more"):
+        next(found)
+
+
+def test_the_last_batches_come_too(pinned: Pinned) -> None:
+    pairs = [(torch.full((1, 2), i), torch.full((1, 2), -i)) for i in range(3)]
+    assert len(list(on_device(pairs, AWAY))) == 3
+    assert list(on_device([], AWAY)) == []
+
+
+@pytest.mark.slow
+def test_workers_beside_a_gpu_are_not_forked(file: TokenFile) -> None:
+    batches = WindowBatches(file, seq_len=SEQ_LEN, seed=3, local_batch_size=GLOBAL, dp_rank=0, dp_degree=1)
+    made = window_loader(batches, 1, AWAY, {})
+    assert made.multiprocessing_context.get_start_method() == "spawn"
+    found = [tokens.tolist() for tokens, _, _ in itertools.islice(made, 3)]
+    assert found == take(make(file), 3)
 
 
 def validate(file: TokenFile, degree: int, local: int, steps: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:

@@ -13,11 +13,12 @@ from titan_moe.data import hub
 from titan_moe.data.cache import TokenCache, TokenFile, build_cache
 from titan_moe.data.corpus import Split, corpus_tokenizer, make_corpus, make_split
 from titan_moe.data.loader import (
+    CPU,
     TrainLoader,
     WindowBatches,
-    at_positions,
     make_loader,
     num_windows,
+    on_device,
     validation_batches,
     window_loader,
 )
@@ -91,6 +92,7 @@ def build_data(
     progress: bool = True,
     endpoint: str = hub.HUB_ENDPOINT,
     positions: Tensor | None = None,
+    device: torch.device = CPU,
 ) -> Data:
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
@@ -98,7 +100,7 @@ def build_data(
     files of `validation_path`, else `validation_fraction` of the documents, chosen by the hash of their content. On
     every node the one process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size`
     of -1 is one without accumulation. Where ranks have parts of sequences, `positions` (S',) are those of this rank,
-    and batches are (B, S'). Errors: ValueError and OSError of one line.
+    and batches are (B, S'). They come on `device`. Errors: ValueError and OSError of one line.
     """
     size, local_batch_size = resolve_batch_sizes(global_batch_size, local_batch_size, dp_degree)
     if not 0 <= validation_fraction < 1:
@@ -115,17 +117,18 @@ def build_data(
     where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     batch = {**where, "seed": seed, "local_batch_size": local_batch_size}
     if isinstance(made.train, _Stream):
-        make = partial(_stream_loader, made, batch, size, num_workers)
+        make = partial(_stream_loader, made, batch, size, num_workers, device)
     else:
         _check_length(made.train, seq_len, "data.path")
-        make = partial(window_loader, WindowBatches(made.train, **batch), num_workers)
+        make = partial(window_loader, WindowBatches(made.train, **batch), num_workers, device)
     validation = None
     if made.validation is not None:
         key = "data.validation_path" if validation_path else f"data.validation_fraction ({fraction})"
         _check_length(made.validation, seq_len, key)
         share = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
-        validation = partial(_at, positions, partial(validation_batches, made.validation, **where, **share))
-    loader = TrainLoader(make, f"{made.fingerprint}-{made.tokenizer.fingerprint}-{seq_len}", positions)
+        held_out = partial(validation_batches, made.validation, **where, **share)
+        validation = partial(_batches_on, device, positions, held_out)
+    loader = TrainLoader(make, f"{made.fingerprint}-{made.tokenizer.fingerprint}-{seq_len}", positions, device)
     return Data(made.tokenizer, loader, validation, {"data": made.fingerprint, "tokenizer": made.tokenizer.fingerprint})
 
 
@@ -143,8 +146,9 @@ def build_validation(
     barrier: Callable[[], object] | None = None,
     progress: bool = True,
     endpoint: str = hub.HUB_ENDPOINT,
+    device: torch.device = CPU,
 ) -> Callable[[], Batches]:
-    """Return what makes an iterator over all the documents of some files, to evaluate a model on them."""
+    """Return what makes an iterator over all the documents of some files, to evaluate a model on `device` on them."""
 
     def work() -> TokenCache:
         corpus = make_corpus([], find_files(path), fraction=0.0, folder=cache_folder)
@@ -154,13 +158,12 @@ def build_validation(
     file = in_turn(work, is_main, barrier).validation
     _check_length(file, seq_len, "data.path")
     where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
-    return partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **where)
+    batches = partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **where)
+    return partial(_batches_on, device, None, batches)
 
 
-def _at(positions: Tensor | None, make: Callable[[], Batches]) -> Batches:
-    """The batches of `make`, of each sequence the tokens and labels at these positions."""
-    for tokens, labels in make():
-        yield at_positions(tokens, positions), at_positions(labels, positions)
+def _batches_on(device: torch.device, positions: Tensor | None, make: Callable[[], Batches]) -> Batches:
+    yield from on_device(make(), device, positions)
 
 
 def token_bytes(tokenizer: Tokenizer) -> Tensor:
@@ -211,14 +214,14 @@ def _check_length(file: TokenFile, seq_len: int, key: str) -> None:
 
 
 def _stream_loader(
-    made: _Prepared, batch: dict[str, Any], size: int, num_workers: int, state: dict[str, Any]
+    made: _Prepared, batch: dict[str, Any], size: int, num_workers: int, device: torch.device, state: dict[str, Any]
 ) -> StatefulDataLoader:
     stream = made.train
     assert isinstance(stream, _Stream)
     check_lanes(state, size)
     text = made.tokenizer.to_json()
     batches = LaneBatches(stream.dataset, text, stream.split, global_batch_size=size, state=state, **batch)
-    return make_loader(batches, min(num_workers, 1))  # a lane is one line of documents: it has one reader
+    return make_loader(batches, min(num_workers, 1), device)  # a lane is one line of documents: it has one reader
 
 
 def _prepare_files(want: _Wanted) -> _Prepared:

@@ -13,7 +13,8 @@ import hashlib
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from titan_moe.data.processes import outlive_signals
 
 IGNORE = -100  # label of what is no token of the data, as in torch.nn.functional.cross_entropy
 ROUNDS = 6
+CPU = torch.device("cpu")
 ORDER_CHUNK = 1024  # positions permuted at once: a call costs as much as a hundred positions do
 log = logging.getLogger(__name__)
 
@@ -113,7 +115,9 @@ class WindowBatches(Dataset):
         return *read_windows(self.file, windows, self.seq_len), {"sequences": consumed}
 
 
-def window_loader(batches: WindowBatches, num_workers: int, state: dict[str, Any]) -> StatefulDataLoader:
+def window_loader(
+    batches: WindowBatches, num_workers: int, device: torch.device, state: dict[str, Any]
+) -> StatefulDataLoader:
     """Make the loader that goes on after `state["sequences"]` sequences; what lies before them is not read."""
     together = batches.dp_degree * batches.local_batch_size
     first, rest = divmod(state.get("sequences", 0), together)
@@ -122,11 +126,15 @@ def window_loader(batches: WindowBatches, num_workers: int, state: dict[str, Any
             f"the saved data position ({state['sequences']} sequences) is no multiple of local_batch_size x "
             f"data-parallel ranks ({together}): resume with the batch size and number of processes of the saved run"
         )
-    return make_loader(batches, num_workers, sampler=itertools.count(first))
+    return make_loader(batches, num_workers, device, sampler=itertools.count(first))
 
 
-def make_loader(dataset: Any, num_workers: int, sampler: Any = None) -> StatefulDataLoader:
-    """Make a loader of ready-made batches; its own generator keeps it from drawing on the run's random numbers."""
+def make_loader(dataset: Any, num_workers: int, device: torch.device, sampler: Any = None) -> StatefulDataLoader:
+    """Make a loader of ready-made batches; its own generator keeps it from drawing on the run's random numbers.
+
+    Beside a GPU its workers are fresh interpreters: a fork gets the locks of CUDA and NCCL, but not the threads that
+    hold them. (A fork server would be ended by signals to the whole group, and its workers with it.)
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
         return StatefulDataLoader(
@@ -138,11 +146,41 @@ def make_loader(dataset: Any, num_workers: int, sampler: Any = None) -> Stateful
             generator=torch.Generator().manual_seed(0),
             worker_init_fn=outlive_signals,
             prefetch_factor=4 if num_workers else None,
+            multiprocessing_context="spawn" if num_workers and device.type != "cpu" else None,
         )
 
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def on_device(
+    batches: Iterable[tuple[Any, ...]], device: torch.device, positions: Tensor | None = None
+) -> Iterator[tuple[Any, ...]]:
+    """Yield batches (tokens, labels, more) with both on `device`, of each sequence the `positions`: (B, S) -> (B, S').
+
+    While a GPU works on a batch, a thread reads the next one into pinned memory. From there it is copied in the order
+    of the GPU's other work, and neither waits for the other. On a CPU nothing is read ahead.
+    """
+    own = (
+        (at_positions(tokens, positions), at_positions(labels, positions), *more) for tokens, labels, *more in batches
+    )
+    if device.type == "cpu":
+        yield from own
+        return
+    with ThreadPoolExecutor(1, "batches") as thread:
+        coming = thread.submit(_read_pinned, own)
+        while (batch := coming.result()) is not None:
+            coming = thread.submit(_read_pinned, own)
+            tokens, labels, *more = batch
+            yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True), *more
+
+
+def _read_pinned(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...] | None:
+    """The next batch, None after the last. A copy from pageable memory would make the host wait for the GPU."""
+    for tokens, labels, *more in batches:
+        return tokens.pin_memory(), labels.pin_memory(), *more
+    return None
 
 
 class TrainLoader:
@@ -158,16 +196,17 @@ class TrainLoader:
         make: Callable[[dict[str, Any]], StatefulDataLoader],
         fingerprint: str,
         positions: Tensor | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        self._make, self._fingerprint, self._positions = make, fingerprint, positions
+        self._make, self._fingerprint, self._positions, self._device = make, fingerprint, positions, device
         self._state: dict[str, Any] = {"sequences": 0}
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches (B, S) from the current position on; of each sequence the `positions` that were asked for."""
-        for tokens, labels, after in self._make(self._state):
+        """Yield batches (B, S) on `device` from the current position on, of each sequence the `positions` asked for."""
+        for tokens, labels, after in on_device(self._make(self._state), self._device, self._positions):
             lanes = {**self._state.get("lanes", {}), **after.get("lanes", {})}
             self._state = {**after, "lanes": lanes} if lanes else after
-            yield at_positions(tokens, self._positions), at_positions(labels, self._positions)
+            yield tokens, labels
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch handed out: plain numbers, strings, lists and dicts."""

@@ -1,0 +1,210 @@
+"""Whole steps on a GPU that is not there: fake tensors of a device that this process makes up.
+
+`test_fake_gpu.py` runs this file in a process of its own, because a device can't be taken back. What would fail or wait
+on a real GPU fails here: tensors on two devices, a tensor made or brought elsewhere, a value read on the host, a shape
+that depends on values, and operators that CUDA refuses under `training.deterministic`.
+"""
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as make_device
+
+from tests.cases import OPTIMIZER_NAMES, ROUTER_CASES, Case, cases, takes_bias
+from tests.tiny import SEQ, VOCAB, balancers, tiny_model
+from titan_moe.balancer import BALANCERS
+from titan_moe.metrics import StepOutput, eval_metrics
+from titan_moe.model.decode import empty_cache, extend
+from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.parallelize.parallelize import parallelize
+from titan_moe.probe import balance_tax, routing_choices
+from titan_moe.records import train_record
+from titan_moe.step import Balancers, eval_step, train_step
+from titan_moe.watch import where
+
+aten = torch.ops.aten
+make_device("fake_gpu")
+torch.get_device_module("fake_gpu").get_amp_supported_dtype = lambda: [torch.bfloat16]  # asked for by checkpointing
+DEVICE = torch.device("fake_gpu", 0)
+FAKE = FakeTensorMode()  # one for all tests: the package keeps some tensors for ever
+SIZES = {"dim": 64, "num_kv_heads": 2, "ffn_dim": 64, "expert_dim": 64}
+ROUTERS = [case for case in ROUTER_CASES if case.arguments.get("assignment") != "exact"]  # that is solved on the host
+MATRIX_OPTIMIZERS = [name for name in OPTIMIZER_NAMES if name != "adamw"]
+
+# Fused updates have no fake form: what is left to check is that all their tensors are on the device.
+FUSED = {aten._fused_adamw_, aten._fused_sgd_}
+# Of the operators that torch.use_deterministic_algorithms lists as errors on CUDA, those that are not of images.
+NONDETERMINISTIC = {
+    *(aten.bincount, aten.histc, aten.kthvalue, aten.median, aten.nll_loss2d_forward),
+    *(aten.index_reduce, aten.index_reduce_, aten.put, aten.put_),
+}
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Refuses what leaves the device; values that are read on the host are 1, and `reads` notes where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        kwargs, packet = kwargs or {}, func.overloadpacket
+        if packet is aten._local_scalar_dense:
+            if args[0].device.type == "cpu":
+                return 1
+            self.reads.append(f"{func} {where(threading.current_thread())}")
+            return 1
+
+        in_floats = packet in (aten.cumsum, aten.cumsum_) and args[0].is_floating_point()
+        multiplies = packet in (aten.scatter_reduce, aten.scatter_reduce_) and "prod" in args
+        if packet in NONDETERMINISTIC or in_floats or multiplies:
+            raise AssertionError(f"{func} {where(threading.current_thread())} is not deterministic on CUDA")
+
+        result = None if packet in FUSED else func(*args, **kwargs)
+        for tensor in tree_leaves((args, kwargs, result)):
+            if isinstance(tensor, Tensor) and tensor.dim() and tensor.device != DEVICE:
+                raise AssertionError(f"{func} {where(threading.current_thread())}: a tensor on {tensor.device}")
+        return result
+
+
+@contextmanager
+def on_the_device(reads: int = 0) -> Iterator[None]:
+    """Nothing leaves the device in the block, but for so many values that are read on the host."""
+    with OnTheDevice() as mode:
+        yield
+    assert len(mode.reads) == reads, mode.reads
+
+
+@pytest.fixture(autouse=True)
+def _fake() -> Iterator[None]:
+    """Every tensor of a test is fake. Backward runs in the test's own thread, where the modes are."""
+    with torch.autograd.set_multithreading_enabled(False), FAKE:
+        yield
+
+
+def build(
+    router: str | Case | None = "topk_softmax", *, dtype: torch.dtype = torch.float32, **options: Any
+) -> Transformer:
+    model = tiny_model(router, device=str(DEVICE), **{**SIZES, **options})
+    for parameter in model.parameters():  # not by model.to(), which can't swap fake tensors that are tied
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    tokens = torch.zeros(4, SEQ, dtype=torch.int64, device=DEVICE)
+    return tokens, tokens
+
+
+def make_optimizer(model: nn.Module, name: str = "adamw", **of_experts: Any) -> torch.optim.Optimizer:
+    groups = parameter_groups(model.named_parameters(), {"expert": of_experts} if of_experts else {})
+    return OPTIMIZERS[name](groups, lr=1e-3)
+
+
+def steps(
+    model: Transformer,
+    own: Balancers | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    micro_batches: int = 1,
+    reads: int = 0,
+    **options: Any,
+) -> StepOutput:
+    """Two steps and their records: the optimizer's state is made in the first."""
+    own = (balancers() if model.expert_biases() else {}) if own is None else own
+    optimizer = optimizer or make_optimizer(model)
+    lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    options |= {"max_norm": 1.0}
+    for _ in range(2):
+        with on_the_device(reads):
+            output = train_step(model, [batch()] * micro_batches, optimizer, own, model.expert_biases(), **options)
+            train_record(model, output, lrs)
+    return output
+
+
+def evaluation(model: Transformer) -> None:
+    batches, token_bytes = batch(), torch.ones(VOCAB, device=DEVICE)
+    with on_the_device():
+        eval_metrics(eval_step(model, *batches, token_bytes))
+
+
+@pytest.mark.parametrize("case", ROUTERS, ids=str)
+def test_router(case: Case) -> None:
+    model = build(case)
+    steps(model, balancers(takes_bias(case.name)))
+    evaluation(model)
+
+
+@pytest.mark.parametrize("router", ["topk_softmax", "sigmoid", "expert_choice"])
+def test_accumulation_in_bf16(router: str) -> None:
+    steps(build(router, dtype=torch.bfloat16), balancers(takes_bias(router)), micro_batches=2)
+
+
+@pytest.mark.parametrize("case", cases(BALANCERS, extra={"loss_free": [{"decay_ratio": 1.0}]}), ids=str)
+def test_balancer(case: Case) -> None:
+    own = {case.name: (0.1, BALANCERS[case.name](**case.arguments))}
+    steps(build(), own, progress=0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"router": None, "num_experts": 0},
+        {"num_shared_experts": 1, "first_dense_layers": 1},
+        {"qk_norm": True, "tie_embeddings": False},
+    ],
+    ids=["dense", "shared", "untied"],
+)
+def test_model(options: dict[str, Any]) -> None:
+    model = build(**options)
+    steps(model)
+    evaluation(model)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_checkpointed_activations(mode: str) -> None:
+    model = build()
+    options = {"param_dtype": torch.float32, "reduce_dtype": torch.float32, "compile_blocks": False, "seq_len": SEQ}
+    parallelize(model, mesh=None, checkpoint_mode=mode, **options)
+    steps(model)
+
+
+@pytest.mark.parametrize("load_lr", [{}, {"load_lr": "batch_fraction"}], ids=["", "load_lr"])
+def test_adamw(load_lr: dict[str, Any]) -> None:
+    model = build()
+    steps(model, optimizer=make_optimizer(model, **expand_load_lr(load_lr, top_k=2)), measure_experts=True)
+
+
+@pytest.mark.parametrize("of_experts", [{}, {"load_lr": "batch_fraction", "matmul_dtype": "bfloat16"}], ids=["", "all"])
+@pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
+def test_matrix_optimizer(name: str, of_experts: dict[str, Any]) -> None:
+    """They read one number a step: whether the gradients' norm is finite."""
+    model = build()
+    optimizer = make_optimizer(model, name, **expand_load_lr(of_experts, top_k=2))
+    steps(model, optimizer=optimizer, measure_experts=True, reads=1)
+
+
+def test_probes() -> None:
+    """The choices go to the host, by design; the balance tax is timed there, and nothing else."""
+    model = build("topk_softmax")
+    routing_choices(model, *batch())
+    with on_the_device():
+        balance_tax(model, *batch(), repeats=1)
+
+
+def test_decoding() -> None:
+    model = build()
+    tokens, first, rows = batch()[0][:3, :4], *torch.arange(6, device=DEVICE).view(2, 3)
+    with on_the_device():
+        extend(model, empty_cache(model, 3, 8), tokens, first, rows)
