@@ -10,6 +10,7 @@ meaning.
 """
 
 import argparse
+import functools
 import gc
 import itertools
 import json
@@ -332,7 +333,7 @@ def layer(results: Results) -> None:
 
 def experts(results: Results) -> None:
     """The experts alone, forward and backward, by each library that is installed."""
-    from bench_experts import time_backends
+    from bench_experts import time_backends  # pyrefly: ignore[missing-import]  # beside this script
 
     sizes = results.sizes
     rows = 2 * sizes.sequences * sizes.sequence
@@ -351,6 +352,8 @@ def experts(results: Results) -> None:
 
 def head(results: Results) -> None:
     """Output head and cross-entropy, forward and backward, of the logits whole and in chunks."""
+    from titan_moe.model.cross_entropy import linear_cross_entropy, softmax_
+
     sizes = results.sizes
     tokens = sizes.sequences * sizes.sequence
     x, weight = normal(tokens, sizes.dim, requires_grad=True), normal(sizes.vocab, sizes.dim)
@@ -360,7 +363,11 @@ def head(results: Results) -> None:
     def whole(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight).float(), labels, reduction="sum")
 
-    for name, function in (("whole", whole), ("whole, compiled", results.compile(whole))):
+    cases: dict[str, Callable[..., Tensor]] = {"whole": whole, "whole, compiled": results.compile(whole)}
+    for chunk in (1024, 4096, 10240):
+        options = {"chunk_tokens": chunk, "softmax_": results.compile(softmax_)}
+        cases[f"chunks of {chunk}"] = functools.partial(linear_cross_entropy, **options)
+    for name, function in cases.items():
         with results.attempt(name):
             fresh_memory()
 
