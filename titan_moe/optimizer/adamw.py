@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_moe.optimizer.load_lr import Group, load_groups, local, next_factors, rows
+from titan_moe.optimizer.load_lr import Group, local, next_factors, rows
+from titan_moe.optimizer.transform import fused_adamw, step_adamw
 
 
 class AdamW(torch.optim.AdamW):
@@ -17,7 +18,7 @@ class AdamW(torch.optim.AdamW):
 
     There every expert is updated as if it were a parameter of its own, with the learning rate factor * lr and a step
     count of its own (state `step` is (E,)): torch's fused kernel is called for each expert, and nothing is copied. An
-    expert without a token is left alone, moments and step count too. Other groups are updated by torch's step.
+    expert without a token is left alone, moments and step count too. Other groups are updated as torch does it.
     """
 
     @torch.no_grad()
@@ -27,15 +28,11 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = load_groups(self)
-        gradients = {p: p.grad for group in groups for p in group["params"] if p.grad is not None}
-        for parameter in gradients:
-            parameter.grad = None  # torch's step passes over parameters without a gradient
-        super().step()
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        for group in groups:
-            self._step_experts(group, load)
+        for group in self.param_groups:
+            if "load_lr" in group:
+                self._step_experts(group, load)
+            else:
+                step_adamw(group, group["params"], self.state, getattr(self, "grad_scale", None))
         return loss
 
     def _step_experts(self, group: Group, load: Tensor | None) -> None:
@@ -79,22 +76,15 @@ class AdamW(torch.optim.AdamW):
         ]
         for row, (rate, skip) in enumerate(zip(rates, skips, strict=True)):
             weights, gradients, exp_avgs, exp_avg_sqs = ([tensor[row] for tensor in lists] for lists in row_lists)
-            torch._fused_adamw_(
-                weights,
-                gradients,
-                exp_avgs,
-                exp_avg_sqs,
-                [],
+            fused_adamw(
+                (weights, gradients, exp_avgs, exp_avg_sqs),
                 [step[row] for step in steps],
-                lr=rate,
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                weight_decay=weight_decay,
-                eps=group["eps"],
-                amsgrad=False,
-                maximize=False,
+                rate,
+                group["betas"],
+                group["eps"],
+                weight_decay,
+                skip=skip,  # the kernel's own switch: 1 leaves everything as it is
                 grad_scale=getattr(self, "grad_scale", None),
-                found_inf=skip,  # the kernel's own switch: 1 leaves everything as it is
             )
 
 

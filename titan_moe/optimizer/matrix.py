@@ -13,7 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from titan_moe.optimizer.load_lr import Group, local, next_factors, rows
-from titan_moe.optimizer.transform import State, Tick, Transform, adam, fused_adamw, fused_sgd
+from titan_moe.optimizer.transform import State, Tick, Transform, adam, fused_sgd, make_adamw_states, step_adamw
 
 NO_MATRICES = ("embedding", "norm")  # groups that are updated by AdamW whatever the shape
 # Elements of a stacked parameter whose rows are updated together on a CPU. Temporaries of more are handed back to the
@@ -88,7 +88,9 @@ class MatrixOptimizer(Optimizer):
                     self._step_matrix(group, parameter, factor_E, alive_E)
                 else:
                     dense.append(parameter)
-            self._step_adamw(group, dense)
+            make_adamw_states(dense, self.state)
+            if group["lr"] > 0:
+                step_adamw(group, dense, self.state)
         self._memory = None
         return loss
 
@@ -139,28 +141,6 @@ class MatrixOptimizer(Optimizer):
         if self._memory is None or self._memory.numel() < like.numel():
             self._memory = like.new_zeros(like.numel())
         return self._memory[: like.numel()].view(like.shape)
-
-    def _step_adamw(self, group: Group, parameters: list[Tensor]) -> None:
-        for parameter in parameters:
-            state = self.state[parameter]
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-        if group["lr"] == 0 or not parameters:
-            return
-        states = [self.state[parameter] for parameter in parameters]
-        steps = [state["step"] for state in states]
-        torch._foreach_add_(steps, 1)
-        lists = [
-            [local(tensor) for tensor in tensors]
-            for tensors in (
-                parameters,
-                [parameter.grad for parameter in parameters if parameter.grad is not None],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-            )
-        ]
-        fused_adamw(lists, steps, group["lr"], group["betas"], group["eps"], group["weight_decay"])
 
 
 def parts_of(stack: Tensor, transform: Transform) -> list[slice]:

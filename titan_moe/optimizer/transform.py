@@ -3,11 +3,13 @@
 Shapes: R rows of a stacked tensor (the experts that this rank holds, or 1 for a dense matrix), M x N a matrix.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from titan_moe.optimizer.load_lr import local
 
 State = dict[str, Tensor]
 
@@ -68,16 +70,18 @@ def adam(beta1: float, beta2: float, eps: float) -> Transform:
 def fused_adamw(
     tensors: Sequence[list[Tensor]],
     steps: list[Tensor],
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     *,
     skip: Tensor | None = None,
+    grad_scale: Tensor | None = None,
 ) -> None:
     """Call torch's fused AdamW kernel on lists of weights, gradients, first moments and second moments.
 
-    `steps` count this step already; `skip`, a scalar, leaves everything as it is where it is 1.
+    `steps` count this step already; `skip`, a scalar, leaves everything as it is where it is 1; gradients are divided
+    by `grad_scale`, in place.
     """
     weights, gradients, exp_avgs, exp_avg_sqs = tensors
     torch._fused_adamw_(
@@ -94,9 +98,41 @@ def fused_adamw(
         eps=eps,
         amsgrad=False,
         maximize=False,
-        grad_scale=None,
+        grad_scale=grad_scale,
         found_inf=skip,
     )
+
+
+def make_adamw_states(parameters: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """AdamW's first state, with torch's names, of parameters that have none; moments are sharded as they are."""
+    for parameter in parameters:
+        if "step" not in state[parameter]:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            state[parameter].update(step=torch.zeros((), dtype=torch.float32, device=parameter.device), **moments)
+
+
+def step_adamw(
+    group: Mapping[str, Any],
+    parameters: Sequence[Tensor],
+    state: Mapping[Tensor, dict[str, Any]],
+    grad_scale: Tensor | None = None,
+) -> None:
+    """AdamW's step of those parameters of a group that have gradients; these are divided by `grad_scale`.
+
+    This rank's parts go to the kernel, not DTensors: a look at each of these takes the host as long as a GPU takes for
+    a layer.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if not parameters:
+        return
+    make_adamw_states(parameters, state)
+    states = [state[parameter] for parameter in parameters]
+    steps = [own["step"] for own in states]
+    torch._foreach_add_(steps, 1)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    moments = ([own[name] for own in states] for name in ("exp_avg", "exp_avg_sq"))
+    lists = [[local(tensor) for tensor in tensors] for tensors in (parameters, gradients, *moments)]
+    fused_adamw(lists, steps, group["lr"], group["betas"], group["eps"], group["weight_decay"], grad_scale=grad_scale)
 
 
 def fused_sgd(weight: Tensor, direction: Tensor, lr: float, weight_decay: float) -> None:

@@ -95,7 +95,9 @@ def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshar
             if isinstance(layer, MoE):
                 frees = reshard_after_forward != "never"
                 fully_shard(layer.experts, mesh=mesh.efsdp, mp_policy=block_policy, reshard_after_forward=frees)
-    for block in model.layers.children():
+    # One process that keeps all has nothing to send while it computes: one unit, whose hooks run once, spares the host.
+    blocks = [] if mesh.dense.size() == 1 and model.keeps_gathered else model.layers.children()
+    for block in blocks:
         fully_shard(
             block,
             mesh=mesh.dense,
