@@ -78,7 +78,7 @@ class _LinearCrossEntropy(Function):
         ctx: Any, x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, chunk_tokens: int, softmax_: Softmax
     ) -> Tensor:
         ce_sum = torch.zeros((), device=x_TD.device)
-        grad_x_TD, grad_weight_VD = torch.empty_like(x_TD), torch.zeros_like(weight_VD, dtype=torch.float32)
+        grad_x_TD, grad_weight_VD = torch.empty_like(x_TD), None
         for x_CD, labels_C, grad_x_CD in _chunks(chunk_tokens, x_TD, labels_T, grad_x_TD):
             grad_CV = F.linear(x_CD, weight_VD)  # the logits, until the next line
             ce_sum += _cross_entropy_(grad_CV, labels_C, softmax_)
@@ -87,7 +87,7 @@ class _LinearCrossEntropy(Function):
             # one more pass over V.
             counts_C1 = (labels_C != IGNORE).unsqueeze(1)
             torch.mm(grad_CV, weight_VD, out=grad_x_CD).mul_(counts_C1)
-            _add_product_(grad_weight_VD, grad_CV.t(), x_CD * counts_C1)
+            grad_weight_VD = _add_product(grad_weight_VD, grad_CV.t(), x_CD * counts_C1)
             del grad_CV  # before the next chunk has any
         ctx.save_for_backward(grad_x_TD, grad_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
@@ -116,9 +116,10 @@ def _chunks(chunk_tokens: int, *tensors_T: Tensor) -> Iterator[tuple[Tensor, ...
     return zip(*(tensor.split(size) for tensor in tensors_T), strict=True)
 
 
-def _add_product_(sum_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
-    """Add a b, of bf16 or fp32 matrices, to a fp32 sum, without rounding the product to bf16 before."""
-    if sum_VD.is_cuda and a_VC.dtype != torch.float32:
-        sum_VD += torch.mm(a_VC, b_CD, out_dtype=torch.float32)
-    else:  # a CPU has no such product
-        torch.addmm(sum_VD, a_VC.float(), b_CD.float(), out=sum_VD)
+def _add_product(sum_VD: Tensor | None, a_VC: Tensor, b_CD: Tensor) -> Tensor:
+    """Add a b, of bf16 or fp32 matrices, to a fp32 sum (in place, None: nothing yet), not rounded to bf16 before."""
+    if a_VC.is_cuda and a_VC.dtype != torch.float32:
+        product_VD = torch.mm(a_VC, b_CD, out_dtype=torch.float32)
+        return product_VD if sum_VD is None else sum_VD.add_(product_VD)
+    a_VC, b_CD = a_VC.float(), b_CD.float()  # a CPU has no product of bf16 matrices with a fp32 result
+    return torch.mm(a_VC, b_CD) if sum_VD is None else torch.addmm(sum_VD, a_VC, b_CD, out=sum_VD)
