@@ -4,10 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.gpu.harness import no_waits
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("cc")
@@ -16,6 +19,20 @@ without_gpu = pytest.mark.skipif(
     not torch.version.cuda or torch.cuda.is_available() or COMPILER is None or sys.platform != "linux",
     reason="needs a CUDA build of torch on Linux without a GPU, and a C compiler",
 )
+
+
+def test_the_guard_against_waits_fails_by_no_warning_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch notes that its mode is a prototype, and warnings are errors here; the mode is gone afterwards."""
+    modes: list[str] = []
+
+    def set_mode(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=2)
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    with pytest.raises(RuntimeError, match="called a synchronizing"), no_waits():
+        raise RuntimeError("called a synchronizing CUDA operation")
+    assert modes == ["error", "default"]
 
 
 def run(chosen: str, **environment: str) -> None:
