@@ -188,8 +188,9 @@ def test_balancer(case: Case) -> None:
         {"router": None, "num_experts": 0},
         {"num_shared_experts": 1, "first_dense_layers": 1},
         {"qk_norm": True, "tie_embeddings": False},
+        {"loss_chunk_tokens": 24},
     ],
-    ids=["dense", "shared", "untied"],
+    ids=["dense", "shared", "untied", "chunks"],
 )
 def test_model(options: dict[str, Any]) -> None:
     model = build(**options)
