@@ -2,9 +2,12 @@
 
 `test_fake_gpu.py` runs this file in a process of its own, because a device can't be taken back. What would fail or wait
 on a real GPU fails here: tensors on two devices, a tensor made or brought elsewhere, a value read on the host, a shape
-that depends on values, and operators that CUDA refuses under `training.deterministic`.
+that depends on values, and operators that CUDA refuses under `training.deterministic`. With FAKE_CUDA in the
+environment the device is `cuda` itself: that takes a CUDA build of torch, and a driver that is none (`no_driver.c`).
 """
 
+import ctypes
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as make_device
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as make_backend
 
 from tests.cases import OPTIMIZER_NAMES, ROUTER_CASES, Case, cases, takes_bias
 from tests.tiny import SEQ, VOCAB, balancers, tiny_model
@@ -33,10 +38,25 @@ from titan_moe.records import train_record
 from titan_moe.step import Balancers, eval_step, train_step
 from titan_moe.watch import where
 
+
+def make_device() -> torch.device:
+    """Make a device of torch's kind for other people's hardware, or let fake tensors of CUDA pass without any."""
+    if not os.environ.get("FAKE_CUDA"):
+        make_backend("fake_gpu")
+        torch.get_device_module("fake_gpu").get_amp_supported_dtype = lambda: [torch.bfloat16]  # checkpointing asks
+        return torch.device("fake_gpu", 0)
+    fake_tensor.init_gpu_context = lambda device: None
+    torch.cuda.is_available = lambda: False
+    torch.cuda.current_device = lambda: 0
+    torch.cuda._lazy_init = lambda: None
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    torch._C._ensureCUDADeviceGuardSet()  # as long as there is no device, or it keeps the real guard
+    ctypes.CDLL(None).stub_devices(100)  # autograd asks for as many as any kind of device may have
+    return torch.device("cuda", 0)
+
+
 aten = torch.ops.aten
-make_device("fake_gpu")
-torch.get_device_module("fake_gpu").get_amp_supported_dtype = lambda: [torch.bfloat16]  # asked for by checkpointing
-DEVICE = torch.device("fake_gpu", 0)
+DEVICE = make_device()
 FAKE = FakeTensorMode()  # one for all tests: the package keeps some tensors for ever
 SIZES = {"dim": 64, "num_kv_heads": 2, "ffn_dim": 64, "expert_dim": 64}
 ROUTERS = [case for case in ROUTER_CASES if case.arguments.get("assignment") != "exact"]  # that is solved on the host
@@ -73,9 +93,14 @@ class OnTheDevice(TorchDispatchMode):
 
         result = None if packet in FUSED else func(*args, **kwargs)
         for tensor in tree_leaves((args, kwargs, result)):
-            if isinstance(tensor, Tensor) and tensor.dim() and tensor.device != DEVICE:
+            if isinstance(tensor, Tensor) and tensor.device != DEVICE and not may_be_elsewhere(tensor):
                 raise AssertionError(f"{func} {where(threading.current_thread())}: a tensor on {tensor.device}")
         return result
+
+
+def may_be_elsewhere(tensor: Tensor) -> bool:
+    """A number that the host keeps for itself, or the placeholder (0,) of checkpointing in torch before 2.13."""
+    return tensor.dim() == 0 or (tensor.shape == (0,) and tensor.dtype == torch.float32)
 
 
 @contextmanager
@@ -89,7 +114,7 @@ def on_the_device(reads: int = 0) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _fake() -> Iterator[None]:
     """Every tensor of a test is fake. Backward runs in the test's own thread, where the modes are."""
-    with torch.autograd.set_multithreading_enabled(False), FAKE:
+    with torch.autograd.set_multithreading_enabled(False), sdpa_kernel(SDPBackend.MATH), FAKE:
         yield
 
 
@@ -163,8 +188,9 @@ def test_balancer(case: Case) -> None:
         {"router": None, "num_experts": 0},
         {"num_shared_experts": 1, "first_dense_layers": 1},
         {"qk_norm": True, "tie_embeddings": False},
+        {"loss_chunk_tokens": 24},
     ],
-    ids=["dense", "shared", "untied"],
+    ids=["dense", "shared", "untied", "chunks"],
 )
 def test_model(options: dict[str, Any]) -> None:
     model = build(**options)
@@ -195,6 +221,7 @@ def test_matrix_optimizer(name: str, of_experts: dict[str, Any]) -> None:
     steps(model, optimizer=optimizer, measure_experts=True, reads=1)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the driver to wait for the device")
 def test_probes() -> None:
     """The choices go to the host, by design; the balance tax is timed there, and nothing else."""
     model = build("topk_softmax")

@@ -2,6 +2,7 @@
 
 import pickle
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,19 @@ def numbers(outputs: list[StepOutput]) -> dict[str, torch.Tensor]:
     """What must not depend on the device or the layout, on the host."""
     names = ("loss", "total_loss", "grad_norm", "load")
     return {name: torch.stack([getattr(output, name) for output in outputs]).cpu() for name in names}
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """In the block torch raises where the host waits for the GPU; its note that this is a prototype is no error."""
+    set_mode = torch.cuda.set_sync_debug_mode if DEVICE == "cuda" else lambda mode: None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode")
+        set_mode("error")
+        try:
+            yield
+        finally:
+            set_mode("default")
 
 
 @contextmanager

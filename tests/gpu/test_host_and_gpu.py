@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.gpu.harness import DEVICE, build, one_gpu, one_process
+from tests.gpu.harness import DEVICE, build, no_waits, one_gpu, one_process
 from tests.tiny import adamw, balancers, batch
 from titan_moe.data.cache import TokenFile
 from titan_moe.data.loader import CPU, TrainLoader, WindowBatches, window_loader
@@ -27,7 +27,6 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch's note that it is a prototype
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_a_cpu(tmp_path: Path, workers: int) -> None:
     """Also from worker processes, which start while CUDA is in use; the host never waits for the device."""
@@ -43,13 +42,8 @@ def test_batches_are_those_of_a_cpu(tmp_path: Path, workers: int) -> None:
     expected = list(itertools.islice(loader(CPU), 20))
     here = loader(HERE)
     batches = iter(here)
-    if DEVICE == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         found = [next(batches) for _ in expected]
-    finally:
-        if DEVICE == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
     assert here.state_dict()["sequences"] == 20 * 8
     for ours, exact in zip(found, expected, strict=True):
         for part, want in zip(ours, exact, strict=True):

@@ -12,7 +12,7 @@ import torch
 
 from tests.e2e.conftest import Arguments, _process_as_before, arguments, shared  # noqa: F401 (fixtures)
 from tests.e2e.harness import command
-from tests.gpu.harness import DEVICE, build, hopper, numbers, one_gpu, one_process, train
+from tests.gpu.harness import DEVICE, build, hopper, no_waits, numbers, one_gpu, one_process, train
 from tests.tiny import adamw, balancers, batch, tiny_model
 from titan_moe.model.grouped import float8_grouped_mm, grouped_mm
 from titan_moe.model.moe import Experts, MoE
@@ -82,7 +82,6 @@ def test_mixed_precision_follows_fp32() -> None:
     torch.testing.assert_close(got["grad_norm"], expected["grad_norm"], rtol=0.1, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch's note that it is a prototype
 def test_a_step_does_not_wait_for_the_device() -> None:
     """torch raises where the host waits for the GPU; bf16, for fp32 grouped products are a loop that does."""
     with one_process():
@@ -96,11 +95,8 @@ def step_again(model: Any) -> None:
     optimizer, made = adamw(model), balancers()
     micro = [tuple(part.to(DEVICE) for part in batch(0))]
     train_step(model, micro, optimizer, made, model.expert_biases(), max_norm=0.1)  # makes the optimizer's state
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         train_step(model, micro, optimizer, made, model.expert_biases(), max_norm=0.1)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.filterwarnings("ignore")  # of dynamo and inductor
