@@ -8,8 +8,8 @@
 A step is forward, cross-entropy, backward and fused AdamW on one thread. Each peer's step is taken between two steps of
 the roof and compared with their mean; the tables have medians. Every step has a fresh random batch, so that the
 experts' loads, and with them the shapes of their matrix products, change as they do in training. Time is processor
-time: on one thread the wall time, less what other programs took. Peak memory is parameters, optimizer states, and the
-most that torch had allocated on top of them within a step.
+time: on one thread the wall time, less what other programs took; with `--device cuda` it is the GPU's, by events. Peak
+memory is parameters, optimizer states, and the most that torch had allocated on top of them within a step.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def build(model: nn.Module, dtype: str, train: bool = True) -> Bench:
         for block in blocks:
             block.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def step() -> None:
         tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
@@ -63,10 +63,22 @@ def build(model: nn.Module, dtype: str, train: bool = True) -> Bench:
 
 
 def timed(step: Callable[[], None]) -> float:
-    """Processor seconds of one step."""
+    """Processor seconds of one step; on a GPU seconds from its first kernel to its last."""
+    if on_gpu():
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        step()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1000
     start = time.process_time()
     step()
     return time.process_time() - start
+
+
+def on_gpu() -> bool:
+    """Whether models are made on a GPU."""
+    return torch.get_default_device().type == "cuda"
 
 
 def available(peer: str) -> bool:
@@ -103,6 +115,11 @@ def measure_steps(model: str, dtype: str, peers: list[str], rounds: int) -> dict
 
 def peak_memory(step: Callable[[], None], state_bytes: int) -> float:
     """GiB: what parameters and optimizer states keep, and the most that torch had allocated on top within one step."""
+    if on_gpu():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return (state_bytes + torch.cuda.max_memory_allocated() - before) / 2**30
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
     assert trace.profiler is not None
@@ -195,14 +212,17 @@ def profile(model: str, dtype: str, peer: str) -> None:
     step = build(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype).step
     for _ in range(WARMUP):
         step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+    with torch.profiler.profile() as trace:  # of a CPU, and of a GPU where there is one
         for _ in range(3):
             step()
-    print(trace.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+    by = f"self_{torch.get_default_device().type}_time_total"
+    print(trace.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
 
 
 def machine() -> str:
     """Processor, its bf16 instructions, and versions."""
+    if on_gpu():
+        return f"{torch.cuda.get_device_name()}, Python {platform.python_version()}, torch {torch.__version__}"
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = next((line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")), "?")
     bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info] or ["no bf16 instructions"]
@@ -215,9 +235,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="all that are installed; the profile is of the first")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    torch.set_default_device(arguments.device)
     torch.manual_seed(0)
     print(f"`python {' '.join(sys.argv)}`\n\n{machine()}. Decoder: dim {DIM}, {LAYERS} layers,")
     print(f"vocabulary {VOCAB}, {BATCH} x {SEQ} tokens, top-{TOP_K}; medians of {arguments.rounds} rounds.\n")
