@@ -181,18 +181,23 @@ def test_two_ranks_equal_one() -> None:
                 check(f"{layout}, {mode}", result[f"{layout}, {mode}"], want)
 
 
-@pytest.mark.parametrize("wrong", ["nothing", "gradient", "choice"])
-def test_a_curve_is_held_to_its_choices_alone(wrong: str) -> None:
-    """An error of 1 % in the gradient of one tensor is seen, and a token that goes to another expert."""
+CLOSE, CHOICE = "one: Tensor-likes are not close", "one: a choice that is not of one process"
+
+
+@pytest.mark.parametrize(("wrong", "message"), [("scale", CLOSE), ("rows", CLOSE), ("choice", CHOICE), ("", None)])
+def test_a_curve_is_held_to_its_choices_alone(wrong: str, message: str | None) -> None:
+    """A gradient that is off by 0.1 %, lost rows of an expert's, and a token that goes to another expert are seen."""
     model = tiny_model(num_kv_heads=2)
     model.init_weights(0)
-    if wrong == "gradient":
-        model.layers[1].moe.experts.w2.register_hook(lambda gradient: gradient * 1.01)
+    last = model.layers[1]
+    if wrong == "scale":
+        last.attention.wo.weight.register_hook(lambda gradient: gradient * 1.001)
+    if wrong == "rows":
+        last.moe.experts.w2.register_hook(lambda gradient: gradient * (torch.arange(16) > 3).view(16, 1))
     result = free_curve(model, 5)
     if wrong == "choice":
         result["choices"][3, 7, 0] = next(e for e in range(4) if e not in result["choices"][3, 7])
-    messages = {"gradient": "one: Tensor-likes are not close", "choice": "one: a choice that is not of one process"}
-    with pytest.raises(AssertionError, match=messages[wrong]) if wrong in messages else nullcontext():
+    with nullcontext() if message is None else pytest.raises(AssertionError, match=message):
         check_curve("one", Degrees(shard=1), [result])
 
 
