@@ -2,7 +2,7 @@
 
 Sums of another order are other round-off. What blows it up, a basis of directions without evidence, a near tie that is
 taken for an error, a tolerance below what the format holds, passes on one processor and fails on the next: here it
-fails on every one. `ATEN_CPU_CAPABILITY=avx2`, `MKL_CBWR=AVX2` and `OMP_NUM_THREADS=2` before `pytest` are more of them.
+fails on every one. More of them: `ATEN_CPU_CAPABILITY=avx2`, `MKL_CBWR=AVX2`, `OMP_NUM_THREADS=2` before `pytest`.
 """
 
 import os
