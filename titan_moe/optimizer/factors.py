@@ -60,16 +60,24 @@ def mean_factor(factor: Factor, state: State, beta2: float) -> Tensor:
     return unpack(packed.flatten(0, 1), factor.size).unflatten(0, weight.shape)
 
 
+def has_evidence(factor: Factor, state: State, alive: Tensor | None) -> Tensor:
+    """Which blocks (R, B) have seen a gradient, of the rows that take part in this step."""
+    seen = state[f"count_{factor.name}"] > 0
+    return seen if alive is None else seen & alive[:, None]
+
+
 def init_root(factor: Factor, weight: Tensor, dtype: torch.dtype) -> State:
     """The root before the first one: identities, as packed triangles."""
     eye = pack(torch.eye(factor.size, dtype=dtype, device=weight.device))
     return {f"root_{factor.name}": eye.expand(weight.shape[0], factor.number, -1).contiguous()}
 
 
-def refresh_root(factor: Factor, state: State, beta2: float, exponent: float, epsilon: float) -> None:
-    """Compute the inverse root from the factor; where it has seen no gradient yet it stays an identity."""
-    old, seen = state[f"root_{factor.name}"], state[f"count_{factor.name}"] > 0
-    new = pack(inverse_root(mean_factor(factor, state, beta2), exponent, epsilon))
+def refresh_root(
+    factor: Factor, state: State, beta2: float, exponent: float, epsilon: float, alive: Tensor | None
+) -> None:
+    """Compute the inverse root from the factor; without a gradient so far, or where not `alive` (R,), it stays."""
+    old, seen = state[f"root_{factor.name}"], has_evidence(factor, state, alive)
+    new = pack(inverse_root(mean_factor(factor, state, beta2), exponent, epsilon, old.dtype))
     old.copy_(torch.where(seen.unsqueeze(-1), new.to(old.dtype), old))
 
 
@@ -79,10 +87,19 @@ def root_of(factor: Factor, state: State) -> Tensor:
     return unpack(packed.flatten(0, 1), factor.size).unflatten(0, packed.shape[:2])
 
 
-def inverse_root(factor: Tensor, exponent: float, epsilon: float) -> Tensor:
-    """(A + epsilon I)^-exponent of symmetric (..., S, S); a smallest eigenvalue below epsilon is shifted to it."""
-    identity = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+def inverse_root(factor: Tensor, exponent: float, epsilon: float, dtype: torch.dtype) -> Tensor:
+    """(A + epsilon I)^-exponent of symmetric (..., S, S); a smallest eigenvalue below epsilon is shifted to it.
+
+    `dtype` is of the products that A averages. An eigenvalue that may be the round-off of the largest is set to what
+    that can be, so that the root does not depend on the vectors of such eigenvalues, which are other on each machine.
+    """
+    size = factor.shape[-1]
+    identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
     values, vectors = torch.linalg.eigh(factor + epsilon * identity)
     values = values + (epsilon - values[..., :1]).clamp(min=0)
-    values = values.clamp(min=epsilon)  # where the shift's round-off is larger than epsilon
+
+    # Rounding S x S numbers adds eigenvalues of half a unit times their root mean square, which is at most the largest;
+    # adding them up and decomposing them in fp32 adds some sqrt(S) units of it.
+    floor = max(torch.finfo(torch.float32).eps * size**0.5, torch.finfo(dtype).eps / 8)
+    values = values.maximum((floor * values[..., -1:]).clamp(min=epsilon))
     return vectors * values.pow(-exponent).unsqueeze(-2) @ vectors.mT

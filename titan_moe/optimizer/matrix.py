@@ -161,10 +161,14 @@ def apply(weight: Tensor, direction: Tensor, group: Group, factor_R: Tensor | No
         else:
             weight.mul_(1 - decay).add_(direction, alpha=-lr)
         return
-    factor = factor_R.view(-1, 1, 1)
-    weight.mul_(1 - decay * factor if group["load_lr_decay"] else 1 - decay)
     # an expert without a token has factor 0, and its direction is undefined
-    weight.sub_(torch.where(factor > 0, direction * (lr * factor), 0.0))
+    factor = factor_R.view(-1, 1, 1)
+    step = torch.where(factor > 0, direction * (lr * factor), 0.0)
+    if group["load_lr_decay"]:
+        step += weight * (decay * factor)  # so that the weight is rounded once, as by the kernel
+    else:
+        weight.mul_(1 - decay)
+    weight.sub_(step)
 
 
 def fresh_state(transform: Transform, parameter: Tensor) -> State:

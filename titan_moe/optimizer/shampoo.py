@@ -67,7 +67,7 @@ def shampoo_direction(
             layout.observe(gradient, state, tick)
         if since_start == 0 or (since_start > 0 and (tick.step - offset) % precondition_frequency == 0):
             for factor in layout.factors(gradient.shape[1:]):
-                refresh_root(factor, state, beta2, power, epsilon)
+                refresh_root(factor, state, beta2, power, epsilon, tick.alive)
         direction = base.update(gradient, state, tick)
         if since_start < 0:
             return direction

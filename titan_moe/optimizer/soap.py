@@ -5,6 +5,12 @@ afterwards, and every `precondition_frequency` steps the bases follow them by on
 algorithm 4). The first step only makes the bases, from the eigenvectors of its gradient's factors, as the authors' code
 does: in its own eigenbasis a gradient is diagonal, and Adam would enlarge the round-off beside the diagonal.
 
+Factors have low rank while an expert has seen fewer tokens than its sides are long. Eigenvectors of what is empty are
+round-off, other ones on each machine, and Adam, which takes as long a step along a small gradient as along a large one,
+would make a weight of them. So an eigenvector whose eigenvalue is round-off is not used: in its place the first basis
+takes fixed directions, made orthogonal to those that have evidence, and a later one the direction that was there
+before. A coordinate in which the gradient is nothing but the round-off of its rotation is not updated.
+
 Shapes: R rows (experts), M x N a matrix, B blocks of a region, H x W a block, S the size of a side.
 """
 
@@ -12,11 +18,12 @@ import torch
 from torch import Tensor
 
 from titan_moe.optimizer.blocks import Region, from_blocks, to_blocks
-from titan_moe.optimizer.factors import DTYPES, Factor, Side, init_factor, mean_factor
+from titan_moe.optimizer.factors import DTYPES, Factor, Side, has_evidence, init_factor, mean_factor
 from titan_moe.optimizer.layouts import block_layout, factors_by_region
 from titan_moe.optimizer.transform import State, Tick, Transform, adam
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EVIDENT = 1e-5  # a part of a gradient that is smaller than this may be the round-off of the whole in fp32
 
 
 def soap_direction(
@@ -36,11 +43,12 @@ def soap_direction(
     With `one_sided` only the shorter side of a block is rotated. The moments are kept in the rotated coordinates.
     """
     dtype = DTYPES[matmul_dtype]
+    floor = max(EVIDENT, torch.finfo(dtype).eps / 8)
     layout = block_layout(max_preconditioner_dim, beta2, one_sided=one_sided, dtype=dtype)
     base = adam(beta1, beta2, eps)
 
     def init(weight: Tensor) -> State:
-        state = base.init(weight)
+        state = base.init(weight) | {"moment_steps": weight.new_zeros(weight.shape[0], dtype=torch.float32)}
         for factor in layout.factors(weight.shape[1:]):
             eye = torch.eye(factor.size, dtype=torch.float32, device=weight.device)
             state |= init_factor(factor, weight)
@@ -51,23 +59,29 @@ def soap_direction(
         shape = gradient.shape[1:]
         if tick.step == 1:
             layout.observe(gradient, state, tick)
-            for factor in layout.factors(shape):
-                first_basis(factor, state, beta2)
+            for region, factors in factors_by_region(shape, max_preconditioner_dim, one_sided=one_sided):
+                for side, factor in factors.items():
+                    first_basis(side, factor, to_blocks(gradient, region), state)
             return torch.zeros_like(gradient)
-        due = (tick.step - offset) % precondition_frequency == 0
+
+        # the moments of a row that had no token in the first step have missed nothing: they count for themselves
+        state["moment_steps"] += 1 if tick.alive is None else tick.alive
         parts = factors_by_region(shape, max_preconditioner_dim, one_sided=one_sided)
         rotated = torch.empty_like(gradient)
         for region, factors in parts:
             from_blocks(rotate(to_blocks(gradient, region), factors, state, dtype), region, rotated)
-        direction = base.update(rotated, state, tick._replace(steps=(tick.steps - 1).clamp(min=1)))
+        direction = base.update(rotated, state, tick._replace(steps=state["moment_steps"].clamp(min=1)))
         for region, factors in parts:
-            back = rotate(to_blocks(direction, region), factors, state, dtype, back=True)
-            from_blocks(back, region, direction)
+            blocks = without_round_off(to_blocks(direction, region), to_blocks(state["exp_avg_sq"], region))
+            from_blocks(rotate(blocks, factors, state, dtype, back=True), region, direction)
+
+        # the factors see this gradient after it was used, so that a step depends on the ones before it alone
         if (tick.step - 1) % statistics_every == 0:
             layout.observe(gradient, state, tick)
-        for region, factors in parts if due else []:
-            for side, factor in factors.items():
-                turn_basis(side, factor, region, state, beta2)
+        if (tick.step - offset) % precondition_frequency == 0:
+            for region, factors in parts:
+                for side, factor in factors.items():
+                    turn_basis(side, factor, region, state, beta2, floor, tick.alive)
         return direction
 
     return Transform(init, update)
@@ -87,37 +101,85 @@ def rotate(
     return product.float()
 
 
-def first_basis(factor: Factor, state: State, beta2: float) -> None:
-    """Make the basis the eigenvectors of its factor, largest eigenvalue first."""
+def without_round_off(direction: Tensor, square: Tensor) -> Tensor:
+    """Zero what blocks (R * B, H, W) of Adam's direction have where the gradient is the round-off of its rotation.
+
+    That is where its root mean square, by Adam's second moment `square`, is below EVIDENT of the whole block's.
+    """
+    return torch.where(square > EVIDENT**2 * square.mean((1, 2), keepdim=True), direction, 0.0)
+
+
+def first_basis(side: Side, factor: Factor, blocks: Tensor, state: State) -> None:
+    """Make a side's basis the singular vectors of the first gradient, largest first, and fixed directions for the rest.
+
+    `blocks` (R * B, H, W) are the gradient's; singular values up to EVIDENT of the largest are no evidence. In double
+    precision, once, because products in single precision would round all those below 0.001 of it away.
+    """
     old = state[f"basis_{factor.name}"]
-    _, vectors = torch.linalg.eigh(mean_factor(factor, state, beta2))
+    exact = blocks.double()
+    values, vectors = torch.linalg.eigh(exact @ exact.mT if side == "left" else exact.mT @ exact)
+    values, vectors = values.flip(-1), vectors.flip(-1)
+
+    # What the fixed directions leave beside the vectors depends on the space of these alone, and is well conditioned
+    # for any: random ones are never in it, as the axes would be where an input is always zero.
+    fixed = torch.randn(factor.size, factor.size, generator=torch.Generator().manual_seed(0)).to(vectors)
+    evident = (values > EVIDENT**2 * values[..., :1]).unsqueeze(-2)
+    basis = torch.linalg.qr(torch.where(evident, vectors, fixed)).Q
+
     seen = (state[f"count_{factor.name}"] > 0)[..., None, None]
-    old.copy_(torch.where(seen, vectors.flip(-1), old))
+    old.copy_(torch.where(seen, basis.view(old.shape), old))
 
 
-def turn_basis(side: Side, factor: Factor, region: Region, state: State, beta2: float) -> None:
+def turn_basis(
+    side: Side, factor: Factor, region: Region, state: State, beta2: float, floor: float, alive: Tensor | None
+) -> None:
     """Move a side's basis by one step of orthogonal iteration on its factor, and the moments with it.
 
     The first moment is turned exactly. The second moment keeps its coordinates, which are put in the order of the
-    basis' eigenvalue estimates. A block that has seen no gradient stays as it is.
+    basis' eigenvalue estimates. A block that has seen no gradient, or whose row is not `alive` (R,), stays as it is.
     """
     old = state[f"basis_{factor.name}"]
-    product = mean_factor(factor, state, beta2) @ old
-    order = (old * product).sum(-2).argsort(dim=-1, descending=True, stable=True)  # diag(Q^T F Q)
-    identity = torch.arange(old.shape[-1], device=old.device)
-    seen = (state[f"count_{factor.name}"] > 0).unsqueeze(-1)
-    order = torch.where(seen, order, identity)
-    new = torch.linalg.qr(product.gather(-1, order.unsqueeze(-2).expand_as(product))).Q
-    new = torch.where(seen.unsqueeze(-1), new, old)
-    turn = (new.mT @ old).flatten(0, 1)
-    mean, square = (to_blocks(state[name], region) for name in MOMENTS)
-    chosen = order.flatten(0, 1)
+    new, order = iterate(mean_factor(factor, state, beta2), old, floor)
+
+    moves = has_evidence(factor, state, alive)  # (R, B)
+    new = torch.where(moves[..., None, None], new, old)
+    order = torch.where(moves.unsqueeze(-1), order, torch.arange(factor.size, device=old.device))
+
+    # what stays is not multiplied by Q^T Q, which is one to round-off only
+    turn, chosen = (new.mT @ old).flatten(0, 1), order.flatten(0, 1)  # (R * B, S, S), (R * B, S)
+    mean, square = (to_blocks(state[name], region) for name in MOMENTS)  # (R * B, H, W)
     if side == "left":
-        mean = turn @ mean
+        turned = turn @ mean
         square = square.gather(1, chosen.unsqueeze(-1).expand_as(square))
     else:
-        mean = mean @ turn.mT
+        turned = mean @ turn.mT
         square = square.gather(2, chosen.unsqueeze(-2).expand_as(square))
-    from_blocks(mean, region, state["exp_avg"])
+    from_blocks(torch.where(moves.view(-1, 1, 1), turned, mean), region, state["exp_avg"])
     from_blocks(square, region, state["exp_avg_sq"])
     old.copy_(new)
+
+
+def iterate(factor: Tensor, basis: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """One step of orthogonal iteration from a basis (..., S, S) on a factor of that shape.
+
+    Returns the new basis, and (..., S) which column of the old one each of its columns comes from.
+    """
+    product = factor @ basis
+    order = (basis * product).sum(-2).argsort(dim=-1, descending=True, stable=True)  # diag(Q^T F Q)
+
+    # Where the factor has fewer directions than columns, a column adds round-off to those before it, and the basis
+    # would be made of it. Such columns go last and keep the old direction, as far as the others leave it. The round-off
+    # is that of the factor, and of the column times what the columns before it had to be enlarged by, 100 at most.
+    columns = take_columns(product, order)
+    added = torch.linalg.qr(columns, mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
+    norms = torch.linalg.vector_norm(columns, dim=-2)
+    evident = added > floor * torch.maximum(added.amax(-1, keepdim=True), 100 * norms)
+    last = (~evident).int().argsort(dim=-1, stable=True)
+    order, evident = order.gather(-1, last), evident.gather(-1, last)
+    columns = torch.where(evident.unsqueeze(-2), take_columns(columns, last), take_columns(basis, order))
+    return torch.linalg.qr(columns).Q, order
+
+
+def take_columns(x: Tensor, order: Tensor) -> Tensor:
+    """The columns of (..., S, S) in an order (..., S)."""
+    return x.gather(-1, order.unsqueeze(-2).expand_as(x))
