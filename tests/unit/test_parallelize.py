@@ -28,6 +28,7 @@ from titan_moe.parallelize.parallelize import move_for_inference, parallelize
 from titan_moe.parallelize.sequence import own_positions
 from titan_moe.records import train_record
 from titan_moe.step import train_step
+from titan_moe.watch import PACKAGE
 
 
 def resolve(world: int, **degrees: int) -> Degrees:
@@ -194,7 +195,7 @@ def first_wait(checkpoint_mode: str, optimizer: str) -> str:
     """The name of the function of ours that waits first."""
     with pytest.raises(DataDependentOutputException) as error:
         fake_step(checkpoint_mode, optimizer)
-    return [frame.name for frame in traceback.extract_tb(error.tb) if "titan_moe/" in frame.filename][-1]
+    return [frame.name for frame in traceback.extract_tb(error.tb) if frame.filename.startswith(PACKAGE)][-1]
 
 
 @pytest.mark.usefixtures("four_ranks")

@@ -51,8 +51,9 @@ def parallelize(
         model.layers.register_module(name, wrapped)
     if compile_blocks:
         torch._dynamo.config.capture_scalar_outputs = True  # the split sizes of dispatch are numbers in the graph
+        whole = MESH_BY_PARAMETER or mesh is None or mesh.ep is None  # else FSDP2's hooks around experts break graphs
         for name, block in model.layers.named_children():
-            model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=True)))
+            model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=whole)))
     if mesh is not None:
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
         shard(model, mesh, policy, reshard_after_forward)
