@@ -7,6 +7,7 @@ row of a table for each and ends with 1 where one is wrong; what this torch can'
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -41,14 +42,14 @@ CASES = {  # processes, arguments
     "compiled ep2": (2, f"--compile.enable true {DEGREE.format('expert')}"),
     "float8, emulated": (
         1,
-        "--quantize.converters quantize.linear.float8,quantize.grouped_mm.float8 --quantize.emulate true "
+        "--quantize.converters quantize.linear.float8 quantize.grouped_mm.float8 --quantize.emulate true "
         "--training.mixed_precision_param bfloat16",
     ),
 }
 
 
 def train(folder: Path, processes: int, words: str) -> tuple[float | None, str]:
-    """The last loss of a run, and nothing; or None, and the last lines of what went wrong."""
+    """The last loss of a run, and nothing; or None, and the line that says what went wrong: all is on stderr then."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*launch, "-m", "titan_moe.train", *COMMON, *shlex.split(words)]
     command += ["--data.path", str(folder.parent / "text.txt"), "--data.cache_folder", str(folder.parent / "cache")]
@@ -66,7 +67,11 @@ def train(folder: Path, processes: int, words: str) -> tuple[float | None, str]:
         return None, f"not done after {PATIENCE} s"
     if ended.returncode:
         lines = ended.stderr.splitlines()
-        return None, next((line for line in lines if line.startswith("error: ")), "\n".join(lines[-40:]))
+        refused = next((line for line in lines if line.startswith("error: ")), "")
+        if not refused:
+            print(ended.stderr, file=sys.stderr, flush=True)
+        faults = [line for line in lines if re.search(r"Error: |what\(\)", line)]
+        return None, refused or (faults or [f"exit code {ended.returncode}"])[-1]
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     losses = [record["loss"] for record in map(json.loads, lines) if record["kind"] == "train"]
     return losses[-1], "" if len(losses) == STEPS else f"{len(losses)} steps"
