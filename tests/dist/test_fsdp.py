@@ -43,7 +43,8 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def summarize(model: Any, outputs: list[Any]) -> dict[str, Any]:
     names = ("loss", "total_loss", "grad_norm", "load", "num_tokens", "router_logit_norm", "router_confidence")
-    parameters = {re.sub("_checkpoint_wrapped_module.|_orig_mod.", "", k): full(v) for k, v in model.state_dict().items()}
+    wrappers = re.compile("_checkpoint_wrapped_module.|_orig_mod.")
+    parameters = {wrappers.sub("", name): full(value) for name, value in model.state_dict().items()}
     return {
         **{name: torch.stack([getattr(o, name) for o in outputs]) for name in names},
         "aux_loss": torch.stack([o.balance_losses["aux_loss"] for o in outputs]),
@@ -98,7 +99,8 @@ def with_one_mesh(rank: int, world: int) -> dict[str, Any]:
     results = {}
     for name, options in ONE_MESH.items():
         model = sharded(world, **options)
-        assert sum(isinstance(module, FSDPModule) for module in model.modules()) == 1 + 2 * 2  # two blocks, their experts
+        units = sum(isinstance(module, FSDPModule) for module in model.modules())
+        assert units == 1 + 2 * 2  # the model, two blocks, the experts of each
         results[name] = summarize(model, steps(model, STEPS, micro_batches=1, rank=rank, world=world))
     return results
 
