@@ -199,7 +199,9 @@ def first_wait(checkpoint_mode: str, optimizer: str) -> str:
 
 
 @pytest.mark.usefixtures("four_ranks")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.11, of its own fake tensors
+# torch 2.11, of its own fake tensors, and of a generator that the wait ends
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("checkpoint_mode", ["none", "selective", "full"])
 def test_a_step_waits_for_the_device_only_where_it_must(checkpoint_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_lr, "compute_local_shape_and_global_offset", offsets_of_the_host)
