@@ -11,13 +11,15 @@ import torch.distributed as dist
 from titan_moe import __version__, runtime
 from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule, load_data, with_vocab_size
 from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
+from titan_moe.compat import check_tensor_parallel
 from titan_moe.config import Config, cautions, find_component
+from titan_moe.config.sections import Training
 from titan_moe.data.build import Data, resolve_batch_sizes
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_experts_backend, use_experts_backend
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import Degrees, Meshes, build_mesh, resolve_degrees
-from titan_moe.parallelize.parallelize import DTYPES, parallelize
+from titan_moe.parallelize.parallelize import DTYPES, missing_compiler, parallelize
 from titan_moe.parallelize.quantize import check_quantize, quantize
 from titan_moe.records import log_parameters
 from titan_moe.runtime import Runtime, logger
@@ -45,6 +47,7 @@ class Job(NamedTuple):
 def build_job(config: Config, rt: Runtime) -> Job:
     """Build the run's parts; what can be refused is refused before any process group or file exists."""
     training = config.training
+    check_gpu(rt, training)
     degrees = degrees_of(config, rt.world_size)
     sequences, own = resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
     in_float8, param_dtype = config.quantize, DTYPES[training.mixed_precision_param]
@@ -65,12 +68,13 @@ def build_job(config: Config, rt: Runtime) -> Job:
     if rt.device.type == "cpu":
         runtime.return_large_buffers()
     check_same_on_all_ranks(config)
+    check_own_gpu(rt)
     runtime.seed_everything(training.seed, deterministic=training.deterministic)
 
     data = load_data(config, rt, degrees)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
-    model = build_sharded(config, mesh, compile_blocks=compiles(config, rt.device))
+    model = build_sharded(config, mesh, compile_blocks=compiles(config, rt.device) and can_compile(rt))
     model.to(DTYPES[training.dtype]).to_empty(device=rt.device)
     model.init_weights(training.seed)
     runtime.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
@@ -101,9 +105,9 @@ def compiles(config: Config, device: torch.device) -> bool:
 
 
 def degrees_of(config: Config, world_size: int) -> Degrees:
-    """The sizes of the axes in a world of that many processes; ValueError for degrees that do not fit."""
+    """The sizes of the axes in a world of that many processes; ValueError for degrees that do not fit it or torch."""
     parallel = config.parallelism
-    return resolve_degrees(
+    degrees = resolve_degrees(
         world_size=world_size,
         replicate=parallel.data_parallel_replicate_degree,
         shard=parallel.data_parallel_shard_degree,
@@ -112,6 +116,8 @@ def degrees_of(config: Config, world_size: int) -> Degrees:
         tensor=parallel.tensor_parallel_degree,
         num_experts=config.moe.num_experts,
     )
+    check_tensor_parallel(degrees.tensor)
+    return degrees
 
 
 def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) -> Transformer:
@@ -132,6 +138,51 @@ def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) 
         reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
     )
     return model
+
+
+def check_gpu(rt: Runtime, training: Training) -> None:
+    """Raise ValueError where this node has more processes than GPUs, or its GPU no products in bfloat16."""
+    if rt.device.type != "cuda":
+        return
+    num_gpus, num_processes = torch.cuda.device_count(), max(rt.local_world_size, rt.local_rank + 1)
+    if num_processes > num_gpus:
+        raise ValueError(
+            f"{num_processes} processes on a node where each sees {num_gpus} GPU(s): each needs one of its own: start "
+            f"torchrun with --nproc_per_node {num_gpus}, or let CUDA_VISIBLE_DEVICES name more"
+        )
+    key = next((key for key in ("mixed_precision_param", "dtype") if getattr(training, key) == "bfloat16"), None)
+    if key is not None and torch.cuda.get_device_capability(rt.device) < (8, 0):
+        raise ValueError(
+            f"training.{key} = 'bfloat16' needs a GPU of compute capability 8.0 or newer (A100, H100), this is "
+            f"{torch.cuda.get_device_name(rt.device)}: set it to 'float32'"
+        )
+
+
+def check_own_gpu(rt: Runtime) -> None:
+    """Raise ValueError, on every rank, where two ranks have the same GPU: NCCL would end with pages of text."""
+    if rt.device.type != "cuda" or rt.world_size == 1:
+        return
+    identity = str(torch.cuda.get_device_properties(rt.device).uuid)
+    ranks: dict[str, list[int]] = {}
+    for rank, gpu in enumerate(runtime.all_gather(identity)):
+        ranks.setdefault(gpu, []).append(rank)
+    shared = next((together for together in ranks.values() if len(together) > 1), None)
+    if shared is not None:
+        raise ValueError(
+            f"ranks {shared} have the same GPU: each needs one of its own: start them by torchrun, or set LOCAL_RANK "
+            "to another number for each process of a node"
+        )
+
+
+def can_compile(rt: Runtime) -> bool:
+    """Whether torch.compile can make code on all ranks; a warning where not, for the run goes on without."""
+    faults = runtime.all_gather(missing_compiler(rt.device))
+    rank = next((rank for rank, fault in enumerate(faults) if fault), None)
+    if rank is None:
+        return True
+    if rt.is_main:
+        logger.warning("compile.enable: rank %d has %s: training goes on eager, which is slower", rank, faults[rank])
+    return False
 
 
 def check_same_on_all_ranks(config: Config) -> None:

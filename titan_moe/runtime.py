@@ -9,6 +9,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from titan_moe import __version__
+from titan_moe import __version__, compat
 
 logger = logging.getLogger("titan_moe")
 T = TypeVar("T")
@@ -36,6 +37,7 @@ class Runtime(NamedTuple):
     world_size: int
     local_rank: int
     device: torch.device
+    local_world_size: int = 1  # processes of this node
 
     @property
     def is_main(self) -> bool:
@@ -45,9 +47,10 @@ class Runtime(NamedTuple):
 
 def read_world() -> Runtime:
     """Rank, world size and device as torchrun set them; one process when it did not."""
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    rank, world_size, local_rank, local_world_size = (int(os.environ.get(*item)) for item in names.items())
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return Runtime(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), local_rank, device)
+    return Runtime(rank, world_size, local_rank, device, local_world_size)
 
 
 def worker_environment(*, threads: int, devices: Sequence[int] = ()) -> dict[str, str]:
@@ -58,7 +61,7 @@ def worker_environment(*, threads: int, devices: Sequence[int] = ()) -> dict[str
     own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     if devices:
         own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
-    launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {name: value for name, value in os.environ.items() if name not in launch} | own
 
 
@@ -71,10 +74,7 @@ GRACE_SECONDS = 60
 
 
 def init_process_group(runtime: Runtime, timeout_seconds: int) -> None:
-    """Start the default process group: gloo on a CPU, NCCL (with gloo for CPU tensors) on GPUs, one a process."""
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    if runtime.device.type == "cuda" and processes > gpus:
-        raise ValueError(f"{processes} processes for the {gpus} GPU(s) that torch sees: set --nproc_per_node {gpus}")
+    """Start the default process group: gloo on a CPU, NCCL (with gloo for CPU tensors) on GPUs."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the flight recorder's last collectives
     backend = "cuda:nccl,cpu:gloo" if runtime.device.type == "cuda" else "gloo"
     if runtime.device.type == "cuda":
@@ -96,8 +96,7 @@ def set_timeout(timeout_seconds: int) -> None:
     """Change the timeout of the collectives of every group (another one once training is under way)."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         for group in list(dist.distributed_c10d._world.pg_map):
-            timeout = datetime.timedelta(seconds=timeout_seconds + GRACE_SECONDS)
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+            compat.set_group_timeout(datetime.timedelta(seconds=timeout_seconds + GRACE_SECONDS), group)
 
 
 def barrier() -> None:
@@ -272,6 +271,7 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     faulthandler.enable()
     debug = os.environ.get("TITAN_MOE_DEBUG") == "1"
     try:
+        compat.check_torch()
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has left, as `| head` does: end like other commands, quietly
@@ -308,6 +308,12 @@ def describe(error: Exception) -> str:
     else:
         text = str(error)
     return " ".join(text.split())
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton builds its launchers with, None where there is none."""
+    names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def user_cache_folder() -> Path:

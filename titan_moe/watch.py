@@ -21,6 +21,7 @@ import torch.distributed as dist
 from titan_moe import runtime
 from titan_moe.runtime import CollectiveError
 
+PACKAGE = __file__.removesuffix("watch.py")  # a name alone would be in the paths of a .venv in a checkout of that name
 MARKS = ("gloo", "NCCL", "c10d", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe")
 
 
@@ -120,5 +121,6 @@ def describe(entry: dict[str, Any]) -> str:
 def where(thread: threading.Thread) -> str:
     """Where in this package a thread is: `step.py:57 in train_step`."""
     frame = sys._current_frames().get(thread.ident or 0)
-    ours = [part for part in traceback.extract_stack(frame) if "titan_moe" in part.filename and part.name != "where"]
+    stack = traceback.extract_stack(frame)
+    ours = [part for part in stack if part.filename.startswith(PACKAGE) and part.name != "where"]
     return f"in {ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno} {ours[-1].name}" if ours else "outside of it"

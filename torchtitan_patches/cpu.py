@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from titan_moe.compat import set_group_timeout
+
 
 def prepare() -> None:
     """Make torchtitan importable and runnable on the CPU, with one process or several over gloo."""
@@ -27,8 +29,7 @@ def prepare() -> None:
     device: Any = torch.cpu
     device.current_device = lambda: 0  # torch says "cpu", and barriers want a number
     distributed: Any = torch.distributed
-    if not hasattr(distributed, "set_timeout"):  # newer than torch 2.13
-        distributed.set_timeout = distributed.distributed_c10d._set_pg_timeout
+    distributed.set_timeout = set_group_timeout  # public from torch 2.14 on
     _replace_parts_of_torchtitan()
 
 

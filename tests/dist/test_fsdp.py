@@ -1,13 +1,17 @@
 """FSDP2 on two processes equals one process: losses, gradient norms, loads, biases and parameters."""
 
+import functools
+import re
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from tests.dist.harness import run_ranks
 from tests.tiny import adamw, balancers, batch, steps, tiny_model
+from titan_moe.parallelize import parallelize as parallelize_module
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.parallelize.parallelize import parallelize
@@ -22,9 +26,9 @@ OPTIONS = {
 }
 
 
-def sharded(world: int, **options: Any) -> Any:
+def sharded(world: int, *, replicate: int = 1, expert: int = 1, **options: Any) -> Any:
     model = tiny_model(device="meta")
-    mesh = build_mesh(device=torch.device("cpu"), shard=world)
+    mesh = build_mesh(device=torch.device("cpu"), shard=world // replicate, replicate=replicate, expert=expert)
     defaults = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
     parallelize(model, mesh=mesh, **{**defaults, "checkpoint_mode": "none", "compile_blocks": False, **options})
     model.to_empty(device="cpu")
@@ -39,7 +43,8 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def summarize(model: Any, outputs: list[Any]) -> dict[str, Any]:
     names = ("loss", "total_loss", "grad_norm", "load", "num_tokens", "router_logit_norm", "router_confidence")
-    parameters = {k.replace("_checkpoint_wrapped_module.", ""): full(v) for k, v in model.state_dict().items()}
+    wrappers = re.compile("_checkpoint_wrapped_module.|_orig_mod.")
+    parameters = {wrappers.sub("", name): full(value) for name, value in model.state_dict().items()}
     return {
         **{name: torch.stack([getattr(o, name) for o in outputs]) for name in names},
         "aux_loss": torch.stack([o.balance_losses["aux_loss"] for o in outputs]),
@@ -74,6 +79,42 @@ def test_two_ranks_equal_one() -> None:
             # AdamW divides by the gradient's size: where that is near 0, round-off of the sum over ranks grows
             torch.testing.assert_close(own.pop("parameters"), alone["parameters"], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(own.pop("evaluation"), tuple(evaluation), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(own, {name: alone[name] for name in own}, rtol=1e-5, atol=1e-7)
+
+
+# Where a unit of FSDP2 has one mesh, as below torch 2.13, experts that are shared out are units of their own.
+ONE_MESH: dict[str, dict[str, Any]] = {
+    "ep2_fsdp2": {"expert": 2},
+    "hsdp2_ep2": {"expert": 2, "replicate": 2},
+    "ep4": {"expert": 4},
+    "checkpointed": {"expert": 2, "checkpoint_mode": "full"},
+    "never resharded": {"expert": 2, "reshard_after_forward": "never"},
+    "traced": {"expert": 2, "compile_blocks": True},
+}
+
+
+def with_one_mesh(rank: int, world: int) -> dict[str, Any]:
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # whole graphs, without minutes of a compiler
+    parallelize_module.MESH_BY_PARAMETER = False
+    results = {}
+    for name, options in ONE_MESH.items():
+        model = sharded(world, **options)
+        units = sum(isinstance(module, FSDPModule) for module in model.modules())
+        assert units == 1 + 2 * 2  # the model, two blocks, the experts of each
+        results[name] = summarize(model, steps(model, STEPS, micro_batches=1, rank=rank, world=world))
+    return results
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+def test_units_with_one_mesh_equal_one_process() -> None:
+    model = tiny_model()
+    model.init_weights(0)
+    alone = summarize(model, steps(model, STEPS, micro_batches=4))
+    for result in run_ranks(4, with_one_mesh):
+        assert result.keys() == ONE_MESH.keys()
+        for own in result.values():
+            torch.testing.assert_close(own.pop("parameters"), alone["parameters"], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(own, {name: alone[name] for name in own}, rtol=1e-5, atol=1e-7)
 
 

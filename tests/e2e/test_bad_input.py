@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from tests.e2e.conftest import Arguments
 from tests.e2e.harness import Ended, command, contents, records
@@ -150,6 +151,13 @@ def test_configurations(
     for part in parts:
         assert str(fill(part)) in line
     assert {path.name for path in tmp_path.iterdir()} == {"file", "run.toml"}
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "estimate"])
+def test_a_torch_of_another_version(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    """The first thing that a command looks at."""
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    assert "torch 2.10.0 is too old: titan_moe needs torch>=2.11,<2.16" in error_line(command(verb, ["--no", "sense"]))
 
 
 def empty(path: Path) -> Path:

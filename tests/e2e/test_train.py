@@ -238,6 +238,16 @@ def test_compiled_model(train: Train, arguments: Arguments, tmp_path: Path) -> N
     assert compiled == pytest.approx(eager, rel=1e-4)
 
 
+def test_compiling_without_a_compiler_is_a_warning(train: Train, tmp_path: Path) -> None:
+    assert train("eager", training__steps=2).code == 0
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        ended = train("uncompiled", training__steps=2, compile__enable=True)
+    assert ended.code == 0, ended.err
+    assert "warning: compile.enable: rank 0 has no C++ compiler (g++ or $CXX): training goes on eager" in ended.err
+    eager, uncompiled = ([record["loss"] for record in records(tmp_path / name)] for name in ("eager", "uncompiled"))
+    assert uncompiled == eager
+
+
 def test_two_processes_equal_one(arguments: Arguments, train: Train, tmp_path: Path) -> None:
     """torchrun with two processes, each with half of the heads, tokens and experts: as one, which goes on from it."""
     options = {"training__local_batch_size": 1, "training__steps": 4, "validation__freq": 2}

@@ -35,6 +35,7 @@ LAYERS = {
     "optimizer.schedule": 0,
     "metrics": 0,
     "files": 0,
+    "compat": 0,
     "model": 1,
     "parallelize": 1,
     "optimizer": 1,

@@ -107,9 +107,9 @@ def _gather_rows(x_TD: Tensor, order_N: Tensor, row_TK: Tensor, _: Tensor | None
 def _sum_rows(y_ND: Tensor, row_TK: Tensor, kept_TK: Tensor | None, weights_TK: Tensor | None) -> Tensor:
     weights_TK = kept_TK if weights_TK is None else weights_TK
     y_TKD = y_ND[row_TK].to(at_least_fp32(y_ND.dtype))
-    y_TD = (y_TKD if weights_TK is None else y_TKD * weights_TK.unsqueeze(-1)).sum(1)
-    # Not a conversion that changes nothing: torch 2.11, compiling, takes its result for one without a gradient.
-    return y_TD if y_TD.dtype == y_ND.dtype else y_TD.to(y_ND.dtype)
+    sum_TD = (y_TKD if weights_TK is None else y_TKD * weights_TK.unsqueeze(-1)).sum(1)
+    # Not a `to` that does nothing: compiled by torch 2.11, an autograd function that ends in one has no gradient.
+    return sum_TD if sum_TD.dtype == y_ND.dtype else sum_TD.to(y_ND.dtype)
 
 
 def _sum_rows_on_cpu(y_ND: Tensor, row_TK: Tensor, kept_TK: Tensor | None, weights_TK: Tensor | None) -> Tensor:

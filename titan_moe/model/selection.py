@@ -157,7 +157,16 @@ def drop_over_capacity(routing: Routing, options: Options) -> Routing:
     else:
         order_N = torch.arange(T * K, device=ids_TK.device).view(T, K).t().flatten()
     kept_TK = rank_in_expert(ids_TK.flatten(), order_N, routing.tokens_per_expert).view(T, K) < capacity
-    return routing._replace(topk_scores=routing.topk_scores * kept_TK, kept=kept_TK, capacity=capacity)
+    return Routing(  # not _replace, which torch.compile can't give out of a graph in torch 2.11
+        router_logits=routing.router_logits,
+        scores=routing.scores,
+        topk_scores=routing.topk_scores * kept_TK,
+        topk_experts=ids_TK,
+        tokens_per_expert=routing.tokens_per_expert,
+        selection=routing.selection,
+        kept=kept_TK,
+        capacity=capacity,
+    )
 
 
 def rank_in_expert(expert_N: Tensor, order_N: Tensor, tokens_per_expert_E: Tensor) -> Tensor:

@@ -56,7 +56,8 @@ def all_to_all(mesh: DeviceMesh, read: ReadSplits | None = None) -> Dispatcher:
         sent_PE = sent_E.view(degree, -1)
         received_PE = wait_tensor(all_to_all_single(sent_E, None, None, group)).view(degree, -1)
         sent, received = read(sent_PE.sum(1), received_PE.sum(1))
-        permutation = permutation._replace(order=permutation.order[: sum(sent)])  # less where choices are not kept
+        kept_N = permutation.order[: sum(sent)]  # less where choices are not kept
+        permutation = Permutation(kept_N, permutation.row, permutation.kept)  # _replace ends graphs in torch 2.11
         x_MD = all_to_all_single_autograd(gather_rows(x_TD, permutation), received, sent, group)
         by_expert_M, by_process_M = orders(received_PE, sum(received))
         return x_MD, received_PE.sum(0), Exchange(permutation, by_expert_M, by_process_M, sent, received)

@@ -10,16 +10,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._triton import has_triton
 
+from titan_moe.compat import MESH_BY_PARAMETER, ShardPlacementResult
 from titan_moe.model.attention import Attention
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.activation import checkpoint_block
-from titan_moe.parallelize.compat import ShardPlacementResult
 from titan_moe.parallelize.expert import share_out_experts
 from titan_moe.parallelize.mesh import Meshes
 from titan_moe.parallelize.sequence import attend_to_all, rope_of_part
 from titan_moe.parallelize.tensor import share_out_matrices
+from titan_moe.runtime import c_compiler
 
 Reshard = Literal["default", "always", "never"]  # torchtitan's names
 
@@ -49,12 +51,28 @@ def parallelize(
         model.layers.register_module(name, wrapped)
     if compile_blocks:
         torch._dynamo.config.capture_scalar_outputs = True  # the split sizes of dispatch are numbers in the graph
+        whole = MESH_BY_PARAMETER or mesh is None or mesh.ep is None  # else FSDP2's hooks around experts break graphs
         for name, block in model.layers.named_children():
-            model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=True)))
+            model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=whole)))
         model.softmax_ = torch.compile(model.softmax_, fullgraph=True)
     if mesh is not None:
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
         shard(model, mesh, policy, reshard_after_forward)
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """What torch.compile needs to make code for the device and this machine lacks; None where all is there."""
+    if device.type == "cuda":
+        if not has_triton():
+            return "no Triton for this GPU: pip install triton"
+        return None if c_compiler() else "no C compiler (gcc, clang or $CC), which Triton needs"
+    from torch._inductor import cpp_builder, exc  # a second of imports, which only torch.compile is worth
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return "no C++ compiler (g++ or $CXX)"
+    return None
 
 
 def share_out(model: Transformer, mesh: Meshes, seq_len: int) -> None:
@@ -75,9 +93,10 @@ def share_out(model: Transformer, mesh: Meshes, seq_len: int) -> None:
 def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshard_after_forward: Reshard) -> None:
     """Apply FSDP2 to every block and to the rest of the model.
 
-    A block is one unit, whose experts and matrices have meshes of their own where they are shared out. Gradients are
-    summed, not averaged, over ranks: the loss is already divided by the step's global token count, so all gradients
-    are right whatever the layout. gloo has no pre-multiplied sum, hence the forced one.
+    A block is one unit, whose experts and matrices have meshes of their own where they are shared out; below torch
+    2.13 a unit has one mesh, and experts that are shared out are a unit of their own. Gradients are summed, not
+    averaged, over ranks: the loss is already divided by the step's global token count, so all gradients are right
+    whatever the layout. gloo has no pre-multiplied sum, hence the forced one.
 
     Between forward and backward the gathered parameters of blocks are freed; with `always` also those of the rest,
     which backward gathers again at once, with `never` none. To free them saves next to nothing where there is one
@@ -89,12 +108,12 @@ def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshar
     model.keeps_gathered = reshard_after_forward == "never"
     # Activations come in the parameters' type already; the cast would only take the rotary angles out of fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
-    placement = placements(model, mesh) if ShardPlacementResult is not None else None
-    if ShardPlacementResult is None and mesh.efsdp is not None:  # torch before 2.13: one mesh for a unit
+    frees = reshard_after_forward != "never"
+    if mesh.efsdp is not None and not MESH_BY_PARAMETER:
         for layer in model.modules():
             if isinstance(layer, MoE):
-                frees = reshard_after_forward != "never"
                 fully_shard(layer.experts, mesh=mesh.efsdp, mp_policy=block_policy, reshard_after_forward=frees)
+    placement = placements(model, mesh) if MESH_BY_PARAMETER else None
     # One process that keeps all has nothing to send while it computes: one unit, whose hooks run once, spares the host.
     blocks = [] if mesh.dense.size() == 1 and model.keeps_gathered else model.layers.children()
     for block in blocks:
@@ -103,7 +122,7 @@ def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshar
             mesh=mesh.dense,
             mp_policy=block_policy,
             shard_placement_fn=placement,
-            reshard_after_forward=reshard_after_forward != "never",
+            reshard_after_forward=frees,
         )
     fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
     for module in model.modules():
@@ -153,6 +172,7 @@ def placements(model: nn.Module, mesh: Meshes) -> Callable[[nn.Parameter], Any] 
     experts = {p for layer in model.modules() if isinstance(layer, MoE) for p in layer.experts.parameters()}
     matrices = {p for p in model.parameters() if isinstance(p, DTensor)} - experts
     where: dict[nn.Parameter, Any] = {}
+    assert ShardPlacementResult is not None
     for parameters, rest in ((experts, mesh.efsdp), (matrices, mesh.tfsdp)):
         if rest is not None:
             where |= dict.fromkeys(parameters, ShardPlacementResult(Shard(0), mesh_info(rest)))
