@@ -207,6 +207,9 @@ def test_work_of_a_step_grows_with_its_micro_batches() -> None:
     """Three are run and stand for any number; the update is there once, and so is what the last micro-batch does."""
     bf16 = ("--training.mixed_precision_param", "bfloat16", "--model.num_layers", "1")
     one, three, four, seven = (run(1, *bf16, micro_batches=n).work for n in (1, 3, 4, 7))
+    tokens = 2 * 64
+    assert one["flops", "head"] == 6 * tokens * EMBEDDING
+    assert one["flops", "fp32"] == 6 * tokens * 8 * 32  # of the router alone
     for kind in ("dense", "grouped", "head", "attention", "fp32"):
         assert one["flops", kind] > 0
         assert seven["flops", kind] == 7 * one["flops", kind]
@@ -290,7 +293,7 @@ def test_time_by_hand() -> None:
     assert time.host == pytest.approx(1000 * HOST_SECONDS)
     assert time.seconds == sum(time.device.values())
     compiled = step_time(work, {}, gpu, compiled=True)
-    assert compiled.device["passes: layers"] == pytest.approx(COMPILED_BYTES * time.device["passes: layers"])
+    assert compiled.device["passes: layers"] == pytest.approx(COMPILED_BYTES["layers"] * time.device["passes: layers"])
     assert compiled.operators < 1000
     work["operators", "layers"] = 10**6
     assert step_time(work, {}, gpu, compiled=False).seconds == pytest.approx(1e6 * HOST_SECONDS)
