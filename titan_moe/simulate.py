@@ -23,6 +23,7 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -109,6 +110,7 @@ class Meter(TorchDispatchMode):
         self.fake, self.vocab_sizes = fake, vocab_sizes
         self.live: Counter[str] = Counter()
         self.at_peak: Counter[str] = Counter()
+        self.before_update: Counter[str] = Counter()  # at the peak of forward and backward
         self.sizes: dict[int, tuple[str, int, Any]] = {}  # by identity: kind, bytes, reference
         self.passes: list[Work] = [Counter()]  # before the model's first forward, from there to its second, ...
         self.groups: dict[str, tuple[int, ...]] = {}
@@ -337,6 +339,42 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 
 @contextmanager
+def _moments(meter: Meter, model: torch.nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Tell the meter where forward passes and the update begin, and run the update twice.
+
+    The first step of an optimizer makes its state, and what is due now and then; the work that counts is a later one's.
+    """
+
+    def start_forward(*_: Any) -> None:
+        meter.passes.append(Counter())
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                meter.retag(local(parameter.grad), "gradients")
+
+    def start_update(*_: Any) -> None:
+        if meter.step == FIRST:
+            meter.before_update, meter.at_peak = meter.at_peak, Counter(meter.live)
+            meter.counts_work = False
+
+    def update_again(*_: Any) -> None:
+        if meter.step == FIRST:
+            meter.step, meter.counts_work = LATER, True
+            refuse_nonfinite_gradients(model, optimizer, torch.ones(()))  # so that nothing looks at them once more
+            optimizer.step()
+
+    handles = [
+        model.register_forward_pre_hook(start_forward),
+        optimizer.register_step_pre_hook(start_update),
+        optimizer.register_step_post_hook(update_again),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def fake_world(world_size: int) -> Iterator[None]:
     """A process group of `world_size` ranks of which this process is rank 0 and the others do not exist."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
@@ -353,6 +391,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     `excess` is how much more than its even share of rows this rank's experts receive: at a MaxVio of v at most v, where
     each of them is the fullest.
     """
+    # The split sizes of dispatch are read on the host in a real step: here they are told.
     training, simulated = config.training, min(micro_batches, 3)
     mesh = build_mesh(device=torch.device("cpu"), **degrees._asdict())
     model = build_sharded(config, mesh, compile_blocks=False)
@@ -360,6 +399,8 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     received = -(-int(rows * (1 + excess)) // degrees.expert) * degrees.expert
     if mesh.ep is not None:
         give_splits(model, mesh.ep, rows, received)
+
+    # From here on nothing is allocated, and every operator passes the meter.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model.to(getattr(torch, training.dtype)).to_empty(device="cpu")
@@ -371,33 +412,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
         parameters = _local_bytes(model.parameters())
         for tensor in (*model.parameters(), *model.buffers()):
             meter.track(local(tensor), "parameters")
-        before: list[Counter[str]] = []
-
-        def start_optimizer(*_: Any) -> None:
-            if meter.step == FIRST:
-                before.append(meter.at_peak)
-                meter.at_peak = Counter(meter.live)
-                meter.counts_work = False
-
-        def step_again(*_: Any) -> None:
-            # The first step makes the state, and what is due now and then; it is a later one whose work counts.
-            if meter.step == FIRST:
-                meter.step, meter.counts_work = LATER, True
-                refuse_nonfinite_gradients(model, optimizer, torch.ones(()))
-                optimizer.step()
-
-        def start_forward(*_: Any) -> None:
-            meter.passes.append(Counter())
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    meter.retag(local(parameter.grad), "gradients")
-
-        handles = [
-            optimizer.register_step_pre_hook(start_optimizer),
-            optimizer.register_step_post_hook(step_again),
-            model.register_forward_pre_hook(start_forward),
-        ]
-        with meter, _what_no_mode_sees(meter), _as_on_a_gpu():
+        with meter, _what_no_mode_sees(meter), _as_on_a_gpu(), _moments(meter, model, optimizer):
             train_step(
                 model,
                 [(tokens, tokens)] * simulated,
@@ -407,11 +422,10 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
                 max_norm=training.max_norm,
                 sequence_group=mesh.sequence_group,
             )
-        for handle in handles:
-            handle.remove()
         state = _local_bytes(leaf for s in optimizer.state.values() for leaf in tree_leaves(s))
+
     # The state is made in this first step; from the second on it is there in forward and backward, too.
-    peak = before[0] + Counter(optimizer_state=state)
+    peak = meter.before_update + Counter(optimizer_state=state)
     if meter.at_peak.total() > peak.total():  # in the optimizer's step
         peak = meter.at_peak + Counter(optimizer_state=state, activations=-state)
     return Simulation(
