@@ -14,13 +14,14 @@ from titan_moe.build import build_model, with_vocab_size
 from titan_moe.config import Config, load_config
 from titan_moe.config.sections import ActivationCheckpoint, Training
 from titan_moe.data.build import resolve_batch_sizes
-from titan_moe.job import degrees_of
+from titan_moe.gpus import GPUS
+from titan_moe.job import compiles, degrees_of
+from titan_moe.metrics import flops_per_token
 from titan_moe.parallelize.mesh import Degrees
 from titan_moe.records import count_active
 from titan_moe.simulate import Simulation, fake_world, simulate
+from titan_moe.step_time import MEASURED_ON, StepTime, step_time
 
-# GiB of device memory, from NVIDIA's data sheets as nvidia-smi shows them.
-GPUS = {"A100-40GB": 39.6, "A100": 79.3, "H100": 79.6, "H200": 140.4, "B200": 179.1}
 # What allocations may fill: the rest is left to CUDA, NCCL's buffers and fragmentation. A rule of thumb, not measured.
 USABLE = 0.9
 GIB = 2**30
@@ -28,8 +29,8 @@ MAXVIOS = (0.0, 0.5, 1.0, 2.0)
 KNOWN_VOCABULARIES = {"gpt2": 50257, "openai-community/gpt2": 50257, "bytes": 257}
 USAGE = f"""usage: python -m titan_moe.estimate --job.config_file FILE --world_size N [--gpu NAME] [...]
 
-Memory, communication and operations of a rank and step, without the hardware: the sharded model and
-one step are run on fake tensors in a fake world of N ranks.
+Memory, communication, operations and time of a rank and step, without the hardware: the sharded model
+and one step are run on fake tensors in a fake world of N ranks.
 
   --world_size N     number of processes, one per GPU (also --world-size)
   --gpu NAME         {", ".join(GPUS)} (H100)
@@ -44,6 +45,11 @@ class Case(NamedTuple):
     degrees: Degrees
     accumulation: int  # micro-batches of a step
     note: str = ""
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the world."""
+        return self.degrees.replicate * self.degrees.per_replica
 
 
 def main(args: list[str]) -> int:
@@ -63,10 +69,11 @@ def main(args: list[str]) -> int:
     case = in_world(config, int(world))
     with fake_world(int(world)):
         result = run(case)
-        fullest = run(case, excess=1.0) if case.degrees.expert > 1 else result
+        few = case._replace(accumulation=min(2, case.accumulation))  # enough for the peak
+        fullest = run(few, excess=1.0) if case.degrees.expert > 1 else result
         lines = [*describe_run(case), *describe_memory(case, result, fullest), *describe_work(case, result)]
-        print("\n".join(lines))
-        print("\n".join(verdict(case, result, gpu)))
+        print("\n".join([*lines, *describe_time(case, result, gpu)]))
+        print("\n".join([*verdict(case, result, gpu), *describe_batch(case, result, gpu)]))
     return 0
 
 
@@ -121,7 +128,7 @@ def in_world(config: Config, world_size: int) -> Case:
 def run(case: Case, excess: float = 0.0) -> Simulation:
     """Simulate a case; ValueError for a component that reads tensors on the host, which has none here."""
     try:
-        return simulate(case.config, case.degrees, accumulates=case.accumulation > 1, excess=excess)
+        return simulate(case.config, case.degrees, micro_batches=case.accumulation, excess=excess)
     except DataDependentOutputException as error:
         config = case.config
         raise ValueError(
@@ -134,16 +141,15 @@ def describe_run(case: Case) -> Iterator[str]:
     """What is estimated."""
     config, degrees = case.config, case.degrees
     with torch.device("meta"):
-        model = build_model(config)
-    total = sum(p.numel() for p in model.parameters())
-    yield f"model: {total:,} parameters, {count_active(config, model):,} active a token"
+        total = sum(p.numel() for p in build_model(config).parameters())
+    yield f"model: {total:,} parameters, {active_parameters(config):,} active a token"
     axes = f"replicas x shards {degrees.replicate} x {degrees.shard}, expert parallelism {degrees.expert}"
     own = "of a rank"
     if degrees.per_sequence > 1:
         axes += f", context x tensor parallelism {degrees.context} x {degrees.tensor}"
         own = f"of {degrees.per_sequence} ranks together"
     yield (
-        f"world: {degrees.replicate * degrees.per_replica} ranks, {axes}; {own} {case.accumulation} x "
+        f"world: {case.ranks} ranks, {axes}; {own} {case.accumulation} x "
         f"{config.training.local_batch_size} sequences of {config.training.seq_len} tokens; "
         f"checkpointing {config.activation_checkpoint.mode}"
     )
@@ -182,32 +188,171 @@ def at_maxvio(result: Simulation, fullest: Simulation, value: float) -> float:
 
 def describe_work(case: Case, result: Simulation) -> Iterator[str]:
     """Communication and operations."""
-    yield "sent by a rank in a micro-batch, GiB, by collective and axis (ranks)"
+    yield "sent by a rank in a step, GiB, by collective and axis (ranks)"
     for (name, axis), (calls, size) in sorted(result.traffic.items()):
         yield f"  {name:20}{axis:22}{calls:6} calls{size / GIB:12.4f}"
-    tokens = case.config.training.local_batch_size * case.config.training.seq_len // case.degrees.per_sequence
+    tokens = step_tokens(case) / case.ranks
     yield (
-        f"operations of a rank in a micro-batch: {result.flops / 1e12:.3f} TFLOP, "
+        f"operations of a rank in a step: {result.flops / 1e12:.3f} TFLOP, "
         f"{result.flops / tokens / 1e9:.3f} GFLOP a token, with what checkpointing makes again"
     )
 
 
+def step_tokens(case: Case) -> int:
+    """Tokens of a step, of all ranks."""
+    training = case.config.training
+    return case.accumulation * training.local_batch_size * case.degrees.data * training.seq_len
+
+
+def active_parameters(config: Config) -> int:
+    """Parameters in a token's matrix products."""
+    with torch.device("meta"):
+        return count_active(config, build_model(config))
+
+
+def is_compiled(config: Config) -> bool:
+    """Whether a GPU would run compiled layers."""
+    return compiles(config, torch.device("cuda"))
+
+
+def predict(case: Case, result: Simulation, gpu: str) -> StepTime:
+    """Time of a step on a GPU."""
+    return step_time(result.work, result.groups, GPUS[gpu], compiled=is_compiled(case.config))
+
+
+def describe_time(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
+    """The parts of a step's time, and what follows for the run: throughput, MFU and hours."""
+    config, time = case.config, predict(case, result, gpu)
+    yield f"time of a step on {article(gpu)} {gpu}, ms"
+    for name, seconds in time.device.items():
+        yield f"  {name:28}{1000 * seconds:10.1f}"
+    yield f"  {'all on the device':28}{1000 * sum(time.device.values()):10.1f}"
+    yield f"  {'launches on the host':28}{1000 * time.host:10.1f}   of {time.operators:,} operators"
+
+    model, speed = config.model, step_tokens(case) / time.seconds
+    flops = flops_per_token(
+        active_parameters(config), num_layers=model.num_layers, dim=model.dim, seq_len=config.training.seq_len
+    )
+    mfu, steps = speed * flops / (GPUS[gpu].bf16 * case.ranks), config.training.steps
+    yield (
+        f"prediction: about {1000 * time.seconds:,.0f} ms a step, {short(speed)} tokens/s, MFU {100 * mfu:.0f} %, "
+        f"{duration(steps * time.seconds)} for {steps:,} steps on {case.ranks:,} {gpu}, "
+        f"{'compiled' if is_compiled(config) else 'eager'}, without validation and checkpoints"
+    )
+    if gpu != MEASURED_ON:
+        yield (
+            f"note: nothing was measured on {article(gpu)} {gpu}: scaled from an {MEASURED_ON} by the data sheets' "
+            "peak and bandwidth"
+        )
+    if case.ranks > 1:
+        yield "note: communication was not measured: its bytes over the data sheets' NVLink and network"
+    others = sorted(optimizer_names(config) - {"adamw"})
+    if others:
+        yield (
+            f"note: the time of the update by {', '.join(others)} is a lower bound: products of small matrices are "
+            "slower than counted, and decompositions are not counted"
+        )
+
+
+def optimizer_names(config: Config) -> set[str]:
+    """The optimizers in use."""
+    groups = [group["name"] for group in config.optimizer.groups.values() if "name" in group]
+    return {config.optimizer.name, *groups}
+
+
+def article(gpu: str) -> str:
+    """The one that goes before the name of a GPU."""
+    return "an" if gpu[0] in "AH" else "a"
+
+
+def short(number: float) -> str:
+    """Three digits or so: 178k, 1.42M."""
+    return f"{number / 1e6:.3g}M" if number >= 999.5e3 else f"{number / 1e3:.3g}k"
+
+
+def duration(seconds: float) -> str:
+    """In hours, or in minutes where it is less than a tenth of one."""
+    return f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds / 60:.1f} min"
+
+
+def describe_batch(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
+    """The largest micro-batch that fits, of those that make the same step; with recomputation where that is faster."""
+    config, usable = case.config, USABLE * GPUS[gpu].memory * GIB
+    whole = case.accumulation * config.training.local_batch_size
+    states = result.parameters + result.gradients + result.optimizer_state
+    found = [largest_that_fits(case, usable, states, {config.training.local_batch_size: result})]
+    reaches_all = found[0] is not None and found[0][0].accumulation == 1
+    if config.activation_checkpoint.mode == "none" and not reaches_all:
+        config = dataclasses.replace(config, activation_checkpoint=ActivationCheckpoint(mode="selective"))
+        found.append(largest_that_fits(case._replace(config=config), usable, states, {}))
+    times = [(predict(*pair, gpu).seconds, *pair) for pair in found if pair is not None]
+    if not times:
+        return
+    seconds, best, _ = min(times, key=lambda entry: entry[0])
+
+    size, mode = best.config.training.local_batch_size, best.config.activation_checkpoint.mode
+    words = f"largest training.local_batch_size that fits: {size} of the {whole} sequences of a rank's step"
+    if mode != case.config.activation_checkpoint.mode:
+        words += f", with activation_checkpoint.mode = {mode}"
+    if best == case:
+        yield f"{words}, as it is"
+        return
+    fits = result.peak <= usable
+    now = f" where it is {1000 * predict(case, result, gpu).seconds:,.0f} ms now" if fits else ""
+    micro_batches = "1 micro-batch" if best.accumulation == 1 else f"{best.accumulation} micro-batches"
+    yield f"{words}: {micro_batches}, about {1000 * seconds:,.0f} ms a step{now}"
+
+
+def largest_that_fits(
+    case: Case, usable: float, states: int, known: dict[int, Simulation]
+) -> tuple[Case, Simulation] | None:
+    """The largest micro-batch whose peak is at most `usable` bytes, among the divisors of a rank's part of the step.
+
+    The whole is tried first, as it often fits. As peaks grow about linearly, from the bytes of the `states` on, the
+    next to try is the largest that should fit between what does and what does not, until none is left that should.
+    `known` are simulations by size. None where not even one sequence fits.
+    """
+    whole = case.accumulation * case.config.training.local_batch_size
+    sizes = [size for size in range(1, whole + 1) if whole % size == 0]
+    best, (low, low_peak), size = None, (0, states), whole
+    high, high_peak = whole + 1, float("inf")
+    while size:
+        other = with_batch(case, size)
+        result = known.get(size) or run(other)
+        if result.peak <= usable:
+            best, low, low_peak = (other, result), size, result.peak
+        else:
+            high, high_peak = size, result.peak
+        should_fit = low + (high - low) * (usable - low_peak) / (high_peak - low_peak)
+        between = [size for size in sizes if low < size < high]
+        untried = between[:1] if best is None else []  # before giving up
+        size = max([size for size in between if size <= should_fit] or untried, default=0)
+    return best
+
+
+def with_batch(case: Case, size: int) -> Case:
+    """The same step in micro-batches of another size, which divides a rank's part of it."""
+    training: Training = dataclasses.replace(case.config.training, local_batch_size=size)
+    accumulation = case.accumulation * case.config.training.local_batch_size // size
+    return case._replace(config=dataclasses.replace(case.config, training=training), accumulation=accumulation)
+
+
 def verdict(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
     """Whether it fits the GPU, and what would make it fit."""
-    usable = USABLE * GPUS[gpu]
-    limit = f"{usable:.1f} of {GPUS[gpu]:.1f} GiB"
+    memory = GPUS[gpu].memory
+    usable = USABLE * memory
+    limit = f"{usable:.1f} of {memory:.1f} GiB"
     if result.peak / GIB <= usable:
-        yield f"verdict: fits an {gpu}: {result.peak / GIB:.1f} GiB, {limit} are counted on"
+        yield f"verdict: fits {article(gpu)} {gpu}: {result.peak / GIB:.1f} GiB, {limit} are counted on"
         return
-    yield f"verdict: does not fit an {gpu}: {result.peak / GIB:.1f} GiB are more than {limit}"
+    yield f"verdict: does not fit {article(gpu)} {gpu}: {result.peak / GIB:.1f} GiB are more than {limit}"
     for change, other in knobs(case):
         peak = run(other).peak / GIB
         if peak <= usable:
             yield f"it would with {change}: {peak:.1f} GiB"
             return
         yield f"  not with {change}: {peak:.1f} GiB"
-    ranks = case.degrees.replicate * case.degrees.per_replica
-    yield f"none of these makes it fit: take more than {ranks} ranks, or a smaller model"
+    yield f"none of these makes it fit: take more than {case.ranks} ranks, or a smaller model"
 
 
 def knobs(case: Case) -> Iterator[tuple[str, Case]]:
@@ -218,17 +363,15 @@ def knobs(case: Case) -> Iterator[tuple[str, Case]]:
             config = dataclasses.replace(config, activation_checkpoint=ActivationCheckpoint(mode=mode))
             words = f"activation_checkpoint.mode = {mode}"
             yield words, case._replace(config=config)
-    size = config.training.local_batch_size
-    if size > 1:
-        training: Training = dataclasses.replace(config.training, local_batch_size=1)
-        config = dataclasses.replace(config, training=training)
+    case = with_batch(case._replace(config=config), 1)
+    if config.training.local_batch_size > 1:
         words = ", ".join(filter(None, [words, "training.local_batch_size = 1"]))
-        yield words, case._replace(config=config, accumulation=case.accumulation * size)
+        yield words, case
     if case.degrees.replicate > 1:
         degrees = case.degrees._replace(replicate=1, shard=case.degrees.data)
-        if case.degrees.expert == 1 or config.moe.num_experts % degrees.per_replica == 0:
+        if degrees.expert == 1 or config.moe.num_experts % degrees.per_replica == 0:
             words = ", ".join(filter(None, [words, "parallelism.data_parallel_replicate_degree = 1"]))
-            yield words, case._replace(config=config, degrees=degrees, accumulation=case.accumulation * size)
+            yield words, case._replace(degrees=degrees)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from titan_moe import __version__, compat
+from titan_moe.gpus import find_gpu
 
 logger = logging.getLogger("titan_moe")
 T = TypeVar("T")
@@ -181,16 +182,12 @@ def peak_memory_gib(device: torch.device) -> float:
     return kib / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-# Dense bf16 tensor-core peaks, FLOP/s, from NVIDIA's data sheets (without sparsity), by a part of the device's name.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "GB200": 2500e12}
-
-
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of the device, None where it is not known (a CPU, for example)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.bf16
 
 
 class StopRequest:

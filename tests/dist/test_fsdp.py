@@ -76,8 +76,8 @@ def test_two_ranks_equal_one() -> None:
     for result in results:
         assert result.keys() == OPTIONS.keys()
         for own in result.values():
-            # AdamW divides by the gradient's size: where that is near 0, round-off of the sum over ranks grows
-            torch.testing.assert_close(own.pop("parameters"), alone["parameters"], rtol=1e-4, atol=1e-5)
+            # AdamW divides by the gradient's size: where that is near 0, round-off grows, here to 1 % of the rate
+            torch.testing.assert_close(own.pop("parameters"), alone["parameters"], rtol=1e-4, atol=5e-5)
             torch.testing.assert_close(own.pop("evaluation"), tuple(evaluation), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(own, {name: alone[name] for name in own}, rtol=1e-5, atol=1e-7)
 
@@ -114,7 +114,7 @@ def test_units_with_one_mesh_equal_one_process() -> None:
     for result in run_ranks(4, with_one_mesh):
         assert result.keys() == ONE_MESH.keys()
         for own in result.values():
-            torch.testing.assert_close(own.pop("parameters"), alone["parameters"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(own.pop("parameters"), alone["parameters"], rtol=1e-4, atol=5e-5)
             torch.testing.assert_close(own, {name: alone[name] for name in own}, rtol=1e-5, atol=1e-7)
 
 
