@@ -319,22 +319,23 @@ def _as_on_a_gpu() -> Iterator[None]:
     An RMSNorm is one operator there and ten on a CPU: LayerNorm's stands for it, which reads, writes and keeps as much.
     Products in bf16 can give fp32, and all rows of a stacked matrix are updated together.
     """
-    rms_norm, elements, add_product = F.rms_norm, matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product_
+    rms_norm, elements, add_product = F.rms_norm, matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
 
     def one_operator(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         return F.layer_norm(x, shape, weight, eps=1e-5 if eps is None else eps)
 
-    def add_in_fp32(sum_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
+    def add_in_fp32(sum_VD: Tensor | None, a_VC: Tensor, b_CD: Tensor) -> Tensor:
         is_fp32 = a_VC.dtype == torch.float32
-        sum_VD += torch.mm(a_VC, b_CD) if is_fp32 else torch.mm(a_VC, b_CD, out_dtype=torch.float32)
+        product_VD = torch.mm(a_VC, b_CD) if is_fp32 else torch.mm(a_VC, b_CD, out_dtype=torch.float32)
+        return product_VD if sum_VD is None else sum_VD.add_(product_VD)
 
     F.rms_norm = one_operator  # pyrefly: ignore
-    cross_entropy._add_product_ = add_in_fp32
+    cross_entropy._add_product = add_in_fp32
     matrix.CPU_ELEMENTS_PER_UPDATE = sys.maxsize
     try:
         yield
     finally:
-        F.rms_norm, cross_entropy._add_product_ = rms_norm, add_product  # pyrefly: ignore
+        F.rms_norm, cross_entropy._add_product = rms_norm, add_product  # pyrefly: ignore
         matrix.CPU_ELEMENTS_PER_UPDATE = elements
 
 

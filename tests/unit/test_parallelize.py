@@ -15,6 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.tiny import balancers, batch, tiny_model
+from titan_moe.compat import MESH_BY_PARAMETER
 from titan_moe.model.attention import rope_cos_sin
 from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer import load_lr
@@ -199,11 +200,10 @@ def first_wait(checkpoint_mode: str, optimizer: str) -> str:
 
 
 @pytest.mark.usefixtures("four_ranks")
-# torch 2.11, of its own fake tensors, and of a generator that the wait ends
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("checkpoint_mode", ["none", "selective", "full"])
 def test_a_step_waits_for_the_device_only_where_it_must(checkpoint_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if checkpoint_mode != "none" and not MESH_BY_PARAMETER:
+        pytest.skip("below torch 2.13 a checkpointed step does not survive the exception that tells of a wait")
     monkeypatch.setattr(load_lr, "compute_local_shape_and_global_offset", offsets_of_the_host)
     waits = [first_wait(checkpoint_mode, "adamw")]
     # 2 sequences of 16 tokens with 2 experts each, dealt out evenly
