@@ -122,7 +122,8 @@ def first_basis(side: Side, factor: Factor, blocks: Tensor, state: State) -> Non
 
     # What the fixed directions leave beside the vectors depends on the space of these alone, and is well conditioned
     # for any: random ones are never in it, as the axes would be where an input is always zero.
-    fixed = torch.randn(factor.size, factor.size, generator=torch.Generator().manual_seed(0)).to(vectors)
+    numbers = torch.Generator().manual_seed(0)  # of the host, so that every device has the same
+    fixed = torch.randn(factor.size, factor.size, generator=numbers, device="cpu").to(vectors)  # (S, S)
     evident = (values > EVIDENT**2 * values[..., :1]).unsqueeze(-2)
     basis = torch.linalg.qr(torch.where(evident, vectors, fixed)).Q
 
