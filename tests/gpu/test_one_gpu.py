@@ -82,21 +82,15 @@ def test_mixed_precision_follows_fp32() -> None:
     torch.testing.assert_close(got["grad_norm"], expected["grad_norm"], rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("empty", [(0,), (0, 1, 2, 3, 4, 5)], ids=["one expert", "all experts"])
-def test_experts_without_a_row(empty: tuple[int, ...]) -> None:
-    """As on a rank of expert parallelism that nobody sends a row: gradients of zero, of the right shapes."""
-    counts = torch.tensor([0 if e in empty else 5 for e in range(6)], device=DEVICE)
-    shapes = {"x": (int(counts.sum()), 32), "w1": (6, 48, 32), "w2": (6, 32, 48), "w3": (6, 48, 32)}
-    inputs = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in shapes.values()]
-    y = expert_swiglu(*inputs, counts)
-    assert y.shape == inputs[0].shape
-    y.square().sum().backward()
-    for tensor in inputs:
-        assert tensor.grad is not None
-        assert tensor.grad.shape == tensor.shape
-        assert tensor.grad.isfinite().all()
+def test_gradients_of_experts_without_a_row_are_zero() -> None:
+    """Of some experts among others, the first and the last too."""
+    counts = torch.tensor([0, 5, 0, 7, 0], device=DEVICE)
+    shapes = [(12, 32), (5, 48, 32), (5, 32, 48), (5, 48, 32)]
+    inputs = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    expert_swiglu(*inputs, counts).square().sum().backward()
     for weight in inputs[1:]:
-        assert ((weight.grad == 0).flatten(1).all(1) == (counts == 0)).all()  # pyrefly: ignore
+        assert weight.grad is not None
+        assert torch.equal((weight.grad == 0).flatten(1).all(1), counts == 0)
 
 
 def layer_outcome(moe: MoE, x: torch.Tensor) -> dict[str, torch.Tensor]:
