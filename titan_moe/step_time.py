@@ -10,28 +10,29 @@ from typing import NamedTuple
 from titan_moe.gpus import GPU
 from titan_moe.simulate import Work
 
-# The one GPU that was measured, and the run of scripts/gpu_check.py whose numbers these are (docs/estimate.md says how
-# each follows from its table): moe8x, 20,480 tokens a micro-batch, eager, torch 2.11, 2026-11-27.
+# The one GPU that was measured, by two profiles of moe8x with 20,480 tokens a micro-batch on torch 2.11, 2026-11-27:
+# (1) eager, before the code was changed for GPUs, (2) compiled, after it. docs/estimate.md says how the numbers follow.
 MEASURED_ON = "H100"
 PRODUCTS = {  # shares of the peak in bf16
-    "dense": 0.64,  # projections of attention: 7.0 TFLOP in 11.0 ms
-    "head": 0.76,  # 4.7 TFLOP in 6.3 ms
-    "grouped": 0.615,  # 27.8 TFLOP in 45.8 ms
-    "attention": 0.335,  # 2.7 TFLOP, causal ones counted in full, in 8.2 ms
-    "fp32": 0.64,  # of the peak in fp32: not measured, as dense
+    "dense": 0.61,  # (2) projections of attention: 7.0 TFLOP in 11.5 ms
+    "head": 0.79,  # (2) 4.7 TFLOP in 6.0 ms
+    "grouped": 0.545,  # (2) 27.8 TFLOP in 51.5 ms
+    "attention": 0.335,  # (1, 2) 2.7 TFLOP, causal ones counted in full, in 8.2 ms
+    "fp32": 0.61,  # of the peak in fp32: not measured, as dense
 }
 PASSES = {  # shares of the memory's bandwidth
-    "layers": 0.62,  # 242 GB together with copies in 116 ms: all kernels less the ones above and below
+    "layers": 0.62,  # (1) 242 GB together with copies in 116 ms: all kernels less the others
     "copies": 0.62,
-    "loss": 0.77,  # 46 GB in 17.8 ms
-    "update": 0.87,  # 44 GB of AdamW, clipping and the norm in 15.1 ms
+    "loss": 0.77,  # (1) 46 GB in 17.8 ms
+    "update": 0.77,  # (2) 36 GB of AdamW, which clips, and the norm in 14.0 ms
 }
-HOST_SECONDS = 38e-6  # an eager operator: 210 ms to launch 5,258 of them, and 1,554 ms for 41,878 with 8 micro-batches
 COMPILED_BYTES = {  # what torch.compile leaves of the passes
-    "layers": 0.68,  # the compiled step took 190 ms; before their kernels were fused by hand, too
-    "loss": 0.21,  # 3.7 ms of 17.8: head and cross-entropy compiled, less their products
+    "layers": 0.47,  # (2) 39 ms where they would be 83
+    "loss": 0.14,  # (2) 3 ms where they would be 22
 }
-COMPILED_OPERATORS = 0.15  # of their launches: 23 of 149 a layer, counted in inductor's code
+GAPS = 0.10  # of the kernels' time, between kernels: (1) 244 ms of 223, (2) 157 ms of 142
+HOST_SECONDS = 38e-6  # an eager operator: 210 ms to launch 5,258 of them, and 1,554 ms for 41,878 with 8 micro-batches
+COMPILED_OPERATORS = 0.15  # of the layers' launches: 23 of 149 a layer, counted in inductor's code
 LINK = 0.8  # share of NVLink's and the network's rate: a rule of thumb, not measured
 
 NAMES = {
@@ -73,6 +74,7 @@ def step_time(work: Work, groups: dict[str, tuple[int, ...]], gpu: GPU, *, compi
     for kind, share in PASSES.items():
         left = COMPILED_BYTES.get(kind, 1.0) if compiled else 1.0
         device[NAMES[kind]] = left * work["bytes", kind] / (share * gpu.bandwidth)
+    device["gaps between kernels"] = GAPS * sum(device.values())
 
     # The update starts when the last gradient is there: it hides nothing.
     computing = sum(device.values()) - device[NAMES["update"]]
