@@ -113,12 +113,8 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
     expert_biases = job.model.expert_biases()
     moe_layers = moe_layer_names(job.model)
     pending: list[Record] = []
-    with profiler(
-        rt,
-        enable=profiling.enable_profiling,
-        folder=job.folder / profiling.save_traces_folder,
-        freq=profiling.profile_freq,
-    ) as profile_step:
+    traces = job.folder / profiling.save_traces_folder
+    with profiler(rt, enable=profiling.enable_profiling, folder=traces, freq=profiling.profile_freq) as profile_step:
         for step in range(start + 1, steps + 1):
             watch.step, begin, stop_timer = step, time.perf_counter(), start_timer(rt.device)
             micro_batches = [next(batches) for _ in range(job.accumulation)]
