@@ -5,7 +5,6 @@ The invariance of routers and balancers in these layouts is in `test_invariance_
 """
 
 import functools
-import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -136,44 +135,45 @@ def of_matrices(model: Transformer) -> torch.optim.Optimizer:
     return combine(groups, chosen, lambda name, own: OPTIMIZERS[name](own, lr=1e-2))
 
 
-def two_ranks(rank: int, world: int, folder: Path) -> dict[str, Any]:
+def all_modes(rank: int, world: int, layout: str) -> dict[str, Any]:
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # whole graphs, without minutes of a compiler
-    results: dict[str, Any] = {}
-    for layout in ("tp2", "cp2"):
-        own = place(rank, world, layout)
-        for mode, options in MODES.items():
-            model = on_meta(tiny_model(device="meta", **KINDS), world, layout, **options)
-            results[f"{layout}, {mode}"] = one(model, **own)
-    own = place(rank, world, "tp2")
-    model = on_meta(tiny_model(device="meta", **KINDS), world, "tp2")
-    optimizer = of_matrices(model)
-    results["matrices"] = curve(model, optimizer, 3, **own)
-    save_checkpoint(folder, 3, model=model, optimizer=optimizer, extra={}, files={}, keep_latest_k=0)
-    results["matrices on"] = curve(model, optimizer, 2, **own)
-    return results
+    own = place(rank, world, layout)
+    models = {mode: on_meta(tiny_model(device="meta", **KINDS), world, layout, **o) for mode, o in MODES.items()}
+    return {mode: one(model, **own) for mode, model in models.items()}
 
 
 @pytest.mark.dist
 @pytest.mark.timeout(600)
-def test_two_ranks_equal_one() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        results = run_ranks(2, two_ranks, Path(name))
-        model = tiny_model(**KINDS)
-        model.init_weights(0)
-        optimizer = of_matrices(model)
-        matrices = curve(model, optimizer, 3)
-        again = tiny_model(**KINDS)
-        fresh = of_matrices(again)
-        load_checkpoint(Path(name) / "step-3", model=again, optimizer=fresh)
-    resharded, matrices_on = curve(again, fresh, 2), curve(model, optimizer, 2)
-    torch.testing.assert_close(resharded, matrices_on, rtol=1e-4, atol=0)
+@pytest.mark.parametrize("layout", ["tp2", "cp2"])
+def test_two_ranks_equal_one(layout: str) -> None:
     want = alone(1)
+    for result in run_ranks(2, all_modes, layout):
+        for mode in MODES:
+            check(f"{layout}, {mode}", result[mode], want)
+
+
+def matrices(rank: int, world: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    own = place(rank, world, "tp2")
+    model = on_meta(tiny_model(device="meta", **KINDS), world, "tp2")
+    optimizer = of_matrices(model)
+    first = curve(model, optimizer, 3, **own)
+    save_checkpoint(folder, 3, model=model, optimizer=optimizer, extra={}, files={}, keep_latest_k=0)
+    return first, curve(model, optimizer, 2, **own)
+
+
+@pytest.mark.dist
+def test_matrix_optimizers_of_two_ranks_equal_those_of_one(tmp_path: Path) -> None:
+    """And one process goes on with their checkpoint."""
+    results = run_ranks(2, matrices, tmp_path)
+    model, again = tiny_model(**KINDS), tiny_model(**KINDS)
+    model.init_weights(0)
+    optimizer, fresh = of_matrices(model), of_matrices(again)
+    first, on = curve(model, optimizer, 3), curve(model, optimizer, 2)
+    load_checkpoint(tmp_path / "step-3", model=again, optimizer=fresh)
+    torch.testing.assert_close(curve(again, fresh, 2), on, rtol=1e-4, atol=0)
     for result in results:
-        torch.testing.assert_close(result["matrices"], matrices, rtol=1e-5, atol=0)
-        torch.testing.assert_close(result["matrices on"], matrices_on, rtol=1e-4, atol=0)
-        for layout in ("tp2", "cp2"):
-            for mode in MODES:
-                check(f"{layout}, {mode}", result[f"{layout}, {mode}"], want)
+        torch.testing.assert_close(result[0], first, rtol=1e-5, atol=0)
+        torch.testing.assert_close(result[1], on, rtol=1e-4, atol=0)
 
 
 def curve_of(rank: int, world: int, layout: str) -> dict[str, torch.Tensor]:
