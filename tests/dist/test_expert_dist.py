@@ -22,7 +22,7 @@ from titan_moe.config.sections import Config, Training
 from titan_moe.job import check_same_on_all_ranks
 from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.grouped import Precision
-from titan_moe.model.moe import MoE, expert_swiglu, experts_together
+from titan_moe.model.moe import MoE, expert_swiglu, swiglu_of_both
 from titan_moe.model.routing import ROUTERS, Routing
 from titan_moe.parallelize.expert import all_to_all, share_out_experts
 
@@ -163,7 +163,7 @@ def order_of_a_layer(moe: MoE) -> list[str]:
 
 
 def experts_as_on_a_gpu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: Tensor, precision: Precision) -> Tensor:
-    return experts_together(x, w1, w2, w3, counts.cumsum(0, dtype=torch.int32), precision)
+    return swiglu_of_both(x, w1, w2, w3, counts.cumsum(0, dtype=torch.int32), precision)
 
 
 def refusals(rank: int) -> list[str]:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import ROUTER_CASES, Case, build_router, takes_bias
 from titan_moe.model.dispatch import DISPATCHERS
-from titan_moe.model.moe import MoE, expert_swiglu, experts_together
+from titan_moe.model.moe import MoE, expert_swiglu, swiglu_of_both
 from titan_moe.model.routing import Routing, topk_softmax
 
 D, HIDDEN, E, K = 16, 24, 4, 2
@@ -90,20 +90,16 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: floa
 
 
 def as_on_a_gpu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, tokens_per_expert: Tensor) -> Tensor:
-    """What expert_swiglu does there, where all experts' rows go through each product together."""
-    return experts_together(x, w1, w2, w3, tokens_per_expert.cumsum(0, dtype=torch.int32), "high")
+    """What expert_swiglu does there, where w1 and w3 are one product."""
+    return swiglu_of_both(x, w1, w2, w3, tokens_per_expert.cumsum(0, dtype=torch.int32), "high")
 
 
 @pytest.mark.parametrize("ours", [expert_swiglu, as_on_a_gpu])
 @pytest.mark.parametrize("counts", [*COUNTS.values(), [0, 0, 0, 0]], ids=[*COUNTS, "no row"])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 def test_experts_equal_the_loop(
     counts: list[int], dtype: torch.dtype, tolerance: float, ours: Callable[..., Tensor]
 ) -> None:
-    if dtype == torch.float64 and ours is as_on_a_gpu:
-        pytest.skip("torch's grouped products have no float64")
     torch.manual_seed(0)
     shapes = [(sum(counts), D), (E, HIDDEN, D), (E, D, HIDDEN), (E, HIDDEN, D)]
     inputs = [(torch.randn(shape) / 2).to(dtype).requires_grad_() for shape in shapes]
@@ -132,12 +128,6 @@ def test_experts_take_an_expanded_gradient() -> None:
     want = torch.autograd.grad(swiglu_by_loop(x, w1, w2, w3, loads).sum(), inputs)
     for a, b in zip(got, want, strict=True):
         assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("rows", [1, 15, 16, 40])
-def test_few_rows_and_many(rows: int) -> None:
-    """An expert with few rows multiplies by w1 and w3 one after the other, with more by both together."""
-    test_experts_equal_the_loop([0, rows, 2, 0], torch.float64, 1e-12, expert_swiglu)
 
 
 def test_weight_gradients_are_kept_and_not_copied() -> None:

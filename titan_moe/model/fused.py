@@ -69,7 +69,7 @@ def _swiglu_backward(grad_h_NF: Tensor, h13_N2F: Tensor) -> tuple[Tensor, Tensor
     return silu_NF * h3_NF, torch.cat([grad_h1_NF, grad_h_NF * silu_NF], dim=-1)
 
 
-def swiglu_backward_on_cpu(grad_h_NF: Tensor, h13_N2F: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_backward_on_cpu(grad_h_NF: Tensor, h13_N2F: Tensor) -> tuple[Tensor, Tensor]:
     """The same into as few new buffers as there are results: on a CPU new memory costs more than arithmetic."""
     h1_NF, h3_NF = h13_N2F.chunk(2, dim=-1)
     grad_h13_N2F = torch.empty_like(h13_N2F)
@@ -91,7 +91,7 @@ swiglu = _define(
 swiglu_backward = _define(
     "swiglu_backward(Tensor grad_h, Tensor h13) -> (Tensor, Tensor)",
     _swiglu_backward,
-    swiglu_backward_on_cpu,
+    _swiglu_backward_on_cpu,
     lambda grad_h, h13: (torch.empty_like(grad_h), torch.empty_like(h13)),
 )
 

@@ -5,15 +5,12 @@ Shapes: N rows, D and F widths, E experts.
 
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
-
-from titan_moe.model import fused
 
 Precision = Literal["high", "float8", "float8_emulated"]
 FLOAT8 = torch.float8_e4m3fn
@@ -111,82 +108,3 @@ PRODUCTS: dict[Precision, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "float8": float8_grouped_mm,
     "float8_emulated": partial(float8_grouped_mm, emulate=True),
 }
-
-
-# On a CPU the experts take turns, so that all between a layer's input and output is small and stays in the cache: there
-# new memory costs more than arithmetic. What backward wants of forward is h13 = [h1 h3], (N, 2 F).
-
-torch.library.define(
-    "titan_moe::experts_in_turn", "(Tensor x, Tensor w1, Tensor w2, Tensor w3, Tensor offs) -> (Tensor, Tensor)"
-)
-torch.library.define(
-    "titan_moe::experts_in_turn_backward",
-    "(Tensor grad_y, Tensor x, Tensor h13, Tensor w1, Tensor w2, Tensor w3, Tensor offs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-FEW_ROWS = 16  # below, to bring w1 and w3 side by side costs more than one product instead of two saves
-
-
-def _split(x: Tensor, ends: list[int]) -> tuple[Tensor, ...]:
-    """The rows of each expert; last those that are after all."""
-    return x.split([end - start for start, end in pairwise([0, *ends, x.shape[0]])])
-
-
-@torch.library.impl("titan_moe::experts_in_turn", "cpu")
-def _(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
-    (_, width, dim), ends = w1.shape, offs.tolist()
-    y, h13, both = torch.empty_like(x), x.new_empty(x.shape[0], 2 * width), w1.new_empty(2 * width, dim)
-    rows = (_split(t, ends) for t in (x, y, h13))
-    for w1_e, w2_e, w3_e, x_e, y_e, h13_e in zip(w1, w2, w3, *rows, strict=False):
-        h1_e, h3_e = h13_e.chunk(2, dim=1)
-        if len(x_e) < FEW_ROWS:
-            torch.mm(x_e, w1_e.t(), out=h1_e)
-            torch.mm(x_e, w3_e.t(), out=h3_e)
-        else:
-            torch.mm(x_e, torch.cat((w1_e, w3_e), out=both).t(), out=h13_e)
-        torch.mm(F.silu(h1_e).mul_(h3_e), w2_e.t(), out=y_e)
-    return y, h13
-
-
-@torch.library.impl("titan_moe::experts_in_turn_backward", "cpu")
-def _(
-    grad_y: Tensor, x: Tensor, h13: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ends = offs.tolist()
-    grad_x, grad_w1, grad_w2, grad_w3 = (torch.empty_like(t) for t in (x, w1, w2, w3))
-    rows = (_split(t, ends) for t in (grad_y, x, h13, grad_x))
-    weights = w1, w2, w3, grad_w1, grad_w2, grad_w3
-    for w1_e, w2_e, w3_e, grad_w1_e, grad_w2_e, grad_w3_e, grad_y_e, x_e, h13_e, grad_x_e in zip(
-        *weights, *rows, strict=False
-    ):
-        h_e, grad_h13_e = fused.swiglu_backward_on_cpu(grad_y_e @ w2_e, h13_e)
-        grad_h1_e, grad_h3_e = grad_h13_e.chunk(2, dim=1)
-        torch.mm(grad_h1_e, w1_e, out=grad_x_e).addmm_(grad_h3_e, w3_e)
-        torch.mm(grad_y_e.t(), h_e, out=grad_w2_e)
-        torch.mm(grad_h1_e.t(), x_e, out=grad_w1_e)
-        torch.mm(grad_h3_e.t(), x_e, out=grad_w3_e)
-    return grad_x, grad_w1, grad_w2, grad_w3
-
-
-@torch.library.register_fake("titan_moe::experts_in_turn")
-def _(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[0], 2 * w1.shape[1])
-
-
-@torch.library.register_fake("titan_moe::experts_in_turn_backward")
-def _(
-    grad_y: Tensor, x: Tensor, h13: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2), torch.empty_like(w3)
-
-
-@register_flop_formula(torch.ops.titan_moe.experts_in_turn)
-def _(x_shape: tuple[int, ...], w_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return 6 * x_shape[0] * w_shape[1] * w_shape[2]
-
-
-@register_flop_formula(torch.ops.titan_moe.experts_in_turn_backward)
-def _(grad_shape: tuple[int, ...], x_shape: Any, h13_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    return 6 * grad_shape[0] * grad_shape[1] * h13_shape[1]

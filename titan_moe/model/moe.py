@@ -60,16 +60,39 @@ class _GatedDown(Function):
         return grad_h13_N2F, grouped_mm(grad_y_ND.t(), h_NF, offs_E), None, None
 
 
-class _InTurn(Function):
+# On a CPU to put w1 and w3, or h1 and h3, side by side is new memory, which costs more there than arithmetic: two
+# products then, silu(h1) is kept, and backward writes into what nothing needs any more.
+
+
+class _UpOnCpu(Function):
     @staticmethod
-    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        y_ND, h13_N2F = torch.ops.titan_moe.experts_in_turn(*inputs)
-        ctx.save_for_backward(inputs[0], h13_N2F, *inputs[1:])
-        return y_ND
+    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, offs_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight, offs_E)
+        return grouped_mm(x_ND, weight.transpose(1, 2), offs_E)
 
     @staticmethod
-    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
-        return *torch.ops.titan_moe.experts_in_turn_backward(grad_y_ND.contiguous(), *ctx.saved_tensors), None
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore
+        x_ND, weight, offs_E = ctx.saved_tensors
+        return grouped_mm(grad_NF, weight, offs_E), grouped_mm(grad_NF.t(), x_ND, offs_E), None
+
+
+class _GatedDownOnCpu(Function):
+    @staticmethod
+    def forward(ctx: Any, h1_NF: Tensor, h3_NF: Tensor, w2: Tensor, offs_E: Tensor) -> Tensor:
+        silu_NF = F.silu(h1_NF)
+        ctx.save_for_backward(h1_NF, h3_NF, silu_NF, w2, offs_E)
+        return grouped_mm(silu_NF * h3_NF, w2.transpose(1, 2), offs_E)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyrefly: ignore
+        h1_NF, h3_NF, silu_NF, w2, offs_E = ctx.saved_tensors
+        grad_y_ND = grad_y_ND.contiguous()  # grouped_mm refuses expanded (zero-stride) tensors
+        h_NF = silu_NF * h3_NF
+        grad_w2 = grouped_mm(grad_y_ND.t(), h_NF, offs_E)
+        grad_h_NF = grouped_mm(grad_y_ND, w2, offs_E)
+        grad_h3_NF = torch.mul(grad_h_NF, silu_NF, out=h_NF)
+        grad_h1_NF = torch.ops.aten.silu_backward.grad_input(grad_h_NF.mul_(h3_NF), h1_NF, grad_input=grad_h_NF)
+        return grad_h1_NF, grad_h3_NF, grad_w2, None
 
 
 def expert_swiglu(
@@ -85,12 +108,13 @@ def expert_swiglu(
     # Fake tensors outside of torch.compile are those of an estimate, and stand for a GPU's.
     is_estimate = isinstance(x_ND, FakeTensor) and not torch.compiler.is_compiling()
     if x_ND.device.type == "cpu" and precision == "high" and not is_estimate:
-        return _InTurn.apply(x_ND, w1, w2, w3, offs_E)
-    return experts_together(x_ND, w1, w2, w3, offs_E, precision)
+        h1_NF, h3_NF = (_UpOnCpu.apply(x_ND, w, offs_E) for w in (w1, w3))
+        return _GatedDownOnCpu.apply(h1_NF, h3_NF, w2, offs_E)
+    return swiglu_of_both(x_ND, w1, w2, w3, offs_E, precision)
 
 
-def experts_together(x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
-    """`expert_swiglu` by grouped products, offs_E being the cumulative counts."""
+def swiglu_of_both(x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
+    """`expert_swiglu` with w1 and w3 in one product, offs_E being the cumulative counts."""
     h13_N2F = _Up.apply(x_ND, w1, w3, offs_E, precision)
     return _GatedDown.apply(h13_N2F, w2, offs_E, precision)
 
