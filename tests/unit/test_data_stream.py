@@ -50,7 +50,7 @@ def make(dataset: HubDataset, rank: int = 0, degree: int = 1, local: int = GLOBA
             dp_degree=degree,
             state=state,
         )
-        return make_loader(batches, workers)
+        return make_loader(batches, workers, torch.device("cpu"))
 
     return TrainLoader(loader, "data")
 
