@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from titan_moe.data import hub, stream
 from titan_moe.data.corpus import Split, document_hash

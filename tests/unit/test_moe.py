@@ -114,7 +114,7 @@ def test_experts_equal_the_loop(
         assert got.dtype == dtype
         assert_close(got, want, rtol=tolerance, atol=tolerance)
     for gradient in results[0][2:]:
-        assert gradient.is_contiguous()
+        assert gradient.is_contiguous() or ours is not expert_swiglu  # on a CPU autograd keeps them, without a copy
         assert (gradient[loads == 0] == 0).all()
 
 

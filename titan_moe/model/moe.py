@@ -23,9 +23,8 @@ from titan_moe.model.share import WHOLE, Share, project
 ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # The experts' gradients, by hand to save memory and passes over it: what w2's function kept is freed before those of w1
-# and w3 are made; h is made again instead of kept; the gradient of x is one product with both w1 and w3 instead of the
-# sum of two; and weight gradients come out contiguous, so that autograd keeps them instead of copying. To put w1 and w3
-# side by side is a copy of both, which costs a GPU less than it saves there.
+# and w3 are made; h is made again instead of kept; and the gradient of x is one product with both w1 and w3 instead of the
+# sum of two. To put w1 and w3 side by side, and their gradients apart, are copies that cost a GPU less than they save.
 
 
 class _Up(Function):
