@@ -23,8 +23,8 @@ from titan_moe.model.share import WHOLE, Share, project
 ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # The experts' gradients, by hand to save memory and passes over it: what w2's function kept is freed before those of w1
-# and w3 are made; h is made again instead of kept; and the gradient of x is one product with both w1 and w3 instead of the
-# sum of two. To put w1 and w3 side by side, and their gradients apart, are copies that cost a GPU less than they save.
+# and w3 are made; h is made again instead of kept; and the gradient of x is one product with both w1 and w3 instead of
+# the sum of two. Copies put w1 and w3 side by side and their gradients apart; they cost a GPU less than they save.
 
 
 class _Up(Function):
