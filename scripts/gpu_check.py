@@ -146,7 +146,7 @@ def tests(results: Results) -> None:
     """tests/gpu; those for several GPUs are skipped on one."""
     command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "--tb=short", "-rfEs"]
     command += ["--ignore=tests/gpu/test_fake_gpu.py"]  # which is for machines without one
-    command += ["-n", "6", "-p", "no:cacheprovider", "-p", "no:benchmark", "--timeout=100"]
+    command += ["-n", "10", "-p", "no:cacheprovider", "-p", "no:benchmark", "--timeout=100"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout[-40000:], done.stderr[-5000:])
     lines = done.stdout.splitlines()
