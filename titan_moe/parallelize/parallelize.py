@@ -54,7 +54,8 @@ def parallelize(
         whole = MESH_BY_PARAMETER or mesh is None or mesh.ep is None  # else FSDP2's hooks around experts break graphs
         for name, block in model.layers.named_children():
             model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=whole)))
-        model.softmax_ = torch.compile(model.softmax_, fullgraph=True)
+        if MESH_BY_PARAMETER or torch.cuda.is_available():  # the C++ of torch 2.11 for it is wrong
+            model.softmax_ = torch.compile(model.softmax_, fullgraph=True)
     if mesh is not None:
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
         shard(model, mesh, policy, reshard_after_forward)
