@@ -98,7 +98,7 @@ def layer_outcome(moe: MoE, x: torch.Tensor) -> dict[str, torch.Tensor]:
     x = x.detach().requires_grad_()
     y, _ = moe(x)
     (y.float() * torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)).sum().backward()
-    grads = {name: p.grad.float().cpu() for name, p in moe.named_parameters() if p.grad is not None}
+    grads = {name: p.grad.float().cpu().clone() for name, p in moe.named_parameters() if p.grad is not None}
     assert x.grad is not None
     return {"y": y.detach().float().cpu(), "x": x.grad.float().cpu(), **grads}
 
