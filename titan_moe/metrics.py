@@ -181,17 +181,25 @@ def to_numbers(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Numbers pass through float64, so float32 values and counts below 2^53 are exact; integer tensors give int.
     """
-    scalars = [v for record in records for v in record.values() if isinstance(v, Tensor) and v.dim() == 0]
-    values = iter(torch.stack([v.detach().to(torch.float64) for v in scalars]).tolist() if scalars else [])
+    scalars: dict[torch.dtype, list[Tensor]] = {}
+    for value in (value for record in records for value in record.values()):
+        if isinstance(value, Tensor) and value.dim() == 0:
+            scalars.setdefault(value.dtype, []).append(value.detach())
 
-    def number(value: Any) -> Any:
+    # All of a type are put together before they are converted: a kernel for each of them would take longer than a step.
+    together = [torch.stack(values).to(torch.float64) for values in scalars.values()]
+    numbers = iter(torch.cat(together).tolist() if together else [])
+    read = {dtype: iter([next(numbers) for _ in values]) for dtype, values in scalars.items()}
+
+    def plain(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if value.dim() > 0:
             return value.cpu()
-        return next(values) if value.is_floating_point() else int(next(values))
+        number = next(read[value.dtype])
+        return number if value.is_floating_point() else int(number)
 
-    return [{key: number(value) for key, value in record.items()} for record in records]
+    return [{key: plain(value) for key, value in record.items()} for record in records]
 
 
 def active_parameters(named_parameters: Iterable[tuple[str, Tensor]], num_experts: int, top_k: int) -> int:

@@ -1,6 +1,7 @@
 """Train a model: `torchrun -m titan_moe.train --job.config_file FILE [--section.key value ...]`."""
 
 import dataclasses
+import gc
 import json
 import math
 import sys
@@ -62,6 +63,7 @@ def main(args: list[str]) -> int:
                 export(job, progress)
         finally:
             sinks.close()
+            gc.unfreeze()
     if stopped:
         if rt.is_main:
             logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
@@ -161,6 +163,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
             if signal and not last:
                 return signal, Progress(step, num_tokens, choices)
             if step == start + 1:
+                gc.freeze()  # what lives on is searched for garbage no more: that takes half a second, at any step
                 watch.limit_seconds = config.comm.train_timeout_seconds
                 runtime.set_timeout(config.comm.train_timeout_seconds)
     return 0, Progress(max(start, steps), num_tokens, choices)

@@ -1,7 +1,9 @@
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_moe.metrics import (
     EvalOutput,
@@ -114,6 +116,22 @@ def test_to_numbers_keeps_float32_exact_and_types():
     assert isinstance(record["n"], int)
     assert record["load"].shape == (1, 2)
     assert to_numbers([]) == []
+
+
+def test_to_numbers_takes_few_operators_however_many_numbers() -> None:
+    values = [torch.tensor(float(i)) if i % 3 else torch.tensor(i) for i in range(300)]
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += not func.is_view and "detach" not in str(func)
+            return func(*args, **(kwargs or {}))
+
+    with Count() as count:
+        records = to_numbers([{str(i): value for i, value in enumerate(values)} for _ in range(2)])
+    assert records == [{str(i): i for i in range(300)}] * 2
+    assert count.calls <= 8
 
 
 def test_flops_count_active_parameters_only():
