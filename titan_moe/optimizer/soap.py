@@ -122,13 +122,21 @@ def first_basis(side: Side, factor: Factor, blocks: Tensor, state: State) -> Non
 
     # What the fixed directions leave beside the vectors depends on the space of these alone, and is well conditioned
     # for any: random ones are never in it, as the axes would be where an input is always zero.
-    numbers = torch.Generator().manual_seed(0)  # of the host, so that every device has the same
-    fixed = torch.randn(factor.size, factor.size, generator=numbers, device="cpu").to(vectors)  # (S, S)
+    fixed = hashed_numbers(factor.size, vectors)  # (S, S)
     evident = (values > EVIDENT**2 * values[..., :1]).unsqueeze(-2)
     basis = torch.linalg.qr(torch.where(evident, vectors, fixed)).Q
 
     seen = (state[f"count_{factor.name}"] > 0)[..., None, None]
     old.copy_(torch.where(seen, basis.view(old.shape), old))
+
+
+def hashed_numbers(size: int, like: Tensor) -> Tensor:
+    """(S, S) numbers of [-0.5, 0.5), the same on every device: a hash of their places, in integers, which are exact."""
+    number = torch.arange(size * size, device=like.device)
+    for _ in range(2):
+        number = ((number ^ (number >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    number = number ^ (number >> 16)
+    return (number.to(like.dtype) / 2**32 - 0.5).view(size, size)
 
 
 def turn_basis(
