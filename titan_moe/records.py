@@ -1,5 +1,6 @@
 """Records of a run: the flat dicts that sinks get, and what the user is told about the model at the start."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,20 +81,34 @@ def count_active(config: Config, model: Transformer) -> int:
 def flush(sinks: Sink, pending: list[Record], moe_layers: Sequence[str] = ()) -> None:
     """Bring the pending records to the host, all at once, and write them.
 
-    Raises ValueError, on every rank alike, after the record of a step in which router logits were NaN or infinite:
-    from there on choices mean nothing. `moe_layers` are the names of the layers to blame.
+    Raises ValueError, on every rank alike, after the record of a step that has diverged. As what is pending is written
+    before a save, no such step is saved. `moe_layers` are the names of the MoE layers.
     """
     for record in to_numbers(pending):
         nonfinite = record.pop(NONFINITE, None)
         sinks.write({key: value() if callable(value) else value for key, value in record.items()})
-        if nonfinite is not None and nonfinite.any():
-            names = ", ".join(name for name, flag in zip(moe_layers, nonfinite.tolist(), strict=True) if flag)
-            raise ValueError(
-                f"step {record['step']}: NaN or infinite router logits in {names}: the run has diverged and stops. "
-                "Lower optimizer.lr (or optimizer.router.lr), warm up longer, or turn balancer.z_loss on; the last "
-                "checkpoint is from before"
-            )
+        names = [] if nonfinite is None else [name for name, bad in zip(moe_layers, nonfinite, strict=True) if bad]
+        refuse_diverged(record, names)
     pending.clear()
+
+
+def refuse_diverged(record: Record, bad_routers: Sequence[str]) -> None:
+    """Raise ValueError where a loss or the gradients were NaN or infinite: the weights may be from there on.
+
+    `bad_routers` are the layers whose router logits were so: there choices mean nothing, and they say where it began.
+    """
+    bad = [name for name in ("loss", "total_loss", "grad_norm") if not math.isfinite(record.get(name, 0.0))]
+    if not bad and not bad_routers:
+        return
+    prefix = "validation " if record.get("kind") == "validation" else ""
+    what = ", ".join(f"{prefix}{name} {record[name]}" for name in bad)
+    if bad_routers:
+        what = f"NaN or infinite router logits in {', '.join(bad_routers)}"
+    router = (" (or optimizer.router.lr)", ", or turn balancer.z_loss on") if bad_routers else ("", "")
+    raise ValueError(
+        f"step {record['step']}: {what}: the run has diverged and stops. Lower optimizer.lr{router[0]}, warm up "
+        f"longer{router[1]}; the last checkpoint is from before"
+    )
 
 
 def moe_layer_names(model: Transformer) -> list[str]:

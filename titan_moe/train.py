@@ -22,6 +22,7 @@ from titan_moe.files import write_atomic
 from titan_moe.job import Job, build_job, degrees_of
 from titan_moe.metrics import eval_metrics
 from titan_moe.optimizer.build import set_lr
+from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.sequence import own_positions
 from titan_moe.probe import balance_tax, of_whole_sequences, routing_choices, routing_drift
 from titan_moe.profiling import profiler, start_timer
@@ -203,8 +204,16 @@ def validate(job: Job, sinks: Sink, step: int, before: Tensor | None, choices: T
 
 
 def save(job: Job, progress: Progress, *, must_succeed: bool) -> None:
-    """Save a checkpoint; one that fails on the way is a loud warning, the last one an error."""
+    """Save a checkpoint; one that fails on the way is a loud warning, the last one an error.
+
+    Raises ValueError, and saves nothing, where a parameter is NaN or infinite.
+    """
     config = job.config
+    if not param_norm(job.model.parameters()).isfinite():
+        raise ValueError(
+            f"step {progress.step}: a parameter is NaN or infinite: the run has diverged and stops, and this step is "
+            "not saved. Lower optimizer.lr, or warm up longer; the last checkpoint is from before"
+        )
     data = merge_states(runtime.all_gather(job.data.train.state_dict()))
     job.saver.save(
         job.folder / config.checkpoint.folder,

@@ -137,7 +137,7 @@ def test_balancers_that_are_off_have_no_keys(train: Train, tmp_path: Path) -> No
 
 
 def test_a_run_that_diverges_stops_with_the_layers_name(train: Train, tmp_path: Path) -> None:
-    ended = train(optimizer__lr=1e30, training__steps=4)
+    ended = train(optimizer__lr=1e39, training__steps=4)
     assert ended.code == 2
     message = ended.err.splitlines()[-1]
     assert message.startswith("error: step ")
@@ -145,13 +145,31 @@ def test_a_run_that_diverges_stops_with_the_layers_name(train: Train, tmp_path: 
     assert len(lines(tmp_path / "run", "train")) < 4
 
 
-def test_a_dense_run_that_diverges_says_so_to_the_end(train: Train, tmp_path: Path) -> None:
-    """Numbers that are not finite are null in metrics.jsonl, nan on the console and in the summary."""
-    off = "--moe.num_experts 0 --balancer.aux_loss false --balancer.entropy_loss false --balancer.z_loss false"
-    ended = train(more=off + " --balancer.loss_free false", optimizer__lr=1e30, training__steps=3)
-    assert ended.code == 0, ended.err
-    assert lines(tmp_path / "run", "train")[-1]["loss"] is None
-    assert ended.out.splitlines()[-3].startswith("validation   loss nan  ppl nan  accuracy 0.00%")
+DENSE_OFF = " ".join(f"--balancer.{name} false" for name in ("aux_loss", "entropy_loss", "z_loss", "loss_free"))
+
+
+def test_a_validation_that_is_not_finite_ends_the_run(train: Train, tmp_path: Path) -> None:
+    """Numbers that are not finite are null in metrics.jsonl, and nan on the console."""
+    more = f"--moe.num_experts 0 {DENSE_OFF} --checkpoint.enable false"
+    ended = train(more=more, optimizer__lr=1e39, training__steps=1, lr_scheduler__warmup_steps=0)
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith("error: step 1: validation loss nan: the run has diverged")
+    assert lines(tmp_path / "run", "validation")[-1]["loss"] is None
+    assert ended.out.splitlines()[-1].split()[2:5] == ["validation", "loss", "nan"]
+
+
+@pytest.mark.parametrize(
+    ("lr", "what"), [(1e30, "step 2: grad_norm nan"), (1e39, "step 1: a parameter is NaN or infinite")]
+)
+def test_what_has_diverged_is_not_saved(train: Train, tmp_path: Path, lr: float, what: str) -> None:
+    """Whether the next step shows it, or the step's own loss and gradients were finite and its update was not."""
+    more = f"--moe.num_experts 0 {DENSE_OFF}"
+    options = {"training__steps": 3 if lr == 1e30 else 1, "lr_scheduler__warmup_steps": 0, "validation__enable": False}
+    ended = train(more=more, optimizer__lr=lr, **options)
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith(f"error: {what}")
+    assert not list(tmp_path.glob("run/checkpoint/step-*"))
+    assert lines(tmp_path / "run", "train")  # what led there is on record
 
 
 def test_measurements_on_request_change_nothing(train: Train, tmp_path: Path) -> None:

@@ -34,6 +34,24 @@ def test_the_run_stops_with_the_layers_name(value: float) -> None:
     assert "nonfinite" not in written[0]
 
 
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_the_run_stops_with_what_is_not_finite(name: str, value: float) -> None:
+    """Also of a dense model, and where no router shows it yet: gradients overflow before the logits do."""
+    model = tiny_model(None, num_experts=0)
+    model.init_weights(0)
+    output = train_step(model, [batch(0)], adamw_of_dense(model), {}, [], max_norm=1.0)
+    output = output._replace(**{name: torch.tensor(value)})
+    written: list[dict[str, Any]] = []
+    with pytest.raises(ValueError, match=rf"step 1: {name} {value}: the run has diverged .* checkpoint is from before"):
+        flush(Sink(written.append, lambda: None, "list"), [{"step": 1, **train_record(model, output, {})}])
+    assert [record["step"] for record in written] == [1]
+
+
+def adamw_of_dense(model: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters())
+
+
 def test_names_of_wrapped_layers() -> None:
     model = tiny_model()
     parallelize(
