@@ -317,9 +317,10 @@ def _as_on_a_gpu() -> Iterator[None]:
     """Run what a CPU runs otherwise as a GPU does.
 
     An RMSNorm is one operator there and ten on a CPU: LayerNorm's stands for it, which reads, writes and keeps as much.
-    Products in bf16 can give fp32, and all rows of a stacked matrix are updated together.
+    Products in bf16 can give fp32, chunks of the loss are larger, and all rows of a stacked matrix are updated at once.
     """
     rms_norm, elements, add_product = F.rms_norm, matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
+    chunk_tokens = cross_entropy.CPU_CHUNK_TOKENS
 
     def one_operator(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         return F.layer_norm(x, shape, weight, eps=1e-5 if eps is None else eps)
@@ -331,12 +332,13 @@ def _as_on_a_gpu() -> Iterator[None]:
 
     F.rms_norm = one_operator  # pyrefly: ignore
     cross_entropy._add_product = add_in_fp32
+    cross_entropy.CPU_CHUNK_TOKENS = cross_entropy.GPU_CHUNK_TOKENS  # pyrefly: ignore
     matrix.CPU_ELEMENTS_PER_UPDATE = sys.maxsize
     try:
         yield
     finally:
         F.rms_norm, cross_entropy._add_product = rms_norm, add_product  # pyrefly: ignore
-        matrix.CPU_ELEMENTS_PER_UPDATE = elements
+        matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy.CPU_CHUNK_TOKENS = elements, chunk_tokens
 
 
 @contextmanager

@@ -15,7 +15,15 @@ from tests.tiny import SEQ, VOCAB, adamw, balancers, batch, steps, tiny_model, w
 from titan_moe.balancer import BALANCERS
 from titan_moe.build import build_model, with_vocab_size
 from titan_moe.config import load_config
-from titan_moe.model.cross_entropy import IGNORE, linear_cross_entropy, score, softmax_
+from titan_moe.model.cross_entropy import (
+    CPU_CHUNK_TOKENS,
+    GPU_CHUNK_TOKENS,
+    IGNORE,
+    _chunks,
+    linear_cross_entropy,
+    score,
+    softmax_,
+)
 from titan_moe.parallelize.quantize import GROUPED, quantize
 from titan_moe.probe import balance_tax, routing_choices
 from titan_moe.step import eval_step, train_step
@@ -185,10 +193,13 @@ def test_the_head_is_multiplied_three_times() -> None:
 
 
 def test_configuration() -> None:
+    """By default the logits are never whole on any device."""
     config = load_config([])
-    assert config.training.loss_chunk_tokens > 0
+    assert config.training.loss_chunk_tokens == -1
+    for device, chunk in (("cpu", CPU_CHUNK_TOKENS), ("meta", GPU_CHUNK_TOKENS)):
+        assert next(len(part) for (part,) in _chunks(-1, torch.zeros(5000, 1, device=device))) == chunk
     with torch.device("meta"):
         assert build_model(with_vocab_size(config, 100)).loss_chunk_tokens == config.training.loss_chunk_tokens
     assert load_config(["--training.loss_chunk_tokens", "0"]).training.loss_chunk_tokens == 0
-    with pytest.raises(ValueError, match=r"training.loss_chunk_tokens = -1: must be greater than or equal to 0"):
-        load_config(["--training.loss_chunk_tokens=-1"])
+    with pytest.raises(ValueError, match=r"training.loss_chunk_tokens = -2: must be greater than or equal to -1"):
+        load_config(["--training.loss_chunk_tokens=-2"])

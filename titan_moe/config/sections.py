@@ -103,8 +103,11 @@ class Training:
     global_batch_size: Annotated[PositiveOrMinusOne, "sequences of an optimizer step (-1: no accumulation)"] = 40
     seq_len: Annotated[PositiveInt, "tokens of a sequence"] = 512
     loss_chunk_tokens: Annotated[
-        NonNegativeInt, "tokens of a rank whose logits are in memory at once, in training and evaluation (0: all)"
-    ] = 256
+        int,
+        Field(ge=-1),
+        "tokens of a rank whose logits are in memory at once, in training and evaluation "
+        "(0: all; -1: 4096 on a GPU, 256 on a CPU)",
+    ] = -1
     max_norm: Annotated[NonNegative, "gradients are clipped to this global norm (0: no clipping)"] = 1.0
     mixed_precision_param: Annotated[Literal["bfloat16", "float32"], "type in forward and backward"] = "bfloat16"
     mixed_precision_reduce: Annotated[Literal["float32", "bfloat16"], "type of gradient reductions"] = "float32"

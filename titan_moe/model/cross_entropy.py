@@ -18,6 +18,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100  # a label that does not count, torch's convention
+# A GPU wants large products, and each chunk is a pass over the head's gradient; a CPU is as fast with small chunks.
+CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 256, 4096
 
 Softmax = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,8 +51,8 @@ def linear_cross_entropy(
     """Cross-entropy of the logits x weight^T, summed over the labels that are not IGNORE; nats, a fp32 scalar.
 
     Differentiable once by `x` and `weight`, whose gradients have their types; that of `weight` is added up in fp32
-    over chunks of `chunk_tokens` tokens (0: all in one) and rounded at the end. `softmax_` is the one of this file, or
-    the same compiled.
+    over chunks of `chunk_tokens` tokens (0: all in one, -1: as suits the device) and rounded at the end. `softmax_` is
+    the one of this file, or the same compiled.
     """
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, chunk_tokens, softmax_)
@@ -112,6 +114,8 @@ def _cross_entropy_(logits_CV: Tensor, labels_C: Tensor, softmax_: Softmax) -> T
 
 
 def _chunks(chunk_tokens: int, *tensors_T: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    if chunk_tokens == -1:
+        chunk_tokens = CPU_CHUNK_TOKENS if tensors_T[0].device.type == "cpu" else GPU_CHUNK_TOKENS
     size = chunk_tokens or max(1, len(tensors_T[0]))
     return zip(*(tensor.split(size) for tensor in tensors_T), strict=True)
 

@@ -51,8 +51,9 @@ class Transformer(nn.Module):
     Layers `first_dense_layers, first_dense_layers + layer_freq, ...` are MoE layers when num_experts > 0, the others
     dense of width `ffn_dim`. `router` maps logits to a Routing and is needed when num_experts > 0. `expert_bias` gives
     every MoE layer a bias that takes part in the choice of experts. Where only the loss or the score is wanted, the
-    logits of `loss_chunk_tokens` tokens (0: of all) are in memory at once. Built on the meta device or any other,
-    parameters are undefined until `init_weights`. Raises ValueError for sizes that do not fit together.
+    logits of `loss_chunk_tokens` tokens (0: of all, -1: as suits the device) are in memory at once. Built on the meta
+    device or any other, parameters are undefined until `init_weights`. Raises ValueError for sizes that do not fit
+    together.
     """
 
     def __init__(
