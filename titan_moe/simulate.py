@@ -46,14 +46,21 @@ aten, c10d = torch.ops.aten, torch.ops.c10d
 FIRST, LATER = 1, 10_007  # steps of an optimizer: one in which state is made, and one as most are
 
 
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
-def _(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(q, k, v)
 
 
-@register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu_backward)
-def _(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     return sdpa_backward_flop_count(grad, q, k, v)
+
+
+# torch counts a CPU's attention from 2.15 on, and takes no second formula.
+for operator, formula in (
+    (aten._scaled_dot_product_flash_attention_for_cpu, _attention_flops),
+    (aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward_flops),
+):
+    if operator not in flop_registry:
+        register_flop_formula(operator)(formula)
 
 
 class Traffic(NamedTuple):
