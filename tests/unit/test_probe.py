@@ -1,18 +1,20 @@
 """Routing drift and the balance tax: their definitions, and that training does not notice them."""
 
+import functools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.tiny import batch, steps, tiny_model
+from tests.tiny import adamw, balancers, batch, steps, tiny_model
 from titan_moe import probe
 from titan_moe.config import load_config
 from titan_moe.model.moe import MoE
 from titan_moe.model.routing import ROUTERS
+from titan_moe.parallelize.parallelize import parallelize
 from titan_moe.probe import NO_EXPERT, balance_tax, routing_choices, routing_drift
-from titan_moe.step import IGNORE
+from titan_moe.step import IGNORE, evaluate, train_step
 
 
 def fresh(**arguments):
@@ -134,3 +136,21 @@ def test_configuration_refuses(args, message):
     with pytest.raises(ValueError, match=r"\w") as caught:
         load_config(args)
     assert message in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore")  # of dynamo
+def test_a_compiled_model_is_evaluated_and_timed_whatever_it_consists_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense and MoE layers, batches of one row, some and many, and balanced routing are graphs of one piece of code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    model = tiny_model(num_layers=3, first_dense_layers=1)
+    whole = {"param_dtype": torch.float32, "reduce_dtype": torch.float32, "checkpoint_mode": "none"}
+    parallelize(model, mesh=None, compile_blocks=True, **whole)
+    model.init_weights(0)
+    (tokens, labels), counts = batch(0), torch.ones(64)
+    for rows in (8, 4, 1, 3):
+        micro = [(tokens[:rows], labels[:rows])]
+        train_step(model, micro, adamw(model), balancers(), model.expert_biases(), max_norm=1.0)
+        evaluate(model, micro, counts)
+        balance_tax(model, *micro[0], repeats=1)
+    torch.compiler.reset()

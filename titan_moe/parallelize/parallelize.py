@@ -51,6 +51,9 @@ def parallelize(
         model.layers.register_module(name, wrapped)
     if compile_blocks:
         torch._dynamo.config.capture_scalar_outputs = True  # the split sizes of dispatch are numbers in the graph
+        # All layers are one piece of code to torch, which ends a run at its 9th graph of it: dense and MoE layers, with
+        # gradients and without, with another router to compare with, and of batches of one row, some or many are more.
+        torch._dynamo.config.recompile_limit = 64
         whole = MESH_BY_PARAMETER or mesh is None or mesh.ep is None  # else FSDP2's hooks around experts break graphs
         for name, block in model.layers.named_children():
             model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=whole)))
