@@ -229,6 +229,7 @@ def describe_time(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
     yield f"  {'all on the device':28}{1000 * sum(time.device.values()):10.1f}"
     yield f"  {'launches on the host':28}{1000 * time.host:10.1f}   of {time.operators:,} operators"
 
+    # Operations as training's own MFU counts them, not those of the simulation, which has recomputation in it.
     model, speed = config.model, step_tokens(case) / time.seconds
     flops = flops_per_token(
         active_parameters(config), num_layers=model.num_layers, dim=model.dim, seq_len=config.training.seq_len
@@ -280,6 +281,8 @@ def describe_batch(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
     config, usable = case.config, USABLE * GPUS[gpu].memory * GIB
     whole = case.accumulation * config.training.local_batch_size
     states = result.parameters + result.gradients + result.optimizer_state
+
+    # To make activations again costs time, and pays only where it makes room for fewer micro-batches.
     found = [largest_that_fits(case, usable, states, {config.training.local_batch_size: result})]
     reaches_all = found[0] is not None and found[0][0].accumulation == 1
     if config.activation_checkpoint.mode == "none" and not reaches_all:

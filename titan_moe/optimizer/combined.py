@@ -92,7 +92,7 @@ def describe_group(optimizer: Optimizer, group: Group) -> str:
     return optimizer.kind
 
 
-def parts_of(optimizer: Optimizer) -> list[Optimizer]:
+def optimizers_of(optimizer: Optimizer) -> list[Optimizer]:
     """The optimizers that make up this one, or it alone."""
     return list(optimizer.parts.values()) if isinstance(optimizer, Combined) else [optimizer]
 
@@ -105,7 +105,7 @@ def clip_gradients(optimizer: Optimizer, norm: Tensor, max_norm: float) -> None:
     told by `grad_scale`, as torch.amp.GradScaler tells them. The gradients of others are scaled here, in place.
     """
     scale = ((norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
-    for part in parts_of(optimizer):
+    for part in optimizers_of(optimizer):
         if getattr(part, "_step_supports_amp_scaling", False):
             part.grad_scale = scale  # pyrefly: ignore[missing-attribute]
         elif scale is not None:
@@ -120,7 +120,7 @@ def refuse_nonfinite_gradients(model: nn.Module, optimizer: Optimizer, norm: Ten
     and saves the optimizer from reading the gradients once more. The name is that of the first bad parameter on this
     rank, if it has one.
     """
-    matrices = [part for part in parts_of(optimizer) if isinstance(part, MatrixOptimizer)]
+    matrices = [part for part in optimizers_of(optimizer) if isinstance(part, MatrixOptimizer)]
     if matrices and not norm.isfinite():
         gradients = [(name, local(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
         bad = first_nonfinite(gradients) or "a parameter on another rank"
