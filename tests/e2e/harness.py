@@ -90,6 +90,7 @@ def command(verb: str, args: list[str]) -> Ended:
     with (
         mock.patch.object(sys, "argv", [f"{verb}.py", *args]),
         mock.patch("faulthandler.enable"),  # wants a file with a descriptor, for good
+        mock.patch("titan_moe.runtime.end_process", sys.exit),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):

@@ -32,6 +32,7 @@ from torchtitan.config.override import derive
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter
 
+from titan_moe.runtime import end_process
 from torchtitan_patches import enable
 from torchtitan_patches.debug import debug_moe, small_model
 
@@ -204,3 +205,4 @@ def main(cases: str, result: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_process(0)

@@ -39,6 +39,7 @@ def run(main: Callable[[list[str]], int], *words: object) -> tuple[int, str]:
     with (
         mock.patch.object(sys, "argv", ["command", *map(str, words)]),
         mock.patch("faulthandler.enable"),
+        mock.patch("titan_moe.runtime.end_process", sys.exit),
         contextlib.redirect_stderr(err),
         pytest.raises(SystemExit) as ended,
     ):
