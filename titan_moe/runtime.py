@@ -286,6 +286,15 @@ def run_command(main: Callable[[list[str]], int]) -> None:
         if debug:
             traceback.print_exc()
         give_up(describe(error))
+    except (MemoryError, RuntimeError) as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        where = f" on rank {read_world().rank}" if read_world().world_size > 1 else ""
+        give_up(
+            f"out of memory{where} ({describe(error)[:200]}): lower training.local_batch_size or training.seq_len; "
+            "python -m titan_moe.estimate says what a configuration takes",
+            code=2,
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
@@ -308,10 +317,15 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def give_up(message: str) -> NoReturn:
+def give_up(message: str, code: int = 1) -> NoReturn:
     """End this process at once with one line: what waits for another process that is gone would wait for ever."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(code)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory, of the GPU or of the host, was asked for that is not there."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def describe(error: Exception) -> str:

@@ -185,6 +185,15 @@ def test_a_new_name_drops_only_inherited_arguments_of_the_old_component(write: W
         ("[lr_scheduler]\ndecay_ratio = 0.5", ["lr_scheduler.decay_ratio: unknown argument"]),
         ("[balancer.aux_los]\n", ["balancer.aux_los", "did you mean 'aux_loss'?"]),
         ("[balancer.aux_loss]\ncoef = 1.0", ["balancer.aux_loss.coef", "did you mean balancer.aux_loss.coeff?"]),
+        ('[data]\npath = "a\\u0000b"', ["data.path = ", "must not have a NUL character"]),
+        ("[training]\nsteps = 9223372036854775808", ["training.steps = 9223372036854775808", "fit into 64 bits"]),
+        ("[data]\nnum_workers = 100000", ["data.num_workers = 100000", "less than or equal to 256"]),
+        (
+            "[comm]\ninit_timeout_seconds = 1000000000000",
+            ["comm.init_timeout_seconds", "less than or equal to 100000000"],
+        ),
+        ("a = " + "[" * 3000 + "]" * 3000, ["x.toml: is not a configuration", "nested hundreds of levels deep"]),
+        ("a = " + "{a = " * 3000 + "1" + "}" * 3000, ["x.toml: is not a configuration", "nested hundreds of levels"]),
         ("[balancer]\naux_loss = 0.1", ["balancer.aux_loss = 0.1", "must be a valid boolean"]),
         ('[balancer.loss_free]\nrule = "sing"', ["balancer.loss_free.rule = 'sing'", "must be 'sign'"]),
         ("[optimizer.experts]\nlr = 1.0", ["optimizer.experts: unknown argument", "did you mean optimizer.expert?"]),
@@ -313,6 +322,12 @@ def test_a_mistake_on_the_command_line_names_the_argument(args: list[str], parts
             ['rule = "quantile"', "router.num_groups (2)"],
         ),
         (["--router.name", "expert_choice", "--debug.force_balanced_routing"], ["even by construction"]),
+        (["--model.dim", str(2**40)], ["model.dim x model.dim = 1.21e+24 elements", "lower these keys"]),
+        (["--moe.num_experts", str(2**30)], ["moe.num_experts x model.dim x moe.expert_dim", "lower these keys"]),
+        (
+            ["--training.local_batch_size", str(2**40), "--training.global_batch_size", "-1"],
+            ["training.local_batch_size x training.seq_len x model.dim", "lower these keys"],
+        ),
     ],
 )
 def test_constraints_between_keys(args: list[str], parts: list[str]):

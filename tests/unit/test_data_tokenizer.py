@@ -97,7 +97,7 @@ def test_a_tokenizer_without_end_of_text_is_an_error() -> None:
         tokenizer_from_json(sentencepiece_like("</end>"), "x.json")
 
 
-@pytest.mark.parametrize("name", ["bpe:many", "bpe:256", "bpe:"])
+@pytest.mark.parametrize("name", ["bpe:many", "bpe:256", "bpe:", "bpe:99999999999"])
 def test_bad_bpe_names_are_errors(name: str) -> None:
     with pytest.raises(ValueError, match=r"at least 257, e\.g\. bpe:4096"):
         bpe_vocab_size(name)

@@ -11,11 +11,34 @@ from titan_moe.optimizer.matrix_builders import DIRECTIONS
 
 def check_config(config: Config) -> None:
     """Check every constraint between keys that needs no process group, no data and no model."""
+    _check_size(config)
     _check_attention(config)
     _check_experts(config)
     _check_batches(config)
     _check_parts(config)
     _check_optimizer(config)
+
+
+LARGEST = 2**44  # elements of a tensor: 64 TiB in fp32, above any machine and far below where sizes overflow
+
+
+def _check_size(config: Config) -> None:
+    """Refuse a tensor that no machine holds, by the keys that make it: torch would say that some number overflows."""
+    model, moe, training = config.model, config.moe, config.training
+    sizes = {
+        "model.vocab_size x model.dim": model.vocab_size * model.dim,
+        "model.dim x model.dim": model.dim**2,
+        "model.dim x model.ffn_dim": model.dim * model.ffn_dim,
+        "moe.num_experts x model.dim x moe.expert_dim": moe.num_experts * model.dim * moe.expert_dim,
+        "moe.num_shared_experts x model.dim x moe.expert_dim": moe.num_shared_experts * model.dim * moe.expert_dim,
+    }
+    if training.local_batch_size > 0:
+        sizes["training.local_batch_size x training.seq_len x model.dim"] = (
+            training.local_batch_size * training.seq_len * model.dim
+        )
+    keys, size = max(sizes.items(), key=lambda item: item[1])
+    if size > LARGEST:
+        raise ValueError(f"a tensor would have {keys} = {size:.3g} elements: no machine holds that, lower these keys")
 
 
 def _check_attention(config: Config) -> None:

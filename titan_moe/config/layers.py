@@ -36,6 +36,8 @@ def read_file(path: str, origin: str = COMMAND_LINE, key: str = "job.config_file
         ) from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: is not a configuration: its values are nested hundreds of levels deep") from None
 
 
 def file_layers(path: str, origin: str = COMMAND_LINE, key: str = "job.config_file") -> list[Layer]:

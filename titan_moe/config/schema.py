@@ -101,8 +101,13 @@ def check_value(annotation: Any, value: Any, origin: str, key: str) -> Any:
         raise key_error(origin, key, _one_line(error), value) from None
     except PydanticUserError as error:
         raise key_error(origin, key, f"its type {type_text(annotation)} cannot be read from a file", value) from error
-    if isinstance(checked, float) and math.isnan(checked):
-        raise key_error(origin, key, "must be a number", value)
+    for item in checked if isinstance(checked, (list, tuple)) else [checked]:
+        if isinstance(item, float) and math.isnan(item):
+            raise key_error(origin, key, "must be a number", value)
+        if isinstance(item, int) and not -(2**63) <= item < 2**63:
+            raise key_error(origin, key, "must fit into 64 bits", value)
+        if isinstance(item, str) and "\0" in item:
+            raise key_error(origin, key, "must not have a NUL character", value)
     return checked
 
 

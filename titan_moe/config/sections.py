@@ -25,6 +25,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 PositiveOrMinusOne = Annotated[int, AfterValidator(positive_or_minus_one)]
+Seconds = Annotated[int, Field(gt=0, le=10**8)]  # more, with what is added to it, is no time for a socket
 Texts = Annotated[list[str], BeforeValidator(_as_list)]  # one string stands for a list of one
 
 
@@ -44,7 +45,7 @@ class Model:
     """The decoder; the defaults are the paper's Table 1."""
 
     dim: Annotated[PositiveInt, "width of the residual stream"] = 768
-    num_layers: Annotated[PositiveInt, "decoder layers"] = 24
+    num_layers: Annotated[int, Field(gt=0, le=10_000), "decoder layers"] = 24
     num_heads: Annotated[PositiveInt, "attention heads; divides dim"] = 12
     num_kv_heads: Annotated[NonNegativeInt, "key and value heads; divides num_heads (0: num_heads)"] = 0
     ffn_dim: Annotated[PositiveInt, "hidden width of the dense feed-forward layers"] = 2048
@@ -127,7 +128,7 @@ class Data:
     tokenizer: Annotated[str, "bytes, bpe:SIZE (trained on the data), a tokenizer.json, a folder or a hub name"] = (
         "bpe:4096"
     )
-    num_workers: Annotated[NonNegativeInt, "processes that prepare batches (0: none beside the trainer)"] = 0
+    num_workers: Annotated[int, Field(ge=0, le=256), "processes that prepare batches (0: none beside the trainer)"] = 0
     validation_fraction: Annotated[Fraction, "part of the documents that is held out of training"] = 0.01
     validation_path: Annotated[Texts, "files to validate on instead of a held-out part"] = field(default_factory=list)
     cache_folder: Annotated[str, "folder of tokenized data (empty: the user's cache folder)"] = ""
@@ -233,8 +234,8 @@ class Profiling:
 class Comm:
     """Time limits of collective operations."""
 
-    init_timeout_seconds: Annotated[PositiveInt, "limit until the first step is done"] = 300
-    train_timeout_seconds: Annotated[PositiveInt, "limit afterwards"] = 600
+    init_timeout_seconds: Annotated[Seconds, "limit until the first step is done"] = 300
+    train_timeout_seconds: Annotated[Seconds, "limit afterwards"] = 600
 
 
 @dataclass(frozen=True)

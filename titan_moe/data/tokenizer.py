@@ -26,6 +26,7 @@ END_OF_TEXT = (  # the names in use, the most usual first
     "<|im_end|>",
 )
 MIN_BPE_VOCAB = 257  # 256 bytes and the end of text
+MAX_BPE_VOCAB = 10_000_000  # ten times what anybody uses; the trainer takes memory for what it is asked for
 
 
 class Tokenizer(NamedTuple):
@@ -102,14 +103,17 @@ def bytes_tokenizer() -> Tokenizer:
 
 
 def bpe_vocab_size(name: str) -> int | None:
-    """Return N of `bpe:N`, None where the name is of another kind. Errors: N is not a number, or below 257."""
-    if not name.startswith("bpe:"):
+    """Return N of `bpe:N`, None where the name is of another kind. Errors: N is no number from 257 to 10,000,000."""
+    kind, _, digits = name.partition(":")
+    if kind != "bpe" or ":" not in name:
         return None
-    if not name[4:].isdecimal() or int(name[4:]) < MIN_BPE_VOCAB:
+    size = int(digits) if digits.isdecimal() and len(digits) < 10 else 0
+    if not MIN_BPE_VOCAB <= size <= MAX_BPE_VOCAB:
         raise ValueError(
-            f"data.tokenizer ({name}): bpe:N needs a vocabulary size N of at least {MIN_BPE_VOCAB}, e.g. bpe:4096"
+            f"data.tokenizer ({name}): bpe:N needs a vocabulary size N from {MIN_BPE_VOCAB} to {MAX_BPE_VOCAB}, "
+            "e.g. bpe:4096"
         )
-    return int(name[4:])
+    return size
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
