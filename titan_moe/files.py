@@ -6,6 +6,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -52,13 +53,22 @@ def crc32_of(path: Path) -> str:
     return f"{crc:08x}"
 
 
-def appender(path: Path) -> tuple[Callable[[bytes], None], Callable[[], None]]:
-    """Functions that append pieces to a file, each whole or not at all, and close it.
+class Appender(NamedTuple):
+    """Functions that append pieces to a file, each whole or not at all, wait until they are on the disk, and close it.
 
     A piece is with the kernel when `append` returns. If it raises OSError, no part of the piece is in the file; it is
-    kept, and written before the next one or by `close`.
+    kept, and written before the next one or by `close`, which syncs, too.
     """
+
+    append: Callable[[bytes], None]
+    sync: Callable[[], None]
+    close: Callable[[], None]
+
+
+def appender(path: Path) -> Appender:
+    """Open `path` to append to it; it is made where it does not exist."""
     file = open(path, "ab", buffering=0)  # noqa: SIM115
+    fsync_folder(path.parent)
     size = file.seek(0, os.SEEK_END)
     waiting: deque[bytes] = deque()
 
@@ -78,8 +88,12 @@ def appender(path: Path) -> tuple[Callable[[bytes], None], Callable[[], None]]:
         waiting.append(piece)
         flush()
 
+    def sync() -> None:
+        os.fsync(file.fileno())
+
     def close() -> None:
         with file:
             flush()
+            sync()
 
-    return append, close
+    return Appender(append, sync, close)

@@ -63,7 +63,7 @@ def test_write_atomic(tmp_path):
 
 
 def test_appender_keeps_pieces_whole(tmp_path):
-    append, close = appender(tmp_path / "f")
+    append, _, close = appender(tmp_path / "f")
     append(b"one\n")
     with LimitedFileSize(6):
         for piece in (b"two\n", b"three\n"):
