@@ -4,22 +4,21 @@ import itertools
 import json
 import logging
 import os
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_moe.files import appender, fsync_folder, write_atomic
+from titan_moe.files import appender, write_pieces_atomic
 
 logger = logging.getLogger(__name__)
 
 
-class Lines(NamedTuple):
-    """The lines of a metrics.jsonl as they are in the file, in its order, by what they are to a step."""
+class Count(NamedTuple):
+    """What a metrics.jsonl has of lines that are not to stay, and of those that are."""
 
-    kept: list[bytes]  # up to it
-    later: list[bytes]
-    torn: list[bytes]  # no records: what a power cut or a damaged disk leaves
-    steps: set[int]  # of the kept lines of kind 'train'
+    later: int
+    torn: int  # no records: what a power cut or a damaged disk leaves
+    steps: set[int]  # of the lines that stay and are of kind 'train'
 
 
 def cut(path: Path, step: int) -> None:
@@ -28,18 +27,17 @@ def cut(path: Path, step: int) -> None:
     A torn line becomes the text of a record of kind 'torn'. Steps up to `step` that have no line are a warning.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = read_lines(path, step)
-    if lines.later or lines.torn:
-        torn = [{"step": step, "kind": "torn", "text": line.decode(errors="replace")} for line in lines.torn]
+    count = count_lines(path, step)
+    if count.later or count.torn:
         target = path.with_name(f"{path.stem}.cut{path.suffix}")
-        _append(target, [*lines.later, *(json.dumps(record).encode() + b"\n" for record in torn)])
-        write_kept(path, lines)  # last: a crash before leaves a line in both files, never in none
+        _append(target, [line if record else _torn(line, step) for line, record in _lines(path) if _goes(record, step)])
+        drop_later(path, step)  # last: a crash before leaves a line in both files, never in none
         logger.info(
             "%s: the run goes on from step %d: %d lines of later steps and %d torn ones moved to the end of %s",
-            *(path, step, len(lines.later), len(torn), target),
+            *(path, step, count.later, count.torn, target),
         )
 
-    missing = [number for number in range(1, step + 1) if number not in lines.steps]
+    missing = [number for number in range(1, step + 1) if number not in count.steps]
     if missing:
         logger.warning(
             "%s: no line of %d of the %d steps that the run goes on from: %s",
@@ -47,56 +45,61 @@ def cut(path: Path, step: int) -> None:
         )
 
 
-def read_lines(path: Path, step: int) -> Lines:
-    """The lines of a metrics.jsonl by whether they are of steps up to `step`; none where there is no file."""
-    lines = Lines([], [], [], set())
-    if not path.exists():
-        return lines
-    with open(path, "rb") as file:
-        for line in file:
-            record = _parse(line)
-            if record is None:
-                lines.torn.append(line)
-            elif record["step"] > step:
-                lines.later.append(line)
-            else:
-                lines.kept.append(line)
-                if record.get("kind") == "train":
-                    lines.steps.add(record["step"])
-    return lines
+def count_lines(path: Path, step: int) -> Count:
+    """What a metrics.jsonl has of lines up to `step` and after it; nothing where there is no file."""
+    later, torn, steps = 0, 0, set()
+    for _, record in _lines(path):
+        if record is None:
+            torn += 1
+        elif record["step"] > step:
+            later += 1
+        elif record.get("kind") == "train":
+            steps.add(record["step"])
+    return Count(later, torn, steps)
 
 
-def write_kept(path: Path, lines: Lines) -> None:
-    """Leave the kept lines alone in a metrics.jsonl."""
-    write_atomic(path, b"".join(lines.kept).decode())
+def drop_later(path: Path, step: int) -> None:
+    """Leave the lines of steps up to `step` alone in a metrics.jsonl."""
+    write_pieces_atomic(path, (line for line, record in _lines(path) if not _goes(record, step)))
 
 
 def copy(path: Path, target: Path) -> None:
-    """Copy a file to `target`, which has its name once it is whole and on the disk."""
-    draft = target.with_name(f".{target.name}.tmp")
-    shutil.copyfile(path, draft)
-    with open(draft, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, target)
-    fsync_folder(target.parent)
+    """Copy a metrics.jsonl to `target`, as it is."""
+    with open(path, "rb") as file:
+        write_pieces_atomic(target, file)
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record in a line, None where it is torn."""
-    try:
-        record = json.loads(line.decode())
-    except (ValueError, RecursionError):
-        return None
-    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if is_record and line.endswith(b"\n") else None
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each line of a file with its record, None where it is torn."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line.decode())
+                whole = line.endswith(b"\n") and isinstance(record["step"], int)
+            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                whole, record = False, None
+            yield line, record if whole else None
+
+
+def _goes(record: dict[str, Any] | None, step: int) -> bool:
+    return record is None or record["step"] > step
+
+
+def _torn(line: bytes, step: int) -> bytes:
+    return json.dumps({"step": step, "kind": "torn", "text": line.decode(errors="replace")}).encode() + b"\n"
 
 
 def _append(path: Path, lines: list[bytes]) -> None:
     """Append lines, below one that a power cut may have torn."""
-    whole = not path.exists() or path.read_bytes()[-1:] in (b"", b"\n")
     append, _, close = appender(path)
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        torn = file.read() not in (b"", b"\n")
     try:
-        append(b"".join([b"" if whole else b"\n", *lines]))
+        append(b"".join([b"\n" if torn else b"", *lines]))
     finally:
         close()
 

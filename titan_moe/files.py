@@ -4,7 +4,7 @@ import errno
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +14,17 @@ def write_atomic(path: Path, text: str) -> None:
 
     Raises OSError as the file system does, with nothing left behind.
     """
+    write_pieces_atomic(path, [text.encode("utf-8")])
+
+
+def write_pieces_atomic(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write `pieces`, one after the other, to `path` as `write_atomic` does; they may be read from `path` itself."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_synced(temporary, text.encode("utf-8"))
+        with open(temporary, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
