@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +12,17 @@ from titan_moe.files import appender, write_pieces_atomic
 logger = logging.getLogger(__name__)
 
 
-class Count(NamedTuple):
-    """What a metrics.jsonl has of lines that are not to stay, and of those that are."""
+class Lines(NamedTuple):
+    """What the lines of a metrics.jsonl are to a step; they are many, and read but once as records."""
 
-    later: int
-    torn: int  # no records: what a power cut or a damaged disk leaves
-    steps: set[int]  # of the lines that stay and are of kind 'train'
+    kept: list[bool]  # of each line, in order
+    torn: set[int]  # which lines are no records: what a power cut or a damaged disk leaves
+    steps: set[int]  # of the kept lines of kind 'train'
+
+    @property
+    def num_later(self) -> int:
+        """How many lines are of later steps."""
+        return self.kept.count(False) - len(self.torn)
 
 
 def cut(path: Path, step: int) -> None:
@@ -27,17 +31,19 @@ def cut(path: Path, step: int) -> None:
     A torn line becomes the text of a record of kind 'torn'. Steps up to `step` that have no line are a warning.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    count = count_lines(path, step)
-    if count.later or count.torn:
+    lines = sort_lines(path, step)
+    if not all(lines.kept):
         target = path.with_name(f"{path.stem}.cut{path.suffix}")
-        _append(target, [line if record else _torn(line, step) for line, record in _lines(path) if _goes(record, step)])
-        drop_later(path, step)  # last: a crash before leaves a line in both files, never in none
+        with open(path, "rb") as file:
+            gone = [(index in lines.torn, line) for index, line in enumerate(file) if not lines.kept[index]]
+        _append(target, [_as_record(line, step) if is_torn else line for is_torn, line in gone])
+        drop(path, lines)  # last: a crash before leaves a line in both files, never in none
         logger.info(
             "%s: the run goes on from step %d: %d lines of later steps and %d torn ones moved to the end of %s",
-            *(path, step, count.later, count.torn, target),
+            *(path, step, lines.num_later, len(lines.torn), target),
         )
 
-    missing = [number for number in range(1, step + 1) if number not in count.steps]
+    missing = [number for number in range(1, step + 1) if number not in lines.steps]
     if missing:
         logger.warning(
             "%s: no line of %d of the %d steps that the run goes on from: %s",
@@ -45,22 +51,26 @@ def cut(path: Path, step: int) -> None:
         )
 
 
-def count_lines(path: Path, step: int) -> Count:
-    """What a metrics.jsonl has of lines up to `step` and after it; nothing where there is no file."""
-    later, torn, steps = 0, 0, set()
-    for _, record in _lines(path):
-        if record is None:
-            torn += 1
-        elif record["step"] > step:
-            later += 1
-        elif record.get("kind") == "train":
-            steps.add(record["step"])
-    return Count(later, torn, steps)
+def sort_lines(path: Path, step: int) -> Lines:
+    """Find the lines of a metrics.jsonl that are of steps up to `step`; none where there is no file."""
+    lines = Lines([], set(), set())
+    if not path.exists():
+        return lines
+    with open(path, "rb") as file:
+        for index, line in enumerate(file):
+            record = _parse(line)
+            lines.kept.append(record is not None and record["step"] <= step)
+            if record is None:
+                lines.torn.add(index)
+            elif lines.kept[-1] and record.get("kind") == "train":
+                lines.steps.add(record["step"])
+    return lines
 
 
-def drop_later(path: Path, step: int) -> None:
-    """Leave the lines of steps up to `step` alone in a metrics.jsonl."""
-    write_pieces_atomic(path, (line for line, record in _lines(path) if not _goes(record, step)))
+def drop(path: Path, lines: Lines) -> None:
+    """Leave the kept lines alone in a metrics.jsonl."""
+    with open(path, "rb") as file:
+        write_pieces_atomic(path, itertools.compress(file, lines.kept))
 
 
 def copy(path: Path, target: Path) -> None:
@@ -69,25 +79,17 @@ def copy(path: Path, target: Path) -> None:
         write_pieces_atomic(target, file)
 
 
-def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """Each line of a file with its record, None where it is torn."""
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line.decode())
-                whole = line.endswith(b"\n") and isinstance(record["step"], int)
-            except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-                whole, record = False, None
-            yield line, record if whole else None
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record in a line, None where it is torn."""
+    try:
+        record = json.loads(line.decode())
+        whole = line.endswith(b"\n") and isinstance(record["step"], int)
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+        return None
+    return record if whole else None
 
 
-def _goes(record: dict[str, Any] | None, step: int) -> bool:
-    return record is None or record["step"] > step
-
-
-def _torn(line: bytes, step: int) -> bytes:
+def _as_record(line: bytes, step: int) -> bytes:
     return json.dumps({"step": step, "kind": "torn", "text": line.decode(errors="replace")}).encode() + b"\n"
 
 

@@ -56,7 +56,7 @@ def test_a_crash_on_the_way_leaves_each_line_somewhere(metrics: Path, monkeypatc
 
     before = metrics.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "drop_later", crash)
+        patch.setattr(module, "drop", crash)
         with pytest.raises(OSError, match="Input"):
             cut(metrics, 7)
     assert metrics.read_bytes() == before

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titan_moe.checkpoint.folder import set_aside, steps_after
-from titan_moe.cut import copy, count_lines, drop_later
+from titan_moe.cut import copy, drop, sort_lines
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +24,11 @@ def leave_branch(metrics: Path, folders: Sequence[Path], step: int, *, same_run:
     """
     if same_run and not any(steps_after(folder, step) for folder in folders):
         return
-    kept = step if same_run else 0
-    has_later = count_lines(metrics, kept).later > 0
+    lines = sort_lines(metrics, step if same_run else 0)
     name = _free_name(metrics, folders)
 
     # Lines are taken away last: a crash before leaves them in both files, and the newest step says what the run is.
-    if has_later:
+    if lines.num_later:
         target = _metrics_aside(metrics, name)
         copy(metrics, target)
         logger.info("%s: the run goes on from step %d: all lines so far are kept in %s", metrics, step, target)
@@ -41,8 +40,8 @@ def leave_branch(metrics: Path, folders: Sequence[Path], step: int, *, same_run:
                 "the run goes on from step %d: %s moved to %s, which keeps %.1f MiB until you remove it",
                 *(step, ", ".join(path.name for path in moved), folder / name, size / 2**20),
             )
-    if has_later:
-        drop_later(metrics, kept)
+    if lines.num_later:
+        drop(metrics, lines)
 
 
 def _free_name(metrics: Path, folders: Sequence[Path]) -> str:
