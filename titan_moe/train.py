@@ -126,7 +126,8 @@ def set_later_aside(job: Job, step: int) -> int:
     folders = [saved, job.folder / EXPORT] if config.enable else []
     same_run = config.enable and had_checkpoints(job.folder)
     together(lambda: leave_branch(job.folder / METRICS, folders, step, same_run=same_run), main_only=True)
-    if not config.enable and job.runtime.is_main and (there := steps_after(saved, 0)):
+    (there,) = together(lambda: steps_after(saved, 0), main_only=True)
+    if there and not config.enable and job.runtime.is_main:
         logger.warning(
             "checkpoint.enable = false: this run begins at step 1, and %s stays in %s for the next run with "
             "checkpoints to go on from: another job.dump_folder keeps the two apart",

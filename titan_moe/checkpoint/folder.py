@@ -114,6 +114,8 @@ def read_manifest(step_folder: Path) -> dict[str, Any]:
         )
     if not whole:
         raise CheckpointError(f"{broken}: {MANIFEST} was changed after it was written")
+    if body["format"] != FORMAT:
+        raise CheckpointError(f"{step_folder} has checkpoint format {body['format']}, this version reads {FORMAT}")
     for name, entry in body["files"].items():
         try:
             size = (step_folder / name).stat().st_size
