@@ -1,6 +1,7 @@
 """A run that was stopped, at any moment and in any way, goes on to the bit as one that was not."""
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -97,6 +98,8 @@ def test_noise_of_a_router_is_drawn_again(train: Train, tmp_path: Path) -> None:
     again = train(**noise)
     assert "step-2" in again.err, again.err
     assert records(tmp_path / "run") == before
+    cut = (tmp_path / "run" / "metrics.cut.jsonl").read_text().splitlines()
+    assert [line["step"] for line in map(json.loads, cut) if line["kind"] == "train"] == [3, 4, 5, 6]
     quiet = train("quiet")
     assert quiet.code == 0, quiet.err
     assert records(tmp_path / "quiet") != before
