@@ -4,8 +4,9 @@ import errno
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -13,9 +14,17 @@ def write_atomic(path: Path, text: str) -> None:
 
     Raises OSError as the file system does, with nothing left behind.
     """
+    write_pieces_atomic(path, [text.encode("utf-8")])
+
+
+def write_pieces_atomic(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write `pieces`, one after the other, to `path` as `write_atomic` does; they may be read from `path` itself."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_synced(temporary, text.encode("utf-8"))
+        with open(temporary, "wb") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -52,13 +61,22 @@ def crc32_of(path: Path) -> str:
     return f"{crc:08x}"
 
 
-def appender(path: Path) -> tuple[Callable[[bytes], None], Callable[[], None]]:
-    """Functions that append pieces to a file, each whole or not at all, and close it.
+class Appender(NamedTuple):
+    """Functions that append pieces to a file, each whole or not at all, wait until they are on the disk, and close it.
 
     A piece is with the kernel when `append` returns. If it raises OSError, no part of the piece is in the file; it is
-    kept, and written before the next one or by `close`.
+    kept, and written before the next one or by `close`, which syncs, too.
     """
+
+    append: Callable[[bytes], None]
+    sync: Callable[[], None]
+    close: Callable[[], None]
+
+
+def appender(path: Path) -> Appender:
+    """Open `path` to append to it; it is made where it does not exist."""
     file = open(path, "ab", buffering=0)  # noqa: SIM115
+    fsync_folder(path.parent)
     size = file.seek(0, os.SEEK_END)
     waiting: deque[bytes] = deque()
 
@@ -78,8 +96,12 @@ def appender(path: Path) -> tuple[Callable[[bytes], None], Callable[[], None]]:
         waiting.append(piece)
         flush()
 
+    def sync() -> None:
+        os.fsync(file.fileno())
+
     def close() -> None:
         with file:
             flush()
+            sync()
 
-    return append, close
+    return Appender(append, sync, close)

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from titan_moe.cut import cut
 from titan_moe.files import appender, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -29,11 +30,15 @@ _PER_LAYER = re.compile(r".*/layer_\d+")
 
 
 class Sink(NamedTuple):
-    """A place for records. If `write` raises OSError, that record is late or lost, and the next one may succeed."""
+    """A place for records. If `write` raises OSError, that record is late or lost, and the next one may succeed.
+
+    `sync` waits until what was written is on the disk, where a power cut cannot take it.
+    """
 
     write: Callable[[Record], None]
     close: Callable[[], None]
     name: str
+    sync: Callable[[], None] = lambda: None
 
 
 def fan_out(*sinks: Sink) -> Sink:
@@ -65,7 +70,14 @@ def fan_out(*sinks: Sink) -> Sink:
         for sink in sinks:
             attempt(sink, sink.close)
 
-    return Sink(write, close, ", ".join(sink.name for sink in sinks))
+    def sync() -> None:
+        for sink in sinks:
+            try:  # no `attempt`: a full disk refuses writes and syncs what it has
+                sink.sync()
+            except OSError as error:
+                logger.error("CANNOT SYNC %s (%s): a power cut may take its last lines", sink.name, error)
+
+    return Sink(write, close, ", ".join(sink.name for sink in sinks), sync)
 
 
 def jsonl(path: Path, resume_step: int) -> Sink:
@@ -73,18 +85,30 @@ def jsonl(path: Path, resume_step: int) -> Sink:
 
     An array `NAME/experts` (L, E) becomes the numbers `NAME/layer_I/expert_J`.
 
-    Lines of steps after `resume_step`, and torn ones, are dropped first, so that after a crash the file holds each step
-    once. A record that the disk refuses is kept and tried again with the next one.
+    Lines of steps after `resume_step`, and torn ones, are first moved to a file beside it (`titan_moe.cut`), so
+    that after a crash the file holds each step once. A record that the disk refuses is kept and tried again with the
+    next one.
     """
-    _drop_after(path, resume_step)
-    append, close = appender(path)
+    cut(path, resume_step)
+    append, sync, close = appender(path)
 
     def write(record: Record) -> None:
         values = {**_scalars(record), **_of_experts(record)}
         numbers = {key: None if _is_odd(value) else value for key, value in values.items()}
         append((json.dumps(numbers, allow_nan=False) + "\n").encode())
 
-    return Sink(write, close, str(path))
+    return Sink(write, close, str(path), sync)
+
+
+def last_validation() -> tuple[Sink, Callable[[], Record | None]]:
+    """A sink that keeps the last validation that it is given, and the function that tells it."""
+    kept: list[Record] = []
+
+    def write(record: Record) -> None:
+        if record["kind"] == "validation":
+            kept[:] = [record]
+
+    return Sink(write, lambda: None, "the summary"), lambda: kept[0] if kept else None
 
 
 def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sink:
@@ -102,7 +126,7 @@ def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sin
 
     folder.mkdir(parents=True, exist_ok=True)
     name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{socket.gethostname()}.{os.getpid()}"
-    append, close = appender(folder / name)
+    append, sync, close = appender(folder / name)
 
     def write_event(event: Event) -> None:
         buffer = io.BytesIO()
@@ -125,7 +149,7 @@ def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sin
             values.append(Summary.Value(tag=tag, image=image))
         write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
-    return Sink(write, close, str(folder))
+    return Sink(write, close, str(folder), sync)
 
 
 def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextIO | None = None) -> Sink:
@@ -294,22 +318,3 @@ def _of_experts(record: Record) -> dict[str, float]:
         for layer, values in enumerate(array.tolist())
         for expert, value in enumerate(values)
     }
-
-
-def _drop_after(path: Path, resume_step: int) -> None:
-    """Rewrite a jsonl file without the lines that are torn or of a step after `resume_step`, if it has any."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
-        lines = file.readlines()
-    kept = [line for line in lines if _is_kept(line, resume_step)]
-    if len(kept) < len(lines):
-        write_atomic(path, "".join(kept))
-
-
-def _is_kept(line: str, resume_step: int) -> bool:
-    try:
-        return line.endswith("\n") and json.loads(line)["step"] <= resume_step
-    except (ValueError, KeyError, TypeError):
-        return False

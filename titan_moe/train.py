@@ -3,19 +3,23 @@
 import dataclasses
 import gc
 import json
-import math
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titan_moe import runtime
-from titan_moe.checkpoint import latest_complete, load_checkpoint, load_weights, resolve_checkpoint
+from titan_moe.checkpoint import load_checkpoint, load_weights, resolve_checkpoint, step_to_resume
 from titan_moe.checkpoint.background import Timetable
+from titan_moe.checkpoint.branch import leave_branch
 from titan_moe.checkpoint.final import save_weights
+from titan_moe.checkpoint.folder import steps_after, together
 from titan_moe.config import help_text, load_config, to_toml
+from titan_moe.config.layers import read_file
 from titan_moe.data.build import token_bytes
 from titan_moe.data.loader import merge_states
 from titan_moe.files import write_atomic
@@ -28,7 +32,7 @@ from titan_moe.probe import balance_tax, of_whole_sequences, routing_choices, ro
 from titan_moe.profiling import profiler, start_timer
 from titan_moe.records import Record, flush, moe_layer_names, speed_record, train_record
 from titan_moe.runtime import StopRequest, logger
-from titan_moe.sinks import Sink, console, fan_out, jsonl, summary, tensorboard, wandb
+from titan_moe.sinks import Sink, console, fan_out, jsonl, last_validation, summary, tensorboard, wandb
 from titan_moe.step import evaluate, train_step
 from titan_moe.watch import Watch, watching
 
@@ -55,8 +59,10 @@ def main(args: list[str]) -> int:
     with watching(watch):
         job = build_job(config, rt)
         progress = resume(job)
+        kept = set_later_aside(job, progress.step)
         write_run_files(job)
-        sinks = open_sinks(job, progress.step)
+        last_validated, validation = last_validation()
+        sinks = open_sinks(job, kept, last_validated)
         try:
             stopped, progress = run(job, sinks, progress, watch)
             job.saver.finish()
@@ -67,10 +73,13 @@ def main(args: list[str]) -> int:
             gc.unfreeze()
     if stopped:
         if rt.is_main:
-            logger.warning("stopped by %s: the same command goes on from here", runtime.signal_name(stopped))
+            command = "the same command"
+            if config.checkpoint.load_step >= 0:
+                command += " without checkpoint.load_step"
+            logger.warning("stopped by %s: %s goes on from here", runtime.signal_name(stopped), command)
         return 128 + stopped
     if rt.is_main:
-        print(closing_words(job))
+        print(closing_words(job, validation()))
     return 0
 
 
@@ -86,7 +95,7 @@ def resume(job: Job) -> Progress:
     if config.load_step >= 0:
         found = resolve_checkpoint(folder / f"step-{config.load_step}", "checkpoint.load_step")
     else:
-        found = latest_complete(folder)
+        found = step_to_resume(folder)
     if found is None:
         if config.initial_load_path:
             source = resolve_checkpoint(config.initial_load_path, "checkpoint.initial_load_path")
@@ -105,6 +114,35 @@ def resume(job: Job) -> Progress:
     job.data.train.load_state_dict(restored.extra["data"])
     logger.info("resuming from %s", found)
     return Progress(restored.step, restored.extra["num_tokens"], restored.extra.get("choices"))
+
+
+def set_later_aside(job: Job, step: int) -> int:
+    """Set aside, on the main rank, what the dump folder has of later steps than the one that the run goes on from.
+
+    Return the step up to which the metrics there stay: none where this run or the last one there has no checkpoints,
+    as they are two runs then. A run without checkpoints leaves those that are there alone.
+    """
+    config, saved = job.config.checkpoint, job.folder / job.config.checkpoint.folder
+    folders = [saved, job.folder / EXPORT] if config.enable else []
+    same_run = config.enable and had_checkpoints(job.folder)
+    together(lambda: leave_branch(job.folder / METRICS, folders, step, same_run=same_run), main_only=True)
+    (there,) = together(lambda: steps_after(saved, 0), main_only=True)
+    if there and not config.enable and job.runtime.is_main:
+        logger.warning(
+            "checkpoint.enable = false: this run begins at step 1, and %s stays in %s for the next run with "
+            "checkpoints to go on from: another job.dump_folder keeps the two apart",
+            *(there[-1].name, saved),
+        )
+    return step if same_run else 0
+
+
+def had_checkpoints(folder: Path) -> bool:
+    """Whether the last run in a dump folder had checkpoints; True where there was none."""
+    try:
+        table = read_file(str(folder / "config.toml"))
+    except (OSError, ValueError):
+        return True
+    return table.get("checkpoint", {}).get("enable", True)
 
 
 def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, Progress]:
@@ -158,7 +196,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
             if validating and not signal:
                 validate(job, sinks, step, before, choices)
             if saving:
-                save(job, Progress(step, num_tokens, choices), must_succeed=last or signal > 0)
+                save(job, sinks, Progress(step, num_tokens, choices), must_succeed=last or signal > 0)
             if validating and signal:  # after the save, which a scheduler's patience may not outlast
                 validate(job, sinks, step, before, choices)
             if signal and not last:
@@ -203,8 +241,10 @@ def validate(job: Job, sinks: Sink, step: int, before: Tensor | None, choices: T
     flush(sinks, [record])
 
 
-def save(job: Job, progress: Progress, *, must_succeed: bool) -> None:
+def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> None:
     """Save a checkpoint; one that fails on the way is a loud warning, the last one an error.
+
+    What the sinks have is on the disk first: a power cut never leaves a checkpoint without the lines of its steps.
 
     Raises ValueError, and saves nothing, where a parameter is NaN or infinite.
     """
@@ -215,6 +255,7 @@ def save(job: Job, progress: Progress, *, must_succeed: bool) -> None:
             "not saved. Lower optimizer.lr, or warm up longer; the last checkpoint is from before"
         )
     data = merge_states(runtime.all_gather(job.data.train.state_dict()))
+    sinks.sync()
     job.saver.save(
         job.folder / config.checkpoint.folder,
         progress.step,
@@ -259,8 +300,8 @@ def write_run_files(job: Job) -> None:
     write_atomic(job.folder / "run.json", json.dumps(facts, indent=1) + "\n")
 
 
-def open_sinks(job: Job, step: int) -> Sink:
-    """Open the sinks that [metrics] names, on the main rank; what they hold of steps after `step` is dropped."""
+def open_sinks(job: Job, step: int, *more: Sink) -> Sink:
+    """Open the sinks that [metrics] names and `more`, on the main rank; none of them shows steps after `step`."""
     if not job.runtime.is_main:
         return fan_out()
     config, folder = job.config, job.folder
@@ -270,19 +311,14 @@ def open_sinks(job: Job, step: int) -> Sink:
         sinks.append(tensorboard(folder / "tensorboard", step))
     if config.metrics.enable_wandb:
         sinks.append(wandb(folder, dataclasses.asdict(config)))
-    return fan_out(*sinks)
+    return fan_out(*sinks, *more)
 
 
-def closing_words(job: Job) -> str:
-    """Say how the run ended and where things are; the last validation is the one in metrics.jsonl."""
-    lines = (job.folder / METRICS).read_text().splitlines()
-    validations = [record for record in map(json.loads, lines) if record["kind"] == "validation"]
-    last = (
-        {key: math.nan if value is None else value for key, value in validations[-1].items()} if validations else None
-    )
+def closing_words(job: Job, validation: Mapping[str, Any] | None) -> str:
+    """Say how the run ended, by the last validation of this process, and where things are."""
     config = job.config
     return summary(
-        last,
+        validation,
         checkpoint=job.folder / config.checkpoint.folder if config.checkpoint.enable else None,
         tensorboard=job.folder / "tensorboard" if config.metrics.enable_tensorboard else None,
         prompt="def " if config.data.dataset == "stdlib" else "The ",

@@ -1,6 +1,7 @@
 """A run that was stopped, at any moment and in any way, goes on to the bit as one that was not."""
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -97,6 +98,8 @@ def test_noise_of_a_router_is_drawn_again(train: Train, tmp_path: Path) -> None:
     again = train(**noise)
     assert "step-2" in again.err, again.err
     assert records(tmp_path / "run") == before
+    cut = (tmp_path / "run" / "metrics.cut.jsonl").read_text().splitlines()
+    assert [line["step"] for line in map(json.loads, cut) if line["kind"] == "train"] == [3, 4, 5, 6]
     quiet = train("quiet")
     assert quiet.code == 0, quiet.err
     assert records(tmp_path / "quiet") != before
@@ -140,7 +143,7 @@ def test_a_finished_run_does_nothing_but_tell(train: Train, tmp_path: Path) -> N
     assert (contents(tmp_path / "run" / "checkpoint"), records(tmp_path / "run")) == before
     assert "step 1/" not in again.out
     assert again.out.splitlines() == first.out.splitlines()[-len(again.out.splitlines()) :]
-    assert again.out.startswith("validation ")
+    assert again.out.startswith("checkpoint ")  # its own validation it would tell: it made none
 
 
 def test_more_steps_than_before(train: Train, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ LAYERS = {
     "files": 0,
     "gpus": 0,
     "compat": 0,
+    "cut": 0,
     "model": 1,
     "parallelize": 1,
     "optimizer": 1,

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 
 from titan_moe.files import appender, write_atomic
 from titan_moe.heatmap import load_figure
-from titan_moe.sinks import Sink, console, fan_out, jsonl, summary, tensorboard, wandb
+from titan_moe.sinks import Sink, console, fan_out, jsonl, last_validation, summary, tensorboard, wandb
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def test_write_atomic(tmp_path):
 
 
 def test_appender_keeps_pieces_whole(tmp_path):
-    append, close = appender(tmp_path / "f")
+    append, _, close = appender(tmp_path / "f")
     append(b"one\n")
     with LimitedFileSize(6):
         for piece in (b"two\n", b"three\n"):
@@ -174,6 +175,48 @@ def test_close_reports_what_is_lost(tmp_path, caplog):
         sink.write(train(1))
         sink.close()
     assert caplog.text.count("CANNOT WRITE") == 1
+
+
+def test_sync_reaches_the_files_and_ends_nothing(tmp_path, monkeypatch, caplog):
+    """A disk that cannot sync is told and no more; what was refused before is not said to be written by it."""
+    synced, fsync = [], os.fsync
+
+    def note(descriptor):
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+
+    sink = fan_out(jsonl(tmp_path / "m", 0), tensorboard(tmp_path / "tb", 0), last_validation()[0])
+    sink.write(train(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", note)
+        sink.sync()
+    (event_file,) = (tmp_path / "tb").iterdir()
+    assert synced == [(tmp_path / "m").stat().st_size, event_file.stat().st_size]
+
+    def fail(descriptor):
+        raise OSError(5, "Input/output error")
+
+    with LimitedFileSize(100):
+        sink.write(train(2))
+    assert caplog.text.count("CANNOT WRITE TO") == 2
+    caplog.clear()
+    sink.sync()
+    assert caplog.text == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        sink.sync()
+    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
+    assert f"CANNOT SYNC {tmp_path / 'm'} ([Errno 5] Input/output error)" in caplog.text
+    sink.close()
+    assert [r["step"] for r in lines_of(tmp_path / "m")] == [1, 2]
+
+
+def test_last_validation():
+    sink, last = last_validation()
+    assert last() is None
+    for record in (train(1), validation(1, loss=3.0), train(2), validation(2), train(3)):
+        sink.write(record)
+    assert last() == validation(2)
 
 
 # tensorboard

@@ -10,6 +10,7 @@ from titan_moe.checkpoint.store import (
     load_weights,
     resolve_checkpoint,
     save_checkpoint,
+    step_to_resume,
 )
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "load_weights",
     "resolve_checkpoint",
     "save_checkpoint",
+    "step_to_resume",
 ]

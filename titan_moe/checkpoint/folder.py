@@ -29,26 +29,66 @@ class CheckpointError(OSError, ValueError):
     """A checkpoint that could not be written, or one that is broken; its text is one line for the user."""
 
 
+class NewerFormatError(CheckpointError):
+    """A checkpoint that a newer version of titan_moe has written."""
+
+
 def is_step_folder(path: Path) -> bool:
     """Whether `path` is, or was meant to be, the folder of one step."""
     return (path / MANIFEST).exists() or _STEP.fullmatch(path.name) is not None
 
 
-def scan(folder: Path) -> tuple[dict[int, Path], list[str]]:
-    """Steps in `folder` whose files are there with the right sizes, and one line on each that is not so."""
-    complete, problems = {}, []
+def scan(folder: Path) -> tuple[dict[int, Path], dict[int, CheckpointError]]:
+    """Steps in `folder` whose files are there with the right sizes, and of each other step what is wrong with it."""
+    complete, problems = {}, {}
     paths = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
     for name, path in paths.items():
         base = name.removesuffix(".old")  # counts if a crash came between the two renames of a replacement
-        if not (match := _STEP.fullmatch(base)) or (base != name and base in paths) or not path.is_dir():
+        is_step = path.is_dir() or path.is_symlink()  # also a link to what is not there, as a disk that is not mounted
+        if not (match := _STEP.fullmatch(base)) or (base != name and base in paths) or not is_step:
             continue
         try:
             read_manifest(path)
         except CheckpointError as error:
-            problems.append(str(error))
+            problems[int(match[1])] = error
         else:
             complete[int(match[1])] = path
     return complete, problems
+
+
+def set_aside(folder: Path, step: int, name: str) -> list[Path]:
+    """Move the steps in `folder` after `step`, whole or broken, to `folder/name/step-N`; give their new places.
+
+    There nothing counts them as the run's or removes them, and each is a step folder as before. They go oldest first:
+    until the last has gone the newest step is what it was, so that a crash leaves the run as it was or as it shall be.
+    """
+    later = steps_after(folder, step)
+    if not later:
+        return []
+    (folder / name).mkdir()
+    moved = []
+    for path in later:
+        base = path.with_name(path.name.removesuffix(".old"))
+        target = folder / name / (path.name if base in later else base.name)
+        if path.is_symlink() and not os.path.isabs(link := os.readlink(path)):
+            os.symlink(os.path.join("..", link), target)  # it is relative to where it lies
+            path.unlink()
+        else:
+            os.rename(path, target)
+        moved.append(target)
+    fsync_folder(folder / name)
+    fsync_folder(folder)
+    return moved
+
+
+def steps_after(folder: Path, step: int) -> list[Path]:
+    """The folders of steps after `step` in `folder`, oldest first, and of one step the one being replaced first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _STEP.fullmatch(path.name.removesuffix(".old"))
+        if match and int(match[1]) > step and (path.is_dir() or path.is_symlink()):
+            found.append((int(match[1]), not path.name.endswith(".old"), path))
+    return [path for *_, path in sorted(found)]
 
 
 def read_manifest(step_folder: Path) -> dict[str, Any]:
@@ -57,13 +97,21 @@ def read_manifest(step_folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((step_folder / MANIFEST).read_text(encoding="utf-8"))
         body = manifest["body"]
+        newer = body["format"] > FORMAT  # asked first: it may have another checksum
         whole = manifest["crc32"] == _crc32_of_body(body)
     except FileNotFoundError:
+        if step_folder.is_symlink() and not step_folder.exists():
+            raise CheckpointError(f"{step_folder} links to {os.readlink(step_folder)}, which is not there") from None
         if not step_folder.is_dir():
             raise CheckpointError(f"checkpoint {step_folder} does not exist") from None
         raise CheckpointError(f"{broken}: it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{broken}: {MANIFEST} cannot be read ({type(error).__name__})") from error
+    if newer:
+        raise NewerFormatError(
+            f"{step_folder} has checkpoint format {body['format']} and this titan_moe reads {FORMAT}: a newer one has "
+            "saved it, and can load it"
+        )
     if not whole:
         raise CheckpointError(f"{broken}: {MANIFEST} was changed after it was written")
     if body["format"] != FORMAT:

@@ -7,6 +7,7 @@ and `manifest.json` with the size and CRC-32 of each. It is written as `step-N.t
 
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from titan_moe.build import build_model
 from titan_moe.checkpoint.folder import (
     FORMAT,
     CheckpointError,
+    NewerFormatError,
     clean,
     entries,
     is_step_folder,
@@ -233,7 +235,7 @@ def load_weights(step_folder: Path, *, model: nn.Module, strict: bool) -> None:
 def complete_steps(folder: Path) -> list[int]:
     """Steps in `folder` whose files are all there with their right sizes, ascending; warns about the others."""
     complete, problems = scan(folder)
-    for problem in problems:
+    for problem in problems.values():
         logger.warning("skipping checkpoint %s", problem)
     return sorted(complete)
 
@@ -243,21 +245,56 @@ def latest_complete(folder: Path) -> Path | None:
 
     Broken ones on the way are skipped, with one warning that names them, what is wrong and what is used instead.
     """
+    found, problems = _find_latest(folder)
+    _warn_skipped(found, problems)
+    return found
+
+
+def step_to_resume(folder: Path) -> Path | None:
+    """The step folder that a run goes on from: as `latest_complete`, and None only where no step was saved yet.
+
+    Raises CheckpointError, on every rank, where going on would abandon work that is there: `folder` or each step in it
+    cannot be read, or a newer version has saved the newest.
+    """
+
+    def check() -> None:
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise CheckpointError(f"{folder} is no folder: mount the disk that it links to, or move it away")
+
+    together(check)
+    found, problems = _find_latest(folder)
+    if problems and found is None:
+        raise CheckpointError(
+            f"no checkpoint in {folder} can be loaded, and nothing was changed; the newest: {problems[max(problems)]}. "
+            "Put one that is whole there, or start over in another job.dump_folder"
+        )
+    newer = next((error for error in problems.values() if isinstance(error, NewerFormatError)), None)
+    if newer is not None:
+        raise CheckpointError(f"{newer}. To go on from an earlier step all the same name it by checkpoint.load_step")
+    _warn_skipped(found, problems)
+    return found
+
+
+def _find_latest(folder: Path) -> tuple[Path | None, dict[int, CheckpointError]]:
+    """The newest step that passes its checksums, and what is wrong with later ones, the newest first."""
     complete, problems = together(lambda: scan(folder), main_only=True)[0]
     found = None
     for step in sorted(complete, reverse=True):
         try:
             verify(complete[step])
         except CheckpointError as error:
-            problems.append(str(error))
+            problems[step] = error
         else:
-            found = complete[step]
+            found = step
             break
+    later = {step: problems[step] for step in sorted(problems, reverse=True) if found is None or step > found}
+    return None if found is None else complete[found], later
+
+
+def _warn_skipped(found: Path | None, problems: dict[int, CheckpointError]) -> None:
     if problems and rank() == 0:
-        logger.warning(
-            "skipping checkpoint %s; using %s", "; ".join(problems), found or "none: no complete one is left"
-        )
-    return found
+        why = "; ".join(map(str, problems.values()))
+        logger.warning("skipping checkpoint %s; using %s", why, found or "none: no complete one is left")
 
 
 def resolve_checkpoint(path: str | Path, key: str = "checkpoint") -> Path:

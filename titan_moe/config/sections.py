@@ -197,7 +197,7 @@ class Checkpoint:
     interval: Annotated[PositiveInt, "optimizer steps between checkpoints"] = 500
     keep_latest_k: Annotated[NonNegativeInt, "checkpoints to keep (0: all)"] = 2
     async_mode: Annotated[Literal["disabled", "async"], "whether training goes on during a save"] = "disabled"
-    load_step: Annotated[int, Field(ge=-1), "step to resume from (-1: the latest)"] = -1
+    load_step: Annotated[int, Field(ge=-1), "step to resume from (-1: the latest); later ones are set aside"] = -1
     initial_load_path: Annotated[str, "checkpoint that a new run takes its weights from"] = ""
     exclude: Annotated[
         list[Literal["optimizer"]], "what resuming leaves out: the optimizer's state, which then starts anew"

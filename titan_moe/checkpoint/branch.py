@@ -1,0 +1,58 @@
+"""A run that goes back to an earlier step: what came after is a branch of its own, set aside and never removed.
+
+Its steps go to checkpoint/aside-N/, and metrics.jsonl as it was is kept whole as metrics.aside-N.jsonl.
+"""
+
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from titan_moe.checkpoint.folder import set_aside, steps_after
+from titan_moe.cut import copy, drop, sort_lines
+
+logger = logging.getLogger(__name__)
+
+
+def leave_branch(metrics: Path, folders: Sequence[Path], step: int, *, same_run: bool) -> None:
+    """Set aside the steps after `step` in `folders`, and with them a copy of `metrics`, which loses its lines of them.
+
+    For one process, before training begins, with the step that it goes on from. Does nothing where no step is later:
+    the lines of a killed run are no branch. Where `metrics` are not of the `same_run` all their lines are set aside.
+    Raises OSError as the file system does; what has not been set aside then is where it was.
+    """
+    if same_run and not any(steps_after(folder, step) for folder in folders):
+        return
+    lines = sort_lines(metrics, step if same_run else 0)
+    name = _free_name(metrics, folders)
+
+    # Lines are taken away last: a crash before leaves them in both files, and the newest step says what the run is.
+    if lines.num_later:
+        target = _metrics_aside(metrics, name)
+        copy(metrics, target)
+        logger.info("%s: the run goes on from step %d: all lines so far are kept in %s", metrics, step, target)
+    for folder in folders:
+        moved = set_aside(folder, step, name)
+        if moved:
+            size = sum(file.stat().st_size for path in moved if path.exists() for file in path.iterdir())
+            logger.info(
+                "the run goes on from step %d: %s moved to %s, which keeps %.1f MiB until you remove it",
+                *(step, ", ".join(path.name for path in moved), folder / name, size / 2**20),
+            )
+    if lines.num_later:
+        drop(metrics, lines)
+
+
+def _free_name(metrics: Path, folders: Sequence[Path]) -> str:
+    """The first aside-N that is not taken."""
+    names = (f"aside-{number}" for number in itertools.count(1))
+    return next(
+        name
+        for name in names
+        if not any(map(os.path.lexists, [_metrics_aside(metrics, name), *(folder / name for folder in folders)]))
+    )
+
+
+def _metrics_aside(metrics: Path, name: str) -> Path:
+    return metrics.with_name(f"{metrics.stem}.{name}{metrics.suffix}")
