@@ -1,12 +1,15 @@
 """Evaluate a checkpoint: `python -m titan_moe.evaluate --checkpoint DIR [--data.path FILE ...]`."""
 
+import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from titan_moe import runtime
 from titan_moe.checkpoint import load_model, resolve_checkpoint
-from titan_moe.config import Config, load_config
+from titan_moe.commands import Parser
+from titan_moe.config import Config, load_saved
 from titan_moe.data.build import Batches, build_data, build_validation, token_bytes
 from titan_moe.data.loader import CPU
 from titan_moe.data.tokenizer import load_tokenizer
@@ -24,30 +27,16 @@ OVERRIDES = (  # what the command line may change: the rest belongs to the check
     "validation.local_batch_size",
     "training.seq_len",
 )
-USAGE = f"""usage: python -m titan_moe.evaluate --checkpoint DIR [--data.path FILE ...] [--section.key value ...]
-
-Evaluate a checkpoint: loss, perplexity, accuracy, bits per byte, routing losses and MaxVio.
-
-  --checkpoint DIR        step folder, or dump folder (its latest complete step)
-  --data.path FILE ...    files to evaluate on, all of them; without it: the validation data of the run
-  --section.key value     instead of the run's: {", ".join(OVERRIDES[:4])},
-                          {", ".join(OVERRIDES[4:])}
-
-Text is cut into sequences of training.seq_len tokens; a rest of less than one is left out.
-"""
 
 
 def main(args: list[str]) -> int:
     """Print one line for each number."""
-    if "-h" in args or "--help" in args:
-        print(USAGE, end="")
-        return 0
-    checkpoint, overrides = split_checkpoint(args)
+    options, overrides = parse(args)
     rt = runtime.read_world()
     runtime.init_logging(rt)
-    step_folder = resolve_checkpoint(checkpoint)
-    config, files = evaluation_config(step_folder, overrides)
-    model, _ = load_model(step_folder)
+    step_folder = resolve_checkpoint(options.checkpoint)
+    config, files = evaluation_config(step_folder, overrides, options.trust_components)
+    model, _ = load_model(step_folder, options.trust_components)
     tokenizer = str(step_folder / "tokenizer.json")
     output = evaluate(
         move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param]),
@@ -59,21 +48,32 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def split_checkpoint(args: list[str]) -> tuple[Path, list[str]]:
-    """Take --checkpoint DIR (or --checkpoint=DIR) out of the arguments."""
-    for i, arg in enumerate(args):
-        if arg.startswith("--checkpoint="):
-            return Path(arg.partition("=")[2]), args[:i] + args[i + 1 :]
-        if arg == "--checkpoint" and i + 1 < len(args):
-            return Path(args[i + 1]), args[:i] + args[i + 2 :]
-    raise ValueError("--checkpoint DIR is missing: a step folder or a run's dump folder")
+def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Read the command line: its own arguments, and `--section.key value` words for the configuration."""
+    about = "Evaluate a checkpoint: loss, perplexity, accuracy, bits per byte, routing losses and MaxVio."
+    parser = Parser("python -m titan_moe.evaluate", about)
+    place = "step folder, or dump folder (its latest complete step)"
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=place)
+    parser.add_trust()
+    parser.epilog = (
+        "--data.path FILE ...: files to evaluate on, all of them; without it: the validation data of the run. "
+        f"--section.key value, instead of the run's: {', '.join(OVERRIDES)}. "
+        "Text is cut into sequences of training.seq_len tokens; a rest of less than one is left out."
+    )
+    return parser.parse_known_args(args)
 
 
-def evaluation_config(step_folder: Path, overrides: list[str]) -> tuple[Config, list[str]]:
-    """Give the run's configuration with the overrides, and the files of --data.path: of these all is evaluated."""
+def evaluation_config(
+    step_folder: Path, overrides: list[str], trust_components: Iterable[str] = ()
+) -> tuple[Config, list[str]]:
+    """Give the run's configuration with the overrides, and the files of --data.path: of these all is evaluated.
+
+    `trust_components` as in `load_model`.
+    """
     given = {arg[2:].partition("=")[0] for arg in overrides if arg.startswith("--")}
     with_all = ["--validation.steps", "-1"] if "data.path" in given and "validation.steps" not in given else []
-    config = load_config([*overrides, *with_all, "--job.config_file", str(step_folder / "config.toml")])
+    words = [*overrides, *with_all]
+    config = load_saved(step_folder / "config.toml", words, trust_components=trust_components)
     if useless := sorted(given.difference(OVERRIDES)):
         raise ValueError(f"--{useless[0]} changes nothing here: an evaluation takes {', '.join(OVERRIDES)}")
     return config, config.data.path if "data.path" in given else []

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, whole appends, folders on disk for good, checksums."""
+"""Files that are whole or absent: atomic writes, whole appends, folders on disk for good, checksums, names."""
 
 import errno
 import os
@@ -49,6 +49,11 @@ def fsync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` is that of a file in a folder, without a way out of it: no `/`, no `..`."""
+    return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
 def crc32_of(path: Path) -> str:

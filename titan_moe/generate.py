@@ -25,7 +25,7 @@ def main(args: list[str]) -> int:
     options, rt = parse(args), runtime.read_world()
     runtime.init_logging(rt)
     step_folder = resolve_checkpoint(options.checkpoint)
-    model, config = load_model(step_folder)
+    model, config = load_model(step_folder, options.trust_components)
     tokenizer = load_tokenizer(str(step_folder / "tokenizer.json"))
     move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param])
     texts = generate(
@@ -57,6 +57,7 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--top_k", type=int, default=50, help="choose among the k most probable tokens; 0: all (50)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random choice (0)")
     parser.add_argument("--no_cache", action="store_true", help="compute the whole context anew for each token")
+    parser.add_trust()
     options = parser.parse_args(args)
     for prompt in options.prompt or ():
         if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python keeps bytes of other encodings

@@ -141,7 +141,7 @@ def test_bad_arguments_of_evaluate(run: Path, tmp_path: Path) -> None:
     short.write_text("short")
     at = ["--checkpoint", str(run)]
     cases = {
-        "no checkpoint": ([], "--checkpoint DIR is missing"),
+        "no checkpoint": ([], "arguments are required: --checkpoint"),
         "no such folder": (["--checkpoint", str(run / "nowhere")], "nowhere: no such folder"),
         "unknown key": ([*at, "--data.pth", "x"], "data.path"),
         "of the model": ([*at, "--model.dim", "64"], "--model.dim changes nothing here"),

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from titan_moe.files import crc32_of, fsync_folder, write_synced
+from titan_moe.files import crc32_of, fsync_folder, is_plain_name, write_synced
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -117,6 +117,8 @@ def read_manifest(step_folder: Path) -> dict[str, Any]:
     if body["format"] != FORMAT:
         raise CheckpointError(f"{step_folder} has checkpoint format {body['format']}, this version reads {FORMAT}")
     for name, entry in body["files"].items():
+        if not is_plain_name(name):
+            raise CheckpointError(f"{broken}: {MANIFEST} names the file {name!r}, which is not in its folder")
         try:
             size = (step_folder / name).stat().st_size
         except OSError:

@@ -12,10 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _create_file_view
+
+from titan_moe.checkpoint.metadata import read_metadata
 
 
 class Lazy(NamedTuple):
@@ -48,16 +50,10 @@ def read_lazily(folder: Path) -> LazyTensors:
     Raises ValueError where the folder is not one.
     """
     try:
-        metadata = dcp.FileSystemReader(folder).read_metadata()
+        metadata = read_metadata(folder)
     except FileNotFoundError:
         raise ValueError(f"{folder} is not a checkpoint of torch.distributed: it has no .metadata") from None
-    except Exception as error:  # the metadata are a pickle: a broken one may raise anything
-        raise ValueError(f"{folder}: .metadata cannot be read ({type(error).__name__})") from error
-    return {
-        name: _entry(folder, metadata, name)
-        for name, entry in metadata.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    return {name: _entry(folder, metadata, name) for name in metadata.state_dict_metadata}
 
 
 def _entry(folder: Path, metadata: Metadata, name: str) -> Lazy:
@@ -117,11 +113,7 @@ def check_sums(folder: Path) -> None:
 
     One is in memory at a time. Raises ValueError for the first file that is missing, cut short or changed.
     """
-    found = dcp.FileSystemReader(folder).read_metadata()
-    tensors = {n for n, entry in found.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
-    for index, place in found.storage_data.items():
-        if index.fqn not in tensors:
-            continue
+    for index, place in read_metadata(folder).storage_data.items():
         path = folder / place.relative_path
         try:
             with open(path, "rb") as file:

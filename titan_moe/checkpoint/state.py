@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from titan_moe.checkpoint.lazy import Writer
+from titan_moe.checkpoint.metadata import Reader, read_metadata
 from titan_moe.files import write_synced
 from titan_moe.optimizer.combined import kind_of
 
@@ -67,7 +68,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proce
 
 def load_matching(folder: Path, model: nn.Module) -> tuple[list[str], list[str]]:
     """Load the tensors in `folder` that `model` has by name and shape; the names that it lacks, and those left over."""
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    metadata = read_metadata(folder).state_dict_metadata
     saved = {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.items() if name.startswith("model.")}
     tensors = _model_tensors(model)
     matching = {name: value for name, value in tensors.items() if saved.get(name) == tuple(value.shape)}
@@ -90,7 +91,7 @@ def load_state(
     `saved_optimizer` is the class of the optimizer that was saved, None if none was.
     Raises ValueError, before anything is loaded, if names or shapes differ.
     """
-    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    metadata = read_metadata(folder).state_dict_metadata
     saved = {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.items()}
     tensors = _model_tensors(model)
     saved_model = {name: shape for name, shape in saved.items() if name.startswith("model.")}
@@ -205,7 +206,7 @@ def _warn_of_changes(folder: Path, groups: list[list[str]], here: dict[str, Any]
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        dcp.load(dict(tensors), storage_reader=dcp.FileSystemReader(folder), no_dist=not dist.is_initialized())
+        dcp.load(dict(tensors), storage_reader=Reader(folder), no_dist=not dist.is_initialized())
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:

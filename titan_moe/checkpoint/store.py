@@ -8,7 +8,7 @@ and `manifest.json` with the size and CRC-32 of each. It is written as `step-N.t
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +50,7 @@ from titan_moe.checkpoint.state import (
     write_object,
     write_tensors,
 )
-from titan_moe.config import Config, load_config
+from titan_moe.config import Config, load_saved
 from titan_moe.files import write_synced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.combined import kind_of
@@ -318,30 +318,32 @@ def resolve_checkpoint(path: str | Path, key: str = "checkpoint") -> Path:
     return found
 
 
-def load_model(path: str | Path) -> tuple[Transformer, Config]:
+def load_model(path: str | Path, trust_components: Iterable[str] = ()) -> tuple[Transformer, Config]:
     """Load the model of a checkpoint, on the CPU and in evaluation mode, and the configuration of its run.
 
-    `path` as in `resolve_checkpoint`.
+    `path` as in `resolve_checkpoint`. Of code outside of this package that the configuration names, only what is in
+    `trust_components` (modules or packages) is imported; other code there is a ValueError.
     """
-    return read_model(resolve_checkpoint(path))
+    step_folder = resolve_checkpoint(path)
+    config = read_config(step_folder, trust_components)
+    return read_model(step_folder, config), config
 
 
-def read_config(step_folder: Path) -> Config:
-    """The configuration of a checkpoint's run."""
+def read_config(step_folder: Path, trust_components: Iterable[str] = ()) -> Config:
+    """The configuration of a checkpoint's run, to build from; `trust_components` as in `load_model`."""
     config_file = step_folder / "config.toml"
     if not config_file.exists():
         raise ValueError(f"checkpoint {step_folder} has no config.toml: it cannot say which model it holds")
-    return load_config(["--job.config_file", str(config_file)])
+    return load_saved(config_file, trust_components=trust_components)
 
 
-def read_model(step_folder: Path) -> tuple[Transformer, Config]:
-    """`load_model` of a step folder whose checksums are known to be right."""
-    config = read_config(step_folder)
+def read_model(step_folder: Path, config: Config) -> Transformer:
+    """The model of a step folder whose checksums are known to be right, and whose configuration this is."""
     with torch.device("meta"):
         model = build_model(config)
     model.to_empty(device="cpu")
     load_checkpoint(step_folder, model=model, check=False)
-    return model.eval(), config
+    return model.eval()
 
 
 def _write_rest(staging: Path, content: Content) -> dict[str, Any]:

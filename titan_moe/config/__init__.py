@@ -2,6 +2,17 @@
 
 from titan_moe.config.combinations import cautions
 from titan_moe.config.load import find_component, help_text, load_config, merge_layers, to_toml
+from titan_moe.config.saved import load_saved, read_saved
 from titan_moe.config.sections import Config
 
-__all__ = ["Config", "cautions", "find_component", "help_text", "load_config", "merge_layers", "to_toml"]
+__all__ = [
+    "Config",
+    "cautions",
+    "find_component",
+    "help_text",
+    "load_config",
+    "load_saved",
+    "merge_layers",
+    "read_saved",
+    "to_toml",
+]

@@ -102,13 +102,18 @@ def load_config(args: list[str]) -> Config:
 
 def merge_layers(layers: Iterable[Layer]) -> Config:
     """Build the configuration that the layers make, later ones over earlier ones, and check it as a whole."""
+    config = merge_unchecked(layers)
+    check_config(config)
+    return config
+
+
+def merge_unchecked(layers: Iterable[Layer]) -> Config:
+    """As `merge_layers`, but what must hold between keys is not looked at."""
     state = _initial_state()
     for layer in layers:
         for section, table in layer.table.items():
             _apply(state, section, table, layer.origin)
-    config = _finish(state)
-    check_config(config)
-    return config
+    return _finish(state)
 
 
 def find_component(registry: Mapping[str, Callable[..., Any]], name: str) -> Callable[..., Any]:

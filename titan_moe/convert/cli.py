@@ -18,6 +18,7 @@ def convert_to_hf(args: list[str]) -> int:
     parser.add_argument("--dtype", choices=list(DTYPES), default="", help="type of the weights (the checkpoint's)")
     parser.add_argument("--shard_gb", type=float, default=5.0, help="GB of a file of weights at most (5)")
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
+    parser.add_trust()
     options = parser.parse_args(args)
     if not options.shard_gb > 0:
         raise ValueError(f"--shard_gb ({options.shard_gb}) must be above 0")
@@ -28,6 +29,7 @@ def convert_to_hf(args: list[str]) -> int:
         dtype=options.dtype,
         shard_bytes=int(options.shard_gb * 1e9),
         verify=not options.no_verify,
+        trust_components=options.trust_components,
     )
     return 0
 
@@ -38,9 +40,11 @@ def convert_from_hf(args: list[str]) -> int:
     parser.add_argument("hf_dir", type=Path, help="folder with config.json and safetensors")
     parser.add_argument("out_checkpoint", type=Path, help="dump folder to make, or a step folder (.../step-N)")
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
+    parser.add_trust()
     options = parser.parse_args(args)
     runtime.init_logging(runtime.read_world())
-    from_hf(options.hf_dir, options.out_checkpoint, verify=not options.no_verify)
+    trusted = options.trust_components
+    from_hf(options.hf_dir, options.out_checkpoint, verify=not options.no_verify, trust_components=trusted)
     return 0
 
 
@@ -51,9 +55,16 @@ def convert_to_megatron(args: list[str]) -> int:
     parser.add_argument("out_dir", type=Path, help="folder to make")
     parser.add_argument("--spec", choices=list(MOE_NORM), default="te", help="layer spec that will load it (te)")
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
+    parser.add_trust()
     options = parser.parse_args(args)
     runtime.init_logging(runtime.read_world())
-    to_megatron(options.checkpoint, options.out_dir, spec=options.spec, verify=not options.no_verify)
+    to_megatron(
+        options.checkpoint,
+        options.out_dir,
+        spec=options.spec,
+        verify=not options.no_verify,
+        trust_components=options.trust_components,
+    )
     return 0
 
 
@@ -64,8 +75,14 @@ def convert_from_megatron(args: list[str]) -> int:
     parser.add_argument("out_checkpoint", type=Path, help="dump folder to make, or a step folder (.../step-N)")
     parser.add_argument("--job.config_file", dest="config_file", default="", help="TOML file that describes the model")
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
+    parser.add_trust()
     options = parser.parse_args(args)
     runtime.init_logging(runtime.read_world())
-    verify = not options.no_verify
-    from_megatron(options.megatron_dir, options.out_checkpoint, config_file=options.config_file, verify=verify)
+    from_megatron(
+        options.megatron_dir,
+        options.out_checkpoint,
+        config_file=options.config_file,
+        verify=not options.no_verify,
+        trust_components=options.trust_components,
+    )
     return 0

@@ -5,16 +5,18 @@ Tensors are read, changed and written one at a time: memory is that of the large
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer as Backend
 
 from titan_moe.build import build_model
 from titan_moe.checkpoint import resolve_checkpoint
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors, cast, read_lazily, rows, stacked
 from titan_moe.checkpoint.store import read_config
-from titan_moe.config import Config, load_config, to_toml
+from titan_moe.config import Config, load_config, load_saved, to_toml
 from titan_moe.convert.architectures import Architecture, architecture_of, hf_config
 from titan_moe.convert.card import model_card
 from titan_moe.convert.names import FP32, Pair, TensorMap, tensor_map
@@ -42,14 +44,22 @@ def model_tensors(step_folder: Path) -> LazyTensors:
     return {name.removeprefix("model."): t for name, t in found.items() if name.startswith("model.")}
 
 
-def to_hf(checkpoint: Path, out: Path, *, dtype: str = "", shard_bytes: int = 5 * 10**9, verify: bool = True) -> None:
+def to_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str = "",
+    shard_bytes: int = 5 * 10**9,
+    verify: bool = True,
+    trust_components: Iterable[str] = (),
+) -> None:
     """Write the model of a checkpoint as the folder `out` of a Hugging Face model.
 
-    `dtype` of DTYPES, empty: the checkpoint's. Raises ValueError for models that no architecture there represents, and
-    when the check finds other logits; then nothing is left.
+    `dtype` of DTYPES, empty: the checkpoint's; `trust_components` as in `load_model`. Raises ValueError for models that
+    no architecture there represents, and when the check finds other logits; then nothing is left.
     """
     step_folder = resolve_checkpoint(checkpoint)
-    config = read_config(step_folder)
+    config = read_config(step_folder, trust_components)
     architecture = architecture_of(config)
     ours = model_tensors(step_folder)
     made = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in ours))
@@ -64,7 +74,7 @@ def to_hf(checkpoint: Path, out: Path, *, dtype: str = "", shard_bytes: int = 5 
         (folder / OUR_CONFIG).write_text(to_toml(config), encoding="utf-8")
         (folder / "README.md").write_text(model_card(step_folder, config, architecture.model_type), encoding="utf-8")
         if verify:
-            check_against_transformers(step_folder, folder, DTYPES[dtype])
+            check_against_transformers(step_folder, folder, config, DTYPES[dtype])
     logger.info("wrote %s (%s, %s)", out, architecture.model_type, dtype)
 
 
@@ -85,32 +95,43 @@ def exported(made: TensorMap, ours: LazyTensors, dtype: torch.dtype, architectur
     return {name: t if name.endswith(FP32) else cast(t, dtype, name) for name, t in theirs.items()}
 
 
-def from_hf(source: Path, out: Path, *, verify: bool = True) -> None:
+def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: Iterable[str] = ()) -> None:
     """Write the Hugging Face model in the folder `source` as a checkpoint: `out` is a dump folder, or `.../step-N`.
 
-    Weights become float32. Raises ValueError that says what of the model cannot be represented; then nothing is left.
+    Weights become float32. `trust_components` as in `load_model`, for the configuration that `to_hf` leaves in the
+    folder. Raises ValueError that says what of the model cannot be represented; then nothing is left.
     """
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder: give one that holds config.json and safetensors")
     theirs = read_folder(source)
-    config = _config_of(source, read_json(source / "config.json"), theirs)
+    config = _config_of(source, read_json(source / "config.json"), theirs, trust_components)
     architecture = architecture_of(config)
     shapes = shapes_of(config)
     made = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in shapes))
     ours = imported(made, theirs, shapes, source)
     files = {"config.toml": to_toml(config)}
     if (source / "tokenizer.json").exists():
-        files["tokenizer.json"] = (source / "tokenizer.json").read_text(encoding="utf-8")
+        files["tokenizer.json"] = _tokenizer_text(source / "tokenizer.json")
     else:
         logger.warning("%s has no tokenizer.json: the checkpoint cannot be used by generate and evaluate", source)
     tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
     with new_checkpoint(out, 0, tensors, files=files) as made_folder:
         if verify:
-            check_against_transformers(made_folder, source, theirs["model.embed_tokens.weight"].dtype)
+            check_against_transformers(made_folder, source, config, theirs["model.embed_tokens.weight"].dtype)
     logger.info("wrote %s", out)
 
 
-def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors) -> Config:
+def _tokenizer_text(path: Path) -> str:
+    """The content of a tokenizer.json, once it is known to be one: a stranger's may be a link to secrets."""
+    content = path.read_text(encoding="utf-8")
+    try:
+        Backend.from_str(content)
+    except Exception as error:  # the library raises the bare class
+        raise ValueError(f"{path}: not a tokenizer.json that `tokenizers` reads ({error})") from error
+    return content
+
+
+def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_components: Iterable[str]) -> Config:
     """Our configuration: of the run if the folder holds it, with what config.json says of the model."""
     arguments = arguments_of(source, values)
     shared = [name for name in theirs if ".mlp.shared_expert" in name and name.endswith("down_proj.weight")]
@@ -118,8 +139,8 @@ def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors) -> Con
         arguments["moe.num_shared_experts"] = 0
     own = source / OUR_CONFIG
     if own.exists():
-        arguments = _like_the_run(arguments, load_config(["--job.config_file", str(own)]), values["model_type"])
-        words = ["--job.config_file", str(own)]
+        run = load_saved(own, trust_components=trust_components)
+        arguments = _like_the_run(arguments, run, values["model_type"])
     else:
         arguments |= {"training.seq_len": min(values.get("max_position_embeddings", 2048), 4096)}
         arguments |= {"training.mixed_precision_param": "float32"}
@@ -127,11 +148,11 @@ def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors) -> Con
             arguments["data.tokenizer"] = str(source / "tokenizer.json")
         if values["model_type"] == "glm4_moe":
             arguments["balancer.loss_free"] = True
-        words = []
+    words: list[str] = []
     for key, value in arguments.items():
         words += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
     try:
-        return load_config(words)
+        return load_saved(own, words, trust_components=trust_components) if own.exists() else load_config(words)
     except ValueError as error:
         raise ValueError(f"{source / 'config.json'}: {error}") from error
 

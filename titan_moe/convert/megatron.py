@@ -7,7 +7,7 @@ experts has two names, by the spec of the layer: of torch's own modules (`local`
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ from titan_moe.checkpoint.lazy import (
     write_lazily,
 )
 from titan_moe.checkpoint.store import read_config
-from titan_moe.config import Config, load_config, to_toml
+from titan_moe.config import Config, load_config, load_saved, to_toml
 from titan_moe.convert.architectures import moe_layers
 from titan_moe.convert.hf import OUR_CONFIG, model_tensors, shapes_of
 from titan_moe.convert.output import new_checkpoint, new_folder
@@ -48,15 +48,17 @@ class Part(NamedTuple):
     split: Callable[[Lazy], list[Lazy]] = lambda whole: [whole]
 
 
-def to_megatron(checkpoint: Path, out: Path, *, spec: str = "te", verify: bool = True) -> None:
+def to_megatron(
+    checkpoint: Path, out: Path, *, spec: str = "te", verify: bool = True, trust_components: Iterable[str] = ()
+) -> None:
     """Write the model of a checkpoint as the `torch_dist` folder `out`; `spec` of MOE_NORM.
 
     transformer_config.json has the arguments of Megatron's TransformerConfig that make it compute the same. Raises
     ValueError where none do, and when the check finds other logits; then nothing is left. What was written is read
-    back and compared bit for bit.
+    back and compared bit for bit. `trust_components` as in `load_model`.
     """
     step_folder = resolve_checkpoint(checkpoint)
-    config = read_config(step_folder)
+    config = read_config(step_folder, trust_components)
     arguments = transformer_config(config)
     ours = model_tensors(step_folder)
     if config.router.name != "sigmoid":
@@ -69,24 +71,32 @@ def to_megatron(checkpoint: Path, out: Path, *, spec: str = "te", verify: bool =
         ours |= routers
     with new_folder(out) as folder:
         together(lambda: write_lazily(folder, _theirs(config, ours, spec)))  # for its errors
-        torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
-        backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        _write_json(folder / "metadata.json", {**backends, "common_backend": "torch", "common_backend_version": 1})
+        write_backend(folder)
         _write_json(folder / "transformer_config.json", arguments)
         (folder / OUR_CONFIG).write_text(to_toml(config), encoding="utf-8")
         for name, again in _ours(config, read_lazily(folder), folder).items():
             if _digest(again) != _digest(ours[name]):  # so that one of the two is in memory at a time
                 raise ValueError(f"the check of the conversion failed: {name} is not what was written")
         if verify:
-            check_against_megatron(step_folder, folder, arguments)
+            check_against_megatron(step_folder, folder, config, arguments)
     logger.info("wrote %s; every tensor reads back with the same bits", out)
 
 
-def from_megatron(source: Path, out: Path, *, config_file: str = "", verify: bool = True) -> None:
+def write_backend(folder: Path) -> None:
+    """Write what Megatron's loader wants in a `torch_dist` folder beside the tensors."""
+    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    _write_json(folder / "metadata.json", {**backends, "common_backend": "torch", "common_backend_version": 1})
+
+
+def from_megatron(
+    source: Path, out: Path, *, config_file: str = "", verify: bool = True, trust_components: Iterable[str] = ()
+) -> None:
     """Write the model of a `torch_dist` folder as a checkpoint of weights, `out` a dump folder or `.../step-N`.
 
     Megatron's folders don't say which model they hold: `config_file` does, or the file that `to_megatron` left there.
-    Both spellings of the MoE layers' norm are read; optimizer states and the like are left aside.
+    Both spellings of the MoE layers' norm are read; optimizer states and the like are left aside. `trust_components` as
+    in `load_model`; a `config_file` of one's own needs none.
     """
     own = source / OUR_CONFIG
     if not config_file and not own.exists():
@@ -94,18 +104,24 @@ def from_megatron(source: Path, out: Path, *, config_file: str = "", verify: boo
     theirs = read_lazily(source)
     if verify:
         check_sums(source)
-    words = ["--job.config_file", config_file or str(own)]
-    if not load_config(words).model.vocab_size and "embedding.word_embeddings.weight" in theirs:
+    words: list[str] = []
+
+    def configuration() -> Config:
+        if config_file:
+            return load_config(["--job.config_file", config_file, *words])
+        return load_saved(own, words, trust_components=trust_components)
+
+    if not configuration().model.vocab_size and "embedding.word_embeddings.weight" in theirs:
         words += ["--model.vocab_size", str(theirs["embedding.word_embeddings.weight"].shape[0])]
-    if not config_file and load_config(words).moe.num_experts:
+    if not config_file and configuration().moe.num_experts:
         words += ["--router.temperature", "1.0"]  # it was divided into the router's weight
-    config = load_config(words)
+    config = configuration()
     arguments = transformer_config(config)
     ours = _ours(config, theirs, source)
     tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
     with new_checkpoint(out, 0, tensors, files={"config.toml": to_toml(config)}) as made_folder:
         if verify:
-            check_against_megatron(made_folder, source, arguments)
+            check_against_megatron(made_folder, source, config, arguments)
     logger.info("wrote %s", out)
 
 

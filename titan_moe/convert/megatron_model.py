@@ -9,16 +9,21 @@ Shapes: B sequences, S positions, V vocabulary, E experts, K top_k.
 """
 
 import contextlib
+import pickle
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 
-from titan_moe.convert.megatron import MOE_NORM
+from titan_moe.checkpoint.metadata import METADATA, read_metadata
+from titan_moe.convert.megatron import MOE_NORM, write_backend
 
 NOT_WEIGHTS = ("_extra_state", "tokens_per_expert", "checkpoint_version", "iteration")
 
@@ -66,18 +71,32 @@ def build(arguments: dict[str, Any], *, vocab_size: int, tied: bool, theta: Any)
     ).eval()
 
 
+@contextlib.contextmanager
+def tensors_alone(folder: Path, metadata: Metadata) -> Iterator[Path]:
+    """A folder that holds of another the tensors, as links, and nothing else: Megatron's loader runs its pickles."""
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name)
+        for file in {place.relative_path for place in metadata.storage_data.values()}:
+            (made / file).symlink_to((folder / file).absolute())
+        (made / METADATA).write_bytes(pickle.dumps(metadata))
+        write_backend(made)
+        yield made
+
+
 def load(model: Any, folder: Path) -> None:
     """Load the weights, by Megatron's own loader; ValueError where it finds others than the model has."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
-    saved = torch.distributed.checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+    metadata = read_metadata(folder)
+    saved = metadata.state_dict_metadata
     state = {name: value for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
     for value in state.values():  # the layers here have torch's norms, a folder may have the Transformer Engine's
         other = value.key.replace(MOE_NORM["local"], MOE_NORM["te"])
         if value.key not in saved and other in saved:
             value.key = other
-    loaded = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    with tensors_alone(folder, metadata) as made:
+        loaded = dist_checkpointing.load(state, str(made), strict=StrictHandling.RAISE_UNEXPECTED)
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     if wrong := [name for name in [*missing, *unexpected] if not name.endswith(NOT_WEIGHTS)]:
         raise ValueError(f"Megatron-core's model and the folder differ in {wrong[0]}")
@@ -104,7 +123,7 @@ def run(model: Any, tokens_BS: Tensor) -> dict[str, Any]:
 def main(given: Path, result: Path) -> None:
     """Load and run."""
     warnings.simplefilter("ignore")
-    want = torch.load(given)
+    want = torch.load(given, weights_only=True)
     prepare()
     model = build(want["arguments"], vocab_size=want["vocab_size"], tied=want["tied"], theta=want["theta"])
     load(model, Path(want["folder"]))

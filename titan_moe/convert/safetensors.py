@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors
+from titan_moe.files import is_plain_name
 
 DTYPES = {
     "F64": torch.float64,
@@ -63,11 +64,8 @@ def write_shards(folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int) ->
 def read_folder(folder: Path) -> LazyTensors:
     """Every tensor of a folder's safetensors files, by name. Raises ValueError in one line for what is wrong."""
     if (folder / INDEX).exists():
-        try:
-            weight_map: dict[str, str] = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / INDEX} cannot be read ({type(error).__name__})") from error
+        weight_map = _weight_map(folder)
+        files = sorted(set(weight_map.values()))
         tensors = {name: tensor for file in files for name, tensor in _read_file(folder / file).items()}
         if missing := sorted(set(weight_map) - set(tensors)):
             raise ValueError(f"{folder}: {INDEX} lists {missing[0]}, but {weight_map[missing[0]]} does not hold it")
@@ -77,6 +75,23 @@ def read_folder(folder: Path) -> LazyTensors:
     others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in folder.glob(pattern))
     hint = f"; {others[0]} is of another format: save it as safetensors" if others else ""
     raise ValueError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}{hint}")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that `read_folder` reads."""
+    return [INDEX, *sorted(set(_weight_map(folder).values()))] if (folder / INDEX).exists() else [SINGLE]
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Which file has which tensor, as the index says; files are of the same folder."""
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        found = {name: str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / INDEX} cannot be read ({type(error).__name__})") from error
+    if outside := [file for file in found.values() if not is_plain_name(file)]:
+        raise ValueError(f"{folder / INDEX} names the file {outside[0]!r}: only files in the same folder are read")
+    return found
 
 
 def _write_file(path: Path, tensors: Mapping[str, Lazy]) -> None:

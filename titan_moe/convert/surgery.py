@@ -6,7 +6,7 @@ is applied to all tensors that have a row for each expert: weights, router, bias
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from titan_moe.checkpoint.folder import read_manifest
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors, read_lazily
 from titan_moe.checkpoint.state import read_common
 from titan_moe.checkpoint.store import read_config
-from titan_moe.config import Config, load_config, to_toml
+from titan_moe.config import Config, load_saved, to_toml
 from titan_moe.convert.architectures import moe_layers
 from titan_moe.convert.output import new_checkpoint
 from titan_moe.model.transformer import fill_normal
@@ -100,16 +100,26 @@ def similarity(tensors: LazyTensors, layer: int) -> Tensor:
     return product / norm / norm.unsqueeze(1)
 
 
-def operate(checkpoint: Path, out: Path, plans: Callable[[LazyTensors], list[Plan]], overrides: list[str]) -> None:
-    """Write the checkpoint with each MoE layer's experts as its plan says; `overrides` change its configuration."""
+def operate(
+    checkpoint: Path,
+    out: Path,
+    plans: Callable[[LazyTensors], list[Plan]],
+    overrides: list[str],
+    trust_components: Iterable[str] = (),
+) -> None:
+    """Write the checkpoint with each MoE layer's experts as its plan says; `overrides` change its configuration.
+
+    `trust_components` as in `load_model`.
+    """
     step_folder = resolve_checkpoint(checkpoint)
-    before = read_config(step_folder)
+    before = read_config(step_folder, trust_components)
     if not before.moe.num_experts:
         raise ValueError(f"{step_folder} is of a dense model: upcycle makes experts of it")
     tensors = read_lazily(step_folder)
     plan = dict(zip(moe_layers(before), plans(tensors), strict=True))
     num_experts = len(plan[moe_layers(before)[0]])
-    config = _configured(step_folder, out, ["--moe.num_experts", str(num_experts), *overrides])
+    overrides = ["--moe.num_experts", str(num_experts), *overrides]
+    config = _configured(step_folder, out, overrides, trust_components)
     made: LazyTensors = {}
     for name, tensor in tensors.items():
         owner = _expert_tensor(name)
@@ -126,7 +136,14 @@ def operate(checkpoint: Path, out: Path, plans: Callable[[LazyTensors], list[Pla
 
 
 def upcycle(
-    checkpoint: Path, out: Path, *, granularity: int, noise: float, overrides: list[str], seed: int = 0
+    checkpoint: Path,
+    out: Path,
+    *,
+    granularity: int,
+    noise: float,
+    overrides: list[str],
+    seed: int = 0,
+    trust_components: Iterable[str] = (),
 ) -> None:
     """Write a dense checkpoint as one with experts, which are copies of its feed-forward networks (sparse upcycling).
 
@@ -134,14 +151,16 @@ def upcycle(
     experts of 1 / G of the width, whose rows of the router are equal, so that a token chooses all G of a copy; w2 is
     multiplied by G because each has 1 / G of the weight. Where a token's weights sum to 1 (topk_softmax, or sigmoid
     with norm_topk), the model computes what the dense one did, up to `noise` (relative, on the experts). The router is
-    new. Source: Komatsuzaki et al. (2023), He et al. (2024) for G > 1 (virtual groups).
+    new. `trust_components` as in `load_model`. Source: Komatsuzaki et al. (2023), He et al. (2024) for G > 1 (virtual
+    groups).
     """
     step_folder = resolve_checkpoint(checkpoint)
-    before = read_config(step_folder)
+    before = read_config(step_folder, trust_components)
     if before.moe.num_experts:
         raise ValueError(f"{step_folder} has experts already ({before.moe.num_experts}): use add")
     width = before.model.ffn_dim // granularity
-    config = _configured(step_folder, out, ["--moe.expert_dim", str(width), *overrides])
+    overrides = ["--moe.expert_dim", str(width), *overrides]
+    config = _configured(step_folder, out, overrides, trust_components)
     _check_upcycling(before, config, granularity)
     tensors = read_lazily(step_folder)
     made: LazyTensors = {}
@@ -250,9 +269,9 @@ def _expert_tensor(name: str) -> int | None:
     return None
 
 
-def _configured(step_folder: Path, out: Path, overrides: list[str]) -> Config:
-    file = str(step_folder / "config.toml")
-    return load_config(["--job.config_file", file, "--job.dump_folder", str(out), *overrides])
+def _configured(step_folder: Path, out: Path, overrides: list[str], trust_components: Iterable[str]) -> Config:
+    words = ["--job.dump_folder", str(out), *overrides]
+    return load_saved(step_folder / "config.toml", words, trust_components=trust_components)
 
 
 def _check_shapes(config: Config, made: LazyTensors) -> None:

@@ -1,7 +1,7 @@
 """The command line of scripts/surgery.py."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from titan_moe import runtime
 from titan_moe.checkpoint import load_model, resolve_checkpoint
 from titan_moe.checkpoint.lazy import LazyTensors
+from titan_moe.checkpoint.store import read_config
 from titan_moe.commands import Parser
 from titan_moe.convert.architectures import moe_layers
 from titan_moe.convert.surgery import (
@@ -49,6 +50,7 @@ def surgery(args: list[str]) -> int:
     parser.add_argument("--threshold", type=float, default=0.01, help="revive: loads up to this times the mean (0.01)")
     parser.add_argument("--steps", type=int, default=16, help="batches to measure loads on; -1: all (16)")
     parser.add_argument("--data.path", dest="data_path", nargs="+", default=[], help="files to measure loads on")
+    parser.add_trust()
     parser.epilog = "Further --section.key value change the configuration, for example --moe.top_k 4."
     options, overrides = parser.parse_known_args(args)
     _check(options)
@@ -56,9 +58,16 @@ def surgery(args: list[str]) -> int:
     if options.verb == "upcycle":
         overrides = ["--moe.num_experts", str(options.num_experts), *overrides]
         granularity, noise = options.granularity, options.noise
-        upcycle(options.checkpoint, options.out, granularity=granularity, noise=noise, overrides=overrides)
+        upcycle(
+            options.checkpoint,
+            options.out,
+            granularity=granularity,
+            noise=noise,
+            overrides=overrides,
+            trust_components=options.trust_components,
+        )
     else:
-        operate(options.checkpoint, options.out, _planner(options), overrides)
+        operate(options.checkpoint, options.out, _planner(options), overrides, options.trust_components)
     return 0
 
 
@@ -77,8 +86,9 @@ def _planner(options: argparse.Namespace) -> Callable[[LazyTensors], list[Plan]]
     """The plan of each MoE layer, from the loads that the checkpoint's model gives its experts."""
 
     def plans(tensors: LazyTensors) -> list[Plan]:
-        load_LE = measure_load(options.checkpoint, options.data_path, options.steps)
-        layers = moe_layers(load_model(options.checkpoint)[1]) if options.verb == "merge" else range(len(load_LE))
+        load_LE = measure_load(options.checkpoint, options.data_path, options.steps, options.trust_components)
+        config = read_config(resolve_checkpoint(options.checkpoint), options.trust_components)
+        layers = moe_layers(config) if options.verb == "merge" else range(len(load_LE))
         made = [_plan(options, load_E, tensors, layer) for layer, load_E in zip(layers, load_LE, strict=True)]
         if options.verb == "revive" and all(plan == [keep(e) for e in range(len(plan))] for plan in made):
             raise ValueError(f"no expert has a load of at most {options.threshold} times the mean: nothing to revive")
@@ -97,12 +107,12 @@ def _plan(options: argparse.Namespace, load_E: Tensor, tensors: LazyTensors, lay
     return revive_experts(load_E, options.threshold, options.noise)
 
 
-def measure_load(checkpoint: Path, files: list[str], steps: int) -> Tensor:
-    """Tokens per expert (L, E) on batches of the run's validation data, or of `files`."""
+def measure_load(checkpoint: Path, files: list[str], steps: int, trust_components: Iterable[str] = ()) -> Tensor:
+    """Tokens per expert (L, E) on batches of the run's validation data, or of `files`; `trust_components` as ever."""
     step_folder = resolve_checkpoint(checkpoint)
     words = ["--data.path", *files] if files else []
-    config, files = evaluation_config(step_folder, [*words, "--validation.steps", str(steps)])
-    model, _ = load_model(step_folder)
+    config, files = evaluation_config(step_folder, [*words, "--validation.steps", str(steps)], trust_components)
+    model, _ = load_model(step_folder, trust_components)
     tokenizer = str(step_folder / "tokenizer.json")
     output = evaluate(model, validation_batches(config, tokenizer, files), token_bytes(load_tokenizer(tokenizer)))
     return output.load

@@ -3,12 +3,14 @@
 Shapes: B batch, S sequence, V vocabulary, K top_k, L MoE layers.
 """
 
+import contextlib
 import importlib.util
+import json
 import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from titan_moe.checkpoint.store import read_model
+from titan_moe.config import Config
+from titan_moe.convert.read_config import read_json
+from titan_moe.convert.safetensors import weight_files
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of a logit, relative to the largest: fp32 in another order of operations is below 1e-5
+NAMES_CODE = ("auto_map", "implementation", "kernel", "transformers_weights")  # parts of keys of a config.json
 SAME_ROUTING = 0.9  # share of choices: near-ties may fall otherwise, a wrong conversion changes most
 
 Forward = Callable[
@@ -78,16 +84,32 @@ def our_forward(model: nn.Module) -> Forward:
     return forward
 
 
-def rounded_model(step_folder: Path, dtype: torch.dtype) -> tuple[nn.Module, int]:
-    """The model of a checkpoint with weights as `dtype` holds them but computing in fp32, and its vocabulary's size."""
-    model, config = read_model(step_folder)
+def rounded_model(step_folder: Path, config: Config, dtype: torch.dtype) -> nn.Module:
+    """The model of a checkpoint with weights as `dtype` holds them but computing in fp32."""
+    model = read_model(step_folder, config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))
-    return model, config.model.vocab_size
+    return model
 
 
-def check_against_transformers(step_folder: Path, hf_folder: Path, dtype: torch.dtype) -> None:
+@contextlib.contextmanager
+def weights_alone(hf_folder: Path) -> Iterator[Path]:
+    """A folder with the safetensors of another, as links, and its config.json less what names code.
+
+    transformers would follow an adapter to its base model, and load attention from the hub where config.json says so.
+    """
+    values = read_json(hf_folder / "config.json")
+    plain = {key: value for key, value in values.items() if not any(word in key for word in NAMES_CODE)}
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name)
+        for file in weight_files(hf_folder):
+            (made / file).symlink_to((hf_folder / file).absolute())
+        (made / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+        yield made
+
+
+def check_against_transformers(step_folder: Path, hf_folder: Path, config: Config, dtype: torch.dtype) -> None:
     """Compare the model of a checkpoint with the one that transformers loads; says so where it is not installed."""
     try:
         import transformers
@@ -96,17 +118,23 @@ def check_against_transformers(step_folder: Path, hf_folder: Path, dtype: torch.
         return
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
-        hf_folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-    )
+    with weights_alone(hf_folder) as folder:
+        theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[what]:
             raise ValueError(f"the check of the conversion failed: transformers finds {what}: {sorted(found[what])[0]}")
-    model, vocab_size = rounded_model(step_folder, dtype)
-    check(compare(our_forward(model), hf_forward(theirs.eval()), vocab_size), "transformers")
+    model = rounded_model(step_folder, config, dtype)
+    check(compare(our_forward(model), hf_forward(theirs.eval()), config.model.vocab_size), "transformers")
 
 
-def check_against_megatron(step_folder: Path, folder: Path, arguments: dict[str, Any]) -> None:
+def check_against_megatron(step_folder: Path, folder: Path, config: Config, arguments: dict[str, Any]) -> None:
     """Compare the model of a checkpoint with the one that Megatron-core makes of `folder`, as `arguments` say.
 
     Says so where Megatron-core is not installed. It runs in a process of its own.
@@ -114,7 +142,7 @@ def check_against_megatron(step_folder: Path, folder: Path, arguments: dict[str,
     if importlib.util.find_spec("megatron") is None:
         logger.warning("not checked: megatron-core is not installed (pip install megatron-core, or --no_verify)")
         return
-    model, config = read_model(step_folder)
+    model = read_model(step_folder, config)
     sizes = {"tied": config.model.tie_embeddings, "theta": config.model.rope_theta}
     given = {"folder": str(folder), "arguments": arguments, "vocab_size": config.model.vocab_size, **sizes}
     check(compare(our_forward(model), megatron_forward(given), config.model.vocab_size), "Megatron-core")
@@ -134,7 +162,7 @@ def megatron_forward(given: dict[str, Any]) -> Forward:
                 raise ValueError(
                     f"the check of the conversion failed: Megatron-core: {last}; --no_verify leaves it out"
                 )
-            found = torch.load(result)
+            found = torch.load(result, weights_only=True)
         return found["logits"], found["experts"]
 
     return forward

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from titan_moe.config import Config, load_config
+from titan_moe.config import Config, read_saved
 from titan_moe.runtime import StopRequest
 from titan_moe.study.grid import Run, without_job
 from titan_moe.study.progress import counts, statuses
@@ -62,7 +62,7 @@ def _is_run(folder: Path) -> bool:
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], Mapping[str, str]]:
     """The runs with their points, and the names of the axes: the keys in which their configurations differ."""
-    configs = [load_config(["--job.config_file", str(_config_file(folder))]) for folder in folders]
+    configs = [read_saved(_config_file(folder)) for folder in folders]
     keys = differing([without_seed(config) for config in configs])
     short = {key: key.rpartition(".")[2] for key in keys}
     if len(set(short.values())) < len(short):

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_moe.config import load_config
+from titan_moe.config import read_saved, to_toml
 from titan_moe.study.grid import Run, without_job
 from titan_moe.study.runs import POINT, prepare, status
 
@@ -18,7 +18,7 @@ def reuse(runs: Sequence[Run], folders: Sequence[str]) -> int:
     found = finished_in(folders)
     taken = 0
     for run in runs:
-        source = found.get(repr(without_job(run.config)))
+        source = found.get(to_toml(without_job(run.config)))
         if source is not None and status(run.folder, run.config.training.steps).state == "new":
             copy_run(source, run)
             taken += 1
@@ -34,11 +34,11 @@ def finished_in(folders: Sequence[str]) -> dict[str, Path]:
             raise ValueError(f"--reuse {folder}: holds no runs of a study: give the dump folder of one")
         for point in points:
             try:
-                config = load_config(["--job.config_file", str(point)])
+                config = read_saved(point)
             except ValueError:  # a key of it has gone since: it is like no run of today
                 continue
             if status(point.parent, config.training.steps).state == "finished":
-                found.setdefault(repr(without_job(config)), point.parent)
+                found.setdefault(to_toml(without_job(config)), point.parent)
     return found
 
 
@@ -46,7 +46,7 @@ def copy_run(source: Path, run: Run) -> None:
     """Copy a finished run into the folder of `run`, which appears whole or not at all."""
     draft = run.folder.with_name(f"{run.folder.name}.copying")
     shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft, ignore=shutil.ignore_patterns(run.config.checkpoint.folder, ".lock"))
+    shutil.copytree(source, draft, symlinks=True, ignore=shutil.ignore_patterns(run.config.checkpoint.folder, ".lock"))
     shutil.rmtree(run.folder, ignore_errors=True)
     os.replace(draft, run.folder)
     prepare(run)

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple, TextIO
 
-from titan_moe.config import Config, load_config, to_toml
+from titan_moe.config import Config, read_saved, to_toml
 from titan_moe.files import write_atomic
 from titan_moe.study.grid import Run, point_text, without_job
 from titan_moe.study.measures import CURVES
@@ -215,7 +215,7 @@ def changes(run: Run) -> list[str]:
             "move it away, or give another study.dump_folder"
         )
     try:
-        before = load_config(["--job.config_file", str(path)])
+        before = read_saved(path)
     except ValueError as error:  # a key of it has gone since
         return [str(error)]
     return differences(without_job(before), without_job(run.config))

@@ -1,0 +1,142 @@
+"""The `.metadata` of torch.distributed.checkpoint, read without the powers of the pickle that it is.
+
+A pickle names classes and functions, and reading it as usual imports and calls whatever it names. Here only the names
+that torch writes are known, and not even their code runs: an object of the pickle becomes a record of what is stored of
+it, and a Metadata is made from what the records say of tensors. What is not a tensor is left out, because torch would
+read such an entry by a pickle of its own.
+"""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from titan_moe.files import is_plain_name
+
+METADATA = ".metadata"
+# What torch names: all of these modules (Megatron keeps the plans of a save, too), and what its own classes hold.
+_MODULES = ("torch.distributed.checkpoint.", "torch.distributed._shard.")  # the second: torch 2.2 and before
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
+_NAMES = {
+    ("torch.serialization", "_get_layout"),
+    *((module, name) for module in ("pathlib", "pathlib._local") for name in _PATHS),
+}
+
+
+class Reader(dcp.FileSystemReader):
+    """DCP's reader for a folder that anyone may have written."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """As `read_metadata` below."""
+        return read_metadata(Path(self.path))
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """What a folder of torch.distributed.checkpoint says of its tensors.
+
+    Raises FileNotFoundError where it has no `.metadata`, and ValueError in one line where that names anything but what
+    torch writes, names files outside of the folder, or is broken.
+    """
+    with open(folder / METADATA, "rb") as file:
+        try:
+            return _made(_Unpickler(file).load())
+        except _RefusedError as error:
+            raise ValueError(f"{folder}: {METADATA} {error}") from None
+        except Exception as error:  # a broken pickle may raise anything
+            raise ValueError(f"{folder}: {METADATA} cannot be read ({type(error).__name__})") from error
+
+
+class _RefusedError(Exception):
+    """What is wrong with a pickle that is whole."""
+
+
+class _Record:
+    """An object of the pickle: what is stored of it, by its class's name. Arguments of calls are let go."""
+
+    state: Any = None
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes records. A pickle can also change the classes that it names, so each reading has classes of its own."""
+
+    def __init__(self, file: Any) -> None:
+        super().__init__(file)
+        self._classes: dict[str, type] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Give a class of records, or the few that have no state to be changed: torch.Size and the dtypes."""
+        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
+            return found
+        if (module, name) == ("torch", "Size"):
+            return torch.Size
+        if not module.startswith(_MODULES) and (module, name) not in _NAMES:
+            raise _RefusedError(
+                f"names {module}.{name}, which no checkpoint needs and which could run code here: it is not read"
+            )
+        return self._classes.setdefault(name, type(name, (_Record,), {}))
+
+
+def _fields(record: Any, name: str) -> dict[str, Any]:
+    """The attributes that are stored of an object of the class `name`."""
+    if not isinstance(record, _Record) or type(record).__name__ != name or not isinstance(record.state, dict):
+        raise TypeError(f"{name} is missing")
+    return record.state
+
+
+def _made(found: Any) -> Metadata:
+    """The Metadata that a record is of, its tensors alone."""
+    fields = _fields(found, "Metadata")
+    tensors: dict[str, Any] = {
+        _text(name): _tensor(_fields(entry, "TensorStorageMetadata"))
+        for name, entry in fields["state_dict_metadata"].items()
+        if type(entry).__name__ != "BytesStorageMetadata"
+    }
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for index, place in fields["storage_data"].items():
+        key, info = _fields(index, "MetadataIndex"), _fields(place, "_StorageInfo")
+        if key["fqn"] in tensors:
+            places[MetadataIndex(key["fqn"], key.get("offset"), key.get("index"))] = _place(info)
+    return Metadata(tensors, storage_data=places, storage_meta=StorageMeta(), version=fields.get("version"))
+
+
+def _tensor(fields: dict[str, Any]) -> TensorStorageMetadata:
+    dtype = fields["properties"].state[0]  # torch calls the other properties deprecated
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError("dtype is missing")
+    chunks = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
+    return TensorStorageMetadata(
+        TensorProperties(dtype=dtype),
+        torch.Size(fields["size"]),
+        [ChunkStorageMetadata(torch.Size(chunk["offsets"]), torch.Size(chunk["sizes"])) for chunk in chunks],
+    )
+
+
+def _place(fields: dict[str, Any]) -> _StorageInfo:
+    name = _text(fields["relative_path"])
+    if not is_plain_name(name):
+        raise _RefusedError(f"names the file {name!r}: only files in the same folder are read")
+    transforms = fields.get("transform_descriptors")
+    return _StorageInfo(name, int(fields["offset"]), int(fields["length"]), transforms and [*map(_text, transforms)])
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} is not text")
+    return value

@@ -1,0 +1,102 @@
+"""Configurations that came with a model or a run: who wrote them is not known, so what they name is not imported.
+
+`load_config` is for files that a user wrote: there `name = "my_pkg.my_mod:fn"` is an import and a call. `load_saved`
+takes components from the registries, and others only from modules that the user names. `read_saved` is for looking at
+a configuration, and imports nothing.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from titan_moe.commands import TRUST
+from titan_moe.config.layers import Layer, command_line_layer, read_file
+from titan_moe.config.load import KINDS, merge_layers, merge_unchecked
+from titan_moe.config.schema import key_error
+from titan_moe.config.sections import Component, Config, Optimizer
+from titan_moe.optimizer.groups import GROUP_PATTERNS
+
+PLAIN_KEYS = ("moe.experts_backend",)  # keys outside of KINDS that name a component
+
+
+def load_saved(path: Path, overrides: Sequence[str] = (), *, trust_components: Iterable[str] = ()) -> Config:
+    """Build the configuration of a file that came with a model, changed by `overrides`, the user's words.
+
+    Components from outside of the registries must be of `trust_components`, modules or packages, which are imported.
+    Errors as of `load_config`, and ValueError for a component that nobody vouches for, or for a `base`.
+    """
+    layer, trusted = _layer(path), tuple(trust_components)
+    for key, name in outside_components(layer.table):
+        module = name.partition(":")[0]
+        if not any(module == known or module.startswith(f"{known}.") for known in trusted):
+            raise key_error(
+                layer.origin, key, f"is code from outside of titan_moe: add {TRUST} {module} if you trust it", name
+            )
+    words = command_line_layer(list(overrides))
+    if "config_file" in words.table.get("job", {}):
+        raise key_error(words.origin, "job.config_file", "the configuration is the checkpoint's: leave it out")
+    return merge_layers([layer, words])
+
+
+def read_saved(path: Path) -> Config:
+    """Read a run's configuration to look at it or to compare it, not to build from it: nothing is imported.
+
+    Sections that name a component from outside of the registries stay as they are written, and what must hold between
+    keys is not looked at: the run was started with them.
+    """
+    layer = _layer(path)
+    table = dict(layer.table)
+    sections = {key.partition(".")[0] for key, _ in outside_components(table)}
+    written = {section: table.pop(section) for section in sections}
+    if "balancer" in written:
+        table["balancer"] = {n: own for n, own in written["balancer"].items() if not any(_names("balancer", {n: own}))}
+    if "moe" in written:
+        table["moe"] = {key: value for key, value in written["moe"].items() if f"moe.{key}" not in PLAIN_KEYS}
+    config = merge_unchecked([Layer(layer.origin, table)])
+    return dataclasses.replace(config, **{name: _as_written(config, name, own) for name, own in written.items()})
+
+
+def _as_written(config: Config, section: str, table: dict[str, Any]) -> Any:
+    """A section as its table says, where that names something from outside; what is not from outside is `config`'s."""
+    if section == "balancer":
+        return {name: config.balancer.get(name, own) for name, own in table.items() if own is not False}
+    if section == "moe":
+        return dataclasses.replace(config.moe, experts_backend=table["experts_backend"])
+    arguments = {key: value for key, value in table.items() if key != "name"}
+    if section == "optimizer":
+        groups = {group: arguments.pop(group) for group in GROUP_PATTERNS if group in arguments}
+        on = {group: own for group, own in groups.items() if own is not False}
+        return Optimizer(table.get("name", config.optimizer.name), arguments, on)
+    return Component(table.get("name", getattr(config, section).name), arguments)
+
+
+def outside_components(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys of a configuration file that name a component outside of the registries, with the names."""
+    for section in KINDS:
+        yield from _names(section, table.get(section))
+    for key in PLAIN_KEYS:
+        section, _, name = key.partition(".")
+        value = table[section].get(name) if isinstance(table.get(section), dict) else None
+        if isinstance(value, str) and ":" in value:
+            yield key, value
+
+
+def _names(key: str, table: Any) -> Iterator[tuple[str, str]]:
+    """Names in a section of components, at any depth; a balancer's is the name of its table."""
+    for name, value in table.items() if isinstance(table, dict) else ():
+        if key == "balancer" and ":" in name:
+            yield f"{key}.{name}", name
+        if name == "name" and isinstance(value, str) and ":" in value:
+            yield f"{key}.{name}", value
+        yield from _names(f"{key}.{name}", value)
+
+
+def _layer(path: Path) -> Layer:
+    """The file alone: what a run wrote is whole, and a `base` could be any file of this machine."""
+    table = read_file(str(path), "checkpoint", "config")
+    if "base" in table:
+        raise key_error(
+            str(path), "base", "is not for the configuration of a checkpoint, which is whole", table["base"]
+        )
+    return Layer(str(path), table)
