@@ -329,12 +329,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """One line that says what went wrong."""
+    """One line that says what went wrong; what a terminal would obey, in a name from a file, is shown escaped."""
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     else:
         text = str(error)
-    return " ".join(text.split())
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
 
 
 def c_compiler() -> str | None:

@@ -5,8 +5,10 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import tomli_w
 
 from tests.study.conftest import Study, Write
 from tests.study.fake_train import records, tomllib
@@ -27,6 +29,7 @@ from titan_moe.study.measures import MEASURES
 from titan_moe.study.runs import METRICS, history, last_records, measure, prepare
 from titan_moe.study.spec import load_study
 
+WRITTEN = ("results.jsonl", "table.md", "report.html")
 Losses = dict[tuple[object, int], list[float]]
 
 
@@ -147,7 +150,7 @@ def test_a_report_has_everything_and_needs_nothing_else(
     assert '<meta http-equiv="refresh"' not in page
 
     lines = (home / "table.md").read_text().splitlines()
-    assert lines[0].startswith("| aux loss <coeff> | lr | seeds | validation loss (nats/token) | loss above best")
+    assert lines[0].startswith(r"| aux loss \<coeff> | lr | seeds | validation loss (nats/token) | loss above best")
     assert len(lines) == 8
     winner = [line for line in lines if line.startswith("| 0.1 | 0.0005 | 2 | **4.")]
     assert len(winner) == 1, "the fake's best point is marked"
@@ -222,6 +225,47 @@ def test_compare_finds_the_axes_and_takes_runs_that_are_going(write: Write, stud
     page = (tmp_path / "out" / "report.html").read_text()
     assert "at step 4" in page
     assert "Comparison of 5 runs" in page
+
+
+BAD = """x"><img src='x' onerror="alert(1)">$\\frac\\1`|*"""  # as a key in a configuration of anyone
+
+
+class Elements(HTMLParser):
+    """The names of a page's elements, and of attributes that run code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.handlers: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
+@pytest.mark.parametrize(("key", "kinds"), [(BAD, 1), ("../../../x", 2), (BAD, 4)])
+def test_names_of_others_are_text_in_a_comparison(tmp_path: Path, key: str, kinds: int):
+    """A key of a component from outside becomes an axis; with four axes or more the folders' names are shown."""
+    keys = {f"{key}{number or ''}": None for number in range(kinds)}
+    for number in range(3):
+        folder = tmp_path / f"<img src=x onerror=alert({number})>"
+        folder.mkdir()
+        table = {"router": {"name": "nowhere:router", **dict.fromkeys(keys, float(number))}, "training": {"steps": 1}}
+        (folder / "config.toml").write_text(tomli_w.dumps(table))
+        lines = [{"step": 1, "kind": kind, "loss": 3.0 + number} for kind in ("train", "validation")]
+        (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert compare([str(folder) for folder in tmp_path.iterdir()], tmp_path / "out", None) == 0
+    assert {path.name for path in tmp_path.iterdir() if path.name[0] != "<"} == {"out"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {*WRITTEN, "figures"}
+    page, table = ((tmp_path / "out" / name).read_text() for name in ("report.html", "table.md"))
+    elements = Elements()
+    elements.feed(page)
+    assert "svg" in elements.tags
+    assert not elements.tags & {"img", "script"}
+    assert elements.handlers == []
+    assert not re.search(r"(?<!\\)[<`*]", table.replace("**", ""))
+    for figure in (tmp_path / "out" / "figures").glob("*.svg"):
+        assert not any(element.tag.endswith("img") for element in ElementTree.parse(figure).iter())
 
 
 def test_runs_that_differ_in_nothing_are_told_apart_by_folder(write: Write, study: Study):

@@ -65,6 +65,14 @@ def test_a_study_inherits_and_the_command_line_goes_between_base_and_axes(write:
     assert (training.steps, training.seq_len) == (7, 64)
 
 
+@pytest.mark.parametrize("name", ['x"><img src=x onerror=alert(1)>', "../../x", "a b", "", "ü"])
+def test_the_name_of_an_axis_is_a_plain_word(write: Write, name: str):
+    axis = {"key": "balancer.aux_loss.coeff", "values": [0, 0.1], "label": name}
+    with pytest.raises(ValueError, match=r"must be of letters, digits, _ and -: files have its name"):
+        load_study(write(axes={name: axis}))
+    assert load_study(write(axes={"coeff-2_b": axis})).axes[0].label == name
+
+
 def test_a_study_without_axes_is_one_point(write: Write):
     runs = runs_of(load_study(write(axes={})))
     assert [run.folder.parent.name for run in runs] == ["base", "base"]

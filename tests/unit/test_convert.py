@@ -196,6 +196,16 @@ def test_the_model_card_says_what_the_run_recorded(tmp_path: Path) -> None:
     assert "1.0000" not in card
 
 
+def test_words_of_others_are_text_in_the_model_card(tmp_path: Path) -> None:
+    words = "<img src=x onerror=alert(1)> [a](javascript:1) ``` | ---\n# a title"
+    changes = {"job.description": words, "data.path": "/x/`<img src=x>`|.jsonl", "job.dump_folder": "/x/<img src=x>"}
+    to_hf(make_checkpoint(tmp_path / "run", **changes), tmp_path / "hf", verify=False)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert r"\<img src=x onerror=alert(1)> \[a](javascript:1) \`\`\` \| --- # a title" in card
+    assert r"`stdlib` `'<img src=x>'\|.jsonl` |" in card
+    assert "\n# \\<img src=x>\n" in card
+
+
 def test_lazy_tensors(tmp_path: Path) -> None:
     """Written and read one at a time, in any shape and type; a whole tensor is read once for its rows."""
     values = {

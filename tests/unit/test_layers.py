@@ -35,6 +35,7 @@ LAYERS = {
     "optimizer.schedule": 0,
     "metrics": 0,
     "files": 0,
+    "markdown": 0,
     "gpus": 0,
     "compat": 0,
     "cut": 0,

@@ -7,6 +7,7 @@ from typing import Any
 from titan_moe.checkpoint.folder import read_manifest
 from titan_moe.checkpoint.state import read_common
 from titan_moe.config import Config
+from titan_moe.markdown import code, plain
 
 
 def model_card(step_folder: Path, config: Config, model_type: str) -> str:
@@ -17,29 +18,30 @@ def model_card(step_folder: Path, config: Config, model_type: str) -> str:
     experts = (
         f"{moe.num_experts} experts of width {moe.expert_dim}, {moe.top_k} of them for each token"
         + (f", beside {moe.num_shared_experts} shared ones" if moe.num_shared_experts else "")
-        + f"; router `{config.router.name}`"
+        + f"; router {code(config.router.name)}"
         if moe.num_experts
         else f"dense feed-forward networks of width {model.ffn_dim}"
     )
+    lr = config.optimizer.arguments.get("lr")
     facts = {
         "Parameters": f"{manifest['model']['elements']:,}",
         "Shape": f"{model.num_layers} layers of width {model.dim}, {model.num_heads} heads",
         "Experts": experts,
         "Optimizer steps": f"{manifest['step']} of {training.steps} planned",
         "Tokens seen": f"{extra['num_tokens']:,}" if "num_tokens" in extra else "not recorded",
-        "Data": " ".join([f"`{data.dataset}`", *(f"`{Path(path).name}`" for path in data.path)]),
+        "Data": " ".join(code(name) for name in (data.dataset, *(Path(path).name for path in data.path))),
         "Sequence length": str(training.seq_len),
-        "Optimizer": f"`{config.optimizer.name}`, learning rate {config.optimizer.arguments.get('lr')}",
-        "Balancing": ", ".join(f"`{name}` {_plain(arguments)}" for name, arguments in config.balancer.items())
+        "Optimizer": f"{code(config.optimizer.name)}, learning rate {plain(str(lr))}",
+        "Balancing": ", ".join(f"{code(name)} {_plain(arguments)}" for name, arguments in config.balancer.items())
         or "none",
         **_losses(step_folder, manifest["step"]),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    about = f"\n{config.job.description}\n" if config.job.description else ""
+    about = f"\n{plain(config.job.description)}\n" if config.job.description else ""
     tags = "tags: [moe]" if moe.num_experts else "tags: [dense]"
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{tags}\n---\n\n"
-        f"# {Path(config.job.dump_folder).name}\n{about}\n"
+        f"# {plain(Path(config.job.dump_folder).name)}\n{about}\n"
         f"A language model trained with titan_moe and exported as `{model_type}`.\n\n"
         f"| | |\n|---|---|\n{table}\n\n"
         "`titan_moe.toml` is the configuration of the run. The model is as good as its data: it was trained to predict "
@@ -48,7 +50,7 @@ def model_card(step_folder: Path, config: Config, model_type: str) -> str:
 
 
 def _plain(arguments: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in arguments.items())
+    return " ".join(plain(f"{key}={value}") for key, value in arguments.items())
 
 
 def _losses(step_folder: Path, step: int) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The figures that a study's axes suggest: U-curves, heatmaps, dots and bars with intervals, curves, loads."""
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,7 +36,9 @@ def measure_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measu
     x = max(numeric, key=lambda axis: len(axis.values), default=None)
     if len(axes) <= 2 and x is not None and len(x.values) > 2:
         hue = next((axis for axis in axes if axis is not x), None)
-        panels.append(Panel(f"{measure}_by_{x.id}", _caption(measure, x.label), u_curve(found, x, hue, measure)))
+        panels.append(
+            Panel(f"{measure}_by_{_in_a_name(x.id)}", _caption(measure, x.label), u_curve(found, x, hue, measure))
+        )
     if len(axes) == 2 and len(numeric) == 2:
         figure = heatmap(found, axes[0], axes[1], measure)
         text = f"{MEASURES[measure].label} by {axes[0].label} and {axes[1].label}; mean over seeds, the best framed"
@@ -43,6 +46,11 @@ def measure_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measu
     if not panels:
         panels.append(Panel(f"{measure}_by_point", _caption(measure, "point"), rows(found, axes, measure)))
     return panels
+
+
+def _in_a_name(axis: str) -> str:
+    """The id of an axis as part of the names of files; in a comparison it is a key of anyone's configuration."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", axis)
 
 
 def _caption(measure: str, axis: str) -> str:

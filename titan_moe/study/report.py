@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from titan_moe.config import to_toml
 from titan_moe.files import write_atomic
+from titan_moe.markdown import plain
 from titan_moe.study import theme
 from titan_moe.study.analysis import (
     AxisInfo,
@@ -196,11 +197,11 @@ def markdown(made: Table) -> str:
     """The table as Markdown; the best of each column is bold."""
 
     def text(cell: Cell) -> str:
-        shown = f"{cell.text} ± {cell.half}" if cell.half else cell.text
-        return f"**{shown}**" if cell.is_best else shown.replace("|", "\\|")
+        shown = plain(f"{cell.text} ± {cell.half}" if cell.half else cell.text)
+        return f"**{shown}**" if cell.is_best else shown
 
     lines = [
-        "| " + " | ".join(f"{title} ({unit})" if unit else title for title, unit in made.head) + " |",
+        "| " + " | ".join(plain(f"{title} ({unit})" if unit else title) for title, unit in made.head) + " |",
         "|" + "---|" * len(made.head),
         *("| " + " | ".join(text(cell) for cell in cells) + " |" for _, cells in made.rows),
     ]

@@ -5,6 +5,7 @@ from, with a `base` of its own; each table of [axes] is one axis.
 """
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +152,10 @@ def _config_layers(layers: Sequence[Layer]) -> list[Layer]:
 def _axis(origin: str, name: str, table: dict[str, Any]) -> Axis:
     """Read one [axes.NAME]; one without key and options is taken back (`keys` and `options` empty)."""
     prefix = f"axes.{name}"
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise key_error(
+            origin, prefix, "must be of letters, digits, _ and -: files have its name; label is for readers"
+        )
     known = {"key": list[str] | str, "values": list[Any], "label": str, "options": dict[str, dict[str, Any]]}
     for key in table:
         if key not in known:

@@ -25,6 +25,7 @@ RC = {
     "svg.hashsalt": "titan_moe",
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -112,6 +113,6 @@ def embedded(svg: str, name: str, label: str) -> str:
     svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
     width, height = (float(found) for found in re.findall(r' (?:width|height)="([\d.]+)pt"', svg)[:2])
     head = f'<svg role="img" aria-label="{label}" style="max-width:{width * 4 / 3:.0f}px" '
-    return re.sub(r'^<svg ([^>]*?)width="[\d.]+pt" ?|(?<=^)<svg ', head, svg, count=1).replace(
+    return re.sub(r'^<svg ([^>]*?)width="[\d.]+pt" ?|(?<=^)<svg ', lambda _: head, svg, count=1).replace(
         f' height="{height:g}pt"', "", 1
     )
