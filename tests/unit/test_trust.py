@@ -35,6 +35,7 @@ from titan_moe.convert.safetensors import INDEX
 from titan_moe.convert.surgery_cli import surgery
 from titan_moe.convert.verify import weights_alone
 from titan_moe.optimizer.groups import GROUP_PATTERNS
+from titan_moe.runtime import describe
 from titan_moe.study.compare import compare
 from titan_moe.study.grid import Run
 from titan_moe.study.reuse import reuse
@@ -205,6 +206,16 @@ def test_a_configuration_that_names_a_function_of_python(tmp_path: Path, ran: Pa
     with pytest.raises(ValueError, match=message):
         load_model(step)
     assert not ran.exists()
+
+
+def test_an_error_shows_what_a_terminal_would_obey(tmp_path: Path) -> None:
+    step = make_checkpoint(tmp_path / "run")
+    rewrite(step, balancer={"a:\x1b]0;title\x07\nerror: b": {}})
+    with pytest.raises(ValueError, match=r"is code from outside") as found:
+        load_model(step)
+    shown = describe(found.value)
+    assert shown.isprintable()
+    assert r"balancer.a:\x1b]0;title\x07 error: b = " in shown
 
 
 def doors(tmp_path: Path, step: Path) -> dict[str, Callable[[list[str]], Any]]:
