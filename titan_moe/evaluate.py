@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: `python -m titan_moe.evaluate --checkpoint DIR [--data.path FILE ...]`."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -64,7 +64,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def evaluation_config(
-    step_folder: Path, overrides: list[str], trust_components: Iterable[str] = ()
+    step_folder: Path, overrides: list[str], trust_components: Sequence[str] = ()
 ) -> tuple[Config, list[str]]:
     """Give the run's configuration with the overrides, and the files of --data.path: of these all is evaluated.
 

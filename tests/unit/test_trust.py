@@ -277,7 +277,7 @@ def test_trust_in_python(tmp_path: Path, ran: Path) -> None:
     (package / "__init__.py").touch()
     (package / "inner.py").write_text(f"from {MODULE} import router\n")
     rewrite(step, router={"name": "titan_moe_package.inner:router"})
-    assert load_model(step, trust_components=["titan_moe_package"])[1].router.arguments["temperature"] == 1.0
+    assert load_model(step, trust_components="titan_moe_package")[1].router.arguments["temperature"] == 1.0
     with pytest.raises(ValueError, match=r"add --trust_components titan_moe_package\.inner if"):
         load_model(step, trust_components=["titan_moe"])
     assert load_config(["--job.config_file", str(step / "config.toml")]).router.name.startswith("titan_moe_package")

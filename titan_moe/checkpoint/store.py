@@ -8,7 +8,7 @@ and `manifest.json` with the size and CRC-32 of each. It is written as `step-N.t
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -318,7 +318,7 @@ def resolve_checkpoint(path: str | Path, key: str = "checkpoint") -> Path:
     return found
 
 
-def load_model(path: str | Path, trust_components: Iterable[str] = ()) -> tuple[Transformer, Config]:
+def load_model(path: str | Path, trust_components: Sequence[str] = ()) -> tuple[Transformer, Config]:
     """Load the model of a checkpoint, on the CPU and in evaluation mode, and the configuration of its run.
 
     `path` as in `resolve_checkpoint`. Of code outside of this package that the configuration names, only what is in
@@ -329,7 +329,7 @@ def load_model(path: str | Path, trust_components: Iterable[str] = ()) -> tuple[
     return read_model(step_folder, config), config
 
 
-def read_config(step_folder: Path, trust_components: Iterable[str] = ()) -> Config:
+def read_config(step_folder: Path, trust_components: Sequence[str] = ()) -> Config:
     """The configuration of a checkpoint's run, to build from; `trust_components` as in `load_model`."""
     config_file = step_folder / "config.toml"
     if not config_file.exists():

@@ -6,7 +6,7 @@ a configuration, and imports nothing.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,14 @@ from titan_moe.optimizer.groups import GROUP_PATTERNS
 PLAIN_KEYS = ("moe.experts_backend",)  # keys outside of KINDS that name a component
 
 
-def load_saved(path: Path, overrides: Sequence[str] = (), *, trust_components: Iterable[str] = ()) -> Config:
+def load_saved(path: Path, overrides: Sequence[str] = (), *, trust_components: Sequence[str] = ()) -> Config:
     """Build the configuration of a file that came with a model, changed by `overrides`, the user's words.
 
     Components from outside of the registries must be of `trust_components`, modules or packages, which are imported.
     Errors as of `load_config`, and ValueError for a component that nobody vouches for, or for a `base`.
     """
-    layer, trusted = _layer(path), tuple(trust_components)
+    layer = _layer(path)
+    trusted = (trust_components,) if isinstance(trust_components, str) else trust_components
     for key, name in outside_components(layer.table):
         module = name.partition(":")[0]
         if not any(module == known or module.startswith(f"{known}.") for known in trusted):

@@ -5,7 +5,7 @@ Tensors are read, changed and written one at a time: memory is that of the large
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def to_hf(
     dtype: str = "",
     shard_bytes: int = 5 * 10**9,
     verify: bool = True,
-    trust_components: Iterable[str] = (),
+    trust_components: Sequence[str] = (),
 ) -> None:
     """Write the model of a checkpoint as the folder `out` of a Hugging Face model.
 
@@ -95,7 +95,7 @@ def exported(made: TensorMap, ours: LazyTensors, dtype: torch.dtype, architectur
     return {name: t if name.endswith(FP32) else cast(t, dtype, name) for name, t in theirs.items()}
 
 
-def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: Iterable[str] = ()) -> None:
+def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: Sequence[str] = ()) -> None:
     """Write the Hugging Face model in the folder `source` as a checkpoint: `out` is a dump folder, or `.../step-N`.
 
     Weights become float32. `trust_components` as in `load_model`, for the configuration that `to_hf` leaves in the
@@ -131,7 +131,7 @@ def _tokenizer_text(path: Path) -> str:
     return content
 
 
-def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_components: Iterable[str]) -> Config:
+def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_components: Sequence[str]) -> Config:
     """Our configuration: of the run if the folder holds it, with what config.json says of the model."""
     arguments = arguments_of(source, values)
     shared = [name for name in theirs if ".mlp.shared_expert" in name and name.endswith("down_proj.weight")]

@@ -7,7 +7,7 @@ experts has two names, by the spec of the layer: of torch's own modules (`local`
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 def to_megatron(
-    checkpoint: Path, out: Path, *, spec: str = "te", verify: bool = True, trust_components: Iterable[str] = ()
+    checkpoint: Path, out: Path, *, spec: str = "te", verify: bool = True, trust_components: Sequence[str] = ()
 ) -> None:
     """Write the model of a checkpoint as the `torch_dist` folder `out`; `spec` of MOE_NORM.
 
@@ -90,7 +90,7 @@ def write_backend(folder: Path) -> None:
 
 
 def from_megatron(
-    source: Path, out: Path, *, config_file: str = "", verify: bool = True, trust_components: Iterable[str] = ()
+    source: Path, out: Path, *, config_file: str = "", verify: bool = True, trust_components: Sequence[str] = ()
 ) -> None:
     """Write the model of a `torch_dist` folder as a checkpoint of weights, `out` a dump folder or `.../step-N`.
 

@@ -6,7 +6,7 @@ is applied to all tensors that have a row for each expert: weights, router, bias
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +105,7 @@ def operate(
     out: Path,
     plans: Callable[[LazyTensors], list[Plan]],
     overrides: list[str],
-    trust_components: Iterable[str] = (),
+    trust_components: Sequence[str] = (),
 ) -> None:
     """Write the checkpoint with each MoE layer's experts as its plan says; `overrides` change its configuration.
 
@@ -143,7 +143,7 @@ def upcycle(
     noise: float,
     overrides: list[str],
     seed: int = 0,
-    trust_components: Iterable[str] = (),
+    trust_components: Sequence[str] = (),
 ) -> None:
     """Write a dense checkpoint as one with experts, which are copies of its feed-forward networks (sparse upcycling).
 
@@ -269,7 +269,7 @@ def _expert_tensor(name: str) -> int | None:
     return None
 
 
-def _configured(step_folder: Path, out: Path, overrides: list[str], trust_components: Iterable[str]) -> Config:
+def _configured(step_folder: Path, out: Path, overrides: list[str], trust_components: Sequence[str]) -> Config:
     words = ["--job.dump_folder", str(out), *overrides]
     return load_saved(step_folder / "config.toml", words, trust_components=trust_components)
 

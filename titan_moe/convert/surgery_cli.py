@@ -1,7 +1,7 @@
 """The command line of scripts/surgery.py."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -107,7 +107,7 @@ def _plan(options: argparse.Namespace, load_E: Tensor, tensors: LazyTensors, lay
     return revive_experts(load_E, options.threshold, options.noise)
 
 
-def measure_load(checkpoint: Path, files: list[str], steps: int, trust_components: Iterable[str] = ()) -> Tensor:
+def measure_load(checkpoint: Path, files: list[str], steps: int, trust_components: Sequence[str] = ()) -> Tensor:
     """Tokens per expert (L, E) on batches of the run's validation data, or of `files`; `trust_components` as ever."""
     step_folder = resolve_checkpoint(checkpoint)
     words = ["--data.path", *files] if files else []
