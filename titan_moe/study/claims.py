@@ -154,14 +154,19 @@ def judge(contrast: Mapping[str, Any], results: Results, count: int = 1) -> Find
     all_seeds = len({r["seed"] for r in results if r["point"] in points})
     seeds = f"{found.count} seed{'' if found.count == 1 else 's'}"
     seeds = seeds if found.count == all_seeds else f"{found.count} of {all_seeds} seeds"
-    mean = format(found.mean, f"+{measure.digits}")
+    mean = _points(format(found.mean, f"+{measure.digits}"))
     if found.count < 2:
         return Finding(text, found, "can't tell", f"{mean} ({seeds}, no interval, can't tell)")
     said = verdict(contrast, found)
     at_once = count > 1 and verdict(contrast, interval(values, 1 - (1 - LEVEL) / count)) == said != "can't tell"
     within = f" within {contrast['margin']:g}" if "margin" in contrast else ""
-    number = f"{mean} ± {format(found.half, measure.digits)} ({seeds}, {said}{within}{'†' if at_once else ''})"
+    number = f"{mean} ± {_points(format(found.half, measure.digits))} ({seeds}, {said}{within}{'†' if at_once else ''})"
     return Finding(text, found, said, number, at_once)
+
+
+def _points(text: str) -> str:
+    """A difference of percentages is in points."""
+    return text.replace("%", " points")
 
 
 def verdict(contrast: Mapping[str, Any], found: Interval) -> str:

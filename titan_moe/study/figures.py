@@ -312,7 +312,8 @@ def differences(
     axes.set_yticks(range(len(pairs)), names)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.margins(x=0.08)
-    axes.set_xlabel(f"difference in {_measure_label(measure)}")
+    points = " (percentage points)" if MEASURES[measure].digits.endswith("%") else ""
+    axes.set_xlabel(f"difference in {_measure_label(measure)}{points}")
     axes.grid(visible=False, axis="y")
     axes.locator_params(axis="x", nbins=5)
     _percent(axes.xaxis, measure)
