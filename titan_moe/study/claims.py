@@ -56,11 +56,7 @@ def claims(args: list[str]) -> int:
             f"--studies {options.studies}: none of {', '.join(found)} has results here: run one by "
             "python -m titan_moe.study, or give another folder"
         )
-    count = sum(len(claim["contrasts"]) for claim in document["claims"])
-    findings = [
-        [judge(contrast, found[contrast["study"]], count) for contrast in claim["contrasts"]]
-        for claim in document["claims"]
-    ]
+    findings = judge_all(document, found)
     options.out.mkdir(parents=True, exist_ok=True)
     figures = {
         name: copy_report(options.studies / name, options.out / name, document.get("figures", {}).get(name, []))
@@ -71,6 +67,20 @@ def claims(args: list[str]) -> int:
     say(document, findings)
     print(f"page         {options.out / 'README.md'}")
     return 0
+
+
+def judge_all(document: Mapping[str, Any], found: Mapping[str, Results]) -> list[list[Finding]]:
+    """The findings of each claim; as many contrasts hold at once as have an interval."""
+
+    def judged(count: int) -> list[list[Finding]]:
+        return [[judge(one, found[one["study"]], count) for one in claim["contrasts"]] for claim in document["claims"]]
+
+    return judged(len(with_interval(judged(1))))
+
+
+def with_interval(findings: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """The contrasts that were measured with two seeds or more."""
+    return [one for row in findings for one in row if one.value is not None and not math.isnan(one.value.half)]
 
 
 def say(document: Mapping[str, Any], findings: Sequence[Sequence[Finding]]) -> None:
@@ -87,7 +97,7 @@ def say(document: Mapping[str, Any], findings: Sequence[Sequence[Finding]]) -> N
 
 def chance(findings: Sequence[Sequence[Finding]]) -> str:
     """How many differences were judged, and what their intervals promise together."""
-    judged = [one for row in findings for one in row if one.value is not None and not math.isnan(one.value.half)]
+    judged = with_interval(findings)
     if len(judged) < 2:
         return f"{len(judged)} difference{' was' if judged else 's were'} judged, by a 95 % interval."
     decided = [one for one in judged if one.verdict in ("agree", "disagree")]
@@ -159,8 +169,8 @@ def judge(contrast: Mapping[str, Any], results: Results, count: int = 1) -> Find
         return Finding(text, found, "can't tell", f"{mean} ({seeds}, no interval, can't tell)")
     said = verdict(contrast, found)
     at_once = count > 1 and verdict(contrast, interval(values, 1 - (1 - LEVEL) / count)) == said != "can't tell"
-    within = f" within {contrast['margin']:g}" if "margin" in contrast else ""
-    number = f"{mean} ± {_points(format(found.half, measure.digits))} ({seeds}, {said}{within}{'†' if at_once else ''})"
+    margin = f", margin {contrast['margin']:g}" if "margin" in contrast else ""
+    number = f"{mean} ± {_points(format(found.half, measure.digits))} ({seeds}{margin}, {said}{'†' if at_once else ''})"
     return Finding(text, found, said, number, at_once)
 
 
