@@ -249,7 +249,11 @@ def test_steps_that_are_no_number_are_left_out_of_means_over_steps(make: Make):
         ({"tokenizer": "u"}, "different tokenizers: numbers by token are not ranked", "loss"),
         ({"data": "e"}, "trained on different data", "accuracy"),
         ({"torch": "2.9"}, "differ in their torch: 2.8 and 2.9", ""),
-        ({"history": [{"step": 1}]}, "changed on the way in method new (seed 1); method new (seed 2)", ""),
+        (
+            {"history": [{"step": 0, "changes": {}}, {"step": 1, "changes": {"optimizer.lr": [0.1, 0.2]}}, None]},
+            "configuration (optimizer.lr) was changed on the way in method new (seed 1); method new (seed 2)",
+            "",
+        ),
     ],
 )
 def test_runs_that_are_not_alike_are_named_and_not_ranked(make: Make, facts: dict[str, Any], text: str, measure: str):
@@ -268,6 +272,8 @@ def test_a_run_json_that_cannot_be_read_is_no_fault(make: Make):
     runs = make(CLEAR)
     (runs[0].folder / "run.json").write_text("{")
     (runs[1].folder / "run.json").write_text('{"history": "x"}')
+    (runs[2].folder / "run.json").write_text('{"history": [{"step": 0, "changes": {}, "device": "a test"}]}')
+    assert not [note for note in notes(*read(runs)) if "changed" in note]
     assert said(runs).startswith("Lowest")
     assert read_entries(runs)[0].result["device"] is None
 

@@ -123,8 +123,9 @@ def _of_trouble(records: Records) -> list[str]:
             f"{steps} step{'' if steps == 1 else 's'} had no finite loss, in {_runs(bad)}: means over steps leave "
             "them out."
         )
-    if changed := [record for record in records if record.get("history")]:
-        found.append(f"The configuration was changed on the way in {_runs(changed)}: run.json says how.")
+    if changed := [record for record in records if record.get("changed_keys")]:
+        keys = listed(sorted({key for record in changed for key in record["changed_keys"]}))
+        found.append(f"The configuration ({keys}) was changed on the way in {_runs(changed)}: run.json says when.")
     return found
 
 

@@ -333,14 +333,19 @@ def reached(found: History) -> Record:
 
 
 def recorded(facts: Record) -> Record:
-    """What run.json says of the model, the data and the machine; None for what it does not say."""
+    """What run.json says of the model, the data and the machine, None for what it does not say.
+
+    `changed_keys` are those of the configuration that a start of the run changed, by its history.
+    """
     keys = ("git_commit", "device", "world_size", "threads", "torch", "parameters", "active_parameters")
-    changed = facts.get("history")
+    starts = facts.get("history")
+    changes = [start.get("changes") for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    changed = {str(key) for one in changes if isinstance(one, dict) for key in one}
     return {
         **{key: facts.get(key) for key in keys},
         "data_fingerprint": facts.get("data"),
         "tokenizer_fingerprint": facts.get("tokenizer"),
-        "history": changed if isinstance(changed, list) else [],
+        "changed_keys": sorted(changed),
     }
 
 
