@@ -248,6 +248,7 @@ def test_steps_that_are_no_number_are_left_out_of_means_over_steps(make: Make):
         ({"device": "H100"}, "differ in device: a test (6 runs) and H100 (3 runs). Times", "step_seconds"),
         ({"tokenizer": "u"}, "different tokenizers: numbers by token are not ranked", "loss"),
         ({"data": "e"}, "trained on different data", "accuracy"),
+        ({"git_commit": "a" * 40 + "-dirty"}, f"in their commit: {'a' * 12} and {'a' * 12}-dirty.", ""),
         ({"torch": "2.9"}, "differ in their torch: 2.8 and 2.9", ""),
         (
             {"history": [{"step": 0, "changes": {}}, {"step": 1, "changes": {"optimizer.lr": [0.1, 0.2]}}, None]},
@@ -257,10 +258,10 @@ def test_steps_that_are_no_number_are_left_out_of_means_over_steps(make: Make):
     ],
 )
 def test_runs_that_are_not_alike_are_named_and_not_ranked(make: Make, facts: dict[str, Any], text: str, measure: str):
-    runs = make(CLEAR)
+    runs, known = make(CLEAR), {"torch": "2.8", "git_commit": "a" * 40}
     for run in runs:
         is_new = run.point["method"] == "new"
-        train(run, [7.0, CLEAR[run.point["method"]][run.seed - 1]], {"torch": "2.8"} | (facts if is_new else {}))
+        train(run, [7.0, CLEAR[run.point["method"]][run.seed - 1]], known | (facts if is_new else {}))
     summaries, axes = read(runs)
     assert any(text in note for note in notes(summaries, axes))
     if measure:
@@ -302,7 +303,7 @@ def test_loads_of_different_seeds_say_which(make: Make):
 
 def test_what_the_command_line_changed_is_on_the_page(make: Make):
     runs = make(CLEAR)
-    study = load_study("small.toml", ["--optimizer.weight_decay", "0.3"])
+    study = load_study("small.toml", ["--optimizer.weight_decay", "0.3", "--data.cache_folder", "x"])
     written = study_report(study, runs)
     assert "Set on the command line, for every run: optimizer.weight_decay = 0.3." in written.findings
 

@@ -101,8 +101,14 @@ def _of_machines(records: Records) -> list[str]:
             found.append(f"The runs differ in {name}: {text}. Times and memory are not ranked.")
     for key, name in VERSIONS.items():
         if len(different := values(records, key)) > 1:
-            found.append(f"The runs differ in their {name}: {listed([str(one)[:12] for one in different])}.")
+            found.append(f"The runs differ in their {name}: {listed([short_version(one) for one in different])}.")
     return found
+
+
+def short_version(version: object) -> str:
+    """A version or the beginning of a commit, with `-dirty` where it is not just that commit."""
+    commit, dash, rest = str(version).partition("-")
+    return f"{commit[:12]}{dash}{rest}"
 
 
 def _of_seeds(records: Records) -> list[str]:

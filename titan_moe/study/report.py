@@ -30,7 +30,7 @@ from titan_moe.study.curves import curve_panels, load_panel
 from titan_moe.study.figures import Panel, difference_panels, measure_panels
 from titan_moe.study.findings import Finding, comparisons, headline, notes
 from titan_moe.study.grid import Point, Run, baseline_of, expand, value_text
-from titan_moe.study.likeness import lengths
+from titan_moe.study.likeness import lengths, short_version
 from titan_moe.study.measures import COLUMNS, MEASURES
 from titan_moe.study.progress import counts
 from titan_moe.study.runs import flatten, write_results
@@ -69,7 +69,8 @@ class Block(NamedTuple):
 def study_report(study: Study, runs: Sequence[Run], refresh: float | None = None) -> Written:
     """Write the report of a study into its folder; with `refresh` the page loads itself anew after these seconds."""
     section = study.section
-    changed = [f"{key} = {' '.join(given.words)}" for key, given in flatten(study.config[-1].table).items()]
+    given = flatten(study.config[-1].table)
+    changed = [f"{key} = {' '.join(found.words)}" for key, found in given.items() if key != "data.cache_folder"]
     page = Page(
         section.title or study.name,
         section.mirrors,
@@ -109,7 +110,7 @@ def write_report(page: Page, runs: Sequence[Run], folder: Path, refresh: float |
         "counts": counts([entry.status for entry in entries]),
         "length": length_text(summaries),
         "machines": sorted({str(e.result["device"]) for e in entries if e.result["device"]}),
-        "commits": sorted({str(e.result["git_commit"])[:12] for e in entries if e.result["git_commit"]}),
+        "commits": sorted({short_version(e.result["git_commit"]) for e in entries if e.result["git_commit"]}),
         "time": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "refresh": refresh,
         "colours": list(zip(theme.LIGHT, theme.DARK, strict=True)),
