@@ -158,6 +158,15 @@ def test_differences_to_the_baseline_are_drawn_by_seed_with_their_interval(make:
     assert 'id="loss_difference"' in study_report(load_study("small.toml"), runs).path.read_text()
 
 
+def test_a_baseline_without_a_finished_run_is_named(make: Make):
+    runs = make(NOISY)
+    for run in runs[:3]:
+        train(run, [7.0])
+    written = study_report(load_study("small.toml"), runs)
+    assert "The baseline (old) has no finished run: differences to it are not drawn." in written.findings
+    assert not list((written.path.parent / "figures").glob("*difference*"))
+
+
 @pytest.mark.parametrize("point", [{"method": "none"}, {"coeff": 1}])
 def test_a_baseline_that_is_no_point_is_refused(write: Write, point: dict[str, Any]):
     options = {"a": {"optimizer": {"lr": 1e-3}}, "b": {"optimizer": {"lr": 2e-3}}}

@@ -13,6 +13,7 @@ from titan_moe.study.analysis import (
     short_name,
     standing,
 )
+from titan_moe.study.grid import Point
 from titan_moe.study.likeness import cautions, listed, unlike
 from titan_moe.study.measures import MEASURES
 
@@ -82,6 +83,14 @@ def seeds_text(summary: Summary) -> str:
     if count < all_of_them:
         return f"{count} of {all_of_them} seeds"
     return f"{count} seed{'' if count == 1 else 's'}"
+
+
+def baseline_note(summaries: Sequence[Summary], baseline: Point, axes: Sequence[AxisInfo]) -> list[str]:
+    """That there are no differences to the baseline, where it has no finished run but others have."""
+    ranked = [summary.point for summary in summaries if summary.is_ranked]
+    if baseline in ranked or not ranked or not axes:
+        return []
+    return [f"The baseline ({short_name(baseline, axes)}) has no finished run: differences to it are not drawn."]
 
 
 def notes(summaries: Sequence[Summary], axes: Sequence[AxisInfo]) -> list[str]:

@@ -28,7 +28,7 @@ from titan_moe.study.analysis import (
 )
 from titan_moe.study.curves import curve_panels, load_panel
 from titan_moe.study.figures import Panel, difference_panels, measure_panels
-from titan_moe.study.findings import Finding, comparisons, headline, notes
+from titan_moe.study.findings import Finding, baseline_note, comparisons, headline, notes
 from titan_moe.study.grid import Point, Run, baseline_of, expand, value_text
 from titan_moe.study.likeness import lengths, short_version
 from titan_moe.study.measures import COLUMNS, MEASURES
@@ -95,7 +95,8 @@ def write_report(page: Page, runs: Sequence[Run], folder: Path, refresh: float |
     blocks = [block("Table", summaries, axes, page.report)]
     if common is not None:
         blocks.append(block(f"At {common[0]:,} tokens, the most that all have seen", common[1], axes, page.report))
-    warnings = [*page.about, *notes(summaries, axes)]
+    missing = baseline_note(common[1] if common else summaries, page.baseline, axes)
+    warnings = [*page.about, *notes(summaries, axes), *missing]
     write_atomic(folder / "table.md", markdown(blocks, warnings))
     with theme.style():
         sections = draw(page, summaries, common, axes, folder / "figures")
