@@ -165,6 +165,12 @@ def test_verdicts_that_do_not_stay_when_many_are_judged_have_no_mark():
     assert judge(contrast("lower"), lines, 50).verdict == "agree"
 
 
+def test_differences_of_percentages_are_in_points():
+    lines = [{**line, "accuracy": line["loss"] / 100} for line in results({"old": [4.0] * 3, "new": [4.1, 4.1, 4.1]})]
+    found = judge(contrast("equal", measure="accuracy", margin=0.005), lines)
+    assert found.number == "+0.10 points ± 0.00 points (3 seeds, margin 0.5 points, agree)"
+
+
 def test_seeds_that_are_missing_are_counted(tmp_path: Path):
     lines = results({"old": [4.0] * 3, "new": [3.90, 3.91, 3.89]})
     lines[-1]["loss"] = None  # NaN

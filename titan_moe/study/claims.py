@@ -169,7 +169,10 @@ def judge(contrast: Mapping[str, Any], results: Results, count: int = 1) -> Find
         return Finding(text, found, "can't tell", f"{mean} ({seeds}, no interval, can't tell)")
     said = verdict(contrast, found)
     at_once = count > 1 and verdict(contrast, interval(values, 1 - (1 - LEVEL) / count)) == said != "can't tell"
-    margin = f", margin {contrast['margin']:g}" if "margin" in contrast else ""
+    margin = ""
+    if "margin" in contrast:
+        wide = contrast["margin"]
+        margin = f", margin {100 * wide:g} points" if measure.digits.endswith("%") else f", margin {wide:g}"
     number = f"{mean} ± {_points(format(found.half, measure.digits))} ({seeds}{margin}, {said}{'†' if at_once else ''})"
     return Finding(text, found, said, number, at_once)
 
