@@ -117,10 +117,16 @@ def moe_layer_names(model: Transformer) -> list[str]:
     return [name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "") for name in names]
 
 
+def size_record(config: Config, model: Transformer) -> Record:
+    """The model's parameters, and those active for a token, for run.json."""
+    total = sum(p.numel() for p in model.parameters())
+    return {"parameters": total, "active_parameters": count_active(config, model)}
+
+
 def log_parameters(config: Config, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
     """Tell the model's size, and of each parameter group its size, learning rate and decay."""
-    total = sum(p.numel() for p in model.parameters())
-    logger.info("model: %s parameters, %s active a token", f"{total:,}", f"{count_active(config, model):,}")
+    size = size_record(config, model)
+    logger.info("model: %s parameters, %s active a token", f"{size['parameters']:,}", f"{size['active_parameters']:,}")
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         logger.info(

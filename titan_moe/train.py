@@ -30,7 +30,7 @@ from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.sequence import own_positions
 from titan_moe.probe import balance_tax, of_whole_sequences, routing_choices, routing_drift
 from titan_moe.profiling import profiler, start_timer
-from titan_moe.records import Record, flush, moe_layer_names, speed_record, train_record
+from titan_moe.records import Record, flush, moe_layer_names, size_record, speed_record, train_record
 from titan_moe.runtime import StopRequest, logger
 from titan_moe.sinks import Sink, console, fan_out, jsonl, last_validation, summary, tensorboard, wandb
 from titan_moe.step import evaluate, train_step
@@ -296,7 +296,8 @@ def write_run_files(job: Job) -> None:
         return
     job.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(job.folder / "config.toml", to_toml(job.config))
-    facts = {**runtime.describe_machine(job.runtime), **job.data.fingerprints}
+    size = size_record(job.config, job.model)
+    facts = {**runtime.describe_machine(job.runtime), **size, **job.data.fingerprints}
     write_atomic(job.folder / "run.json", json.dumps(facts, indent=1) + "\n")
 
 

@@ -70,6 +70,7 @@ def test_what_a_run_leaves(train: Train, tmp_path: Path) -> None:
     facts = json.loads((run / "run.json").read_text())
     assert {"titan_moe", "git_commit", "torch", "data", "tokenizer", "world_size", "device"} <= set(facts)
     assert facts["world_size"] == 1
+    assert facts["parameters"] == 43_424 > facts["active_parameters"] > 0
 
     steps = {path.name: path for path in (run / "checkpoint").iterdir()}
     assert set(steps) == {"step-2", "step-4", "step-6"}

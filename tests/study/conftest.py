@@ -11,6 +11,7 @@ import tomli_w
 
 from titan_moe.study import cli
 from titan_moe.study.grid import Run
+from titan_moe.study.report import Written
 
 FAKE = Path(__file__).parent / "fake_train.py"
 SMALL: dict[str, Any] = {
@@ -75,5 +76,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def study(fake: None, monkeypatch: pytest.MonkeyPatch) -> Study:
     """Run a study of fake trainings without drawing a report; the exit code."""
-    monkeypatch.setattr(cli, "write_report", lambda study, runs, refresh=None: study.folder / "report.html")
+    monkeypatch.setattr(
+        cli, "write_report", lambda study, runs, refresh=None: Written(study.folder / "report.html", [])
+    )
     return lambda *args: cli.main(list(args))

@@ -98,7 +98,7 @@ def report_on(path: str) -> Path:
         prepare(run)
         config = tomllib.loads(to_toml(run.config))
         write_records(run.folder, records(config, 1, 4 if run.seed == 13 else 8))
-    return study_report(study, runs)
+    return study_report(study, runs).path
 
 
 @pytest.mark.parametrize("make", [make_page, make_rows])

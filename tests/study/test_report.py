@@ -15,17 +15,18 @@ from tests.study.fake_train import records, tomllib
 from titan_moe.study import cli
 from titan_moe.study.analysis import (
     axes_of,
-    best,
     interval,
     paired_difference,
     read_entries,
     short_name,
+    standing,
     summarize,
 )
 from titan_moe.study.compare import compare, find_runs, read_runs
 from titan_moe.study.figures import measure_panels, u_curve
 from titan_moe.study.grid import Run, runs_of
 from titan_moe.study.measures import MEASURES
+from titan_moe.study.report import Written
 from titan_moe.study.runs import METRICS, history, last_records, measure, prepare
 from titan_moe.study.spec import load_study
 
@@ -60,9 +61,12 @@ def test_points_are_compared_by_means_and_by_seed(write: Write):
     assert (zero.measures["loss"].mean, tenth.measures["loss"].mean) == (4.0, pytest.approx(3.45))
     assert zero.measures["loss"].half == pytest.approx(12.706205)
     assert zero.measures["maxvio_batch"].mean == pytest.approx((0.7 + 0.3 + 0.7 + 0.5) / 4)
-    assert not unfinished.is_final
-    assert best([zero, tenth, unfinished], "loss") is tenth
-    assert best([zero, unfinished], "loss") is None
+    assert not unfinished.is_ranked
+    place = standing([zero, tenth, unfinished], "loss")
+    assert place is not None
+    assert (place.lead, place.level) == (tenth, (zero,)), "the lower mean, whose difference is 0.55 ± 0.64"
+    assert not place.is_clear
+    assert standing([zero, unfinished], "loss") is None
     difference = paired_difference(zero, tenth, "loss")
     assert difference is not None
     assert difference.mean == pytest.approx(0.55)
@@ -150,12 +154,15 @@ def test_a_report_has_everything_and_needs_nothing_else(
     assert '<meta http-equiv="refresh"' not in page
 
     lines = (home / "table.md").read_text().splitlines()
-    assert lines[0].startswith(r"| aux loss \<coeff> | lr | seeds | validation loss (nats/token) | loss above best")
-    assert len(lines) == 8
-    winner = [line for line in lines if line.startswith("| 0.1 | 0.0005 | 2 | **4.")]
+    assert lines[0].startswith(r"| aux loss \<coeff> | lr | seeds | validation loss (nats/token) | loss above the low")
+    assert len([line for line in lines if line.startswith("| ")]) == 7
+    winner = [line for line in lines if line.startswith("| 0.1 | 0.0005 | 2 of 3 | **4.")]
     assert len(winner) == 1, "the fake's best point is marked"
     assert " ± " in winner[0]
-    assert "lowest validation loss" not in capsys.readouterr().err
+    assert r"- aux loss \<coeff> 0, lr 0.0001: the means are of 2 of 3 runs (1 failed)." in lines
+    said = capsys.readouterr().out
+    assert "Lowest validation loss: aux loss <coeff> 0.1, lr 0.0005 with 4." in said
+    assert "below each of the 5 others by the paired 95 % interval" in said
 
 
 def test_the_axes_choose_the_figures(write: Write, fake: None):
@@ -163,7 +170,7 @@ def test_the_axes_choose_the_figures(write: Write, fake: None):
     report = ["loss", "maxvio_global", "train_seconds"]
     assert cli.main([write(axes={"method": {"options": options}}, study__report=report), "--jobs", "2"]) == 0
     home = Path("outputs/studies/small/figures")
-    rows = {"loss_by_point", "maxvio_global_by_point", "train_seconds_by_point"}
+    rows = {f"{measure}_{what}" for measure in report for what in ("by_point", "difference")}
     assert {p.stem for p in home.glob("*.png") if not p.stem.startswith(("curve", "loads"))} == rows
     (home / "loss_heatmap.png").write_bytes(b"of before")
     assert cli.main(["small.toml", "--report"]) == 0
@@ -190,7 +197,7 @@ def test_a_figure_over_values_shows_all_of_its_points_and_intervals(write: Write
     assert drawn.get_xscale() == "symlog"
     labels = [label.get_text() for label in drawn.get_xticklabels()]
     assert (labels[0], labels[-1]) == ("0", "0.6")
-    assert drawn.get_title().startswith("best at 0")
+    assert drawn.get_title().startswith("lowest at 0"), "the intervals of two seeds contain 0"
 
 
 @pytest.mark.parametrize("order", [("coeff", "top_k"), ("top_k", "coeff")])
@@ -271,9 +278,12 @@ def test_names_of_others_are_text_in_a_comparison(tmp_path: Path, key: str, kind
 def test_runs_that_differ_in_nothing_are_told_apart_by_folder(write: Write, study: Study):
     assert study(write(axes={}, study__seeds=[1])) == 0
     assert study("small.toml", "--dump_folder", "again") == 0
-    runs, labels = read_runs(find_runs(["outputs/studies/small", "again"]))
+    runs, labels, told = read_runs(find_runs(["outputs/studies/small", "again"]))
     assert [run.point["run"] for run in runs] == ["small/runs/base/seed-1", "again/runs/base/seed-1"]
     assert labels == {"run": "run"}
+    assert told == [
+        "The configurations do not differ but for the seed: what differs in the results is not of a setting."
+    ]
 
 
 @pytest.mark.parametrize(("name", "part"), [("gone", "no such folder"), ("empty", "holds no run")])
@@ -289,11 +299,11 @@ def test_watch_writes_the_report_until_all_is_over(write: Write, study: Study, m
     runs = runs_of(load_study(write(axes={}, study__seeds=[1])))
     written: list[float | None] = []
 
-    def report(study: object, runs: object, refresh: float | None = None) -> Path:
+    def report(study: object, runs: object, refresh: float | None = None) -> Written:
         written.append(refresh)
         if len(written) == 2:
             train(made[0], [5.0] * 8)
-        return Path("report.html")
+        return Written(Path("report.html"), [])
 
     made = runs
     monkeypatch.setattr(cli, "write_report", report)

@@ -1,4 +1,4 @@
-"""From runs to a table: means and 95 % intervals over seeds, differences paired by seed, what is best."""
+"""From runs to a table: means and 95 % intervals over seeds, differences paired by seed, what is best or level."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,8 +6,21 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from titan_moe.study.grid import Point, Run, point_text, value_text
+from titan_moe.study.likeness import lengths, unlike
 from titan_moe.study.measures import MEASURES
-from titan_moe.study.runs import METRICS, History, Record, Status, history, result, status
+from titan_moe.study.runs import (
+    METRICS,
+    History,
+    Record,
+    Status,
+    history,
+    measure,
+    reached,
+    result,
+    status,
+    until,
+    validated_at,
+)
 
 LEVEL = 0.95
 
@@ -49,12 +62,39 @@ class Summary(NamedTuple):
     name: str
     entries: tuple[Entry, ...]
     counted: tuple[Entry, ...]  # the finished ones, or all where none is
-    measures: Mapping[str, Interval]
+    measures: Mapping[str, Interval]  # those that all that count have as a finite number
+    nonfinite: Mapping[str, int]  # of the others: runs where it is NaN or infinite
+    is_ranked: bool  # whether its numbers may be compared: of finished runs, or of the same length
 
     @property
-    def is_final(self) -> bool:
-        """Whether its numbers are of finished runs."""
-        return bool(self.counted) and all(entry.status.state == "finished" for entry in self.counted)
+    def left_out(self) -> int:
+        """Runs that do not count, as others of the point have finished."""
+        return len(self.entries) - len(self.counted)
+
+
+class Standing(NamedTuple):
+    """Which point has the best mean of a measure, and what paired intervals say of the others."""
+
+    lead: Summary
+    level: tuple[Summary, ...]  # the interval of their difference to it contains 0
+    behind: tuple[Summary, ...]  # it does not
+    untold: tuple[Summary, ...]  # there is none: fewer than two seeds in common
+    level_at_once: int  # of those behind: level by intervals that hold for all comparisons at once
+
+    @property
+    def compared(self) -> int:
+        """How many differences were looked at."""
+        return len(self.level) + len(self.behind) + len(self.untold)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the best is better than every other."""
+        return not self.level and not self.untold
+
+    @property
+    def marked(self) -> tuple[Summary, ...]:
+        """What a table or figure marks: the one that is best, or those that are level; nothing where none can tell."""
+        return (self.lead, *self.level) if self.level or self.is_clear else ()
 
 
 def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
@@ -68,15 +108,25 @@ def interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     return Interval(fmean(values), half, count)
 
 
-def paired_difference(one: Summary, other: Summary, measure: str) -> Interval | None:
+def paired_difference(one: Summary, other: Summary, measure: str, level: float = LEVEL) -> Interval | None:
     """Interval of one - other over the seeds that both have, None where there is none in common.
 
     Runs with the same seed share their initial weights and the order of their data, so that their difference has less
     noise than the two means.
     """
+    values = list(seed_differences(one, other, measure).values())
+    return interval(values, level) if values else None
+
+
+def seed_differences(one: Summary, other: Summary, measure: str) -> dict[int, float]:
+    """one - other for each seed that both have."""
     first, second = by_seed(one, measure), by_seed(other, measure)
-    seeds = [seed for seed in first if seed in second]
-    return interval([first[seed] - second[seed] for seed in seeds]) if seeds else None
+    return {seed: first[seed] - second[seed] for seed in first if seed in second}
+
+
+def contains_zero(found: Interval) -> bool:
+    """Whether an interval leaves open which of the two is the larger; one of a single seed does."""
+    return not abs(found.mean) > found.half
 
 
 def by_seed(summary: Summary, measure: str) -> dict[int, float]:
@@ -106,24 +156,88 @@ def summarize(entries: Sequence[Entry]) -> list[Summary]:
     for group in groups.values():
         finished = [entry for entry in group if entry.status.state == "finished"]
         counted = finished or [entry for entry in group if entry.status.train is not None]
-        measures = {}
-        for key in MEASURES:
-            values = [entry.result.get(key, math.nan) for entry in counted]
-            values = [value for value in values if math.isfinite(value)]
-            if values:
-                measures[key] = interval(values)
-        point = group[0].run.point
-        summaries.append(Summary(point, point_text(point), tuple(group), tuple(counted), measures))
+        summaries.append(summary_of(group, counted, is_ranked=bool(finished)))
     return summaries
 
 
-def best(summaries: Sequence[Summary], measure: str) -> Summary | None:
-    """The point with the best mean of a measure among finished ones; None where nothing is better than another."""
-    found = [summary for summary in summaries if summary.is_final and measure in summary.measures]
-    better = MEASURES[measure].better
-    if len(found) < 2 or not better:
+def summary_of(group: Sequence[Entry], counted: Sequence[Entry], *, is_ranked: bool) -> Summary:
+    """The summary of a point's runs, of which some count."""
+    measures, nonfinite = {}, {}
+    for key in MEASURES:
+        values = [entry.result[key] for entry in counted if key in entry.result]
+        if bad := sum(not math.isfinite(value) for value in values):
+            nonfinite[key] = bad
+        elif values:
+            measures[key] = interval(values)
+    point = group[0].run.point
+    return Summary(point, point_text(point), tuple(group), tuple(counted), measures, nonfinite, is_ranked)
+
+
+def standing(summaries: Sequence[Summary], measure: str) -> Standing | None:
+    """Who leads in a measure among the points that may be compared; None where nothing is better than another.
+
+    The best mean is found after the fact, so it alone says little: a point is behind it only where the paired interval
+    of the two does not contain 0. Of measures that the runs do not share (`likeness.unlike`) there is no best.
+    """
+    found = [summary for summary in summaries if summary.is_ranked and measure in summary.measures]
+    shown = MEASURES[measure]
+    if len(found) < 2 or not shown.better or unlike(counted_results(found), measure):
         return None
-    return (min if better == "lower" else max)(found, key=lambda summary: summary.measures[measure].mean)
+    lead = (min if shown.better == "lower" else max)(found, key=lambda summary: summary.measures[measure].mean)
+    others = [summary for summary in found if summary is not lead]
+    said = [relation(other, lead, measure) for other in others]
+    level, behind, untold = (
+        tuple(other for other, one in zip(others, said, strict=True) if one == word)
+        for word in ("level", "behind", "untold")
+    )
+    at_once = 1 - (1 - LEVEL) / len(others)
+    return Standing(lead, level, behind, untold, sum(relation(o, lead, measure, at_once) == "level" for o in behind))
+
+
+def relation(one: Summary, other: Summary, measure: str, level: float = LEVEL) -> str:
+    """Whether two points are "level", `one` is "behind", or it is "untold" for want of two seeds in common."""
+    found = paired_difference(one, other, measure, level)
+    if found is None or math.isnan(found.half):
+        return "untold"
+    is_zero = number_text(measure, found)[0].strip("-0.,%") == ""  # equal as written is equal
+    return "level" if is_zero or contains_zero(found) else "behind"
+
+
+def compared(summaries: Sequence[Summary]) -> list[Summary]:
+    """The points that a report compares: finished ones, or where fewer than two are, all that have a validation."""
+    finished = [summary for summary in summaries if summary.is_ranked]
+    begun = [s for s in summaries if "loss" in s.measures or "loss" in s.nonfinite]
+    return finished if len(finished) > 1 else begun
+
+
+def counted_results(summaries: Sequence[Summary]) -> list[Record]:
+    """The lines of results.jsonl of the runs that count."""
+    return [entry.result for summary in summaries for entry in summary.counted]
+
+
+def at_common_length(summaries: Sequence[Summary]) -> tuple[int, list[Summary]] | None:
+    """The points as they were after the most tokens at which all of them were validated, and how many these are.
+
+    None where all runs that count have seen as many tokens, or no number of tokens has a validation of all.
+    """
+    taking_part = compared(summaries)
+    if len(taking_part) < 2 or len(lengths(counted_results(taking_part))) < 2:
+        return None
+    found = [validated_at(entry.history) for summary in taking_part for entry in summary.counted]
+    tokens = max(set.intersection(*found), default=None)
+    if tokens is None:
+        return None
+    return tokens, [
+        summary_of(summary.entries, [cut(entry, tokens) for entry in summary.counted], is_ranked=True)
+        for summary in taking_part
+    ]
+
+
+def cut(entry: Entry, tokens: int) -> Entry:
+    """A run as it was after so many tokens."""
+    found = until(entry.history, tokens)
+    facts = {key: value for key, value in entry.result.items() if key not in MEASURES}
+    return entry._replace(result={**facts, **reached(found), **measure(found)}, history=found)
 
 
 def axes_of(labels: Mapping[str, str], runs: Sequence[Run]) -> list[AxisInfo]:

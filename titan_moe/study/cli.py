@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from titan_moe import runtime
 from titan_moe.files import write_atomic
@@ -18,6 +18,9 @@ from titan_moe.study.reuse import reuse
 from titan_moe.study.runner import Pool, check_pool, run_all, train_command
 from titan_moe.study.runs import changes, is_locked
 from titan_moe.study.spec import Study, load_study
+
+if TYPE_CHECKING:
+    from titan_moe.study.report import Written
 
 MARKER = "study.txt"  # what makes a folder that of a study
 PACKAGES = ("rich", "scipy", "jinja2", "matplotlib")
@@ -164,7 +167,9 @@ def closing(study: Study, runs: Sequence[Run], stopped: int) -> int:
     """Write the results, list what did not finish, and give the exit code."""
     report = write_report(study, runs)
     found = statuses(runs)
-    print(f"\n{counts(found)}\nresults      {study.folder / 'results.jsonl'}\nreport       {report}")
+    print(f"\n{counts(found)}\nresults      {study.folder / 'results.jsonl'}\nreport       {report.path}")
+    for sentence in report.findings:
+        print(sentence)
     for run, one in zip(runs, found, strict=True):
         if one.state in ("failed", "interrupted"):
             print(f"{one.state:<12} {point_text(run.point)}, seed {run.seed}: {one.message}\n{'':12} {run.folder}")
@@ -176,7 +181,7 @@ def closing(study: Study, runs: Sequence[Run], stopped: int) -> int:
     return int(any(one.state in ("failed", "interrupted") for one in found))
 
 
-def write_report(study: Study, runs: Sequence[Run], refresh: float | None = None) -> Path:
+def write_report(study: Study, runs: Sequence[Run], refresh: float | None = None) -> "Written":
     """Write results.jsonl, report.html and the figures of a study."""
     from titan_moe.study.report import study_report
 

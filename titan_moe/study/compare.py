@@ -9,6 +9,7 @@ from typing import Any
 from titan_moe.config import Config, read_saved
 from titan_moe.runtime import StopRequest
 from titan_moe.study.grid import Run, without_job
+from titan_moe.study.likeness import listed
 from titan_moe.study.progress import counts, statuses
 from titan_moe.study.report import Page, write_report
 from titan_moe.study.runs import METRICS, POINT, flat
@@ -19,7 +20,7 @@ MOST_AXES = 3  # runs that differ in more keys are told apart by their folders
 
 def compare(folders: Sequence[str], target: Path, watch: float | None) -> int:
     """Write a report on the runs in `folders` (or below, where they are studies) into `target`; again with `watch`."""
-    runs, labels = read_runs(find_runs(folders))
+    runs, labels, differ = read_runs(find_runs(folders))
     page = Page(
         f"Comparison of {len(runs)} run{'' if len(runs) == 1 else 's'}",
         "",
@@ -27,13 +28,16 @@ def compare(folders: Sequence[str], target: Path, watch: float | None) -> int:
         labels,
         Section().report,
         (*Section().curves, "train/param_norm"),
+        runs[0].point,
+        differ,
     )
     stop = StopRequest() if watch else None
     while True:
         report = write_report(page, runs, target, watch)
         found = statuses(runs)
-        print(f"{datetime.datetime.now():%H:%M:%S}  {counts(found)}  {report}", flush=True)
+        print(f"{datetime.datetime.now():%H:%M:%S}  {counts(found)}  {report.path}", flush=True)
         if watch is None or stop is None or all(one.state in ("finished", "failed") for one in found):
+            print("\n".join(report.findings))
             return 0
         limit = time.monotonic() + watch
         while time.monotonic() < limit and not stop.signal:
@@ -60,8 +64,11 @@ def _is_run(folder: Path) -> bool:
     return (folder / METRICS).exists() and any((folder / name).exists() for name in ("config.toml", POINT))
 
 
-def read_runs(folders: Sequence[Path]) -> tuple[list[Run], Mapping[str, str]]:
-    """The runs with their points, and the names of the axes: the keys in which their configurations differ."""
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], Mapping[str, str], list[str]]:
+    """The runs with their points, the names of the axes, which are the keys that differ, and these where they are not.
+
+    The last are sentences: of runs that are told apart by their folders, what differs between them.
+    """
     configs = [read_saved(_config_file(folder)) for folder in folders]
     keys = differing([without_seed(config) for config in configs])
     short = {key: key.rpartition(".")[2] for key in keys}
@@ -69,15 +76,28 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], Mapping[str, str]]:
         short = {key: key for key in keys}
     tables = [flat(config) for config in configs]
     points: list[dict[str, Any]] = [{short[key]: _plain(table.get(key)) for key in keys} for table in tables]
+    differ: list[str] = []
     same = [repr((point, config.training.seed)) for point, config in zip(points, configs, strict=True)]
     if len(keys) > MOST_AXES or len(set(same)) < len(same):
         points = [{"run": name} for name in _names(folders)]
         short = {"run": "run"}
+        differ = told(keys, tables)
     runs = [
         Run(point, config.training.seed, folder, config)
         for point, config, folder in zip(points, configs, folders, strict=True)
     ]
-    return runs, {name: name for name in short.values()}
+    return runs, {name: name for name in short.values()}, differ
+
+
+def told(keys: Sequence[str], tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    """In what the configurations of runs differ, in a sentence; that they do not, where they do not."""
+    if not keys:
+        return ["The configurations do not differ but for the seed: what differs in the results is not of a setting."]
+    parts = []
+    for key in keys:
+        values = list(dict.fromkeys(str(_plain(table.get(key))) for table in tables))
+        parts.append(f"{key} ({listed(values)})")
+    return [f"The configurations differ in {len(keys)} key{'' if len(keys) == 1 else 's'}: {', '.join(parts)}."]
 
 
 def _config_file(folder: Path) -> Path:

@@ -11,6 +11,7 @@ from titan_moe.study.analysis import AxisInfo, Entry, Summary, short_name
 from titan_moe.study.figures import Panel
 from titan_moe.study.grid import value_text
 from titan_moe.study.measures import CURVES
+from titan_moe.study.runs import Curve
 from titan_moe.study.theme import GRID, WIDTH, colour, dashes, marker, new_figure
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ def curve_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], names: 
     for name in names:
         figure = curves(shown, axes, name)
         if figure is not None:
-            of = f"; the {MOST_LINES} points of lowest loss" if len(summaries) > MOST_LINES else ""
+            of = f"; the {MOST_LINES} points of lowest last loss" if len(summaries) > MOST_LINES else ""
             text = f"{CURVES[name].label} over the steps: mean over seeds, shaded from lowest to highest{of}"
+            if any(_alone(summary, name) for summary in shown):
+                text += "; thin and dotted: single runs that failed, or are further than others of their point"
             text += _beginning(name)
             panels.append(Panel(f"curve_{name.replace('/', '_')}", text, figure))
     return panels
@@ -46,12 +49,13 @@ def curves(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo], name: st
     lines = []
     title = axes_info[0].label if len(axes_info) == 1 else None
     for index, summary in enumerate(summaries):
-        of_seeds = [entry.history.curves[name] for entry in summary.entries if entry.history.curves.get(name)]
+        of_seeds = [entry.history.curves[name] for entry in summary.counted if entry.history.curves.get(name)]
         if of_seeds:
             label = value_text(summary.point[axes_info[0].id]) if title else short_name(summary.point, axes_info)
             lines.append((index, label, *_band(of_seeds, CURVES[name].smooth)))
     if not lines:
         return None
+    alone = [(index, curve) for index, summary in enumerate(summaries) for curve in _alone(summary, name)]
     longest = max(len(label) for _, label, *_ in lines)
     columns = 4 if longest < 7 else 2 if longest < 24 else 1
     figure = new_figure(2.9 + 0.19 * math.ceil(len(lines) / columns) + (0.2 if title else 0))
@@ -62,12 +66,27 @@ def curves(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo], name: st
         axes.plot(steps, mean, label=label, marker=marker(index), markevery=every, **style)
         if (high > low).any():
             axes.fill_between(steps, low, high, color=colour(index), alpha=0.15, linewidth=0)
+    for index, curve in alone:
+        axes.plot(*zip(*curve, strict=True), color=colour(index), linestyle=":", linewidth=0.9)
     _cut_beginning(axes, [(steps, mean) for _, _, steps, mean, _, _ in lines], name)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_ylabel(CURVES[name].label)
     figure.legend(loc="outside lower center", ncols=columns, title=title)
     return figure
+
+
+def _alone(summary: Summary, name: str) -> list[Curve]:
+    """What the mean over seeds leaves out: runs that do not count, and steps that not all seeds have come to."""
+    counted = [entry.history.curves[name] for entry in summary.counted if entry.history.curves.get(name)]
+    last = min((curve[-1][0] for curve in counted), default=0)
+    ahead = [[point for point in curve if point[0] >= last] for curve in counted]
+    others = [
+        e.history.curves[name]
+        for e in summary.entries
+        if all(e is not c for c in summary.counted) and e.history.curves.get(name)
+    ]
+    return [curve for curve in [*ahead, *others] if len(curve) > 1]
 
 
 def _band(of_seeds: Sequence[Sequence[tuple[int, float]]], smooth: bool) -> tuple[np.ndarray, ...]:
@@ -113,10 +132,19 @@ def load_panel(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo]) -> l
         return []
     shown = found[:MOST_LOADS]
     of = f" (the first {MOST_LOADS} points)" if len(found) > MOST_LOADS else ""
-    seed = shown[0][1].run.seed
+    alike = {
+        len({entry.run.seed for _, entry in shown}),
+        len({entry.history.validations[-1]["step"] for _, entry in shown}),
+    }
+    first = shown[0][1]
+    if alike == {1}:
+        which = f"seed {first.run.seed}, step {first.history.validations[-1]['step']:,}"
+    else:
+        which = "seed and step by its name"
+        shown = [(f"{n} (seed {e.run.seed}, step {e.history.validations[-1]['step']:,})", e) for n, e in shown]
     text = (
         f"load of each expert (columns) in each MoE layer (rows) at the last validation, over its even share{of}; "
-        f"seed {seed}: 1 is even (white), less is blue, more is red"
+        f"{which}: 1 is even (white), less is blue, more is red"
     )
     return [Panel("loads", text, loads([(name, np.array(entry.history.load)) for name, entry in shown]))]
 

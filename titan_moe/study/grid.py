@@ -49,6 +49,20 @@ def expand(study: Study) -> list[Point]:
     return points
 
 
+def baseline_of(study: Study, points: Sequence[Point]) -> Point:
+    """The point that the others are compared with; ValueError where `study.baseline` is none of them."""
+    wanted = study.section.baseline
+    if not wanted:
+        return points[0]
+    if wanted not in points:
+        shown = f"{{ {', '.join(f'{key} = {value!r}' for key, value in points[0].items())} }}"
+        raise ValueError(
+            f"{study.path}: study.baseline: {point_text(wanted)} is none of the points: give a value for each axis, as "
+            f"in {shown}"
+        )
+    return next(point for point in points if point == wanted)
+
+
 def _check_distinct(study: Study, points: Sequence[Point]) -> None:
     folders: dict[str, Point] = {}
     for point in points:
@@ -63,7 +77,9 @@ def _check_distinct(study: Study, points: Sequence[Point]) -> None:
 def runs_of(study: Study) -> list[Run]:
     """Every run of the study with its configuration checked; an axis that names no key or a wrong value is an error."""
     runs, same = [], dict[str, Point]()
-    for point in expand(study):
+    points = expand(study)
+    baseline_of(study, points)
+    for point in points:
         for seed in study.section.seeds:
             folder = study.folder / "runs" / folder_name(point) / f"seed-{seed}"
             runs.append(Run(point, seed, folder, resolve(study, point, seed, folder)))

@@ -21,6 +21,7 @@ from titan_moe.study.grid import Run, point_text, without_job
 from titan_moe.study.measures import CURVES
 
 POINT, LOG, EXIT_CODE, METRICS, LOCK = "point.toml", "log.txt", "exit_code", "metrics.jsonl", ".lock"
+TOKENS = "train/num_tokens"  # tokens seen so far, over the steps
 TAIL = 1 << 21  # bytes at the end of metrics.jsonl that hold the last step and the last validation
 Record = dict[str, Any]
 Curve = list[tuple[int, float]]  # step, value
@@ -150,7 +151,7 @@ def _history(path: Path, size: int, changed: int) -> History:
 
 
 def _kept(kind: str) -> list[str]:
-    extra = ["step_seconds", "peak_memory_gib"] if kind == "train" else []
+    extra = ["step_seconds", "peak_memory_gib", "num_tokens"] if kind == "train" else []
     return [name.partition("/")[2] for name in CURVES if name.startswith(f"{kind}/")] + extra
 
 
@@ -169,9 +170,10 @@ def measure(found: History) -> dict[str, float]:
     """The measures of a run (see `measures.MEASURES`); those that it does not have are absent.
 
     Validation numbers are of the last validation, `best_` ones of the best. Speed is the median over the steps after
-    the first, memory the peak; `maxvio_batch` is the mean over all steps (the paper, 3.3.4).
+    the first, memory the peak; `maxvio_batch` is the mean over all steps (the paper, 3.3.4). Numbers of training leave
+    out the steps where they are not finite, NaN where that is all of them.
     """
-    results = {}
+    results: dict[str, float] = {}
     if found.validations:
         last = found.validations[-1]
         keys = ("loss", "perplexity", "accuracy", "maxvio_global", "aux_loss", "z_loss")
@@ -192,12 +194,26 @@ def measure(found: History) -> dict[str, float]:
     }
     for name, (key, reduce) in of_curves.items():
         if curve := found.curves.get(f"train/{key}"):
-            results[name] = reduce([value for _, value in curve])
+            values = [value for _, value in curve if math.isfinite(value)]
+            results[name] = reduce(values) if values else math.nan
     return results
 
 
 def _last_tenth(values: list[float]) -> float:
     return fmean(values[-max(1, len(values) // 10) :])
+
+
+def until(found: History, tokens: int) -> History:
+    """What a run had measured when it had seen so many tokens."""
+    last = max((step for step, seen in found.curves.get(TOKENS, []) if seen <= tokens), default=0)
+    curves = {name: [point for point in curve if point[0] <= last] for name, curve in found.curves.items()}
+    return History(curves, [record for record in found.validations if record["step"] <= last], None)
+
+
+def validated_at(found: History) -> set[int]:
+    """The numbers of tokens that a run had seen at its validations."""
+    seen = dict(found.curves.get(TOKENS, []))
+    return {int(seen[record["step"]]) for record in found.validations if record["step"] in seen}
 
 
 def changes(run: Run) -> list[str]:
@@ -234,16 +250,15 @@ def flat(config: Config) -> dict[str, Any]:
     """Every key of a configuration by its dotted name, as it stands in a file."""
     from titan_moe.config.layers import tomllib
 
+    return flatten(tomllib.loads(to_toml(config)))
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted keys."""
     found: dict[str, Any] = {}
-
-    def collect(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                collect(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            found[prefix] = value
-
-    collect("", tomllib.loads(to_toml(config)))
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        found |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return found
 
 
@@ -277,23 +292,60 @@ def try_lock(file: TextIO) -> bool:
     return True
 
 
+def read_facts(folder: Path) -> Record:
+    """run.json of a run, empty where there is none or it can't be read."""
+    try:
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def result(run: Run, state: str) -> Record:
     """One line of results.jsonl."""
-    facts = run.folder / "run.json"
-    machine = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
-    found = history(run.folder / METRICS)
-    train = found.curves.get("train/loss", [])
+    found, data = history(run.folder / METRICS), run.config.data
     return {
         "point": dict(run.point),
         "name": point_text(run.point),
         "seed": run.seed,
         "state": state,
-        "step": train[-1][0] if train else 0,
         "steps": run.config.training.steps,
+        **reached(found),
         **measure(found),
         "folder": str(run.folder),
-        "git_commit": machine.get("git_commit"),
-        "device": machine.get("device"),
+        "dataset": data.dataset,
+        "path": list(data.path),
+        "validation_path": list(data.validation_path),
+        "tokenizer": data.tokenizer,
+        **recorded(read_facts(run.folder)),
+    }
+
+
+def reached(found: History) -> Record:
+    """How far a run has come: steps and tokens, the tokens it is validated on, and its steps without a finite loss."""
+    losses, tokens = found.curves.get("train/loss", []), found.curves.get(TOKENS, [])
+    return {
+        "step": losses[-1][0] if losses else 0,
+        "num_tokens": int(tokens[-1][1]) if tokens else None,
+        "validation_tokens": found.validations[-1].get("num_tokens") if found.validations else None,
+        "nonfinite_steps": sum(not math.isfinite(value) for _, value in losses),
+    }
+
+
+def recorded(facts: Record) -> Record:
+    """What run.json says of the model, the data and the machine, None for what it does not say.
+
+    `changed_keys` are those of the configuration that a start of the run changed, by its history.
+    """
+    keys = ("git_commit", "device", "world_size", "threads", "torch", "parameters", "active_parameters")
+    starts = facts.get("history")
+    changes = [start.get("changes") for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    changed = {str(key) for one in changes if isinstance(one, dict) for key in one}
+    return {
+        **{key: facts.get(key) for key in keys},
+        "data_fingerprint": facts.get("data"),
+        "tokenizer_fingerprint": facts.get("tokenizer"),
+        "changed_keys": sorted(changed),
     }
 
 

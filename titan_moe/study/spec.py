@@ -48,6 +48,9 @@ class Section:
     description: Annotated[str, "a paragraph on it, for the reader"] = ""
     dump_folder: Annotated[str, "folder of the study (empty: ./outputs/studies/NAME)"] = ""
     seeds: Annotated[Seeds, "values of training.seed: every point runs with each"] = field(default_factory=lambda: [42])
+    baseline: Annotated[
+        dict[str, Any], "the point that the others are compared with, a value for each axis (empty: the first)"
+    ] = field(default_factory=dict)
     combine: Annotated[
         Literal["product", "zip", "points"], "how the axes' values make points; points: only those of [[points]]"
     ] = "product"
