@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from titan_moe.commands import Parser
 from titan_moe.config.layers import tomllib
 from titan_moe.files import write_atomic
+from titan_moe.markdown import code, plain
 from titan_moe.study.analysis import LEVEL, Interval, interval
 from titan_moe.study.likeness import cautions, length_text, listed, unlike, values
 from titan_moe.study.measures import MEASURES
@@ -243,7 +244,7 @@ def page(
     for name, about in document["studies"].items():
         finished = [r for r in found[name] if r["state"] == "finished"]
         lines += ["", f"- `{name}`: {about} " + (f"[Table]({name}/table.md)." if finished else "Not run.")]
-        lines += [f"  - {caution}" for caution in cautions(finished)]
+        lines += [f"  - {plain(caution)}" for caution in cautions(finished)]
         lines += [f"\n  ![{name}: {figure}]({name}/{figure}.png)" for figure in figures.get(name, [])]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -260,11 +261,11 @@ def facts(name: str, results: Results) -> str:
     )
     unknown = "not recorded"
     cells = [
-        *(f"`{name}`", size or unknown, listed(list(dict.fromkeys(map(length_text, finished))))),
+        *(size or unknown, listed(list(dict.fromkeys(map(length_text, finished))))),
         *(str(len(values(finished, "seed"))), f"{len(finished)} of {len(results)}", listed(list(paths)) or unknown),
         *(listed([str(value) for value in values(finished, key)]) or unknown for key in ("tokenizer", "device")),
     ]
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+    return f"| {' | '.join([code(name), *map(plain, cells)])} |"
 
 
 def _millions(count: int) -> str:
