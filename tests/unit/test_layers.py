@@ -34,6 +34,7 @@ LAYERS = {
     "optimizer.expert_stats": 0,
     "optimizer.schedule": 0,
     "metrics": 0,
+    "norms": 0,
     "files": 0,
     "markdown": 0,
     "gpus": 0,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from titan_moe.norms import norms
 from titan_moe.optimizer.groups import group_of, layer_indices
 from titan_moe.optimizer.load_lr import local, rows
 
@@ -55,7 +56,7 @@ def expert_sums(experts: Mapping[nn.Parameter, int], before: Iterable[Tensor], o
 
 def _squares(rows: Tensor) -> Tensor:
     """Sum of squares of each row, (R, ...) -> (R,) float64."""
-    return torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32).double().square()
+    return norms(rows.unbind()).square() if len(rows) else rows.new_zeros(0, dtype=torch.float64)
 
 
 @torch.no_grad()

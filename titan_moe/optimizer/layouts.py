@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titan_moe.norms import matrix_norms
 from titan_moe.optimizer.blocks import Region, cut, from_blocks, grid, regions, to_blocks
 from titan_moe.optimizer.factors import Factor, Side, add_product, kept_sides, root_of
 from titan_moe.optimizer.transform import State, Tick
@@ -55,8 +56,7 @@ def block_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dt
                 blocks = root @ blocks if side == "left" else blocks @ root
             blocks = blocks.float()
             if graft:
-                norms = torch.linalg.vector_norm(blocks, dim=(1, 2))
-                blocks *= quotient(block_norms(direction, region).flatten(), norms).view(-1, 1, 1)
+                blocks *= quotient(block_norms(direction, region).flatten(), matrix_norms(blocks)).view(-1, 1, 1)
             if blocks.shape == x.shape:
                 return blocks  # one block: no copy
             from_blocks(blocks, region, direction)

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from titan_moe.norms import matrix_norms
 from titan_moe.optimizer.factors import DTYPES
 from titan_moe.optimizer.transform import State, Tick, Transform, momentum
 
@@ -41,7 +42,8 @@ def muon_direction(*, beta: float, nesterov: bool, ns_steps: int, adjust_lr: Ste
 def orthogonalize(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Bring the singular values of each matrix of (R, M, N) near one, in `dtype`; a zero matrix stays zero."""
     wide = x.to(dtype).mT if x.shape[1] > x.shape[2] else x.to(dtype)
-    wide = wide / torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True).clamp(min=SMALLEST_NORM)
+    norm_R11 = matrix_norms(wide).clamp(min=SMALLEST_NORM).view(-1, 1, 1)
+    wide = wide / norm_R11.to(dtype)
     a, b, c = COEFFICIENTS
     for _ in range(steps):
         gram = wide @ wide.mT
