@@ -19,7 +19,7 @@ from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_experts_back
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import Degrees, Meshes, build_mesh, resolve_degrees
-from titan_moe.parallelize.parallelize import DTYPES, missing_compiler, parallelize
+from titan_moe.parallelize.parallelize import DTYPES, cast_parameters, missing_compiler, parallelize
 from titan_moe.parallelize.quantize import check_quantize, quantize
 from titan_moe.records import log_parameters
 from titan_moe.runtime import Runtime, logger
@@ -75,7 +75,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
     model = build_sharded(config, mesh, compile_blocks=compiles(config, rt.device) and can_compile(rt))
-    model.to(DTYPES[training.dtype]).to_empty(device=rt.device)
+    model.to_empty(device=rt.device)
     model.init_weights(training.seed)
     runtime.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
     optimizer = build_optimizer(config, model)
@@ -125,6 +125,7 @@ def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) 
     training = config.training
     with torch.device("meta"):
         model = build_model(config)
+    cast_parameters(model, DTYPES[training.dtype])
     quantize(model, **dataclasses.asdict(config.quantize))
     use_experts_backend(model, find_component(EXPERTS_BACKENDS, config.moe.experts_backend))
     parallelize(

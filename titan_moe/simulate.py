@@ -413,7 +413,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     # From here on nothing is allocated, and every operator passes the meter.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        model.to(getattr(torch, training.dtype)).to_empty(device="cpu")
+        model.to_empty(device="cpu")
         optimizer, balancers = build_optimizer(without_load_lr(config), model), build_balancers(config)
         own_length = training.seq_len // degrees.per_sequence
         tokens = torch.zeros(training.local_batch_size, own_length, dtype=torch.int64)

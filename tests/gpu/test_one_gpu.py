@@ -17,6 +17,9 @@ from tests.tiny import adamw, balancers, batch, tiny_model
 from titan_moe.model.grouped import float8_grouped_mm, grouped_mm
 from titan_moe.model.moe import MoE, expert_swiglu
 from titan_moe.model.routing import ROUTERS
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.combined import clip_gradients
+from titan_moe.parallelize.grad import grad_norm
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.step import evaluate, train_step
 
@@ -49,6 +52,19 @@ def test_steps_equal_those_of_a_cpu() -> None:
     on_cpu, here = build(None, device="cpu"), build(None)
     here.load_state_dict(on_cpu.state_dict())
     torch.testing.assert_close(numbers(train(here)), numbers(train(on_cpu)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_and_clipping_are_right_to_a_millionth(dtype: torch.dtype) -> None:
+    weight = torch.nn.Parameter(torch.zeros(3, 1024, 4096, device=DEVICE, dtype=dtype))
+    weight.grad = torch.randn(weight.shape, device=DEVICE).to(dtype)
+    exact = weight.grad.double()
+    norm = grad_norm([weight])
+    assert norm.item() == pytest.approx(exact.square().sum().sqrt().item(), rel=1e-6)
+    groups = [{"name": "expert", "params": [weight]}]
+    clip_gradients(OPTIMIZERS["muon"](groups), norm, 0.7)
+    want = (exact / (norm.double() / 0.7)).to(dtype)  # each rounded to bf16 once, by a scale that is not
+    assert grad_norm([weight]).item() == pytest.approx(want.double().square().sum().sqrt().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

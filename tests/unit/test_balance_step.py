@@ -1,5 +1,6 @@
 """What a training step does with balancers: scopes, losses that are only evaluated, schedules, quantiles."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ import torch.nn.functional as F
 
 from tests.tiny import batch, tiny_model
 from titan_moe.balancer import BALANCERS
+from titan_moe.checkpoint import load_model, save_checkpoint
+from titan_moe.config import load_config, to_toml
+from titan_moe.job import build_sharded
 from titan_moe.model.transformer import Transformer
 from titan_moe.step import train_step
 
@@ -123,3 +127,25 @@ def test_two_rules_compose() -> None:
     error = load.mean(-1, keepdim=True) - load
     expected = 0.25 * error.sign() + 0.5 * error / load.mean(-1, keepdim=True)
     torch.testing.assert_close(torch.stack(model.expert_biases()), expected)
+
+
+def test_selection_biases_of_a_bf16_model_keep_their_small_steps(tmp_path: Path) -> None:
+    """Near 0.5 a step of 0.001 is less than half of what bf16 can tell apart."""
+    sizes = ("--model.dim=16", "--model.num_layers=2", "--model.num_heads=2", "--model.vocab_size=64", "--moe.top_k=1")
+    experts = ("--moe.num_experts=4", "--moe.expert_dim=16", "--balancer.loss_free.rate=0.001")
+    config = load_config([*sizes, *experts, "--training.dtype=bfloat16"])
+    model = build_sharded(config, None, compile_blocks=False)
+    model.to_empty(device="cpu")
+    model.init_weights(0)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    for bias in model.expert_biases():
+        bias.fill_(0.5)
+    output = step(model, {"loss_free": (1.0, BALANCERS["loss_free"](rate=0.001))})
+    want = 0.5 + 0.001 * torch.sign(output.load.float().mean(-1, keepdim=True) - output.load)
+    got = torch.stack(model.expert_biases())
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
+
+    # and a checkpoint has them as they are
+    files = {"config.toml": to_toml(config)}
+    step_folder = save_checkpoint(tmp_path, 1, model=model, optimizer=None, extra={}, files=files, keep_latest_k=1)
+    assert torch.equal(torch.stack(load_model(step_folder)[0].expert_biases()), got)

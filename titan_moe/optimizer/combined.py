@@ -110,7 +110,11 @@ def clip_gradients(optimizer: Optimizer, norm: Tensor, max_norm: float) -> None:
             part.grad_scale = scale  # pyrefly: ignore[missing-attribute]
         elif scale is not None:
             gradients = [local(p.grad) for group in part.param_groups for p in group["params"] if p.grad is not None]
-            torch._foreach_div_(gradients, scale)
+            if all(gradient.dtype == scale.dtype for gradient in gradients):
+                torch._foreach_div_(gradients, scale)
+            else:
+                for gradient in gradients:
+                    gradient.div_(scale.view(1))  # not a scalar, which a GPU rounds to the gradient's type first
 
 
 def refuse_nonfinite_gradients(model: nn.Module, optimizer: Optimizer, norm: Tensor) -> None:

@@ -159,9 +159,14 @@ def move_for_inference(model: nn.Module, device: torch.device, param_dtype: torc
     In fp32 the experts' products are a loop there that waits for the device. The selection biases stay in fp32.
     """
     if device.type != "cpu":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(param_dtype)
+        cast_parameters(model, param_dtype)
     return model.to(device)
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in another type; buffers stay: a selection bias of bf16 would lose most of its small steps."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def reshard(model: nn.Module) -> None:
