@@ -35,6 +35,7 @@ from titan_moe.config import Config
 from titan_moe.job import build_sharded
 from titan_moe.model import cross_entropy
 from titan_moe.model.moe import MoE
+from titan_moe.model.selection import capacity_of, exact_factor
 from titan_moe.optimizer import matrix
 from titan_moe.optimizer.combined import refuse_nonfinite_gradients
 from titan_moe.optimizer.load_lr import local
@@ -405,7 +406,8 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     training, simulated = config.training, min(micro_batches, 3)
     mesh = build_mesh(device=torch.device("cpu"), **degrees._asdict())
     model = build_sharded(config, mesh, compile_blocks=False)
-    rows = rows_sent(config) // degrees.per_sequence
+    own_length = training.seq_len // degrees.per_sequence
+    rows = rows_sent(config, training.local_batch_size * own_length)
     received = -(-int(rows * (1 + excess)) // degrees.expert) * degrees.expert
     if mesh.ep is not None:
         give_splits(model, mesh.ep, rows, received)
@@ -415,7 +417,6 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     with fake:
         model.to_empty(device="cpu")
         optimizer, balancers = build_optimizer(without_load_lr(config), model), build_balancers(config)
-        own_length = training.seq_len // degrees.per_sequence
         tokens = torch.zeros(training.local_batch_size, own_length, dtype=torch.int64)
         vocabulary = config.model.vocab_size
         meter = Meter(fake, {vocabulary, vocabulary // degrees.tensor})
@@ -463,11 +464,14 @@ def whole_step(passes: list[Work], simulated: int, micro_batches: int) -> Work:
     return work
 
 
-def rows_sent(config: Config) -> int:
-    """Rows that the tokens of a micro-batch become in a MoE layer."""
-    choices = config.training.local_batch_size * config.training.seq_len * config.moe.top_k
-    factor = config.router.arguments.get("capacity_factor") or 1.0
-    return int(choices * (factor if config.router.name == "expert_choice" else min(1.0, factor)))
+def rows_sent(config: Config, num_tokens: int) -> int:
+    """Rows that a rank's tokens of a micro-batch become in a MoE layer, where as many are kept as can be."""
+    moe, factor = config.moe, config.router.arguments.get("capacity_factor")
+    choices = num_tokens * moe.top_k
+    if not factor:
+        return choices
+    room = moe.num_experts * capacity_of(num_tokens, moe.top_k, moe.num_experts, exact_factor(factor))
+    return room if config.router.name == "expert_choice" else min(choices, room)
 
 
 def without_load_lr(config: Config) -> Config:

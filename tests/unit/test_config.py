@@ -80,6 +80,9 @@ def test_defaults_are_the_papers_table_1():
         (["--router.capacity_factor", "1", "--router.drop_policy", "score"], "drop_policy = 'position' does not"),
         (["--router.capacity_factor", "1"], ""),
         (["--moe.num_experts", "0", "--router.name", "expert_choice"], ""),
+        (["--training.steps", "60"], "warmup_steps (300) is not below training.steps (60): learning rates rise until"),
+        (["--training.steps", "60", "--moe.num_experts", "0"], "to 0.2 of what is set"),
+        (["--training.steps", "60", "--lr_scheduler.warmup_steps", "59"], ""),
         ([], ""),
     ],
 )

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from titan_moe.model.assignment import auction_assignment, exact_assignment
 from titan_moe.model.routing import ROUTERS, Routing
+from titan_moe.model.selection import capacity_of, exact_factor
 
 T, E = 24, 6
 
@@ -158,6 +159,25 @@ class TestCapacity:
         assert roomy.kept is not None
         assert roomy.kept.all()
         assert_close(roomy.topk_scores, free.topk_scores)
+
+    @pytest.mark.parametrize(
+        ("factor", "room"),
+        [(1.1, 110), (1.0, 100), (0.07, 7), (0.29, 29), (0.57, 57), (1.155, 116), (1 / 3, 34), (2 / 3, 67), (2.0, 200)],
+    )
+    def test_room_is_exact(self, factor: float, room: int) -> None:
+        """100 * 1.1 is 110, although floating point has 110.00000000000001; a third is a third."""
+        assert capacity_of(200, 2, 4, exact_factor(factor)) == room
+        z = torch.tensor([3.0, 2.0, 1.0, 0.0]).repeat(200, 1).requires_grad_()  # all tokens choose the same two
+        dropped = ROUTERS["topk_softmax"](top_k=2, capacity_factor=factor)(z, None)
+        assert dropped.kept is not None
+        assert dropped.kept.sum(0).tolist() == [room, room]
+        even = ROUTERS["expert_choice"](top_k=2, capacity_factor=factor)(z, None)
+        assert even.tokens_per_expert.tolist() == [room] * 4
+
+    def test_huge_factors_are_room_for_all(self) -> None:
+        assert capacity_of(200, 2, 4, exact_factor(1e308)) == 200
+        with pytest.raises(ValueError, match=r"router.capacity_factor \(inf\) must be a finite number"):
+            exact_factor(math.inf)
 
 
 class TestExpertChoice:

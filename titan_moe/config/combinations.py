@@ -5,6 +5,7 @@ import torch
 from titan_moe.balancer import BALANCERS, keep_bias
 from titan_moe.config.sections import Config
 from titan_moe.model.routing import ROUTERS
+from titan_moe.optimizer.schedule import SCHEDULES
 
 EVEN = ("expert_choice", "base")  # the load of a forward pass is even whatever the logits
 
@@ -46,9 +47,16 @@ def _has_bias(config: Config, name: str) -> bool:
 
 def cautions(config: Config) -> list[str]:
     """What to say once at the start of a run: choices that are sound only for some uses."""
+    found = []
+    steps, warmup = config.training.steps, config.lr_scheduler.arguments.get("warmup_steps", 0)
+    if config.lr_scheduler.name in SCHEDULES and warmup >= steps:
+        found.append(
+            f"lr_scheduler.warmup_steps ({warmup}) is not below training.steps ({steps}): learning rates rise until "
+            f"the run ends, to {steps / warmup:.2g} of what is set, and do not fall again"
+        )
     if config.moe.num_experts == 0:
-        return []
-    name, found = config.router.name, []
+        return found
+    name = config.router.name
     if name == "expert_choice":
         found.append(
             "router.name = 'expert_choice' compares each token with later ones: a causal model sees the future, in "

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_moe.model.selection import Router, Routing, check_top_k, make_routing, rank_in_expert
+from titan_moe.model.selection import (
+    Router,
+    Routing,
+    capacity_of,
+    check_top_k,
+    exact_factor,
+    make_routing,
+    rank_in_expert,
+)
 
 PRICE_STEPS = 8
 EXACT_TOKENS = 2048  # SciPy's solver takes T^2 numbers and up to T^3 operations
@@ -46,12 +54,13 @@ def expert_choice(
     check_top_k(top_k, temperature)
     if not capacity_factor > 0:
         raise ValueError(f"router.capacity_factor ({capacity_factor}) must be above 0 with expert_choice")
+    factor = exact_factor(capacity_factor)
 
     def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None) -> Routing:
         _no_bias("expert_choice", expert_bias_E)
         logits_TE = router_logits_TE.float()
         T, E = logits_TE.shape
-        capacity = min(T, math.ceil(T * top_k / E * capacity_factor))
+        capacity = capacity_of(T, top_k, E, factor)
         z_TE = logits_TE / temperature
         scores_TE = z_TE.softmax(-1)
         ranked_TE = scores_TE.detach() if order == "softmax_topk" else z_TE.detach()

@@ -23,6 +23,7 @@ from titan_moe.model.selection import (
     Router,
     Routing,
     drop_over_capacity,
+    exact_factor,
     make_routing,
     normalized,
     scaled_logits,
@@ -51,7 +52,8 @@ def topk_softmax(
     2020, without the random dispatch of second choices). The bias is added to the logits, as in section 3.3.3.
     Raises ValueError for arguments out of range, and when it is called with fewer than top_k experts.
     """
-    options = Options(top_k, temperature, num_groups, topk_groups, jitter, noise_std, capacity_factor, drop_policy)
+    factor = exact_factor(capacity_factor)
+    options = Options(top_k, temperature, num_groups, topk_groups, jitter, noise_std, factor, drop_policy)
     options.check()
 
     def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None) -> Routing:
@@ -82,7 +84,8 @@ def softmax_topk(
     Source: Tandogan et al., section 3.3; Switch (Fedus et al., 2021) for top_k = 1; Qwen2-MoE with norm_topk_prob
     off. Raises ValueError for arguments out of range, and when it is called with fewer than top_k experts.
     """
-    options = Options(top_k, temperature, num_groups, topk_groups, jitter, noise_std, capacity_factor, drop_policy)
+    factor = exact_factor(capacity_factor)
+    options = Options(top_k, temperature, num_groups, topk_groups, jitter, noise_std, factor, drop_policy)
     options.check()
 
     def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None) -> Routing:

@@ -5,12 +5,14 @@ Shapes: T tokens, E experts, K top_k, N = T * K choices.
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 DropPolicy = Literal["position", "score"]
+Factor = tuple[int, int]  # numerator, denominator
 
 
 class Routing(NamedTuple):
@@ -38,7 +40,7 @@ class Options(NamedTuple):
     topk_groups: int
     jitter: float
     noise_std: float
-    capacity_factor: float = 0.0
+    capacity_factor: Factor = (0, 1)
     drop_policy: DropPolicy = "position"
 
     def check(self) -> None:
@@ -48,10 +50,11 @@ class Options(NamedTuple):
             raise ValueError(
                 f"router.topk_groups ({self.topk_groups}) must be from 1 to router.num_groups ({self.num_groups})"
             )
-        if not 0 <= self.jitter < 1 or self.noise_std < 0 or self.capacity_factor < 0:
+        numerator, denominator = self.capacity_factor
+        if not 0 <= self.jitter < 1 or self.noise_std < 0 or numerator < 0:
             raise ValueError(
                 f"router.jitter ({self.jitter}) must be at least 0 and below 1, router.noise_std ({self.noise_std}) "
-                f"and router.capacity_factor ({self.capacity_factor}) at least 0"
+                f"and router.capacity_factor ({numerator / denominator}) at least 0"
             )
 
 
@@ -146,12 +149,12 @@ def drop_over_capacity(routing: Routing, options: Options) -> Routing:
     weights of what is kept don't change, a token without any expert passes by the residual alone. Evaluation drops
     nothing: what a token gets there must not depend on the others of its batch.
     """
-    if not options.capacity_factor or not torch.is_grad_enabled():
+    if options.capacity_factor[0] == 0 or not torch.is_grad_enabled():
         return routing
     ids_TK = routing.topk_experts
     T, K = ids_TK.shape
     E = routing.scores.shape[-1]
-    capacity = math.ceil(T * K / E * options.capacity_factor)
+    capacity = capacity_of(T, K, E, options.capacity_factor)
     if options.drop_policy == "score":
         order_N = routing.scores.detach().gather(-1, ids_TK).flatten().argsort(descending=True, stable=True)
     else:
@@ -167,6 +170,24 @@ def drop_over_capacity(routing: Routing, options: Options) -> Routing:
         kept=kept_TK,
         capacity=capacity,
     )
+
+
+def exact_factor(capacity_factor: float) -> Factor:
+    """The fraction that a factor stands for, with a denominator of a million at most: (11, 10) for 1.1."""
+    if not math.isfinite(capacity_factor):
+        raise ValueError(f"router.capacity_factor ({capacity_factor}) must be a finite number")
+    return Fraction(capacity_factor).limit_denominator(1_000_000).as_integer_ratio()
+
+
+def capacity_of(num_tokens: int, top_k: int, num_experts: int, factor: Factor) -> int:
+    """The most tokens that an expert has room for: ceil(num_tokens * top_k / num_experts * factor), or all of them.
+
+    In integers: 1.1 times 100 is 110, where floating point has 110.00000000000001, and Megatron-core so 111.
+    """
+    numerator, denominator = factor
+    if numerator * top_k >= denominator * num_experts:
+        return num_tokens
+    return -(-num_tokens * top_k * numerator // (num_experts * denominator))
 
 
 def rank_in_expert(expert_N: Tensor, order_N: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
