@@ -358,6 +358,22 @@ def test_soap_steps_alike_whenever_an_expert_wakes() -> None:
 
 
 @pytest.mark.parametrize("name", MATRIX)
+def test_how_an_expert_without_tokens_moves_on(name: str) -> None:
+    """Muon's steps have one size, whatever is left of the momentum; the others' fade with it."""
+    weight = nn.Parameter(torch.zeros(2, 8, 12))
+    optimizer = optimizer_of(name, weight, weight_decay=0.0)
+    constant, moved = torch.randn(2, 8, 12), []
+    for step in range(70):
+        before = weight.detach().clone()
+        weight.grad = constant + torch.randn_like(constant)
+        weight.grad[1] *= step < 20
+        optimizer.step()
+        moved.append((weight.detach() - before)[1].norm())
+    left = float(moved[-1] / moved[19])
+    assert (0.95 < left < 1.05) if name == "muon" else left < 0.5
+
+
+@pytest.mark.parametrize("name", MATRIX)
 def test_an_expert_that_never_had_tokens_stays_finite_and_wakes(name: str) -> None:
     weight = nn.Parameter(torch.ones(2, 4, 5))
     optimizer = optimizer_of(name, weight, weight_decay=0.0)
