@@ -247,7 +247,7 @@ def test_deterministic_algorithms(train: Train, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_model(train: Train, arguments: Arguments, tmp_path: Path) -> None:
-    sizes = {"training__steps": 2, "training__local_batch_size": 4, "model__num_layers": 1, "validation__enable": False}
+    sizes = {"training__steps": 3, "training__local_batch_size": 4, "model__num_layers": 1, "validation__enable": False}
     assert train("eager", **sizes).code == 0
     # in a process of its own: torch's compiler gives warnings that users do not see
     ended = Command("train", arguments("compiled", **sizes, compile__enable=True), tmp_path / "log").end()
