@@ -174,8 +174,10 @@ class TestCapacity:
         even = ROUTERS["expert_choice"](top_k=2, capacity_factor=factor)(z, None)
         assert even.tokens_per_expert.tolist() == [room] * 4
 
-    def test_huge_factors_are_room_for_all(self) -> None:
+    def test_extreme_factors(self) -> None:
         assert capacity_of(200, 2, 4, exact_factor(1e308)) == 200
+        assert capacity_of(200, 2, 4, exact_factor(1e-300)) == 1
+        assert exact_factor(0.0) == (0, 1)
         with pytest.raises(ValueError, match=r"router.capacity_factor \(inf\) must be a finite number"):
             exact_factor(math.inf)
 

@@ -50,11 +50,10 @@ class Options(NamedTuple):
             raise ValueError(
                 f"router.topk_groups ({self.topk_groups}) must be from 1 to router.num_groups ({self.num_groups})"
             )
-        numerator, denominator = self.capacity_factor
-        if not 0 <= self.jitter < 1 or self.noise_std < 0 or numerator < 0:
+        if not 0 <= self.jitter < 1 or self.noise_std < 0:
             raise ValueError(
-                f"router.jitter ({self.jitter}) must be at least 0 and below 1, router.noise_std ({self.noise_std}) "
-                f"and router.capacity_factor ({numerator / denominator}) at least 0"
+                f"router.jitter ({self.jitter}) must be at least 0 and below 1, and router.noise_std "
+                f"({self.noise_std}) at least 0"
             )
 
 
@@ -173,10 +172,14 @@ def drop_over_capacity(routing: Routing, options: Options) -> Routing:
 
 
 def exact_factor(capacity_factor: float) -> Factor:
-    """The fraction that a factor stands for, with a denominator of a million at most: (11, 10) for 1.1."""
-    if not math.isfinite(capacity_factor):
-        raise ValueError(f"router.capacity_factor ({capacity_factor}) must be a finite number")
-    return Fraction(capacity_factor).limit_denominator(1_000_000).as_integer_ratio()
+    """The fraction that a factor stands for, with a denominator of a million at most: (11, 10) for 1.1.
+
+    Only 0 becomes 0. Raises ValueError for a negative or infinite factor.
+    """
+    if not 0 <= capacity_factor < math.inf:
+        raise ValueError(f"router.capacity_factor ({capacity_factor}) must be a finite number, at least 0")
+    fraction = Fraction(capacity_factor).limit_denominator(1_000_000)
+    return (fraction or Fraction(capacity_factor > 0, 1_000_000)).as_integer_ratio()
 
 
 def capacity_of(num_tokens: int, top_k: int, num_experts: int, factor: Factor) -> int:
