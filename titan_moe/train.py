@@ -27,15 +27,15 @@ from titan_moe.checkpoint.final import save_weights
 from titan_moe.checkpoint.folder import steps_after, together
 from titan_moe.config import help_text, load_config, to_toml
 from titan_moe.config.layers import read_file
-from titan_moe.data.build import token_bytes
+from titan_moe.data.build import resolve_batch_sizes, token_bytes
 from titan_moe.data.loader import merge_states
 from titan_moe.files import write_atomic
-from titan_moe.job import Job, build_job, degrees_of
+from titan_moe.job import Job, build_job, compiles, degrees_of
 from titan_moe.metrics import eval_metrics
 from titan_moe.optimizer.build import set_lr
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.sequence import own_positions
-from titan_moe.probe import balance_tax, of_whole_sequences, routing_choices, routing_drift
+from titan_moe.probe import balance_tax, of_whole_sequences, rehearse, routing_choices, routing_drift
 from titan_moe.profiling import profiler, start_timer
 from titan_moe.records import (
     DivergedError,
@@ -308,10 +308,18 @@ def validate_saved(job: Job, sinks: Sink, progress: Progress) -> Tensor | None:
     They are not in the checkpoint, but come out the same. The rest is done where it was cut off: where metrics.jsonl,
     which ends at that step, has no record of it.
     """
-    is_there = job.runtime.is_main and has_record(job.folder / METRICS, progress.step, "validation")
-    if runtime.all_gather(is_there)[0]:
-        return probe(job) if progress.step < job.config.training.steps else None
-    return validate(job, sinks, progress.step, progress.choices)
+    training, rt = job.config.training, job.runtime
+    is_there = rt.is_main and has_record(job.folder / METRICS, progress.step, "validation")
+    validated = runtime.all_gather(is_there)[0]
+    if validated and progress.step >= training.steps:
+        return None
+    if compiles(job.config, rt.device):
+        degrees = degrees_of(job.config, rt.world_size)
+        _, sequences = resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
+        length = training.seq_len // degrees.per_sequence
+        tokens = torch.zeros(sequences, length, dtype=torch.int64, device=rt.device)
+        rehearse(job.model, tokens, tokens)
+    return probe(job) if validated else validate(job, sinks, progress.step, progress.choices)
 
 
 def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> None:
