@@ -138,13 +138,22 @@ def test_a_fault_in_validation_costs_nothing(
 
 
 def test_a_run_that_was_stopped_at_a_validation_goes_on_without_it(
-    train: Train, faults: dict[int, Any], tmp_path: Path
+    train: Train, faults: dict[int, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was validated is not validated again, and the next drift is measured from it."""
+    """What was validated is not validated again, and the next drift is measured from it.
+
+    A compiled model sees training's shape before that of the validation, as in a run that nothing stopped.
+    """
+    rehearsed, rehearse = [], train_module.rehearse
+    monkeypatch.setattr(train_module, "compiles", lambda *_: True)
+    monkeypatch.setattr(
+        train_module, "rehearse", lambda model, *pair: rehearsed.append(pair[0].shape) or rehearse(model, *pair)
+    )
     faults[4] = lambda _: os.kill(os.getpid(), signal.SIGTERM)
     assert train(**OPTIONS).code == 128 + signal.SIGTERM
     assert [line["step"] for line in records(tmp_path / "run", "validation")] == [2, 4]
     assert train(**OPTIONS).code == 0
+    assert rehearsed == [(2, 16)]
     assert train("whole", **OPTIONS).code == 0
     assert_same(tmp_path / "run", tmp_path / "whole")
     assert "routing_drift" in records(tmp_path / "run", "validation")[-1]
