@@ -321,7 +321,7 @@ def _of_experts(record: Record) -> dict[str, float]:
 
 
 def has_record(path: Path, step: int, kind: str) -> bool:
-    """Whether a jsonl file has a record of a step; it is made at an opened sink's, whose lines are whole."""
+    """Whether a jsonl file, whose lines are whole once it was opened as a sink, has a record of a step."""
     if not path.exists():
         return False
     with open(path, encoding="utf-8") as file:

@@ -327,13 +327,14 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
 
     What the sinks have is on the disk first: a power cut never leaves a checkpoint without the lines of its steps.
 
-    Raises ValueError, and saves nothing, where a parameter is NaN or infinite.
+    Raises DivergedError, and saves nothing, where a parameter is NaN or infinite.
     """
     config = job.config
     if not param_norm(job.model.parameters()).isfinite():
-        raise ValueError(
-            f"step {progress.step}: a parameter is NaN or infinite: the run has diverged and stops, and this step is "
-            "not saved. Lower optimizer.lr, or warm up longer; the last checkpoint is from before"
+        raise DivergedError(
+            progress.step,
+            "a parameter is NaN or infinite: the run has diverged and stops, and this step is not saved: lower "
+            "optimizer.lr, warm up longer",
         )
     data = merge_states(runtime.all_gather(job.data.train.state_dict()))
     sinks.sync()

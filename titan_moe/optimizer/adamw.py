@@ -65,7 +65,7 @@ class AdamW(torch.optim.AdamW):
         is_skipped_E = is_dead_E if self.found_inf is None else is_dead_E.maximum(self.found_inf)
         if not group["load_lr_decay"]:
             for weight in map(local, parameters):
-                decayed = weight * (1 - group["lr"] * weight_decay)
+                decayed = weight * (1 - group["lr"] * weight_decay)  # a factor on the device would be of weight's type
                 weight.copy_(decayed if self.found_inf is None else torch.where(self.found_inf > 0, weight, decayed))
             weight_decay = 0.0
         for state in states:
