@@ -66,6 +66,11 @@ def grad_squares(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Square
     return square_sums({name: p.grad for name, p in named_parameters if p.grad is not None})
 
 
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """2-norm over all elements of tensors of any meshes; a plain scalar, the same on every rank."""
+    return square_sums({str(number): tensor for number, tensor in enumerate(tensors)}).norm()
+
+
 def param_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Global 2-norm of the parameters, a scalar (the paper's Figure 4)."""
-    return square_sums({str(number): parameter for number, parameter in enumerate(parameters)}).norm()
+    return total_norm(parameters)
