@@ -33,7 +33,7 @@ from titan_moe.balancer import BALANCERS
 from titan_moe.model.routing import topk_softmax
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.combined import Combined, combine, refuse_nonfinite_gradients
+from titan_moe.optimizer.combined import Combined, combine, may_step
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.matrix import MatrixOptimizer
 from titan_moe.step import train_step
@@ -101,7 +101,7 @@ class Side:
         """Seconds of the optimizer's step alone, on gradients known to be finite, as in training."""
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        refuse_nonfinite_gradients(self.model, self.optimizer, torch.ones((), device=self.device))
+        may_step(self.optimizer, torch.ones((), dtype=torch.bool, device=self.device))
         spent = seconds(self.optimizer.step, self.device)
         self.optimizer.zero_grad()
         return spent

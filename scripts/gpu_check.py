@@ -383,7 +383,7 @@ def optimizers(results: Results) -> None:
     """An update of moe8x' parameters, plain steps (a third of its layers, times three), and memory of the states."""
     from titan_moe.build import build_model, build_optimizer
     from titan_moe.config import load_config
-    from titan_moe.optimizer.combined import refuse_nonfinite_gradients
+    from titan_moe.optimizer.combined import may_step
 
     layers = results.sizes.layers if results.tiny else results.sizes.layers // 3
     scale = results.sizes.layers / layers
@@ -391,7 +391,8 @@ def optimizers(results: Results) -> None:
     with torch.device(DEVICE):
         model = build_model(load_config(arguments))
     model.init_weights(0)
-    gradients, norm = [1e-3 * torch.randn_like(p) for p in model.parameters()], torch.ones((), device=DEVICE)
+    gradients = [1e-3 * torch.randn_like(p) for p in model.parameters()]
+    finite = torch.ones((), dtype=torch.bool, device=DEVICE)
     for name in ("adamw", "shampoo_fast", "muon", "shampoo", "soap"):
         with results.attempt(name):
             fresh_memory()
@@ -401,7 +402,7 @@ def optimizers(results: Results) -> None:
             def update(optimizer: torch.optim.Optimizer = optimizer) -> None:
                 for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                     parameter.grad = gradient
-                refuse_nonfinite_gradients(model, optimizer, norm)
+                may_step(optimizer, finite)
                 optimizer.step()
 
             begin = time.perf_counter()

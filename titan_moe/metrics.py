@@ -4,7 +4,7 @@ Shapes: L MoE layers, E experts. A load is a number of tokens per expert, over a
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +32,8 @@ class StepOutput(NamedTuple):
     dropped_fraction: Tensor | None = None  # (L,) of the choices; None where none can be lost
     unrouted_fraction: Tensor | None = None  # (L,) of the tokens, that no expert computed; None likewise
     nonfinite: Tensor | None = None  # (L,), above 0 where a router logit was NaN or infinite
+    skipped: Tensor | None = None  # scalar bool: a number was NaN or infinite, and the step changed nothing
+    nonfinite_gradients: Callable[[], list[str]] | None = None  # names of the parameters; waits for the device
 
 
 class EvalOutput(NamedTuple):

@@ -86,6 +86,15 @@ def balance_tax(model: nn.Module, tokens: Tensor, labels: Tensor, repeats: int =
     return statistics.median(times[True][1:]) / statistics.median(times[False][1:])
 
 
+def rehearse(model: nn.Module, tokens: Tensor, labels: Tensor) -> None:
+    """Run forward and backward on a batch (B, S) and discard what comes out, between steps and on every rank.
+
+    torch.compile makes code for the first shape that it sees, and for any number of rows where another one follows: a
+    run that begins with something else than training has training's code made for its shape by this.
+    """
+    _seconds(model, tokens, labels)
+
+
 @functools.cache
 def _forced(route: Router) -> Router:
     """One forced router for each learned one: torch.compile takes a new function for new code."""

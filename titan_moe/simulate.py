@@ -37,9 +37,10 @@ from titan_moe.model import cross_entropy
 from titan_moe.model.moe import MoE
 from titan_moe.model.selection import capacity_of, exact_factor
 from titan_moe.optimizer import matrix
-from titan_moe.optimizer.combined import refuse_nonfinite_gradients
+from titan_moe.optimizer.combined import may_step
 from titan_moe.optimizer.load_lr import local
 from titan_moe.parallelize.expert import all_to_all
+from titan_moe.parallelize.grad import Squares
 from titan_moe.parallelize.mesh import Degrees, build_mesh
 from titan_moe.step import train_step
 
@@ -291,7 +292,7 @@ def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
     the end of backward: optimizers of matrices look from there on at numbers, which are not there.
     """
     resize, propagate = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
-    norm = step.grad_norm
+    squares = step.grad_squares
 
     def resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
         result = resize(storage, size)
@@ -305,17 +306,17 @@ def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
         finally:
             meter.paused = False
 
-    def norm_and_answer(*args: Any) -> Tensor:
+    def squares_and_answer(*args: Any) -> Squares:
         meter.step = FIRST
-        return norm(*args)
+        return squares(*args)
 
-    step.grad_norm = norm_and_answer  # pyrefly: ignore
+    step.grad_squares = squares_and_answer  # pyrefly: ignore
     torch.UntypedStorage.resize_ = resize_and_tell  # pyrefly: ignore
     ShardingPropagator._propagate_tensor_meta_non_cached = propagate_unseen  # pyrefly: ignore
     try:
         yield
     finally:
-        step.grad_norm = norm
+        step.grad_squares = squares
         torch.UntypedStorage.resize_ = resize
         ShardingPropagator._propagate_tensor_meta_non_cached = propagate
 
@@ -370,7 +371,7 @@ def _moments(meter: Meter, model: torch.nn.Module, optimizer: Optimizer) -> Iter
     def update_again(*_: Any) -> None:
         if meter.step == FIRST:
             meter.step, meter.counts_work = LATER, True
-            refuse_nonfinite_gradients(model, optimizer, torch.ones(()))  # so that nothing looks at them once more
+            may_step(optimizer, torch.ones((), dtype=torch.bool))  # so that nothing looks at them once more
             optimizer.step()
 
     handles = [

@@ -318,3 +318,11 @@ def _of_experts(record: Record) -> dict[str, float]:
         for layer, values in enumerate(array.tolist())
         for expert, value in enumerate(values)
     }
+
+
+def has_record(path: Path, step: int, kind: str) -> bool:
+    """Whether a jsonl file, whose lines are whole once it was opened as a sink, has a record of a step."""
+    if not path.exists():
+        return False
+    with open(path, encoding="utf-8") as file:
+        return any(record["step"] == step and record["kind"] == kind for record in map(json.loads, file))

@@ -15,10 +15,9 @@ from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, toke
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.routing import Routing
-from titan_moe.optimizer.combined import clip_gradients, refuse_nonfinite_gradients
+from titan_moe.optimizer.combined import clip_gradients, step_if_finite
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
-from titan_moe.optimizer.load_lr import step_by_load
-from titan_moe.parallelize.grad import grad_norm
+from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
 
 # Each balancer at coefficient 1, with its coefficient beside it: values are reported before their coefficients.
@@ -44,7 +43,8 @@ def train_step(
     not depend on how the step is cut into ranks and micro-batches. `progress` is the part of the run that is done
     with this step, for balancers with a schedule. With `measure_experts` the output has `expert_stats`, at the cost of
     a copy of this rank's experts during the step. `sequence_group` are the ranks that hold parts of the same
-    sequences, where a rank has not all of them.
+    sequences, where a rank has not all of them. A step with a loss, gradient norm or router logit that is NaN or
+    infinite is `skipped`: weights, optimizer states and selection biases stay as they are.
     """
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
     scopes = {balancer.scope for _, balancer in balancers.values()}
@@ -70,14 +70,16 @@ def train_step(
     if "global_batch" not in scopes:
         all_reduce_sum(load_LE)  # one collective for all layers
 
-    norm = grad_norm(model.parameters())
-    refuse_nonfinite_gradients(model, optimizer, norm)
+    squares = grad_squares(model.named_parameters())
+    norm = squares.norm()
     clip_gradients(optimizer, norm, max_norm)
+    means = router_means(totals[2 + len(balance) :], load_LE)
+    finite = is_finite(total_loss, norm, means.get("nonfinite"))
     experts = expert_parameters(model.named_parameters()) if measure_experts else {}
     before = copies(experts)
-    load_factors = step_by_load(optimizer, load_LE)
+    load_factors = step_if_finite(optimizer, load_LE, finite)
     optimizer.zero_grad()
-    update_expert_biases(expert_biases, load_LE, observations, balancers, progress)
+    update_expert_biases(expert_biases, load_LE, observations, balancers, progress, finite)
     return StepOutput(
         loss=ce,
         balance_losses=dict(zip(balance, balance_values, strict=True)),
@@ -86,8 +88,10 @@ def train_step(
         load=load_LE,
         num_tokens=num_tokens,
         load_factors=load_factors,
-        **router_means(totals[2 + len(balance) :], load_LE),
+        **means,
         expert_stats=measured(experts, before, optimizer) if experts else None,
+        skipped=~finite,
+        nonfinite_gradients=squares.nonfinite,
     )
 
 
@@ -198,22 +202,35 @@ def update_expert_biases(
     observations: Sequence[Mapping[str, Tensor]],
     balancers: Balancers,
     progress: float,
+    finite: Tensor | None = None,
 ) -> None:
     """Apply the balancers' post steps: the only write to model state outside the optimizer.
 
-    `load_LE` is of all ranks, the `observations` are those of this rank's micro-batches.
+    `load_LE` is of all ranks, the `observations` are those of this rank's micro-batches. Where `finite`, a bool scalar,
+    is false, nothing changes.
     """
     post_steps = {name: b for name, (_, b) in balancers.items() if b.post_step is not keep_bias}
     if not post_steps:
         return
-    bias_LE = torch.stack(list(expert_biases))
+    bias_LE = before_LE = torch.stack(list(expert_biases))
     for name, balancer in post_steps.items():
         seen = load_LE
         if balancer.observe is not None:
             seen = all_reduce_sum(sum_tensors([observed[name] for observed in observations]))
         moved_LE, factor = balancer.post_step(seen, bias_LE), balancer.schedule(progress)
         bias_LE = moved_LE if factor == 1 else torch.lerp(bias_LE, moved_LE, factor)
+    if finite is not None:
+        bias_LE = torch.where(finite, bias_LE, before_LE)
     torch._foreach_copy_(list(expert_biases), list(bias_LE.unbind()))
+
+
+def is_finite(total_loss: Tensor, norm: Tensor, nonfinite_L: Tensor | None) -> Tensor:
+    """Whether a step may change anything, a bool scalar that stays on the device; alike on all ranks.
+
+    `nonfinite_L` is above 0 in layers with a router logit that is NaN or infinite: the choices there mean nothing.
+    """
+    finite = total_loss.isfinite() & norm.isfinite()
+    return finite if nonfinite_L is None else finite & (nonfinite_L == 0).all()
 
 
 def measured(experts: Mapping[nn.Parameter, int], before: Sequence[Tensor], optimizer: Optimizer) -> ExpertStats:

@@ -13,26 +13,42 @@ import torch
 from torch import Tensor
 
 from titan_moe import runtime
-from titan_moe.checkpoint import load_checkpoint, load_weights, resolve_checkpoint, step_to_resume
+from titan_moe.checkpoint import (
+    Restored,
+    complete_steps,
+    load_checkpoint,
+    load_weights,
+    resolve_checkpoint,
+    step_to_resume,
+)
 from titan_moe.checkpoint.background import Timetable
 from titan_moe.checkpoint.branch import leave_branch
 from titan_moe.checkpoint.final import save_weights
 from titan_moe.checkpoint.folder import steps_after, together
 from titan_moe.config import help_text, load_config, to_toml
 from titan_moe.config.layers import read_file
-from titan_moe.data.build import token_bytes
+from titan_moe.data.build import resolve_batch_sizes, token_bytes
 from titan_moe.data.loader import merge_states
 from titan_moe.files import write_atomic
-from titan_moe.job import Job, build_job, degrees_of
+from titan_moe.job import Job, build_job, compiles, degrees_of
 from titan_moe.metrics import eval_metrics
 from titan_moe.optimizer.build import set_lr
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.sequence import own_positions
-from titan_moe.probe import balance_tax, of_whole_sequences, routing_choices, routing_drift
+from titan_moe.probe import balance_tax, of_whole_sequences, rehearse, routing_choices, routing_drift
 from titan_moe.profiling import profiler, start_timer
-from titan_moe.records import Record, flush, moe_layer_names, size_record, speed_record, train_record
+from titan_moe.records import (
+    DivergedError,
+    Record,
+    Skips,
+    flush,
+    moe_layer_names,
+    size_record,
+    speed_record,
+    train_record,
+)
 from titan_moe.runtime import StopRequest, logger
-from titan_moe.sinks import Sink, console, fan_out, jsonl, last_validation, summary, tensorboard, wandb
+from titan_moe.sinks import Sink, console, fan_out, has_record, jsonl, last_validation, summary, tensorboard, wandb
 from titan_moe.step import evaluate, train_step
 from titan_moe.watch import Watch, watching
 
@@ -46,6 +62,11 @@ class Progress(NamedTuple):
     step: int = 0
     num_tokens: int = 0
     choices: Tensor | None = None  # of experts at the last validation, on the first batch of it
+    validates: bool = False  # whether this step is followed by a validation, which `choices` are not of
+    skipped: tuple[int, int] = (0, 0)  # steps so far, and how many the last of them in a row
+
+
+PROGRESS = [name for name in Progress._fields if name != "step"]  # what a checkpoint keeps under these names
 
 
 def main(args: list[str]) -> int:
@@ -64,8 +85,7 @@ def main(args: list[str]) -> int:
         last_validated, validation = last_validation()
         sinks = open_sinks(job, kept, last_validated)
         try:
-            stopped, progress = run(job, sinks, progress, watch)
-            job.saver.finish()
+            stopped, progress = run_and_finish(job, sinks, progress, watch)
             if not stopped:
                 export(job, progress)
         finally:
@@ -106,14 +126,49 @@ def resume(job: Job) -> Progress:
         restored = load_checkpoint(found, model=job.model, check=False)
         job.data.train.load_state_dict(restored.extra["data"])
         logger.warning("resuming from %s with a new optimizer, as checkpoint.exclude says", found)
-        return Progress(restored.step, restored.extra["num_tokens"], restored.extra.get("choices"))
+        return progress_of(restored)
     configured = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
     restored = load_checkpoint(found, model=job.model, optimizer=job.optimizer, check=False)
     for group, values in zip(job.optimizer.param_groups, configured, strict=True):
         group.update(values)
     job.data.train.load_state_dict(restored.extra["data"])
     logger.info("resuming from %s", found)
-    return Progress(restored.step, restored.extra["num_tokens"], restored.extra.get("choices"))
+    return progress_of(restored)
+
+
+def progress_of(restored: Restored) -> Progress:
+    """How far the run of a checkpoint had come; what an older version didn't save is as in a new run."""
+    return Progress(restored.step, **{name: restored.extra[name] for name in PROGRESS if name in restored.extra})
+
+
+def run_and_finish(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, Progress]:
+    """`run`; whatever ends it, a save that is under way comes to its end.
+
+    Raises ValueError, on every rank alike, where the run has diverged, and names the checkpoint to go back to.
+    """
+    try:
+        return run(job, sinks, progress, watch)
+    except DivergedError as error:
+        job.saver.finish()
+        raise ValueError(f"{error}; {last_checkpoint(job, error.step)}") from error
+    finally:
+        job.saver.finish()
+
+
+def last_checkpoint(job: Job, step: int) -> str:
+    """Name the last checkpoint from before `step`, where the run has diverged, and one of `step` itself if there is.
+
+    That one was saved before its validation, whose loss was not finite.
+    """
+    folder = job.folder / job.config.checkpoint.folder
+    saved = runtime.all_gather(complete_steps(folder) if job.runtime.is_main else [])[0]
+    before = [other for other in saved if other < step]
+    if not before:
+        return "no checkpoint is from before" if step in saved else "no checkpoint was saved"
+    text = (
+        f"the last checkpoint{' before it' if step in saved else ''} is step {before[-1]} at {folder}/step-{before[-1]}"
+    )
+    return f"{text}: go back with checkpoint.load_step = {before[-1]}" if step in saved else text
 
 
 def set_later_aside(job: Job, step: int) -> int:
@@ -147,13 +202,16 @@ def had_checkpoints(folder: Path) -> bool:
 
 def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, Progress]:
     """Train from where `progress` is to the end; the signal that stopped the run early, else 0, and how far it came."""
-    start, num_tokens, choices = progress
+    start, num_tokens, choices = progress.step, progress.num_tokens, progress.choices
     config, rt, profiling = job.config, job.runtime, job.config.profiling
     stop, steps, batches = StopRequest(), config.training.steps, iter(job.data.train)
     timetable = Timetable(config.checkpoint.interval)
     expert_biases = job.model.expert_biases()
     moe_layers = moe_layer_names(job.model)
     pending: list[Record] = []
+    skips = Skips(config.training.skip_nonfinite_steps, *progress.skipped)
+    if progress.validates and config.validation.enable:
+        choices = validate_saved(job, sinks, progress)
     traces = job.folder / profiling.save_traces_folder
     with profiler(rt, enable=profiling.enable_profiling, folder=traces, freq=profiling.profile_freq) as profile_step:
         for step in range(start + 1, steps + 1):
@@ -191,14 +249,12 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
             saving = config.checkpoint.enable and (timetable.due(step, failed) or last or signal > 0)
             waits = rt.device.type != "cpu"  # reading numbers from a GPU waits for it: not at every step
             if not waits or step % config.metrics.log_freq == 0 or validating or saving or signal or last:
-                flush(sinks, pending, moe_layers)
-            before, choices = choices, probe(job) if validating else choices
-            if validating and not signal:
-                validate(job, sinks, step, before, choices)
-            if saving:
-                save(job, sinks, Progress(step, num_tokens, choices), must_succeed=last or signal > 0)
-            if validating and signal:  # after the save, which a scheduler's patience may not outlast
-                validate(job, sinks, step, before, choices)
+                flush(sinks, pending, moe_layers, skips)
+            if saving:  # first: no fault of the validation, and no scheduler's patience, is to cost the step
+                now = Progress(step, num_tokens, choices, validating, (skips.total, skips.in_a_row))
+                save(job, sinks, now, must_succeed=last or signal > 0)
+            if validating:
+                choices = validate(job, sinks, step, choices)
             if signal and not last:
                 return signal, Progress(step, num_tokens, choices)
             if step == start + 1:
@@ -228,9 +284,13 @@ def probe(job: Job) -> Tensor | None:
     return choices if positions is None else of_whole_sequences(choices, positions, len(tokens), job.sequence_group)
 
 
-def validate(job: Job, sinks: Sink, step: int, before: Tensor | None, choices: Tensor | None) -> None:
-    """Evaluate on the held-out data and record it, and how far the probe's choices drifted from those `before`."""
+def validate(job: Job, sinks: Sink, step: int, before: Tensor | None) -> Tensor | None:
+    """Evaluate on the held-out data and record it, and how far the probe's choices drifted from those `before`.
+
+    Returns the choices. Raises DivergedError, after the record, where the loss is NaN or infinite.
+    """
     assert job.data.validation is not None
+    choices = probe(job)
     bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
     output = evaluate(job.model, job.data.validation(), bytes_V)
     record: Record = {"step": step, "kind": "validation", **eval_metrics(output)}
@@ -239,6 +299,27 @@ def validate(job: Job, sinks: Sink, step: int, before: Tensor | None, choices: T
     if before is not None and choices is not None and job.runtime.is_main:
         record["routing_drift"] = routing_drift(before, choices)
     flush(sinks, [record])
+    return choices
+
+
+def validate_saved(job: Job, sinks: Sink, progress: Progress) -> Tensor | None:
+    """Make up for the validation that followed the save of the step that the run goes on from; returns its choices.
+
+    They are not in the checkpoint, but come out the same. The rest is done where it was cut off: where metrics.jsonl,
+    which ends at that step, has no record of it.
+    """
+    training, rt = job.config.training, job.runtime
+    is_there = rt.is_main and has_record(job.folder / METRICS, progress.step, "validation")
+    validated = runtime.all_gather(is_there)[0]
+    if validated and progress.step >= training.steps:
+        return None
+    if compiles(job.config, rt.device):
+        degrees = degrees_of(job.config, rt.world_size)
+        _, sequences = resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
+        length = training.seq_len // degrees.per_sequence
+        tokens = torch.zeros(sequences, length, dtype=torch.int64, device=rt.device)
+        rehearse(job.model, tokens, tokens)
+    return probe(job) if validated else validate(job, sinks, progress.step, progress.choices)
 
 
 def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> None:
@@ -246,13 +327,14 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
 
     What the sinks have is on the disk first: a power cut never leaves a checkpoint without the lines of its steps.
 
-    Raises ValueError, and saves nothing, where a parameter is NaN or infinite.
+    Raises DivergedError, and saves nothing, where a parameter is NaN or infinite.
     """
     config = job.config
     if not param_norm(job.model.parameters()).isfinite():
-        raise ValueError(
-            f"step {progress.step}: a parameter is NaN or infinite: the run has diverged and stops, and this step is "
-            "not saved. Lower optimizer.lr, or warm up longer; the last checkpoint is from before"
+        raise DivergedError(
+            progress.step,
+            "a parameter is NaN or infinite: the run has diverged and stops, and this step is not saved: lower "
+            "optimizer.lr, warm up longer",
         )
     data = merge_states(runtime.all_gather(job.data.train.state_dict()))
     sinks.sync()
@@ -261,7 +343,7 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
         progress.step,
         model=job.model,
         optimizer=job.optimizer,
-        extra={"num_tokens": progress.num_tokens, "choices": progress.choices, "data": data},
+        extra={"data": data, **{name: getattr(progress, name) for name in PROGRESS}},
         files=checkpoint_files(job),
         keep_latest_k=config.checkpoint.keep_latest_k,
         wait=must_succeed,

@@ -140,7 +140,7 @@ def test_a_gradient_that_is_not_finite_is_refused(name: str, value: float) -> No
     torch.testing.assert_close((weight.detach(), dict(optimizer.state[weight])), before, rtol=0, atol=0)
 
 
-def test_a_training_step_names_the_parameter() -> None:
+def test_a_training_step_spares_them_the_look_at_their_gradients() -> None:
     model = tiny_model(num_layers=1)
     model.init_weights(0)
     groups = parameter_groups(model.named_parameters(), {})
@@ -155,11 +155,6 @@ def test_a_training_step_names_the_parameter() -> None:
     weight.grad = torch.full_like(weight, float("nan"))
     with pytest.raises(ValueError, match=r"gradient of parameter 1 of group 'expert' is NaN"):
         optimizer.step()  # without the training step
-    weight.register_hook(lambda gradient: gradient * float("nan"))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(ValueError, match=r"gradient of layers\.0\.moe\.experts\.w2 is NaN"):
-        step()
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("name", MATRIX)

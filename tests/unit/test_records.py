@@ -50,7 +50,8 @@ def test_a_gpu_is_timed_by_its_own_events(events: type[Event], monkeypatch: pyte
     pending: list[Record] = []
     for step in range(3):
         stop = start_timer(rt.device)
-        pending.append({"step": step, "loss": torch.tensor(2.0), **speed_record(config, model, rt, 600, stop())})
+        line = {"step": step, "kind": "train", "loss": torch.tensor(2.0)}
+        pending.append({**line, **speed_record(config, model, rt, 600, stop())})
     assert events.noted == 6
     assert events.waits == 0
 

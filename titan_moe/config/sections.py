@@ -110,6 +110,9 @@ class Training:
         "(0: all; -1: 4096 on a GPU, 256 on a CPU)",
     ] = -1
     max_norm: Annotated[NonNegative, "gradients are clipped to this global norm (0: no clipping)"] = 1.0
+    skip_nonfinite_steps: Annotated[
+        NonNegativeInt, "steps in a row that may be skipped for a NaN or an infinity before the run ends (0: none)"
+    ] = 0
     mixed_precision_param: Annotated[Literal["bfloat16", "float32"], "type in forward and backward"] = "bfloat16"
     mixed_precision_reduce: Annotated[Literal["float32", "bfloat16"], "type of gradient reductions"] = "float32"
     dtype: Annotated[Literal["float32", "bfloat16"], "type of parameters and optimizer state"] = "float32"

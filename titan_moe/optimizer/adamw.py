@@ -19,7 +19,13 @@ class AdamW(torch.optim.AdamW):
     There every expert is updated as if it were a parameter of its own, with the learning rate factor * lr and a step
     count of its own (state `step` is (E,)): torch's fused kernel is called for each expert, and nothing is copied. An
     expert without a token is left alone, moments and step count too. Other groups are updated as torch does it.
+
+    Its attributes `grad_scale` and `found_inf`, None or fp32 scalars, are torch's for fused optimizers: gradients are
+    divided by the one, and where the other is 1 a step changes nothing.
     """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, *, load: Tensor | None = None) -> Any:
@@ -32,7 +38,8 @@ class AdamW(torch.optim.AdamW):
             if "load_lr" in group:
                 self._step_experts(group, load)
             else:
-                step_adamw(group, group["params"], self.state, getattr(self, "grad_scale", None))
+                scales = {"grad_scale": self.grad_scale, "found_inf": self.found_inf}
+                step_adamw(group, group["params"], self.state, **scales)
         return loss
 
     def _step_experts(self, group: Group, load: Tensor | None) -> None:
@@ -55,15 +62,17 @@ class AdamW(torch.optim.AdamW):
         """Update the expert parameters of one layer, expert by expert; no value is read on the host of a GPU."""
         states = [self.state[parameter] for parameter in parameters]
         weight_decay = group["weight_decay"]
+        is_skipped_E = is_dead_E if self.found_inf is None else is_dead_E.maximum(self.found_inf)
         if not group["load_lr_decay"]:
-            for parameter in parameters:
-                local(parameter).mul_(1 - group["lr"] * weight_decay)
+            for weight in map(local, parameters):
+                decayed = weight * (1 - group["lr"] * weight_decay)  # a factor on the device would be of weight's type
+                weight.copy_(decayed if self.found_inf is None else torch.where(self.found_inf > 0, weight, decayed))
             weight_decay = 0.0
         for state in states:
-            state["step"] += 1 - is_dead_E
+            state["step"] += 1 - is_skipped_E
 
         mine = rows(parameters[0])
-        rates, skips = (factor_E * group["lr"])[mine].unbind(), is_dead_E[mine].unbind()
+        rates, skips = (factor_E * group["lr"])[mine].unbind(), is_skipped_E[mine].unbind()
         steps = [state["step"][mine].unbind() for state in states]
         row_lists = [
             [local(tensor).unbind() for tensor in tensors]
@@ -84,7 +93,7 @@ class AdamW(torch.optim.AdamW):
                 group["eps"],
                 weight_decay,
                 skip=skip,  # the kernel's own switch: 1 leaves everything as it is
-                grad_scale=getattr(self, "grad_scale", None),
+                grad_scale=self.grad_scale,
             )
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from titan_moe.optimizer.load_lr import Group, load_groups, local, scale_steps
-from titan_moe.optimizer.matrix import MatrixOptimizer, first_nonfinite, nonfinite_text
+from titan_moe.optimizer.load_lr import Group, load_groups, local, scale_steps, step_by_load
+from titan_moe.optimizer.matrix import MatrixOptimizer
 
 
 class Combined(Optimizer):
@@ -117,17 +117,42 @@ def clip_gradients(optimizer: Optimizer, norm: Tensor, max_norm: float) -> None:
                     gradient.div_(scale.view(1))  # not a scalar, which a GPU rounds to the gradient's type first
 
 
-def refuse_nonfinite_gradients(model: nn.Module, optimizer: Optimizer, norm: Tensor) -> None:
-    """Raise ValueError, on every rank, if the gradients' `norm` is not finite and a matrix optimizer would take them.
+def skips_by_itself(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's step changes nothing where its `found_inf` is 1, as torch's fused ones can, on the device.
 
-    One NaN in a factor would stay there for ever, so these runs stop before the step; that reads `norm` on the host,
-    and saves the optimizer from reading the gradients once more. The name is that of the first bad parameter on this
-    rank, if it has one.
+    Not torch's SGD: it makes its first momentum of memory as it finds it, and leaves that so where it skips.
     """
-    matrices = [part for part in optimizers_of(optimizer) if isinstance(part, MatrixOptimizer)]
-    if matrices and not norm.isfinite():
-        gradients = [(name, local(p.grad)) for name, p in model.named_parameters() if p.grad is not None]
-        bad = first_nonfinite(gradients) or "a parameter on another rank"
-        raise ValueError(nonfinite_text(bad.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")))
-    for part in matrices:
-        part.known_finite = True
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and not isinstance(optimizer, torch.optim.SGD)
+
+
+def may_step(optimizer: Optimizer, finite: Tensor) -> bool:
+    """Have the next step change nothing where `finite`, a bool scalar, is false; whether to call it at all.
+
+    Fused optimizers are told, as torch.amp.GradScaler tells them, and nothing is read on the host. Others would take a
+    NaN: for the sake of one of them `finite` is read, and the step of all is to be left out where it is false.
+    """
+    parts = optimizers_of(optimizer)
+    if all(skips_by_itself(part) for part in parts):
+        for part in parts:
+            part.found_inf = (~finite).float()  # pyrefly: ignore[missing-attribute]
+        return True
+    takes_it = bool(finite)
+    for part in parts:
+        if isinstance(part, MatrixOptimizer):
+            part.known_finite = takes_it
+    return takes_it
+
+
+def step_if_finite(optimizer: Optimizer, load_LE: Tensor, finite: Tensor) -> Tensor | None:
+    """Take the optimizer's step with these loads; where `finite`, a bool scalar, is false nothing changes.
+
+    Returns the factors (L, E) of the experts' rates, where loads set them: 0 in a step that changes nothing.
+    """
+    factors_LE = step_by_load(optimizer, load_LE) if may_step(optimizer, finite) else None
+    for part in optimizers_of(optimizer):
+        if skips_by_itself(part):
+            part.found_inf = None  # pyrefly: ignore[missing-attribute]
+    if not load_groups(optimizer):
+        return None
+    zeros_LE = torch.zeros_like(load_LE, dtype=torch.float32)
+    return zeros_LE if factors_LE is None else torch.where(finite, factors_LE, zeros_LE)

@@ -46,7 +46,8 @@ def expert_sums(experts: Mapping[nn.Parameter, int], before: Iterable[Tensor], o
     sums = torch.zeros(4, max(experts.values()) + 1, first.shape[0], dtype=torch.float64, device=first.device)
     for (parameter, layer), old in zip(experts.items(), before, strict=True):
         terms = [_squares(local(parameter) - old), _squares(old)]
-        if moments := [optimizer.state[parameter][name] for name in MOMENTS if name in optimizer.state[parameter]]:
+        state = optimizer.state.get(parameter, {})  # none before the first step
+        if moments := [state[name] for name in MOMENTS if name in state]:
             mean, square = map(local, moments)
             terms += [_squares(mean), square.flatten(1).sum(1, dtype=torch.float64)]
         for total, term_R in zip(sums, terms, strict=False):
@@ -79,7 +80,7 @@ def expert_stats(experts: Mapping[nn.Parameter, int], sums: Tensor, optimizer: O
     first: dict[int, nn.Parameter] = {}
     for parameter, layer in experts.items():
         first.setdefault(layer, parameter)
-    states = [optimizer.state[first[layer]] for layer in sorted(first)]
+    states = [optimizer.state.get(first[layer], {}) for layer in sorted(first)]
     group = next(group for group in optimizer.param_groups if any(p is first[0] for p in group["params"]))
     if not all(name in state for state in states for name in (*MOMENTS, "step")) or "betas" not in group:
         return ExpertStats(None, ratio)

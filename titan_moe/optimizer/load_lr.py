@@ -98,7 +98,8 @@ def next_factors(optimizer: Optimizer, group: Group, load_LE: Tensor | None) -> 
     """Factors (L, E) of this step; they and the average are kept in the states of the group's parameters.
 
     Without a load (torch makes the states of a checkpoint by such a step) there are none: None, all experts alike.
-    The states, `load_ema` and `load_factor`, are (E,) and the same on every rank, whatever the layout.
+    Where the optimizer's `found_inf` is 1 they stay as they are. The states, `load_ema` and `load_factor`, are (E,) and
+    the same on every rank, whatever the layout.
     """
     if load_LE is None:
         for parameter in group["params"]:
@@ -106,10 +107,13 @@ def next_factors(optimizer: Optimizer, group: Group, load_LE: Tensor | None) -> 
             optimizer.state[parameter].update(load_ema=ones_E, load_factor=ones_E.clone())
         return None
     if "load_ema" in optimizer.state[group["params"][0]]:
-        ema_LE = _of_layers(optimizer, group, "load_ema")
+        before_LE, old_LE = (_of_layers(optimizer, group, name) for name in ("load_ema", "load_factor"))
     else:
-        ema_LE = torch.ones_like(load_LE, dtype=torch.float32)
-    factor_LE, ema_LE = rate_factors(load_LE, ema_LE, group)
+        before_LE = old_LE = torch.ones_like(load_LE, dtype=torch.float32)
+    factor_LE, ema_LE = rate_factors(load_LE, before_LE, group)
+    found_inf = getattr(optimizer, "found_inf", None)
+    if found_inf is not None:
+        ema_LE, factor_LE = (torch.where(found_inf > 0, *pair) for pair in ((before_LE, ema_LE), (old_LE, factor_LE)))
     for parameter, layer in zip(group["params"], group["layers"], strict=True):
         optimizer.state[parameter].update(load_ema=ema_LE[layer], load_factor=factor_LE[layer])
     return factor_LE
@@ -126,7 +130,8 @@ def scale_steps(optimizer: Optimizer) -> None:
 
     p becomes p_old + r (p_new - p_old), which is a learning rate of r * lr for every optimizer whose update is
     proportional to it; decay that is not scaled is taken to be decoupled, p -= lr * weight_decay * p. It costs a copy
-    of the experts' parameters during the step. What the optimizer keeps of a dead expert sees a zero gradient, as it
+    of the experts' parameters during the step. A fused optimizer is said to be none: what it skips on the device would
+    be scaled all the same. What the optimizer keeps of a dead expert sees a zero gradient, as it
     would without load-based rates.
     """
     if "load" in inspect.signature(type(optimizer).step).parameters:
@@ -152,6 +157,7 @@ def scale_steps(optimizer: Optimizer) -> None:
                         _scale_update(parameter, before[parameter], factor_LE[layer], group)
         before.clear()
 
+    optimizer._step_supports_amp_scaling = False  # pyrefly: ignore[missing-attribute]
     optimizer.register_step_pre_hook(remember)
     optimizer.register_step_post_hook(scale)
 

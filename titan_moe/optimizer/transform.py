@@ -80,8 +80,8 @@ def fused_adamw(
 ) -> None:
     """Call torch's fused AdamW kernel on lists of weights, gradients, first moments and second moments.
 
-    `steps` count this step already; `skip`, a scalar, leaves everything as it is where it is 1; gradients are divided
-    by `grad_scale`, in place.
+    `steps` count this step already; `skip`, an fp32 scalar, leaves everything as it is where it is 1; gradients are
+    divided by `grad_scale`, in place.
     """
     weights, gradients, exp_avgs, exp_avg_sqs = tensors
     torch._fused_adamw_(
@@ -115,10 +115,13 @@ def step_adamw(
     group: Mapping[str, Any],
     parameters: Sequence[Tensor],
     state: Mapping[Tensor, dict[str, Any]],
+    *,
     grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """AdamW's step of those parameters of a group that have gradients; these are divided by `grad_scale`.
 
+    Where `found_inf`, an fp32 scalar, is 1, nothing changes, but states that were missing are there, at zero.
     This rank's parts go to the kernel, not DTensors: a look at each of these takes the host as long as a GPU takes for
     a layer.
     """
@@ -128,11 +131,12 @@ def step_adamw(
     make_adamw_states(parameters, state)
     states = [state[parameter] for parameter in parameters]
     steps = [own["step"] for own in states]
-    torch._foreach_add_(steps, 1)
+    torch._foreach_add_(steps, 1 if found_inf is None else [1 - found_inf] * len(steps))
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     moments = ([own[name] for own in states] for name in ("exp_avg", "exp_avg_sq"))
     lists = [[local(tensor) for tensor in tensors] for tensors in (parameters, gradients, *moments)]
-    fused_adamw(lists, steps, group["lr"], group["betas"], group["eps"], group["weight_decay"], grad_scale=grad_scale)
+    settings = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
+    fused_adamw(lists, steps, *settings, skip=found_inf, grad_scale=grad_scale)
 
 
 def fused_sgd(weight: Tensor, direction: Tensor, lr: float, weight_decay: float) -> None:
