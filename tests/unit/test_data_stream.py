@@ -41,7 +41,7 @@ def make(dataset: HubDataset, rank: int = 0, degree: int = 1, local: int = GLOBA
         check_lanes(state, GLOBAL)
         batches = LaneBatches(
             dataset,
-            bytes_tokenizer().to_json(),
+            bytes_tokenizer().files,
             Split(FRACTION),
             seq_len=SEQ_LEN,
             seed=3,

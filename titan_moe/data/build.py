@@ -50,6 +50,7 @@ class _Wanted(NamedTuple):
     dataset: str
     path: str | Sequence[str]
     tokenizer: str
+    eot_token: str
     validation_path: str | Sequence[str]
     fraction: float
     validation_tokens: int
@@ -75,6 +76,7 @@ def build_data(
     dataset: str,
     path: str | Sequence[str] = (),
     tokenizer: str,
+    eot_token: str = "",
     seq_len: int,
     seed: int,
     global_batch_size: int,
@@ -96,8 +98,9 @@ def build_data(
 ) -> Data:
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
-    `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`. Validation data are the
-    files of `validation_path`, else `validation_fraction` of the documents, chosen by the hash of their content. On
+    `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`; `eot_token` ends every
+    document (empty: the one of the tokenizer's own files). Validation data are the files of `validation_path`, else
+    `validation_fraction` of the documents, chosen by the hash of their content. On
     every node the one process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size`
     of -1 is one without accumulation. Where ranks have parts of sequences, `positions` (S',) are those of this rank,
     and batches are (B, S'). They come on `device`. Errors: ValueError and OSError of one line.
@@ -111,7 +114,7 @@ def build_data(
     tokens = validation_steps * validation_local_batch_size * seq_len + 1
     tokens = STREAM_VALIDATION_TOKENS if validation_steps < 0 else tokens
     show = progress and is_main
-    want = _Wanted(dataset, path, tokenizer, validation_path, fraction, tokens, cache_folder, endpoint, show)
+    want = _Wanted(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show)
     made = in_turn(partial(_prepare_stream if _is_streamed(dataset) else _prepare_files, want), is_main, barrier)
 
     where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
@@ -219,8 +222,8 @@ def _stream_loader(
     stream = made.train
     assert isinstance(stream, _Stream)
     check_lanes(state, size)
-    text = made.tokenizer.to_json()
-    batches = LaneBatches(stream.dataset, text, stream.split, global_batch_size=size, state=state, **batch)
+    files = made.tokenizer.files
+    batches = LaneBatches(stream.dataset, files, stream.split, global_batch_size=size, state=state, **batch)
     return make_loader(batches, min(num_workers, 1), device)  # a lane is one line of documents: it has one reader
 
 
@@ -228,7 +231,7 @@ def _prepare_files(want: _Wanted) -> _Prepared:
     files, kind = (stdlib_files(), "source") if want.dataset == "stdlib" else (find_files(want.path), "")
     held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
     corpus = make_corpus(files, held_out, fraction=want.fraction, folder=want.folder, kind=kind)
-    made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint)
+    made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
     cache = build_cache(corpus, made, want.folder, progress=want.progress)
     is_split = bool(held_out or want.fraction)
     count = cache.num_documents
@@ -248,9 +251,9 @@ def _prepare_stream(want: _Wanted) -> _Prepared:
     sample = partial(sample_stream, source, fraction=want.fraction, folder=want.folder, progress=want.progress)
     if bpe_vocab_size(want.tokenizer):
         corpus = make_corpus([sample("train", num_bytes=STREAM_BPE_BYTES)], fraction=0.0, folder=want.folder)
-        made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint)
+        made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
     else:
-        made = load_tokenizer(want.tokenizer, want.endpoint)
+        made = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
     held_out = []
     if want.validation_path:
         held_out = find_files(want.validation_path, "data.validation_path")

@@ -96,11 +96,11 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
     parts = home / "parts"
     parts.mkdir(exist_ok=True)
     _remove_leftovers(home)
-    tokenizer_path = str(parts / "tokenizer.json")
-    write_whole(tokenizer_path, tokenizer.to_json())
+    for name, content in tokenizer.files.items():
+        write_whole(parts / name, content)
     split = make_split(corpus, str(home.parent)) if corpus.train else Split(0.0)
     shards = [(shard, None) for shard in corpus.validation] + [(shard, split) for shard in corpus.train]
-    jobs = [_Job(shard, how, str(parts / f"{index:06d}"), tokenizer_path) for index, (shard, how) in enumerate(shards)]
+    jobs = [_Job(shard, how, str(parts / f"{index:06d}"), str(parts)) for index, (shard, how) in enumerate(shards)]
     todo = [job for job in jobs if not os.path.exists(f"{job.output}.json")]
     log.info("tokenizing into %s: %d of %d parts to do", home, len(todo), len(jobs))
     try:

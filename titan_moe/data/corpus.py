@@ -138,11 +138,11 @@ def hash_documents(job: tuple[Sequence[Shard], str]) -> Iterator[int]:
     yield 0
 
 
-def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str) -> Tokenizer:
+def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str, eot_token: str = "") -> Tokenizer:
     """Load a tokenizer by name; `bpe:N` is trained on the corpus's training documents and kept by its fingerprint."""
     vocab_size = bpe_vocab_size(name)
     if vocab_size is None:
-        return load_tokenizer(name, endpoint)
+        return load_tokenizer(name, endpoint, eot_token)
     path = os.path.join(folder, f"bpe-{vocab_size}-{corpus.fingerprint}.json")
     with storage_errors(folder):
         if not os.path.exists(path):
@@ -151,7 +151,7 @@ def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str) -> T
                     log.info("training a BPE of %d tokens on the data set", vocab_size)
                     for _ in run_parallel(train_bpe_file, [(corpus, make_split(corpus, folder), vocab_size, path)]):
                         pass
-    return load_tokenizer(path)
+    return load_tokenizer(path, eot_token=eot_token)
 
 
 def train_bpe_file(job: tuple[Corpus, Split, int, str]) -> Iterator[int]:

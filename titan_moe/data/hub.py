@@ -1,12 +1,13 @@
 """The Hugging Face hub, an optional extra: whether it can be reached (told in seconds), its files, its data sets."""
 
 import hashlib
+import logging
 import os
 import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ HUB_ENDPOINT = "https://huggingface.co"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 USE_FILES = "use local files instead: --data.dataset text --data.path FILES"
 INSTALL = "pip install titan_moe[hub]"
+log = logging.getLogger(__name__)
 
 
 def check_hub(endpoint: str, advice: str, timeout: float = 6.0) -> None:
@@ -54,6 +56,33 @@ def download_file(repo: str, name: str, endpoint: str, advice: str) -> str:
         return huggingface_hub.hf_hub_download(repo, name, endpoint=endpoint, etag_timeout=10)
     except (OSError, ValueError) as error:  # all of the library's errors are one or the other
         raise OSError(f"{repo}: {_first_line(error)}; {advice}") from error
+
+
+def find_files(repo: str, names: Sequence[str], endpoint: str) -> dict[str, str]:
+    """Return the local copies of those files that a hub repository has, by name.
+
+    Where the hub can't be reached, what its own cache does not know of is left out, with a warning.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    known = {name: huggingface_hub.try_to_load_from_cache(repo, name) for name in names}
+    found = {name: path for name, path in known.items() if isinstance(path, str)}
+    unknown = [name for name, path in known.items() if path is None]  # others are known to be absent
+    if unknown:
+        try:
+            check_hub(endpoint, f"{repo} is used without {', '.join(unknown)}, if it has them")
+        except OSError as error:
+            log.warning("%s", error)
+            return found
+    for name in unknown:
+        try:
+            found[name] = huggingface_hub.hf_hub_download(repo, name, endpoint=endpoint, etag_timeout=10)
+        except EntryNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise OSError(f"{repo}: {name}: {_first_line(error)}") from error
+    return found
 
 
 class HubDataset(NamedTuple):
