@@ -122,9 +122,9 @@ class Data:
     """What the model reads."""
 
     dataset: Annotated[Literal["stdlib", "text", "fineweb_edu", "hf"], "where documents come from"] = "stdlib"
-    path: Annotated[Texts, "files or globs (txt, jsonl, parquet, also .gz or .zst), or a hub name"] = field(
-        default_factory=list
-    )
+    path: Annotated[
+        Texts, "files, globs, folders (txt, jsonl, ndjson, json lines, parquet, also .gz or .zst), or a hub name"
+    ] = field(default_factory=list)
     tokenizer: Annotated[str, "bytes, bpe:SIZE (trained on the data), a tokenizer.json, a folder or a hub name"] = (
         "bpe:4096"
     )

@@ -8,6 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ HUB_ENDPOINT = "https://huggingface.co"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 USE_FILES = "use local files instead: --data.dataset text --data.path FILES"
 INSTALL = "pip install titan_moe[hub]"
+FORGETFUL = ("5.0.0",)  # versions of datasets whose streams begin anew when they are resumed twice
 log = logging.getLogger(__name__)
 
 
@@ -106,9 +108,18 @@ class HubDataset(NamedTuple):
         return stream
 
     def texts(self, stream: Any) -> Iterator[str]:
-        """Yield the column `text` of an opened stream. Errors: no such column, values of another type."""
+        """Yield the column `text` of an opened stream; rows with null there are left out, with warnings that count.
+
+        Errors: no such column, values of another type.
+        """
+        nulls = 0
         for row in stream:
-            text = row.get("text")
+            text = row.get("text", row)  # a row is no string
+            if text is None:
+                nulls += 1
+                if nulls.bit_count() == 1:  # 1, 2, 4, ... of them: a stream has no end at which to count
+                    log.warning("data.path (%s): rows without a text (null) left out so far: %d", self.path, nulls)
+                continue
             if not isinstance(text, str):
                 raise ValueError(f"data.path ({self.path}): no strings in a column 'text' (columns: {', '.join(row)})")
             yield text
@@ -121,6 +132,11 @@ def find_dataset(path: str, endpoint: str = HUB_ENDPOINT) -> HubDataset:
     """
     if find_spec("datasets") is None:
         raise ValueError(f"data.dataset: streaming {path} needs `{INSTALL}`; or {USE_FILES}")
+    if (version := metadata.version("datasets")) in FORGETFUL:
+        raise ValueError(
+            f"data.dataset: datasets {version} loses its place in a stream at the second resume: install another "
+            f"version ({INSTALL}); or {USE_FILES}"
+        )
     if os.path.isdir(path):
         stats = [(file.name, file.stat()) for file in sorted(os.scandir(path), key=lambda file: file.name)]
         content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])

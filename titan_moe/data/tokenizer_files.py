@@ -54,7 +54,7 @@ def table(files: Files, name: str) -> dict[str, Any]:
     """Return the JSON object in one of the files, empty where there is no such file."""
     try:
         value = json.loads(files.get(name, "{}"))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of numbers of 5000 digits a bare ValueError
         raise ValueError(f"{name} is not JSON ({' '.join(str(error).split())})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} is not a JSON object")
