@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 import logging
@@ -191,6 +192,22 @@ def test_a_stream_without_text_names_its_columns(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 1}\n')
     with pytest.raises(ValueError, match=r"no strings in a column 'text' \(columns: body, id\)"):
         next(read_blocks(find_dataset(str(tmp_path)), Cursor(), bool))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("deep.jsonl", b'{"text": "a", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}\n"),
+        ("latin.jsonl", b'{"text": "\xe9"}\n'),
+        ("late.jsonl", b'{"text": "a"}\n' * 99999 + b"{"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-10]),
+    ],
+)
+def test_what_cannot_be_streamed_is_one_line(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    source = find_dataset(str(tmp_path))
+    with pytest.raises(ValueError, match=r"^data.path \(.*\): cannot be streamed \(\w+: [^\n]*; or use local files"):
+        list(source.texts(source.open()))
 
 
 def test_a_folder_without_data_is_an_error(tmp_path: Path) -> None:

@@ -103,6 +103,8 @@ class HubDataset(NamedTuple):
             stream = load_dataset(self.path, self.config, split="train", streaming=True, revision=revision)
         except (OSError, ValueError) as error:  # no such data set, configuration or split, no files in it
             raise ValueError(f"data.path ({self.path}): {_first_line(error)}; or {USE_FILES}") from error
+        except Exception as error:  # it reads the first rows
+            raise self._unreadable(error) from error
         if state:
             stream.load_state_dict(state)
         return stream
@@ -110,10 +112,10 @@ class HubDataset(NamedTuple):
     def texts(self, stream: Any) -> Iterator[str]:
         """Yield the column `text` of an opened stream; rows with null there are left out, with warnings that count.
 
-        Errors: no such column, values of another type.
+        Errors: no such column, values of another type, data that `datasets` can't read.
         """
         nulls = 0
-        for row in stream:
+        for row in self._rows(stream):
             text = row.get("text", row)  # a row is no string
             if text is None:
                 nulls += 1
@@ -123,6 +125,22 @@ class HubDataset(NamedTuple):
             if not isinstance(text, str):
                 raise ValueError(f"data.path ({self.path}): no strings in a column 'text' (columns: {', '.join(row)})")
             yield text
+
+    def _rows(self, stream: Any) -> Iterator[dict[str, Any]]:
+        """Yield the rows; whatever the libraries raise that read and unpack files becomes one line."""
+        rows = iter(stream)
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                raise self._unreadable(error) from error
+            if row is None:
+                return
+            yield row
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        return ValueError(f"data.path ({self.path}): cannot be streamed ({why}); or {USE_FILES}")
 
 
 def find_dataset(path: str, endpoint: str = HUB_ENDPOINT) -> HubDataset:
