@@ -1,6 +1,7 @@
 """From a few settings to batches: the one entrance to the data, for training and evaluation."""
 
 import difflib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data import hub
 from titan_moe.data.cache import TokenCache, TokenFile, build_cache
-from titan_moe.data.corpus import Split, corpus_tokenizer, make_corpus, make_split
+from titan_moe.data.corpus import Corpus, Split, corpus_tokenizer, fraction_for_both, make_corpus, make_split
 from titan_moe.data.loader import (
     CPU,
     TrainLoader,
@@ -33,6 +34,7 @@ BYTES_PER_TOKEN = 6  # more than English has, so that a sample of a stream has t
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
@@ -100,10 +102,10 @@ def build_data(
 
     `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`; `eot_token` ends every
     document (empty: the one of the tokenizer's own files). Validation data are the files of `validation_path`, else
-    `validation_fraction` of the documents, chosen by the hash of their content. On
-    every node the one process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size`
-    of -1 is one without accumulation. Where ranks have parts of sequences, `positions` (S',) are those of this rank,
-    and batches are (B, S'). They come on `device`. Errors: ValueError and OSError of one line.
+    `validation_fraction` of the documents, chosen by the hash of their content, and one at least. On every node the one
+    process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size` of -1 is one
+    without accumulation. Where ranks have parts of sequences, `positions` (S',) are those of this rank, and batches are
+    (B, S'). They come on `device`. Errors: ValueError and OSError of one line.
     """
     size, local_batch_size = resolve_batch_sizes(global_batch_size, local_batch_size, dp_degree)
     if not 0 <= validation_fraction < 1:
@@ -230,9 +232,17 @@ def _stream_loader(
 def _prepare_files(want: _Wanted) -> _Prepared:
     files, kind = (stdlib_files(), "source") if want.dataset == "stdlib" else (find_files(want.path), "")
     held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
-    corpus = make_corpus(files, held_out, fraction=want.fraction, folder=want.folder, kind=kind)
-    made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
-    cache = build_cache(corpus, made, want.folder, progress=want.progress)
+
+    def tokenize(fraction: float) -> tuple[Corpus, Tokenizer, TokenCache]:
+        corpus = make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
+        made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
+        return corpus, made, build_cache(corpus, made, want.folder, progress=want.progress)
+
+    corpus, made, cache = tokenize(want.fraction)
+    if want.fraction and not all(cache.num_documents.values()):
+        fraction = fraction_for_both(corpus, want.folder)  # of few documents a small fraction may be none, or all
+        log.info("data.validation_fraction is taken as %.3g: one document at least on either side", fraction)
+        corpus, made, cache = tokenize(fraction)
     is_split = bool(held_out or want.fraction)
     count = cache.num_documents
     if is_split and not all(count.values()):
