@@ -159,10 +159,15 @@ def _show_progress(counts: Iterator[int], jobs: Sequence[_Job], todo: Sequence[_
             bar.update(count)
 
 
+# Once in a worker, which tokenizes shard after shard of one corpus: a tokenizer takes as long to load as half a shard.
+_load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
+_load_held_out = functools.lru_cache(maxsize=1)(load_held_out)
+
+
 def tokenize_shard(job: _Job) -> Iterator[int]:
     """Tokenize one shard into its part files, yielding the bytes of text done; runs in a worker process."""
-    tokenizer = load_tokenizer(job.tokenizer)
-    held_out = load_held_out(job.split) if job.split else frozenset()
+    tokenizer = _load_tokenizer(job.tokenizer)
+    held_out = _load_held_out(job.split) if job.split else frozenset()
     counts = {key: dict.fromkeys(SPLITS, 0) for key in ("num_tokens", "num_documents", "num_bytes", "num_nulls")}
     done = 0
     with contextlib.ExitStack() as stack:
