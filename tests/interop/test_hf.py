@@ -370,7 +370,7 @@ def test_a_folder_whose_end_of_text_is_unknown_is_refused_at_once(tmp_path: Path
     source = foreign_with_tokenizer(tmp_path / "theirs")
     (source / "tokenizer_config.json").write_text(json.dumps({**SETTINGS, "eos_token": "<|END_OF_TURN_TOKEN|>"}))
     with pytest.raises(
-        ValueError, match=r"tokenizer.json: the files beside it name eos_token <\|END_OF_TURN_TOKEN\|>, "
+        ValueError, match=r"tokenizer.json: the files beside it name eos_token '<\|END_OF_TURN_TOKEN\|>', "
     ):
         from_hf(source, tmp_path / "run")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]

@@ -110,7 +110,7 @@ def test_a_tokenizer_without_end_of_text_is_an_error() -> None:
 
 @pytest.mark.parametrize("name", ["bpe:many", "bpe:256", "bpe:", "bpe:99999999999"])
 def test_bad_bpe_names_are_errors(name: str) -> None:
-    with pytest.raises(ValueError, match=r"at least 257, e\.g\. bpe:4096"):
+    with pytest.raises(ValueError, match=r"from 257 to 10000000, e\.g\. bpe:4096"):
         bpe_vocab_size(name)
 
 
@@ -203,10 +203,12 @@ def test_an_end_of_text_of_ones_own(tmp_path: Path) -> None:
     again = tokenizer_from_files(made.files)  # a checkpoint needs not to be told again
     assert again[1:] == made[1:]
     assert made.fingerprint != tokenizer_from_files(files).fingerprint  # other tokens, another cache
-    with pytest.raises(ValueError, match=r"data\.eot_token \(<end>\) is no token of x.json; did you mean <\|end\|>\?$"):
+    with pytest.raises(
+        ValueError, match=r"data\.eot_token \('<end>'\) is no token of x.json; did you mean <\|end\|>\?$"
+    ):
         tokenizer_from_files(files, "data.tokenizer: x.json", eot_token="<end>")
     for name in ("bytes", "bpe:300"):
-        with pytest.raises(ValueError, match=r"data\.eot_token \(</s>\) is no token of bytes|trained on a data set"):
+        with pytest.raises(ValueError, match=r"data\.eot_token \('</s>'\) is no token of bytes|trained on a data set"):
             load_tokenizer(name, eot_token="</s>")
 
 
@@ -237,7 +239,11 @@ def test_fingerprints_are_those_of_before_where_the_end_is_the_usual_one() -> No
 def test_settings_that_cannot_be_are_errors(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(word_tokenizer())
     for name, content, message in (
-        ("tokenizer_config.json", '{"eos_token": "<end>"}', "name eos_token <end>, which it lacks: set data.eot_token"),
+        (
+            "tokenizer_config.json",
+            '{"eos_token": "<end>"}',
+            "name eos_token '<end>', which it lacks: set data.eot_token",
+        ),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not JSON"),
         ("generation_config.json", "[" * 9999, "generation_config.json is not JSON"),
         ("config.json", "[]", "config.json is not a JSON object"),

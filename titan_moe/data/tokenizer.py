@@ -138,14 +138,14 @@ def _end_of_text(files: Files, backend: Backend, vocab: dict[str, int], wanted: 
             near = difflib.get_close_matches(wanted, [*vocab], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             name = origin.removeprefix("data.tokenizer: ")
-            raise ValueError(f"data.eot_token ({wanted}) is no token of {name}{hint}")
+            raise ValueError(f"data.eot_token ({wanted!r}) is no token of {name}{hint}")
         return wanted
 
     # The tokenizer's own settings name a token, those of a model list ids.
     if named := named_token(files, "eos"):
         if named not in vocab:
             raise ValueError(
-                f"{origin}: the files beside it name eos_token {named}, which it lacks: set data.eot_token"
+                f"{origin}: the files beside it name eos_token {named!r}, which it lacks: set data.eot_token"
             )
         return named
     listed = (backend.id_to_token(id_) for id_ in listed_ids(files, "eos"))
