@@ -266,3 +266,23 @@ def test_a_prompt_begins_as_the_tokenizer_has_it() -> None:
     assert [made.encode_prompt(text) for text in ("a", "")] == [[1, 5], [1]]
     assert made.encode("a") == [5]
     assert [from_json(word_tokenizer()).encode_prompt(text) for text in ("a", "")] == [[5], [2]]
+
+
+def test_a_link_out_of_the_folder_brings_no_file_along(tmp_path: Path) -> None:
+    """As those of a stranger's folder could; the hub's cache has a layout of its own, in which all files are links."""
+    secret = tmp_path / "secret"
+    secret.write_text("password")
+    for name in ("chat_template.jinja", "generation_config.json"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "tokenizer.json").write_text(word_tokenizer())
+        (folder / name).symlink_to(secret)
+        with pytest.raises(ValueError, match=f"{name} is a link out of its folder"):
+            load_tokenizer(str(folder))
+    blobs, snapshot = tmp_path / "model" / "blobs", tmp_path / "model" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name, content in with_settings(generation_config={"eos_token_id": [2, 4]}).items():
+        (blobs / name).write_text(content)
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    assert load_tokenizer(str(snapshot)).eos_ids == (2, 4)

@@ -28,10 +28,18 @@ def read_text(path: Path) -> str:
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, str]:
-    """Return those of a folder's files that are a tokenizer's. Errors: not UTF-8, not JSON, as one line."""
+    """Return those of a folder's files that are a tokenizer's.
+
+    Errors of one line: not UTF-8, not JSON, a link out of the folder. Except by tokenizer.json, which has to be one, a
+    stranger's folder could bring any file along so; the hub's cache, whose files are all links, keeps them in `blobs`.
+    """
+    home = folder.resolve()
 
     def read(name: str) -> str | None:
         path = folder / name
+        target = path.resolve()
+        if name != TOKENIZER and not any(target.is_relative_to(near) for near in (home, home.parent.parent / "blobs")):
+            raise ValueError(f"{path} is a link out of its folder: put the file itself there, or take the link away")
         return read_text(path) if path.is_file() else None
 
     return collect_files(read, str(folder))
