@@ -22,7 +22,7 @@ import numpy as np
 from titan_moe.data import sources
 from titan_moe.data.corpus import Corpus, Split, digest, load_held_out, make_split, side
 from titan_moe.data.processes import run_parallel
-from titan_moe.data.sources import Shard, documents
+from titan_moe.data.sources import Shard, texts
 from titan_moe.data.storage import locked, storage_errors, temporary_name, write_whole
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -96,11 +96,11 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
     parts = home / "parts"
     parts.mkdir(exist_ok=True)
     _remove_leftovers(home)
-    tokenizer_path = str(parts / "tokenizer.json")
-    write_whole(tokenizer_path, tokenizer.to_json())
+    for name, content in tokenizer.files.items():
+        write_whole(parts / name, content)
     split = make_split(corpus, str(home.parent)) if corpus.train else Split(0.0)
     shards = [(shard, None) for shard in corpus.validation] + [(shard, split) for shard in corpus.train]
-    jobs = [_Job(shard, how, str(parts / f"{index:06d}"), tokenizer_path) for index, (shard, how) in enumerate(shards)]
+    jobs = [_Job(shard, how, str(parts / f"{index:06d}"), str(parts)) for index, (shard, how) in enumerate(shards)]
     todo = [job for job in jobs if not os.path.exists(f"{job.output}.json")]
     log.info("tokenizing into %s: %d of %d parts to do", home, len(todo), len(jobs))
     try:
@@ -111,12 +111,15 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
     finally:
         _remove_leftovers(home)
 
-    results = [json.loads(Path(f"{job.output}.json").read_text()) for job in jobs]
+    none = {"num_nulls": dict.fromkeys(SPLITS, 0)}  # of parts from before they were counted
+    results = [{**none, **json.loads(Path(f"{job.output}.json").read_text())} for job in jobs]
     for name in SPLITS:
         _join([f"{job.output}.{name}.bin" for job in jobs], str(home / f"{name}.bin"))
     totals = {key: {name: sum(result[key][name] for result in results) for name in SPLITS} for key in results[0]}
     write_whole(home / "meta.json", json.dumps({"dtype": tokenizer.dtype.name, **totals}))
     shutil.rmtree(parts, ignore_errors=True)
+    if nulls := sum(totals["num_nulls"].values()):
+        log.warning("%d documents without a text (null) are left out", nulls)
     log.info("token cache ready: %s tokens, %s documents", totals["num_tokens"], totals["num_documents"])
 
 
@@ -156,16 +159,24 @@ def _show_progress(counts: Iterator[int], jobs: Sequence[_Job], todo: Sequence[_
             bar.update(count)
 
 
+# Once in a worker, which tokenizes shard after shard of one corpus: a tokenizer takes as long to load as half a shard.
+_load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
+_load_held_out = functools.lru_cache(maxsize=1)(load_held_out)
+
+
 def tokenize_shard(job: _Job) -> Iterator[int]:
     """Tokenize one shard into its part files, yielding the bytes of text done; runs in a worker process."""
-    tokenizer = load_tokenizer(job.tokenizer)
-    held_out = load_held_out(job.split) if job.split else frozenset()
-    counts = {key: dict.fromkeys(SPLITS, 0) for key in ("num_tokens", "num_documents", "num_bytes")}
+    tokenizer = _load_tokenizer(job.tokenizer)
+    held_out = _load_held_out(job.split) if job.split else frozenset()
+    counts = {key: dict.fromkeys(SPLITS, 0) for key in ("num_tokens", "num_documents", "num_bytes", "num_nulls")}
     done = 0
     with contextlib.ExitStack() as stack:
         paths = {name: f"{job.output}.{name}.bin" for name in SPLITS}
         files = {name: stack.enter_context(open(temporary_name(path), "wb")) for name, path in paths.items()}
-        for text in documents(job.shard):
+        for text in texts(job.shard):
+            if not text:
+                counts["num_nulls"]["train" if job.split else "validation"] += text is None
+                continue
             data = text.encode()
             name = side(data, job.split, held_out) if job.split else "validation"
             done += len(data)
