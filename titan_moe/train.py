@@ -5,7 +5,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from titan_moe.data.build import resolve_batch_sizes, token_bytes
 from titan_moe.data.loader import merge_states
 from titan_moe.files import write_atomic
 from titan_moe.job import Job, build_job, compiles, degrees_of
-from titan_moe.metrics import eval_metrics
+from titan_moe.metrics import StepOutput, eval_metrics
 from titan_moe.optimizer.build import set_lr
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.sequence import own_positions
@@ -234,13 +234,8 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
             seconds = stop_timer()
             step_tokens = rt.world_size * sum(labels.numel() for _, labels in micro_batches)
             num_tokens += step_tokens
-            record = {"step": step, "num_tokens": num_tokens, "data_seconds": data_seconds}
-            logging = step % config.metrics.log_freq == 0 or step in (1, steps) or rt.device.type == "cpu"
-            record |= train_record(job.model, output, lrs, with_param_norm=logging)
-            record |= speed_record(config, job.model, rt, step_tokens, seconds)
-            if is_due(step, config.metrics.balance_tax_freq):
-                record["balance_tax"] = balance_tax(job.model, *micro_batches[0])
-            pending.append(record)
+            pending.append({"step": step, "num_tokens": num_tokens, "data_seconds": data_seconds})
+            pending[-1] |= record_step(job, step, micro_batches, output, lrs, step_tokens, seconds)
             profile_step()
 
             signal, failed = stop.on_any_rank(job.saver.failed())
@@ -262,6 +257,26 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
                 watch.limit_seconds = config.comm.train_timeout_seconds
                 runtime.set_timeout(config.comm.train_timeout_seconds)
     return 0, Progress(max(start, steps), num_tokens, choices)
+
+
+def record_step(
+    job: Job,
+    step: int,
+    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    output: StepOutput,
+    lrs: dict[str, float],
+    step_tokens: int,
+    seconds: Callable[[], float],
+) -> Record:
+    """What a `train` line says of a step and its cost; its numbers may not be known yet (see `titan_moe.records`)."""
+    config, rt = job.config, job.runtime
+    # on a GPU the norm of all parameters is a pass over memory: it is taken where somebody may look
+    logging = step % config.metrics.log_freq == 0 or step in (1, config.training.steps) or rt.device.type == "cpu"
+    record = train_record(job.model, output, lrs, with_param_norm=logging)
+    record |= speed_record(config, job.model, rt, step_tokens, seconds)
+    if is_due(step, config.metrics.balance_tax_freq):
+        record["balance_tax"] = balance_tax(job.model, *micro_batches[0])
+    return record
 
 
 def is_due(step: int, freq: int) -> bool:
