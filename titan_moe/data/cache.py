@@ -153,6 +153,8 @@ def _check_tokens(home: Path, checksums: dict[str, list[tuple[int, str]]], check
         log.info("comparing %.1f GB of tokens in %s with their checksums", total / 1e9, home)
     for (path, start, size), crc, kept in zip(pieces, _crc32s(pieces), right, strict=True):
         if crc != kept:
+            with contextlib.suppress(OSError):
+                (home / CHECKED).unlink()  # whoever opens it next is to find that, too
             raise DamagedError(f"{path} is damaged: bytes {start} to {start + size} do not have their checksum")
 
     with contextlib.suppress(OSError):  # a folder that is only read: it is checked again the next time
