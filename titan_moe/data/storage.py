@@ -29,8 +29,8 @@ def made_anew() -> Generator[None, None, None]:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Write a small JSON file with its checksum in it, whole or not at all."""
-    write_atomic(path, json.dumps({"crc32": crc32_of_json(content), "content": content}))
+    """Write a small JSON file with its checksum under the key `crc32`, whole or not at all."""
+    write_atomic(path, json.dumps({**content, "crc32": crc32_of_json(content)}))
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
@@ -40,14 +40,13 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.keys() == {"crc32", "content"}:
-            crc32, content = content["crc32"], content["content"]
-            if crc32_of_json(content) != crc32:
-                raise DamagedError(f"{path} is damaged: it does not have its checksum")
+        crc32 = content.pop("crc32", None)
     except FileNotFoundError:
         return None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: not JSON of ours") from error
+    if crc32 not in (None, crc32_of_json(content)):
+        raise DamagedError(f"{path} is damaged: it does not have its checksum")
     return content
 
 
