@@ -108,6 +108,7 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
         dataset=data.dataset,
         path=data.path,
         tokenizer=data.tokenizer,
+        eot_token=data.eot_token,
         seq_len=training.seq_len,
         seed=training.seed,
         global_batch_size=training.global_batch_size,

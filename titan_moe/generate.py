@@ -81,7 +81,7 @@ def generate(
     seed: int,
     use_cache: bool = True,
 ) -> list[str]:
-    """Continue each prompt by up to `max_new_tokens` tokens, until the end of the text; prompts included.
+    """Continue each prompt by up to `max_new_tokens` tokens, until an end of the text; prompts included.
 
     A token is the model's answer to the last `context` tokens, evaluated as a whole (the paper, 3.1). Keys and values
     are kept between tokens with `use_cache`, which gives the same, as long as a text fits into the context; then, and
@@ -90,7 +90,7 @@ def generate(
     """
     device = next(model.parameters()).device
     generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(prompts))]
-    starts = [tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
+    starts = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     texts = [list(start) for start in starts]
     room = min(context, max(map(len, starts)) + max_new_tokens)
     cache = empty_cache(model, len(prompts), room) if use_cache else None
@@ -100,7 +100,7 @@ def generate(
         for i, logits_V in zip(running, _next_logits(model, cache, texts, known, running, context), strict=True):
             token = int(sample(logits_V[: tokenizer.vocab_size].float(), temperature, top_k, generators[i]))
             texts[i].append(token)
-        running = [i for i in running if texts[i][-1] != tokenizer.eot_id]
+        running = [i for i in running if texts[i][-1] not in tokenizer.eos_ids]
         if not running:
             break
     return [

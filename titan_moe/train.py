@@ -270,7 +270,7 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
 
 def checkpoint_files(job: Job) -> dict[str, str]:
     """Give the text files of every checkpoint, by name."""
-    return {"config.toml": to_toml(job.config), "tokenizer.json": job.data.tokenizer.to_json()}
+    return {"config.toml": to_toml(job.config), **job.data.tokenizer.files}
 
 
 def export(job: Job, progress: Progress) -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from tests.interop.models import KINDS, make_checkpoint
+from tests.unit.test_data_tokenizer import SPECIAL, word_tokenizer
 from titan_moe.checkpoint import load_model
 from titan_moe.convert.hf import from_hf, to_hf
 from titan_moe.convert.verify import compare, hf_forward, our_forward
-from titan_moe.data.tokenizer import load_tokenizer
+from titan_moe.data.tokenizer import load_tokenizer, tokenizer_from_files
+from titan_moe.generate import generate
 
 transformers: Any = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
@@ -283,3 +285,92 @@ def test_tokenizer_and_generation_config(tmp_path: Path) -> None:
     model = open_hf(tmp_path / "hf")
     assert model.generation_config.eos_token_id == ours.eot_id
     assert model.generation_config.suppress_tokens == list(range(257, 320))
+
+
+SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "<s>",
+    "eos_token": {"content": "</s>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False},
+    "model_max_length": 1000,
+    "clean_up_tokenization_spaces": False,
+}
+TEMPLATE = "{% for m in messages %}<s> {{ m.content }} <|end|>{% endfor %}"
+
+
+def foreign_with_tokenizer(folder: Path) -> Path:
+    """A model of 96 ids that stops at 2 and 4, with generation settings, a tokenizer and a chat template."""
+    source = foreign(folder, "mixtral", eos_token_id=[2, 4], bos_token_id=1)
+    content = word_tokenizer(plain=tuple(f"w{i}" for i in range(60)))
+    special = {"eos_token": "</s>", "bos_token": "<s>"}
+    generation = {"bos_token_id": 1, "eos_token_id": [2, 4], "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+    (source / "tokenizer.json").write_text(content, encoding="utf-8")
+    (source / "tokenizer_config.json").write_text(json.dumps(SETTINGS), encoding="utf-8")
+    (source / "special_tokens_map.json").write_text(json.dumps(special), encoding="utf-8")
+    (source / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
+    (source / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return source
+
+
+def test_tokens_templates_and_settings_of_others_come_back(tmp_path: Path) -> None:
+    """From Hugging Face to ours and back: for transformers both folders mean the same, and the files are the same."""
+    source, back = foreign_with_tokenizer(tmp_path / "theirs"), tmp_path / "back"
+    from_hf(source, tmp_path / "run")
+    to_hf(tmp_path / "run", back)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        assert (back / name).read_text() == (source / name).read_text(), name
+    for folder in (source, back):
+        values = json.loads((folder / "config.json").read_text())
+        assert (values["bos_token_id"], values["eos_token_id"], values.get("pad_token_id")) == (1, [2, 4], None)
+    before, after = (json.loads((folder / "generation_config.json").read_text()) for folder in (source, back))
+    assert after == before | {"suppress_tokens": list(range(65, 96))}  # ids of the model that no token has
+    tokenizers = [transformers.AutoTokenizer.from_pretrained(folder) for folder in (source, back)]
+    chats = [t.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) for t in tokenizers]
+    assert chats == ["<s> w1 <|end|>"] * 2
+    assert [(t.bos_token, t.eos_token, t.pad_token) for t in tokenizers] == [("<s>", "</s>", None)] * 2
+
+
+def test_generation_stops_at_every_end_that_transformers_knows(tmp_path: Path) -> None:
+    """Of a model that says one token after another: at </s> and at <|endoftext|>, not at <|end|>."""
+    source = foreign_with_tokenizer(tmp_path / "theirs")
+    theirs = open_hf(source)
+    with torch.no_grad():  # the next id is the one after: the head is the embedding of the id before
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(parameter * (0.0 if "o_proj" in name or "experts" in name else 1.0))
+        theirs.model.norm.weight.fill_(1.0)
+        theirs.model.embed_tokens.weight.copy_(torch.randn(96, 32, generator=torch.Generator().manual_seed(0)))
+        theirs.lm_head.weight.copy_(10 * theirs.model.embed_tokens.weight.roll(1, 0))
+    theirs.save_pretrained(source, max_shard_size="40KB")
+    from_hf(source, tmp_path / "run", verify=False)
+    step = next((tmp_path / "run" / "checkpoint").iterdir())
+    model, tokenizer = load_model(step)[0], load_tokenizer(str(step / "tokenizer.json"))
+    assert (tokenizer.eot_id, tokenizer.eos_ids, tokenizer.bos_id) == (2, (2, 4), 1)
+    greedy: dict[str, Any] = {"max_new_tokens": 9, "temperature": 0.0, "top_k": 0, "seed": 0, "context": 64}
+    for prompt, ids in (("<s>", [1, 2]), ("<|end|>", [3, 4]), ("w0", list(range(5, 15)))):
+        start = torch.tensor([[SPECIAL.index(prompt) if prompt in SPECIAL else 5]])
+        assert theirs.generate(start, max_new_tokens=9, do_sample=False)[0].tolist() == ids
+        ours = tokenizer._replace(backend=OnlyIds(start.tolist()[0]))
+        assert generate(model, ours, [prompt], **greedy) == [prompt + repr(ids[1:])]
+    assert tokenizer_from_files(tokenizer.files)[1:] == tokenizer[1:]
+
+
+class OnlyIds:
+    """A tokenizer whose text is the ids, to see which are generated."""
+
+    def __init__(self, prompt: list[int]) -> None:
+        self.ids = prompt
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> "OnlyIds":
+        return self if text else OnlyIds([])
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return repr(ids)
+
+
+def test_a_folder_whose_end_of_text_is_unknown_is_refused_at_once(tmp_path: Path) -> None:
+    source = foreign_with_tokenizer(tmp_path / "theirs")
+    (source / "tokenizer_config.json").write_text(json.dumps({**SETTINGS, "eos_token": "<|END_OF_TURN_TOKEN|>"}))
+    with pytest.raises(
+        ValueError, match=r"tokenizer.json: the files beside it name eos_token '<\|END_OF_TURN_TOKEN\|>', "
+    ):
+        from_hf(source, tmp_path / "run")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]

@@ -221,6 +221,7 @@ def test_a_new_name_drops_only_inherited_arguments_of_the_old_component(write: W
         ("[training]\nsteps = \n", ["not valid TOML", "line 2"]),
         ("[training]\nsteps = 1\nsteps = 2\n", ["not valid TOML", "line 3"]),
         (b"[job]\ndescription = '\xff'", ["not UTF-8", "0xff", "line 2, column 16"]),
+        (b"\xef\xbb\xbf[\xff", ["not UTF-8", "0xff", "line 1, column 2"]),
         ('[router]\nname = "no_such_pkg.mod:fn"', ["router.name = 'no_such_pkg.mod:fn'", "cannot be imported"]),
         ('[router]\nname = "math:no_such"', ["router.name = 'math:no_such'", "cannot be imported"]),
         ('[router]\nname = "builtins:sorted"', ["router.name = 'builtins:sorted'", "must take top_k"]),
@@ -232,6 +233,11 @@ def test_a_mistake_in_a_file_names_file_key_value_and_remedy(write: Write, text:
     message = error_of(file=write(text))
     for part in ["x.toml", *parts]:
         assert part in message
+
+
+def test_a_byte_order_mark_before_a_file_is_no_part_of_it(write: Write):
+    write("\ufeff[training]\nsteps = 7\n", "base.toml")
+    assert load(file=write('\ufeffbase = "base.toml"\n')).training.steps == 7
 
 
 @pytest.mark.parametrize(

@@ -176,10 +176,13 @@ def test_the_model_card_says_what_the_run_recorded(tmp_path: Path) -> None:
     step = make_checkpoint(tmp_path / "run", **{"job.description": "a test of cards", "data.path": "/x/y/text.jsonl"})
     records = [
         {"step": 2, "kind": "train", "loss": 3.25},
+        {"step": 3, "kind": "train", "loss": None},
         {"step": 3, "kind": "validation", "loss": 3.125},
         {"step": 4, "kind": "train", "loss": 1.0},
     ]
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = [json.dumps(record) for record in records]
+    torn = lines[0][: len(lines[0]) // 2]  # by a kill
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join([*lines, torn]))
     to_hf(step, tmp_path / "hf", verify=False)
     card = (tmp_path / "hf" / "README.md").read_text()
     for part in (

@@ -1,8 +1,10 @@
 import bz2
 import gzip
 import json
+import logging
 import random
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ import pytest
 import zstandard
 
 from titan_moe.data import sources
-from titan_moe.data.sources import documents, find_files, plan_shards, stdlib_files
+from titan_moe.data.sources import documents, find_files, plan_shards, stdlib_files, texts
 
 TEXTS = ["first ä document", "two\nlines", "", "third 漢字 \U0001f600", "x" * 3000]
 
@@ -25,7 +27,7 @@ def read_all(*paths: Path) -> list[str]:
     return [text for shard in plan_shards(find_files([str(path) for path in paths])) for text in documents(shard)]
 
 
-def jsonl(texts: list[str]) -> bytes:
+def jsonl(texts: list[str] | list[str | None]) -> bytes:
     return "".join(json.dumps({"id": index, "text": text}) + "\n" for index, text in enumerate(texts)).encode()
 
 
@@ -79,6 +81,69 @@ def test_concatenated_members_are_read_to_the_end(tmp_path: Path) -> None:
         assert read_all(tmp_path / name) == ["one", "two"]
 
 
+NULLS = ["one", None, "two"]
+
+
+def arrow(array: Any) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": array}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def far_looking(data: bytes) -> bytes:
+    """What `zstd --long=28` writes: its reader has to keep 256 MiB."""
+    settings = zstandard.ZstdCompressionParameters(window_log=28)
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    return stream.compress(data) + stream.flush()
+
+
+ROWS = {
+    "null.jsonl": jsonl(NULLS),
+    "null.ndjson": jsonl(NULLS),
+    "c4.json.gz": gzip.compress(jsonl(NULLS)),
+    "null.parquet": arrow(pa.array(NULLS)),
+    "view.parquet": arrow(pa.array(NULLS, pa.string_view())),
+    "dictionary.parquet": arrow(pa.array(NULLS).dictionary_encode()),
+    "large.parquet": arrow(pa.array(NULLS, pa.large_string()).dictionary_encode()),
+    "digits.jsonl": b'{"text": "one"}\n{"id": %s, "text": null}\n{"text": "two"}' % (b"1" * 5000),
+    "window.jsonl.zst": far_looking(jsonl(NULLS)),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_without_a_text_are_none_and_no_documents(tmp_path: Path, name: str) -> None:
+    """Whatever holds them, and however strings are stored."""
+    (tmp_path / name).write_bytes(ROWS[name])
+    (shard,) = plan_shards(find_files(str(tmp_path)))
+    assert list(texts(shard)) == NULLS
+    assert list(documents(shard)) == ["one", "two"]
+
+
+def test_a_column_of_nothing_but_null_has_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(arrow(pa.array([None, None])))
+    assert read_all(tmp_path / "a.parquet") == []
+
+
+def test_json_is_data_where_it_is_named_and_not_in_folders(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(jsonl(["one"]))
+    (tmp_path / "b.json.zst").write_bytes(zstandard.compress(jsonl(["two"])))
+    assert find_files(str(tmp_path)) == [str(tmp_path / "b.json.zst")]
+    assert read_all(tmp_path / "*.json*") == ["one", "two"]
+
+
+def test_a_file_beside_its_packed_copy_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.jsonl", "a.jsonl.zst", "b.txt", "b.txt.gz", "c.txt.gz", "d.txt"):
+        (tmp_path / name).write_text("x")
+    with caplog.at_level(logging.WARNING, "titan_moe"):
+        assert len(find_files(str(tmp_path))) == 6
+        find_files([str(tmp_path / name) for name in ("a.jsonl.zst", "b.txt", "c.txt.gz", "d.txt")])
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0] == (
+        f"data.path: {tmp_path}/a.jsonl and {tmp_path}/a.jsonl.zst hold the same by their names, and 1 more files: "
+        "their documents count twice"
+    )
+
+
 def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     assert read_all(pack(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + jsonl(["one"]))) == ["one"]
     assert read_all(pack(tmp_path / "a.txt", b"\xef\xbb\xbfone")) == ["one"]
@@ -115,6 +180,12 @@ def test_no_path_is_an_error() -> None:
         find_files([])
 
 
+def two_columns() -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), sink)
+    return sink.getvalue().to_pybytes()
+
+
 NOISE = random.Random(0).randbytes(5000).hex().encode()
 BAD = {
     "latin.txt": (b"abc\nd\xe9f\n", r"latin.txt: not UTF-8 at byte 5 \(0xe9\)"),
@@ -128,6 +199,8 @@ BAD = {
     "not.txt.gz": (bz2.compress(b"abc"), r"not.txt.gz: damaged archive near byte 0"),
     "empty.txt.gz": (b"", r"empty.txt.gz: truncated archive"),
     "body.parquet": (parquet(["a"], "body"), r"no column 'text' of strings \(columns: id \(int64\), body \(string\)\)"),
+    "two.parquet": (two_columns(), r"two.parquet: 2 columns 'text' \(columns: text \(string\), text \(string\)\)"),
+    "deep.jsonl": (b'{"text": "a"}\n{"a": ' + b"[" * 99999 + b"\n", r"deep.jsonl:2: nested too deeply to be read"),
     "cut.parquet": (parquet(["a"])[:-9], r"cut.parquet: not a readable parquet file"),
 }
 

@@ -1,5 +1,7 @@
+import gzip
 import itertools
 import json
+import logging
 import socket
 import time
 from functools import partial
@@ -41,7 +43,7 @@ def make(dataset: HubDataset, rank: int = 0, degree: int = 1, local: int = GLOBA
         check_lanes(state, GLOBAL)
         batches = LaneBatches(
             dataset,
-            bytes_tokenizer().to_json(),
+            bytes_tokenizer().files,
             Split(FRACTION),
             seq_len=SEQ_LEN,
             seed=3,
@@ -119,6 +121,37 @@ def test_resume_on_another_world_size(dataset: HubDataset, whole: list[Rows]) ->
         assert take(train, 8) == [rows[rank * 3 : rank * 3 + 3] for rows in whole[21:29]]
 
 
+def test_resume_of_a_resume_is_exact(dataset: HubDataset, whole: list[Rows]) -> None:
+    """The second one, too, goes on where the first one came to (datasets 5.0.0 begins anew)."""
+    state: dict[str, Any] = {}
+    for start in (0, 17, 34):
+        train = make(dataset)
+        if state:
+            train.load_state_dict(state)
+        assert take(train, 17) == whole[start : start + 17]
+        state = json.loads(json.dumps(train.state_dict()))
+
+
+def test_a_version_that_forgets_its_place_is_refused(dataset: HubDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.metadata, "version", lambda name: "5.0.0")
+    with pytest.raises(ValueError, match=r"datasets 5.0.0 loses its place .* install another version \(pip install"):
+        find_dataset(dataset.path)
+
+
+def test_rows_without_a_text_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": None if index % 3 else f"<{index}>"} for index in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = find_dataset(str(tmp_path))
+    with caplog.at_level(logging.WARNING, "titan_moe"):
+        blocks = read_blocks(source, Cursor(), bool)
+        assert [text for _, texts in itertools.islice(blocks, 1) for text in texts] == [
+            f"<{i}>" for i in range(0, 30, 3)
+        ]
+    ends = [int(message.rsplit(" ", 1)[1]) for message in caplog.messages]
+    assert ends == [1, 2, 4, 8, 16]
+    assert caplog.messages[0] == f"data.path ({tmp_path}): rows without a text (null) left out so far: 1"
+
+
 def test_resume_does_not_read_what_lies_before(dataset: HubDataset) -> None:
     train = make(dataset)
     take(train, 20)
@@ -159,6 +192,22 @@ def test_a_stream_without_text_names_its_columns(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 1}\n')
     with pytest.raises(ValueError, match=r"no strings in a column 'text' \(columns: body, id\)"):
         next(read_blocks(find_dataset(str(tmp_path)), Cursor(), bool))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("deep.jsonl", b'{"text": "a", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}\n"),
+        ("latin.jsonl", b'{"text": "\xe9"}\n'),
+        ("late.jsonl", b'{"text": "a"}\n' * 99999 + b"{"),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-10]),
+    ],
+)
+def test_what_cannot_be_streamed_is_one_line(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    source = find_dataset(str(tmp_path))
+    with pytest.raises(ValueError, match=r"^data.path \(.*\): cannot be streamed \(\w+: [^\n]*; or use local files"):
+        list(source.texts(source.open()))
 
 
 def test_a_folder_without_data_is_an_error(tmp_path: Path) -> None:

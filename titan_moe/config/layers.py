@@ -1,5 +1,6 @@
 """Layers of configuration: TOML files with the files they inherit from, and the command line, as nested tables."""
 
+import codecs
 import os
 import sys
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ def read_file(path: str, origin: str = COMMAND_LINE, key: str = "job.config_file
     """Read a TOML file that `origin` names under `key`; what is wrong with it is one line with file and position."""
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            data = file.read().removeprefix(codecs.BOM_UTF8)  # which some editors put first
     except OSError as error:
         raise type(error)(str(key_error(origin, key, f"cannot be read ({error.strerror})", path))) from None
     try:

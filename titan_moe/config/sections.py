@@ -122,12 +122,13 @@ class Data:
     """What the model reads."""
 
     dataset: Annotated[Literal["stdlib", "text", "fineweb_edu", "hf"], "where documents come from"] = "stdlib"
-    path: Annotated[Texts, "files or globs (txt, jsonl, parquet, also .gz or .zst), or a hub name"] = field(
-        default_factory=list
-    )
+    path: Annotated[
+        Texts, "files, globs, folders (txt, jsonl, ndjson, json lines, parquet, also .gz or .zst), or a hub name"
+    ] = field(default_factory=list)
     tokenizer: Annotated[str, "bytes, bpe:SIZE (trained on the data), a tokenizer.json, a folder or a hub name"] = (
         "bpe:4096"
     )
+    eot_token: Annotated[str, "token that ends every document (empty: as the tokenizer's own files say)"] = ""
     num_workers: Annotated[int, Field(ge=0, le=256), "processes that prepare batches (0: none beside the trainer)"] = 0
     validation_fraction: Annotated[Fraction, "part of the documents that is held out of training"] = 0.01
     validation_path: Annotated[Texts, "files to validate on instead of a held-out part"] = field(default_factory=list)

@@ -80,8 +80,8 @@ def _check_glm(config: Config) -> None:
         )
 
 
-def hf_config(config: Config, architecture: Architecture, *, dtype: str, eot_id: int | None) -> dict[str, Any]:
-    """The content of config.json."""
+def hf_config(config: Config, architecture: Architecture, *, dtype: str, special_ids: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json; `special_ids` are its keys on the beginning and end of texts."""
     model, moe, kind = config.model, config.moe, architecture.model_type
     theta = model.rope_theta
     common = {
@@ -102,9 +102,7 @@ def hf_config(config: Config, architecture: Architecture, *, dtype: str, eot_id:
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "tie_word_embeddings": model.tie_embeddings and kind != "glm4_moe",  # vLLM's Glm4Moe ignores tying
         "attention_dropout": 0.0,
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
-        "pad_token_id": eot_id,
+        **special_ids,
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,

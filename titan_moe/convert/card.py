@@ -59,10 +59,13 @@ def _losses(step_folder: Path, step: int) -> dict[str, str]:
     if not metrics.exists():
         return {"Losses": "not recorded"}
     last: dict[str, dict[str, Any]] = {}
-    with open(metrics, encoding="utf-8") as file:
+    with open(metrics, encoding="utf-8", errors="replace") as file:
         for line in file:
-            record = json.loads(line)
-            if record["step"] <= step:
+            try:
+                record = json.loads(line)
+            except ValueError:  # a line that a kill or a full disk tore
+                continue
+            if record["step"] <= step and record.get("loss") is not None:  # null: not finite
                 last[record["kind"]] = record
     found = {
         "train": "Training loss (nats/token)",

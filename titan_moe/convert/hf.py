@@ -3,14 +3,12 @@
 Tensors are read, changed and written one at a time: memory is that of the largest, not of the model.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer as Backend
 
 from titan_moe.build import build_model
 from titan_moe.checkpoint import resolve_checkpoint
@@ -23,8 +21,9 @@ from titan_moe.convert.names import FP32, Pair, TensorMap, tensor_map
 from titan_moe.convert.output import new_checkpoint, new_folder
 from titan_moe.convert.read_config import arguments_of, read_json
 from titan_moe.convert.safetensors import read_folder, write_shards
+from titan_moe.convert.tokenizer import exported_files, imported_files
 from titan_moe.convert.verify import check_against_transformers
-from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
+from titan_moe.data.tokenizer_files import to_text
 
 logger = logging.getLogger(__name__)
 OUR_CONFIG = "titan_moe.toml"  # the run's configuration, which config.json has no place for
@@ -67,10 +66,10 @@ def to_hf(
     theirs = exported(made, ours, DTYPES[dtype], architecture)
     with new_folder(out) as folder:
         write_shards(folder, theirs, shard_bytes)
-        tokenizer = _write_tokenizer(step_folder, folder, config.training.seq_len)
-        eot_id = None if tokenizer is None else tokenizer.eot_id
-        _write_json(folder / "config.json", hf_config(config, architecture, dtype=dtype, eot_id=eot_id))
-        _write_json(folder / "generation_config.json", _generation_config(config, tokenizer))
+        files, special_ids = exported_files(step_folder, config)
+        files["config.json"] = to_text(hf_config(config, architecture, dtype=dtype, special_ids=special_ids))
+        for name, content in files.items():
+            (folder / name).write_text(content, encoding="utf-8")
         (folder / OUR_CONFIG).write_text(to_toml(config), encoding="utf-8")
         (folder / "README.md").write_text(model_card(step_folder, config, architecture.model_type), encoding="utf-8")
         if verify:
@@ -105,30 +104,16 @@ def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: S
         raise ValueError(f"{source} is not a folder: give one that holds config.json and safetensors")
     theirs = read_folder(source)
     config = _config_of(source, read_json(source / "config.json"), theirs, trust_components)
+    files = {"config.toml": to_toml(config), **imported_files(source)}
     architecture = architecture_of(config)
     shapes = shapes_of(config)
     made = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in shapes))
     ours = imported(made, theirs, shapes, source)
-    files = {"config.toml": to_toml(config)}
-    if (source / "tokenizer.json").exists():
-        files["tokenizer.json"] = _tokenizer_text(source / "tokenizer.json")
-    else:
-        logger.warning("%s has no tokenizer.json: the checkpoint cannot be used by generate and evaluate", source)
     tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
     with new_checkpoint(out, 0, tensors, files=files) as made_folder:
         if verify:
             check_against_transformers(made_folder, source, config, theirs["model.embed_tokens.weight"].dtype)
     logger.info("wrote %s", out)
-
-
-def _tokenizer_text(path: Path) -> str:
-    """The content of a tokenizer.json, once it is known to be one: a stranger's may be a link to secrets."""
-    content = path.read_text(encoding="utf-8")
-    try:
-        Backend.from_str(content)
-    except Exception as error:  # the library raises the bare class
-        raise ValueError(f"{path}: not a tokenizer.json that `tokenizers` reads ({error})") from error
-    return content
 
 
 def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_components: Sequence[str]) -> Config:
@@ -215,30 +200,3 @@ def _zero(shape: tuple[int, ...]) -> Lazy:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_tokenizer(step_folder: Path, folder: Path, seq_len: int) -> Tokenizer | None:
-    source = step_folder / "tokenizer.json"
-    if not source.exists():
-        logger.warning("%s has no tokenizer.json: none is exported", step_folder)
-        return None
-    tokenizer = load_tokenizer(str(source))
-    (folder / "tokenizer.json").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    eot = tokenizer.backend.id_to_token(tokenizer.eot_id)
-    special = {"bos_token": eot, "eos_token": eot, "pad_token": eot}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len}
-    _write_json(folder / "tokenizer_config.json", {**settings, **special, "clean_up_tokenization_spaces": False})
-    _write_json(folder / "special_tokens_map.json", special)
-    return tokenizer
-
-
-def _generation_config(config: Config, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    if tokenizer is None:
-        return {}
-    eot, padding = tokenizer.eot_id, list(range(tokenizer.vocab_size, config.model.vocab_size))
-    values = {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot}
-    return values | ({"suppress_tokens": padding} if padding else {})  # ids that no token has

@@ -44,7 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: not the folder of a Hugging Face model") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number of 5000 digits
         raise ValueError(f"{path} is not JSON ({' '.join(str(error).split())})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object")

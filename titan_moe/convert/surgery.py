@@ -22,6 +22,7 @@ from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_saved, to_toml
 from titan_moe.convert.architectures import moe_layers
 from titan_moe.convert.output import new_checkpoint
+from titan_moe.data.tokenizer_files import read_tokenizer_files
 from titan_moe.model.transformer import fill_normal
 
 logger = logging.getLogger(__name__)
@@ -304,9 +305,7 @@ def _fresh_values(config: Config) -> dict[str, Any]:
 def _save(step_folder: Path, out: Path, config: Config, made: LazyTensors, values: dict[str, Any]) -> None:
     manifest, extra = read_manifest(step_folder), read_common(step_folder)["extra"]
     extra = {**extra, "choices": None} if "choices" in extra else extra  # of the old experts
-    files = {"config.toml": to_toml(config)}
-    if (step_folder / "tokenizer.json").exists():
-        files["tokenizer.json"] = (step_folder / "tokenizer.json").read_text(encoding="utf-8")
+    files = {"config.toml": to_toml(config), **read_tokenizer_files(step_folder)}
     with new_checkpoint(
         out, manifest["step"], made, optimizer=manifest["optimizer"], values=values, extra=extra, files=files
     ):

@@ -1,6 +1,7 @@
 """From a few settings to batches: the one entrance to the data, for training and evaluation."""
 
 import difflib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +12,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data import hub
 from titan_moe.data.cache import TokenCache, TokenFile, build_cache
-from titan_moe.data.corpus import Split, corpus_tokenizer, make_corpus, make_split
+from titan_moe.data.corpus import Corpus, Split, corpus_tokenizer, fraction_for_both, make_corpus, make_split
 from titan_moe.data.loader import (
     CPU,
     TrainLoader,
@@ -33,6 +34,7 @@ BYTES_PER_TOKEN = 6  # more than English has, so that a sample of a stream has t
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
@@ -50,6 +52,7 @@ class _Wanted(NamedTuple):
     dataset: str
     path: str | Sequence[str]
     tokenizer: str
+    eot_token: str
     validation_path: str | Sequence[str]
     fraction: float
     validation_tokens: int
@@ -75,6 +78,7 @@ def build_data(
     dataset: str,
     path: str | Sequence[str] = (),
     tokenizer: str,
+    eot_token: str = "",
     seq_len: int,
     seed: int,
     global_batch_size: int,
@@ -96,11 +100,12 @@ def build_data(
 ) -> Data:
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
-    `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`. Validation data are the
-    files of `validation_path`, else `validation_fraction` of the documents, chosen by the hash of their content. On
-    every node the one process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size`
-    of -1 is one without accumulation. Where ranks have parts of sequences, `positions` (S',) are those of this rank,
-    and batches are (B, S'). They come on `device`. Errors: ValueError and OSError of one line.
+    `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`; `eot_token` ends every
+    document (empty: the one of the tokenizer's own files). Validation data are the files of `validation_path`, else
+    `validation_fraction` of the documents, chosen by the hash of their content, and one at least. On every node the one
+    process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size` of -1 is one
+    without accumulation. Where ranks have parts of sequences, `positions` (S',) are those of this rank, and batches are
+    (B, S'). They come on `device`. Errors: ValueError and OSError of one line.
     """
     size, local_batch_size = resolve_batch_sizes(global_batch_size, local_batch_size, dp_degree)
     if not 0 <= validation_fraction < 1:
@@ -111,7 +116,7 @@ def build_data(
     tokens = validation_steps * validation_local_batch_size * seq_len + 1
     tokens = STREAM_VALIDATION_TOKENS if validation_steps < 0 else tokens
     show = progress and is_main
-    want = _Wanted(dataset, path, tokenizer, validation_path, fraction, tokens, cache_folder, endpoint, show)
+    want = _Wanted(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show)
     made = in_turn(partial(_prepare_stream if _is_streamed(dataset) else _prepare_files, want), is_main, barrier)
 
     where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
@@ -219,17 +224,25 @@ def _stream_loader(
     stream = made.train
     assert isinstance(stream, _Stream)
     check_lanes(state, size)
-    text = made.tokenizer.to_json()
-    batches = LaneBatches(stream.dataset, text, stream.split, global_batch_size=size, state=state, **batch)
+    files = made.tokenizer.files
+    batches = LaneBatches(stream.dataset, files, stream.split, global_batch_size=size, state=state, **batch)
     return make_loader(batches, min(num_workers, 1), device)  # a lane is one line of documents: it has one reader
 
 
 def _prepare_files(want: _Wanted) -> _Prepared:
     files, kind = (stdlib_files(), "source") if want.dataset == "stdlib" else (find_files(want.path), "")
     held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
-    corpus = make_corpus(files, held_out, fraction=want.fraction, folder=want.folder, kind=kind)
-    made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint)
-    cache = build_cache(corpus, made, want.folder, progress=want.progress)
+
+    def tokenize(fraction: float) -> tuple[Corpus, Tokenizer, TokenCache]:
+        corpus = make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
+        made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
+        return corpus, made, build_cache(corpus, made, want.folder, progress=want.progress)
+
+    corpus, made, cache = tokenize(want.fraction)
+    if want.fraction and not all(cache.num_documents.values()):
+        fraction = fraction_for_both(corpus, want.folder)  # of few documents a small fraction may be none, or all
+        log.info("data.validation_fraction is taken as %.3g: one document at least on either side", fraction)
+        corpus, made, cache = tokenize(fraction)
     is_split = bool(held_out or want.fraction)
     count = cache.num_documents
     if is_split and not all(count.values()):
@@ -248,9 +261,9 @@ def _prepare_stream(want: _Wanted) -> _Prepared:
     sample = partial(sample_stream, source, fraction=want.fraction, folder=want.folder, progress=want.progress)
     if bpe_vocab_size(want.tokenizer):
         corpus = make_corpus([sample("train", num_bytes=STREAM_BPE_BYTES)], fraction=0.0, folder=want.folder)
-        made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint)
+        made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
     else:
-        made = load_tokenizer(want.tokenizer, want.endpoint)
+        made = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
     held_out = []
     if want.validation_path:
         held_out = find_files(want.validation_path, "data.validation_path")

@@ -27,13 +27,13 @@ import numpy as np
 from titan_moe.data import sources
 from titan_moe.data.corpus import Corpus, Split, digest, load_held_out, make_split, side
 from titan_moe.data.processes import available_cpus, run_parallel
-from titan_moe.data.sources import Shard, documents
+from titan_moe.data.sources import Shard, texts
 from titan_moe.data.storage import DamagedError, locked, made_anew, read_sealed, storage_errors, write_sealed
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 from titan_moe.files import crc32_of, new_file, remove_leftovers, write_atomic
 
 SPLITS = ("train", "validation")
-COUNTS = ("num_tokens", "num_documents", "num_bytes")
+COUNTS = ("num_tokens", "num_documents", "num_bytes", "num_nulls")
 META, CHECKED = "meta.json", "checked.json"
 LARGE_BYTES = 4 << 30  # from here on reading all of it takes a while, and is said
 PIECE_BYTES = 16 << 20  # what one checksum is of in a cache from before there were any
@@ -176,11 +176,11 @@ def _identity(path: Path) -> list[int]:
 def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int, progress: bool) -> None:
     parts = home / "parts"
     parts.mkdir(exist_ok=True)
-    tokenizer_path = str(parts / "tokenizer.json")
-    write_atomic(Path(tokenizer_path), tokenizer.to_json())
+    for name, content in tokenizer.files.items():
+        write_atomic(parts / name, content)
     split = make_split(corpus, str(home.parent)) if corpus.train else Split(0.0)
     shards = [(shard, None) for shard in corpus.validation] + [(shard, split) for shard in corpus.train]
-    jobs = [_Job(shard, how, str(parts / f"{index:06d}"), tokenizer_path) for index, (shard, how) in enumerate(shards)]
+    jobs = [_Job(shard, how, str(parts / f"{index:06d}"), str(parts)) for index, (shard, how) in enumerate(shards)]
     todo = [job for job in jobs if not _is_done(job)]
     log.info("tokenizing into %s: %d of %d parts to do", home, len(todo), len(jobs))
     try:
@@ -201,6 +201,8 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
     checksums = {name: [result["checksums"][name] for result in results] for name in SPLITS}
     write_sealed(home / META, {"dtype": tokenizer.dtype.name, **totals, "checksums": checksums})
     shutil.rmtree(parts, ignore_errors=True)
+    if nulls := sum(totals["num_nulls"].values()):
+        log.warning("%d documents without a text (null) are left out", nulls)
     log.info("token cache ready: %s tokens, %s documents", totals["num_tokens"], totals["num_documents"])
 
 
@@ -235,15 +237,23 @@ def _show_progress(counts: Iterator[int], jobs: Sequence[_Job], todo: Sequence[_
             bar.update(count)
 
 
+# Once in a worker, which tokenizes shard after shard of one corpus: a tokenizer takes as long to load as half a shard.
+_load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
+_load_held_out = functools.lru_cache(maxsize=1)(load_held_out)
+
+
 def tokenize_shard(job: _Job) -> Iterator[int]:
     """Tokenize one shard into its part files, yielding the bytes of text done; runs in a worker process."""
-    tokenizer = load_tokenizer(job.tokenizer)
-    held_out = load_held_out(job.split) if job.split else frozenset()
+    tokenizer = _load_tokenizer(job.tokenizer)
+    held_out = _load_held_out(job.split) if job.split else frozenset()
     counts = {key: dict.fromkeys(SPLITS, 0) for key in COUNTS}
     sizes, crcs, done = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), 0
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(new_file(Path(f"{job.output}.{name}.bin"))) for name in SPLITS}
-        for text in documents(job.shard):
+        for text in texts(job.shard):
+            if not text:
+                counts["num_nulls"]["train" if job.split else "validation"] += text is None
+                continue
             data = text.encode()
             name = side(data, job.split, held_out) if job.split else "validation"
             done += len(data)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -129,13 +130,30 @@ def make_split(corpus: Corpus, folder: str) -> Split:
     """Return how the corpus is divided; hashes the documents of its validation files first where it has some."""
     if not corpus.validation:
         return Split(corpus.fraction)
-    path = os.path.join(folder, f"held-out-{corpus.fingerprint}.npy")
+    return Split(corpus.fraction, _hash_file(corpus.validation, f"held-out-{corpus.fingerprint}.npy", folder))
+
+
+def fraction_for_both(corpus: Corpus, folder: str) -> float:
+    """Return the fraction next to the corpus's that leaves a document on either side, or its own where none does.
+
+    That takes two documents that differ. They are all read for it once, which is quick beside tokenizing them.
+    """
+    hashes = np.load(_hash_file(corpus.train, f"hashes-{corpus.fingerprint}.npy", folder))
+    if len(hashes) < 2:
+        return corpus.fraction
+    least, most = int(hashes[0]) / 2**64, int(hashes[-1]) / 2**64  # validation data are the documents below a hash
+    return min(max(corpus.fraction, math.nextafter(least, 1)), math.nextafter(most, 0))
+
+
+def _hash_file(shards: Sequence[Shard], name: str, folder: str) -> str:
+    """Return the path of the file of the hashes of some shards' documents, written now unless it is there."""
+    path = os.path.join(folder, name)
     if not is_usable(path):
         with storage_errors(folder):
             os.makedirs(folder, exist_ok=True)
-            for _ in run_parallel(hash_documents, [(corpus.validation, path)]):
+            for _ in run_parallel(hash_documents, [(shards, path)]):
                 pass
-    return Split(corpus.fraction, path)
+    return path
 
 
 def hash_documents(job: tuple[Sequence[Shard], str]) -> Iterator[int]:
@@ -147,11 +165,11 @@ def hash_documents(job: tuple[Sequence[Shard], str]) -> Iterator[int]:
     yield 0
 
 
-def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str) -> Tokenizer:
+def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str, eot_token: str = "") -> Tokenizer:
     """Load a tokenizer by name; `bpe:N` is trained on the corpus's training documents and kept by its fingerprint."""
     vocab_size = bpe_vocab_size(name)
     if vocab_size is None:
-        return load_tokenizer(name, endpoint)
+        return load_tokenizer(name, endpoint, eot_token)
     path = os.path.join(folder, f"bpe-{vocab_size}-{corpus.fingerprint}.json")
     with storage_errors(folder):
         if not is_usable(path):
@@ -160,7 +178,7 @@ def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str) -> T
                     log.info("training a BPE of %d tokens on the data set", vocab_size)
                     for _ in run_parallel(train_bpe_file, [(corpus, make_split(corpus, folder), vocab_size, path)]):
                         pass
-    return load_tokenizer(path)
+    return load_tokenizer(path, eot_token=eot_token)
 
 
 def train_bpe_file(job: tuple[Corpus, Split, int, str]) -> Iterator[int]:

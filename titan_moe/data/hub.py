@@ -1,12 +1,14 @@
 """The Hugging Face hub, an optional extra: whether it can be reached (told in seconds), its files, its data sets."""
 
 import hashlib
+import logging
 import os
 import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ HUB_ENDPOINT = "https://huggingface.co"
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu:sample-10BT"
 USE_FILES = "use local files instead: --data.dataset text --data.path FILES"
 INSTALL = "pip install titan_moe[hub]"
+FORGETFUL = ("5.0.0",)  # versions of datasets whose streams begin anew when they are resumed twice
+log = logging.getLogger(__name__)
 
 
 def check_hub(endpoint: str, advice: str, timeout: float = 6.0) -> None:
@@ -56,6 +60,33 @@ def download_file(repo: str, name: str, endpoint: str, advice: str) -> str:
         raise OSError(f"{repo}: {_first_line(error)}; {advice}") from error
 
 
+def find_files(repo: str, names: Sequence[str], endpoint: str) -> dict[str, str]:
+    """Return the local copies of those files that a hub repository has, by name.
+
+    Where the hub can't be reached, what its own cache does not know of is left out, with a warning.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    known = {name: huggingface_hub.try_to_load_from_cache(repo, name) for name in names}
+    found = {name: path for name, path in known.items() if isinstance(path, str)}
+    unknown = [name for name, path in known.items() if path is None]  # others are known to be absent
+    if unknown:
+        try:
+            check_hub(endpoint, f"{repo} is used without {', '.join(unknown)}, if it has them")
+        except OSError as error:
+            log.warning("%s", error)
+            return found
+    for name in unknown:
+        try:
+            found[name] = huggingface_hub.hf_hub_download(repo, name, endpoint=endpoint, etag_timeout=10)
+        except EntryNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise OSError(f"{repo}: {name}: {_first_line(error)}") from error
+    return found
+
+
 class HubDataset(NamedTuple):
     """A streamed data set: a hub repository pinned to a revision, or a local folder with one made of its files."""
 
@@ -72,17 +103,44 @@ class HubDataset(NamedTuple):
             stream = load_dataset(self.path, self.config, split="train", streaming=True, revision=revision)
         except (OSError, ValueError) as error:  # no such data set, configuration or split, no files in it
             raise ValueError(f"data.path ({self.path}): {_first_line(error)}; or {USE_FILES}") from error
+        except Exception as error:  # it reads the first rows
+            raise self._unreadable(error) from error
         if state:
             stream.load_state_dict(state)
         return stream
 
     def texts(self, stream: Any) -> Iterator[str]:
-        """Yield the column `text` of an opened stream. Errors: no such column, values of another type."""
-        for row in stream:
-            text = row.get("text")
+        """Yield the column `text` of an opened stream; rows with null there are left out, with warnings that count.
+
+        Errors: no such column, values of another type, data that `datasets` can't read.
+        """
+        nulls = 0
+        for row in self._rows(stream):
+            text = row.get("text", row)  # a row is no string
+            if text is None:
+                nulls += 1
+                if nulls.bit_count() == 1:  # 1, 2, 4, ... of them: a stream has no end at which to count
+                    log.warning("data.path (%s): rows without a text (null) left out so far: %d", self.path, nulls)
+                continue
             if not isinstance(text, str):
                 raise ValueError(f"data.path ({self.path}): no strings in a column 'text' (columns: {', '.join(row)})")
             yield text
+
+    def _rows(self, stream: Any) -> Iterator[dict[str, Any]]:
+        """Yield the rows; whatever the libraries raise that read and unpack files becomes one line."""
+        rows = iter(stream)
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                raise self._unreadable(error) from error
+            if row is None:
+                return
+            yield row
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        return ValueError(f"data.path ({self.path}): cannot be streamed ({why}); or {USE_FILES}")
 
 
 def find_dataset(path: str, endpoint: str = HUB_ENDPOINT) -> HubDataset:
@@ -92,6 +150,11 @@ def find_dataset(path: str, endpoint: str = HUB_ENDPOINT) -> HubDataset:
     """
     if find_spec("datasets") is None:
         raise ValueError(f"data.dataset: streaming {path} needs `{INSTALL}`; or {USE_FILES}")
+    if (version := metadata.version("datasets")) in FORGETFUL:
+        raise ValueError(
+            f"data.dataset: datasets {version} loses its place in a stream at the second resume: install another "
+            f"version ({INSTALL}); or {USE_FILES}"
+        )
     if os.path.isdir(path):
         stats = [(file.name, file.stat()) for file in sorted(os.scandir(path), key=lambda file: file.name)]
         content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])

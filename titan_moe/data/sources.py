@@ -7,6 +7,7 @@ depend on the files only, never on the number of processes, so whatever is built
 import glob
 import io
 import json
+import logging
 import os
 import sysconfig
 import zlib
@@ -18,10 +19,12 @@ from typing import Any, NamedTuple
 MIN_SHARD, MAX_SHARD = 1 << 20, 32 << 20  # bytes: seconds of tokenizing, the unit of parallel work and of resumption
 DOCUMENT_CHARS = 16 << 10  # running text (.txt) is cut into documents of about this many characters
 CHUNK_BYTES = 1 << 20
-KINDS = {".txt": "txt", ".jsonl": "jsonl", ".parquet": "parquet"}
+KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 COMPRESSIONS = (".gz", ".zst")
-FORMATS = "txt, jsonl, parquet, each also with .gz or .zst"
+FORMATS = "txt, jsonl, ndjson, json with an object a line, parquet, each also with .gz or .zst"
+MAX_WINDOW = 1 << 31  # bytes that zstd may look back, its largest: `zstd --long=31` (the library stops at 1 << 27)
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
@@ -39,24 +42,21 @@ Shard = tuple[Piece, ...]
 
 def kind_of(path: str) -> str | None:
     """Return the format of a file by its name (`txt`, `jsonl`, `parquet`), or None where it is none of ours."""
-    stem = path
-    for suffix in COMPRESSIONS:
-        stem = stem.removesuffix(suffix)
-    return KINDS.get(os.path.splitext(stem)[1].lower())
+    return KINDS.get(os.path.splitext(_unpacked(path))[1].lower())
 
 
 def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
     """Return the files that `paths` name: files, globs (`**` too) and folders, which are searched recursively.
 
     Paths stay in the order given, the files of a glob or folder are sorted. In folders, hidden files and other formats
-    are left out; a file named directly or by a glob must have one of our formats. Errors: nothing given, no such file,
-    no match, unknown format.
+    are left out, as are .json files, most of which are no data; a file named directly or by a glob must have one of our
+    formats. Errors: nothing given, no such file, no match, unknown format.
     """
     found: dict[str, None] = {}  # an ordered set: a file that two patterns name counts once
     for path in [paths] if isinstance(paths, str) else paths:
         full = os.path.expanduser(path)
         if os.path.isdir(full):
-            names = sorted(str(p) for p in Path(full).rglob("*") if _visible(p.relative_to(full)) and kind_of(p.name))
+            names = sorted(str(p) for p in Path(full).rglob("*") if _is_data(p.relative_to(full)))
             matches = [name for name in names if os.path.isfile(name)]
         elif os.path.isfile(full):
             matches = [full]
@@ -72,11 +72,33 @@ def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
         found |= dict.fromkeys(matches)
     if not found:
         raise ValueError(f"{key} is empty: name the files to read ({FORMATS}), e.g. --{key} 'corpus/*.jsonl'")
+    _warn_of_copies(found, key)
     return list(found)
 
 
-def _visible(path: Path) -> bool:
-    return not any(part.startswith(".") for part in path.parts)
+def _is_data(path: Path) -> bool:
+    """Whether a file of a folder is read: its path within the folder tells."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and path.suffix.lower() != ".json" and kind_of(path.name) is not None
+
+
+def _warn_of_copies(found: Iterable[str], key: str) -> None:
+    """Warn of files that are there both packed and as they were before (`zstd` keeps its source)."""
+    groups: dict[str, list[str]] = {}
+    for path in found:
+        groups.setdefault(_unpacked(path), []).append(path)
+    copies = [group for group in groups.values() if group[1:]]
+    if copies:
+        more = f", and {len(copies) - 1} more files" if copies[1:] else ""
+        log.warning(
+            "%s: %s hold the same by their names%s: their documents count twice", key, " and ".join(copies[0]), more
+        )
+
+
+def _unpacked(path: str) -> str:
+    for suffix in COMPRESSIONS:
+        path = path.removesuffix(suffix)
+    return path
 
 
 def stdlib_files() -> list[str]:
@@ -126,13 +148,18 @@ def _pieces(path: str, kind: str, most: int) -> Iterator[Piece]:
 
 
 def documents(shard: Shard) -> Iterator[str]:
-    """Yield the documents of a shard in order, empty ones left out.
+    """Yield the documents of a shard in order, empty ones left out, and those that are null."""
+    return filter(None, texts(shard))
+
+
+def texts(shard: Shard) -> Iterator[str | None]:
+    """Yield the texts of a shard in order; None where a row has null in their place.
 
     txt: running text, cut at paragraphs; jsonl: the field `text` of every line; parquet: the column `text`; source: the
     whole file. Errors name the file and the place: not UTF-8, a truncated archive, a line that is not JSON, no `text`.
     """
     for piece in shard:
-        yield from (text for text in READERS[piece.kind](piece) if text)
+        yield from READERS[piece.kind](piece)
 
 
 def _read_source(piece: Piece) -> Iterator[str]:
@@ -172,15 +199,23 @@ def _split_line(line: str) -> Iterator[str]:
     yield line[start:]
 
 
-def _read_jsonl(piece: Piece) -> Iterator[str]:
+_decode_row = json.JSONDecoder(parse_int=float).decode  # as an int a number may not have more than 4300 digits
+
+
+def _read_jsonl(piece: Piece) -> Iterator[str | None]:
     for index, offset, line in _lines(piece):
         if line.isspace():
             continue
         try:
-            row = json.loads(line)
+            row = _decode_row(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{_place(piece, index, offset)}: not JSON ({error.msg})") from error
-        text = row.get("text") if isinstance(row, dict) else None
+        except RecursionError as error:
+            raise ValueError(f"{_place(piece, index, offset)}: nested too deeply to be read") from error
+        text = row.get("text", row) if isinstance(row, dict) else row  # a row is no string
+        if text is None:
+            yield None
+            continue
         if not isinstance(text, str):
             fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{_place(piece, index, offset)}: no string in the field 'text' (found: {fields})")
@@ -201,21 +236,29 @@ def _place(piece: Piece, index: int, offset: int) -> str:
     return f"{piece.path}:{index + 1}"
 
 
-def _read_parquet(piece: Piece) -> Iterator[str]:
+def _read_parquet(piece: Piece) -> Iterator[str | None]:
     import pyarrow as pa
 
     file = _parquet(piece.path)
-    names = file.schema_arrow.names
-    kind = file.schema_arrow.field("text").type if "text" in names else None
-    if kind not in (pa.string(), pa.large_string()):
+    kinds = [field.type for field in file.schema_arrow if field.name == "text"]
+    if len(kinds) != 1 or not _is_text(kinds[0]):
         columns = ", ".join(f"{field.name} ({field.type})" for field in file.schema_arrow)
-        raise ValueError(f"{piece.path}: no column 'text' of strings (columns: {columns})")
+        wrong = f"{len(kinds)} columns 'text'" if kinds[1:] else "no column 'text' of strings"
+        raise ValueError(f"{piece.path}: {wrong} (columns: {columns})")
     groups = range(piece.start, piece.stop if piece.stop >= 0 else file.metadata.num_row_groups)
     try:
         for batch in file.iter_batches(row_groups=list(groups), columns=["text"], batch_size=1024):
-            yield from (text or "" for text in batch.column(0).to_pylist())
+            yield from batch.column(0).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{piece.path}: damaged parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether an arrow type holds strings, in whichever way, or nothing but null."""
+    from pyarrow import types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return any(of(kind) for of in (types.is_string, types.is_large_string, types.is_string_view, types.is_null))
 
 
 def _parquet(path: str) -> Any:
@@ -290,7 +333,9 @@ def _decompress(path: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
     import zstandard
 
     def new() -> Any:
-        return zlib.decompressobj(wbits=31) if path.endswith(".gz") else zstandard.ZstdDecompressor().decompressobj()
+        if path.endswith(".gz"):
+            return zlib.decompressobj(wbits=31)
+        return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
 
     stream, read = new(), 0
     try:

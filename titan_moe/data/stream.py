@@ -22,7 +22,8 @@ from titan_moe.data.corpus import Split, digest, load_held_out, side
 from titan_moe.data.hub import HubDataset
 from titan_moe.data.loader import permute, split_labels
 from titan_moe.data.storage import is_usable, locked, new_checked_file, storage_errors
-from titan_moe.data.tokenizer import tokenizer_from_json
+from titan_moe.data.tokenizer import tokenizer_from_files
+from titan_moe.data.tokenizer_files import Files
 
 BLOCK = 4096  # documents, 20 MB or so of web text
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class LaneBatches(IterableDataset):
     def __init__(
         self,
         dataset: HubDataset,
-        tokenizer_json: str,
+        tokenizer_files: Files,
         split: Split,
         *,
         seq_len: int,
@@ -106,7 +107,7 @@ class LaneBatches(IterableDataset):
         dp_degree: int,
         state: dict[str, Any],
     ) -> None:
-        self.dataset, self.tokenizer_json, self.split = dataset, tokenizer_json, split
+        self.dataset, self.tokenizer_files, self.split = dataset, tokenizer_files, split
         self.seq_len, self.seed, self.global_batch_size, self.state = seq_len, seed, global_batch_size, state
         together = local_batch_size * dp_degree
         own = range(dp_rank * local_batch_size, (dp_rank + 1) * local_batch_size)
@@ -114,7 +115,7 @@ class LaneBatches(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         """Yield tokens, labels and the state after the batch: its lanes, the cursor, the sequences so far."""
-        tokenizer = tokenizer_from_json(self.tokenizer_json)
+        tokenizer = tokenizer_from_files(self.tokenizer_files)
         held_out = load_held_out(self.split)
         saved = self.state.get("lanes", {})
         lanes = {lane: _Lane(*saved.get(str(lane), (0, 0))) for group in self.micro_batches for lane in group}

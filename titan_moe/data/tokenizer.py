@@ -3,18 +3,31 @@
 import difflib
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from titan_moe.data.hub import HUB_ENDPOINT, download_file
+from titan_moe.data.hub import HUB_ENDPOINT, download_file, find_files
+from titan_moe.data.tokenizer_files import (
+    TOKENIZER,
+    TOKENIZER_FILES,
+    Files,
+    collect_files,
+    listed_ids,
+    named_token,
+    read_text,
+    read_tokenizer_files,
+    with_end_of_text,
+)
 
-END_OF_TEXT = (  # the names in use, the most usual first
+END_OF_TEXT = (  # the names in use, by which a tokenizer without settings is judged
     "<|endoftext|>",
     "<|end_of_text|>",
     "</s>",
@@ -24,21 +37,29 @@ END_OF_TEXT = (  # the names in use, the most usual first
     "<\uff5cend\u2581of\u2581sentence\uff5c>",  # DeepSeek's, with its full-width bars
     "<|eot_id|>",
     "<|im_end|>",
+    "<EOS_TOKEN>",
+    "<|END_OF_TURN_TOKEN|>",
 )
 MIN_BPE_VOCAB = 257  # 256 bytes and the end of text
 MAX_BPE_VOCAB = 10_000_000  # ten times what anybody uses; the trainer takes memory for what it is asked for
+log = logging.getLogger(__name__)
 
 
 class Tokenizer(NamedTuple):
     """A tokenizer of `tokenizers` and what the rest of the program asks about it.
 
-    `vocab_size` is one more than the largest id, `eot_id` ends every document, `fingerprint` names the content.
+    `vocab_size` is one more than the largest id, `eot_id` ends every document, `fingerprint` names what decides ids.
+    Text that begins with nothing begins with `bos_id`, and is at its end with any of `eos_ids`, of which `eot_id` is
+    one. `files` make the same tokenizer again.
     """
 
     backend: Backend
     vocab_size: int
     eot_id: int
     fingerprint: str
+    bos_id: int
+    eos_ids: tuple[int, ...]
+    files: dict[str, str]
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens are neither added nor read out of the text."""
@@ -56,13 +77,19 @@ class Tokenizer(NamedTuple):
         encoding = self.backend.encode_batch_fast([text], add_special_tokens=False)[0]
         return np.array([*encoding.ids, self.eot_id], self.dtype)
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of a text to go on from, after the token that begins texts where the tokenizer puts one."""
+        ids = self.encode(text)
+        begins = self.backend.encode("").ids[:1] == [self.bos_id]  # what its own template makes of no text at all
+        return [self.bos_id, *ids] if begins or not ids else ids
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, with special tokens left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def to_json(self) -> str:
-        """Return the content of a tokenizer.json from which `tokenizer_from_json` makes the same tokenizer again."""
-        return self.backend.to_str()
+        """Return the content of its tokenizer.json."""
+        return self.files[TOKENIZER]
 
     @property
     def dtype(self) -> np.dtype:
@@ -70,13 +97,14 @@ class Tokenizer(NamedTuple):
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
 
-def tokenizer_from_json(content: str, origin: str = "tokenizer.json") -> Tokenizer:
-    """Make a tokenizer from the content of a tokenizer.json, which `origin` names in errors.
+def tokenizer_from_files(files: Files, origin: str = TOKENIZER, eot_token: str = "") -> Tokenizer:
+    """Make a tokenizer from a tokenizer.json and the files beside it; `origin` names the first in errors.
 
-    Truncation and padding are switched off. Errors: the library can't read it, it has no end-of-text token.
+    `eot_token` ends documents; empty: the one that the files name, else one of END_OF_TEXT. Truncation and padding are
+    switched off. Errors: the library can't read it, it has no such token.
     """
     try:
-        backend = Backend.from_str(content)
+        backend = Backend.from_str(files[TOKENIZER])
     except Exception as error:  # the library raises the bare class
         if type(error) is not Exception:
             raise
@@ -85,12 +113,71 @@ def tokenizer_from_json(content: str, origin: str = "tokenizer.json") -> Tokeniz
     backend.no_padding()
     backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text and does not end it
     vocab = backend.get_vocab(with_added_tokens=True)
-    eot = next((token for token in END_OF_TEXT if token in vocab), None)
-    if eot is None:
-        raise ValueError(f"{origin}: no end-of-text token; it needs one of {', '.join(END_OF_TEXT)}")
-    canonical = json.dumps(json.loads(backend.to_str()), sort_keys=True)
-    fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
-    return Tokenizer(backend, max(vocab.values()) + 1, vocab[eot], fingerprint)
+    content = backend.to_str()
+
+    eot = _end_of_text(files, backend, vocab, eot_token, origin)
+    files = with_end_of_text({**files, TOKENIZER: content}, eot, vocab[eot], chosen=bool(eot_token))
+    ids = set(vocab.values())
+    eos_ids = [vocab[eot], *(id_ for id_ in listed_ids(files, "eos") if id_ in ids)]
+    bos_ids = [vocab.get(named_token(files, "bos") or ""), *listed_ids(files, "bos"), vocab[eot]]
+    return Tokenizer(
+        backend,
+        max(ids) + 1,
+        vocab[eot],
+        _fingerprint(content, eot, vocab),
+        next(id_ for id_ in bos_ids if id_ in ids),
+        tuple(dict.fromkeys(eos_ids)),
+        files,
+    )
+
+
+def _end_of_text(files: Files, backend: Backend, vocab: dict[str, int], wanted: str, origin: str) -> str:
+    """Return the token that ends a document: the one that is `wanted`, that the files name, or the likeliest."""
+    if wanted:
+        if wanted not in vocab:
+            near = difflib.get_close_matches(wanted, [*vocab], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            name = origin.removeprefix("data.tokenizer: ")
+            raise ValueError(f"data.eot_token ({wanted!r}) is no token of {name}{hint}")
+        return wanted
+
+    # The tokenizer's own settings name a token, those of a model list ids.
+    if named := named_token(files, "eos"):
+        if named not in vocab:
+            raise ValueError(
+                f"{origin}: the files beside it name eos_token {named!r}, which it lacks: set data.eot_token"
+            )
+        return named
+    listed = (backend.id_to_token(id_) for id_ in listed_ids(files, "eos"))
+    return next((token for token in listed if token is not None), None) or _likeliest_end(backend, vocab, origin)
+
+
+def _likeliest_end(backend: Backend, vocab: dict[str, int], origin: str) -> str:
+    """Return which of END_OF_TEXT ends a document, going by the vocabulary alone; warns where there are several."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    found = [token for token in END_OF_TEXT if token in vocab]
+    if not found:
+        raise ValueError(
+            f"{origin}: no end-of-text token: nothing beside it names one, and it has none of "
+            f"{', '.join(END_OF_TEXT)}; name its own with data.eot_token"
+        )
+    # One that is flagged as special is not a piece of text; what a fine-tuning added comes after the first one's id.
+    first, *others = sorted([token for token in found if token in special] or found, key=vocab.__getitem__)
+    if others:
+        log.warning("%s: documents end with %s, not %s (data.eot_token)", origin, first, " or ".join(others))
+    return first
+
+
+def _fingerprint(content: str, eot: str, vocab: dict[str, int]) -> str:
+    """Return a short hash of what decides the ids of a document.
+
+    The end of text counts only where it is another than the first of END_OF_TEXT, so that fingerprints stay as they
+    were when it always was that one.
+    """
+    canonical = json.dumps(json.loads(content), sort_keys=True)
+    if eot != next((token for token in END_OF_TEXT if token in vocab), None):
+        canonical += eot
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def bytes_tokenizer() -> Tokenizer:
@@ -99,7 +186,7 @@ def bytes_tokenizer() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyrefly: ignore
     backend.decoder = decoders.ByteLevel()  # pyrefly: ignore
     backend.add_special_tokens([END_OF_TEXT[0]])
-    return tokenizer_from_json(backend.to_str(), "bytes")
+    return tokenizer_from_files({TOKENIZER: backend.to_str()}, "bytes")
 
 
 def bpe_vocab_size(name: str) -> int | None:
@@ -129,46 +216,45 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=alphabet, show_progress=False
     )  # pyrefly: ignore
     backend.train_from_iterator(texts, trainer)
-    return tokenizer_from_json(backend.to_str(), f"bpe:{vocab_size}")
+    return tokenizer_from_files({TOKENIZER: backend.to_str()}, f"bpe:{vocab_size}")
 
 
-def load_tokenizer(name: str, endpoint: str = HUB_ENDPOINT) -> Tokenizer:
+def load_tokenizer(name: str, endpoint: str = HUB_ENDPOINT, eot_token: str = "") -> Tokenizer:
     """Load `bytes`, a tokenizer.json, a folder that holds one, or that of a hub repository (needs the extra `hub`).
 
-    `bpe:N` has to be trained on data: `build_data` does that, and a checkpoint carries the result as tokenizer.json.
+    The files beside a tokenizer.json say what ends a document, unless `eot_token` does. `bpe:N` has to be trained on
+    data: `build_data` does that, and a checkpoint carries the result as tokenizer.json.
     """
     if name == "bytes":
-        return bytes_tokenizer()
+        made = bytes_tokenizer()
+        return tokenizer_from_files(made.files, "bytes", eot_token) if eot_token else made
     if bpe_vocab_size(name):
         raise ValueError(
             f"data.tokenizer ({name}) is trained on a data set; without one, name a tokenizer.json (a checkpoint's)"
         )
-    path = os.path.expanduser(name)
-    if os.path.isdir(path):
-        path = os.path.join(path, "tokenizer.json")
-    if not os.path.isfile(path):
-        path = _download(name, endpoint)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = file.read()
-    except OSError as error:
-        raise OSError(f"data.tokenizer: {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data.tokenizer: {path}: not UTF-8 text") from error
-    return tokenizer_from_json(content, f"data.tokenizer: {path}")
+    path = Path(name).expanduser()
+    path = path / TOKENIZER if path.is_dir() else path
+    if not path.is_file():
+        return tokenizer_from_files(_download(name, endpoint), f"data.tokenizer: {name}", eot_token)
+    try:  # a file of another name has none beside it that belong to it
+        files = read_tokenizer_files(path.parent) if path.name == TOKENIZER else {TOKENIZER: read_text(path)}
+    except (OSError, ValueError) as error:
+        raise type(error)(f"data.tokenizer: {error}") from error
+    return tokenizer_from_files(files, f"data.tokenizer: {path}", eot_token)
 
 
-def _download(name: str, endpoint: str) -> str:
-    """Return the local copy of a hub repository's tokenizer.json, once the name can't be meant for a file."""
+def _download(name: str, endpoint: str) -> dict[str, str]:
+    """Return a hub repository's tokenizer files, once the name can't be meant for a file."""
     if os.path.isdir(os.path.expanduser(name)):
         raise FileNotFoundError(f"data.tokenizer: the folder {name} holds no tokenizer.json")
     near = difflib.get_close_matches(name, ["bytes", "bpe:4096"], n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or name.endswith(".json"):
         raise FileNotFoundError(f"data.tokenizer: no such file or folder: {name}{hint or ' (or: bytes, bpe:4096)'}")
-    return download_file(
-        name, "tokenizer.json", endpoint, f"use --data.tokenizer bytes, bpe:4096 or a local tokenizer.json{hint}"
-    )
+    advice = f"use --data.tokenizer bytes, bpe:4096 or a local tokenizer.json{hint}"
+    found = {TOKENIZER: download_file(name, TOKENIZER, endpoint, advice)}
+    found |= find_files(name, [file for file in TOKENIZER_FILES if file != TOKENIZER], endpoint)
+    return collect_files(lambda file: read_text(Path(found[file])) if file in found else None, name)
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> list[int]:

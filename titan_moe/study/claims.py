@@ -49,7 +49,7 @@ def claims(args: list[str]) -> int:
     parser.add_argument("--studies", type=Path, required=True, help="folder that has the folders of the studies")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page, its tables and figures")
     options = parser.parse_args(args)
-    document = tomllib.loads(options.claims.read_text(encoding="utf-8"))
+    document = tomllib.loads(options.claims.read_text(encoding="utf-8-sig"))
     check(options.claims, document)
     found = {name: read_results(options.studies / name) for name in document["studies"]}
     if not any(found.values()):
