@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_moe.files import appender, write_pieces_atomic
+from titan_moe.files import appender, new_file
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +69,14 @@ def sort_lines(path: Path, step: int) -> Lines:
 
 def drop(path: Path, lines: Lines) -> None:
     """Leave the kept lines alone in a metrics.jsonl."""
-    with open(path, "rb") as file:
-        write_pieces_atomic(path, itertools.compress(file, lines.kept))
+    with open(path, "rb") as file, new_file(path) as shorter:
+        shorter.writelines(itertools.compress(file, lines.kept))
 
 
 def copy(path: Path, target: Path) -> None:
     """Copy a metrics.jsonl to `target`, as it is."""
-    with open(path, "rb") as file:
-        write_pieces_atomic(target, file)
+    with open(path, "rb") as file, new_file(target) as same:
+        same.writelines(file)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

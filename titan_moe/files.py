@@ -1,12 +1,29 @@
-"""Files that are whole or absent: atomic writes, whole appends, folders on disk for good, checksums, names."""
+"""Files that are whole or absent: atomic writes and what kills leave of them, whole appends, folders, sums, names."""
 
+import contextlib
 import errno
+import functools
+import hashlib
+import json
+import logging
 import os
+import re
+import shutil
+import socket
+import sys
+import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+# .NAME.MACHINE-PID-START.tmp: what a process writes to before it gets the name NAME
+_TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(\d+)\.tmp")
+ABANDONED_SECONDS = 24 * 3600  # another machine's temporary file that nobody has written to for so long is left over
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -14,21 +31,99 @@ def write_atomic(path: Path, text: str) -> None:
 
     Raises OSError as the file system does, with nothing left behind.
     """
-    write_pieces_atomic(path, [text.encode("utf-8")])
+    with new_file(path) as file:
+        file.write(text.encode("utf-8"))
 
 
-def write_pieces_atomic(path: Path, pieces: Iterable[bytes]) -> None:
-    """Write `pieces`, one after the other, to `path` as `write_atomic` does; they may be read from `path` itself."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is on the disk and has the name `path` after the block, and is gone when that raises."""
+    remove_leftovers(path.parent)
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
-            file.writelines(pieces)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     fsync_folder(path.parent)
+
+
+def temporary_path(path: Path) -> Path:
+    """Where this process makes what then gets the name `path`: hidden beside it, with a name that says whose it is."""
+    pid = os.getpid()
+    return path.with_name(f".{path.name}.{_machine()}-{pid}-{_start_of(pid) or 0}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders (`temporary_path`) in `folder` whose process is gone.
+
+    Those of another machine that shares the disk, or of another container, are taken for such after a day without a
+    change: their processes cannot be seen from here.
+    """
+    with contextlib.suppress(OSError):  # a folder that cannot be listed, or is not there: whoever writes there will say
+        for path in folder.iterdir():
+            if (match := _TEMPORARY.fullmatch(path.name)) and _is_left_over(path, match):
+                remove(path)
+
+
+def _is_left_over(path: Path, match: re.Match[str]) -> bool:
+    machine, pid, start = match.groups()
+    if machine == _machine():
+        now = _start_of(int(pid))  # of another process, perhaps, that has got the number since
+        return now is None or (now != int(start) and 0 not in (now, int(start)))
+    changes = [os.lstat(name).st_mtime for name in (path, *path.rglob("*"))]
+    return time.time() - max(changes) > ABANDONED_SECONDS
+
+
+@functools.cache
+def _machine() -> str:
+    """Eight digits for where a process id means something: this boot of this machine and, in it, this container."""
+    boot, container = "", ""
+    with contextlib.suppress(OSError):  # Linux has both
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        container = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{socket.gethostname()} {boot} {container}".encode()).hexdigest()[:8]
+
+
+def _start_of(pid: int) -> int | None:
+    """When a living process started, in ticks of this machine's clock, 0 where it does not tell; None if it is gone."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return None
+    except PermissionError:
+        pass  # of another user
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return None if state in "ZX" else int(fields[18])
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link (not what it leads to), or a folder with what can be removed of it.
+
+    What can't be removed stays, with one warning: it takes room, but nothing reads it.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)
+        warn_once(f"cannot remove {path}, which nothing reads any more: {error.strerror}: remove it by hand")
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Warn, unless this process has done so with the same text."""
+    logger.warning(text)
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -56,14 +151,21 @@ def is_plain_name(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 
-def crc32_of(path: Path) -> str:
-    """CRC-32 of a file's bytes, as eight hexadecimal digits; reads in pieces of 1 MiB."""
-    crc, buffer = 0, bytearray(1 << 20)
+def crc32_of(path: Path, start: int = 0, size: int = -1) -> str:
+    """CRC-32 of `size` bytes of a file from byte `start` on (-1: all), as eight hexadecimal digits, 1 MiB at a time."""
+    crc, buffer, left = 0, bytearray(1 << 20), size if size >= 0 else sys.maxsize
     view = memoryview(buffer)
     with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(buffer):
-            crc = zlib.crc32(view[:size], crc)
+        file.seek(start)
+        while count := file.readinto(view[: min(left, len(buffer))]):
+            crc = zlib.crc32(view[:count], crc)
+            left -= count
     return f"{crc:08x}"
+
+
+def crc32_of_json(value: object) -> str:
+    """CRC-32 of a value as JSON, whatever the order of its keys."""
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 class Appender(NamedTuple):

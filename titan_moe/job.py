@@ -25,6 +25,7 @@ from titan_moe.records import log_parameters
 from titan_moe.runtime import Runtime, logger
 from titan_moe.sinks import check_wandb
 from titan_moe.step import Balancers
+from titan_moe.watch import connecting
 
 
 class Job(NamedTuple):
@@ -63,7 +64,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
         check_wandb()
     mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
     if rt.world_size > 1 or mixed:
-        runtime.init_process_group(rt, config.comm.init_timeout_seconds)
+        with connecting(f"connecting {rt.world_size} processes"):
+            runtime.init_process_group(rt, config.comm.init_timeout_seconds)
         runtime.caution_restarts()
     if rt.device.type == "cpu":
         runtime.return_large_buffers()
@@ -73,7 +75,8 @@ def build_job(config: Config, rt: Runtime) -> Job:
 
     data = load_data(config, rt, degrees)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
-    mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
+    with connecting("connecting the groups of the meshes"):
+        mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
     model = build_sharded(config, mesh, compile_blocks=compiles(config, rt.device) and can_compile(rt))
     model.to_empty(device=rt.device)
     model.init_weights(training.seed)

@@ -1,7 +1,8 @@
 """A process that dies or hangs: the others end with one line that names the collective and the step.
 
-torch's flight recorder notes every collective. A thread looks for one that is under way for longer than the limit,
-and an error out of a collective (gloo's "Connection closed by peer", an NCCL error) is told apart from other errors.
+torch's flight recorder notes every collective. A thread looks for one that is under way for longer than the limit, as
+well as for process groups that are not connected by then. An error out of a collective (gloo's "Connection closed by
+peer", an NCCL error) is told apart from other errors.
 What a process can't say is which of the others is to blame: the one that says nothing, or is in another place, is.
 """
 
@@ -22,6 +23,7 @@ from titan_moe import runtime
 from titan_moe.runtime import CollectiveError
 
 PACKAGE = __file__.removesuffix("watch.py")  # a name alone would be in the paths of a .venv in a checkout of that name
+CONNECTING: dict[str, float] = {}  # what is being connected, and since when (time.monotonic)
 MARKS = ("gloo", "NCCL", "c10d", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe")
 
 
@@ -34,17 +36,37 @@ class Watch:
 
 
 @contextmanager
+def connecting(groups: str) -> Iterator[None]:
+    """Let the watch see that this process makes process groups, and waits until all others do.
+
+    The flight recorder does not know of that: it notes collectives, and a group has none before it is there. `groups`
+    is what the message says is under way, or failed.
+    """
+    CONNECTING[groups] = time.monotonic()
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_failed_collective(error):
+            raise
+        raise CollectiveError(f"{groups} failed: {reason(error)}") from error
+    finally:
+        del CONNECTING[groups]
+
+
+@contextmanager
 def watching(watch: Watch, give_up: Callable[[str], None] = runtime.give_up) -> Iterator[None]:
     """Watch the collectives of this process; raise CollectiveError where one fails.
 
-    One that is under way for longer than `watch.limit_seconds` ends the process: the thread that waits for it can't be
-    interrupted. `give_up` gets the message and does that.
+    One that is under way for longer than `watch.limit_seconds`, and groups that are not connected by then, end the
+    process: the thread that waits for it can't be interrupted. `give_up` gets the message and does that.
     """
     ended = threading.Event()
     thread = threading.Thread(target=_look, args=(watch, ended, give_up), name="watch", daemon=True)
     thread.start()
     try:
         yield
+    except CollectiveError as error:
+        raise CollectiveError(f"{place(watch)}: {error}") from error
     except RuntimeError as error:
         if not is_failed_collective(error):
             raise
@@ -55,20 +77,22 @@ def watching(watch: Watch, give_up: Callable[[str], None] = runtime.give_up) -> 
 
 
 def _look(watch: Watch, ended: threading.Event, give_up: Callable[[str], None]) -> None:
-    while not ended.wait(min(10.0, watch.limit_seconds / 4)):
-        stuck = longest_wait(recorded(), time.time_ns())
-        if stuck is not None and stuck[1] > watch.limit_seconds:
-            name, seconds = stuck
+    seconds = 0.0
+    # at the latest when what was under way at the last look reaches the limit
+    while not ended.wait(min(10.0, watch.limit_seconds / 4, max(watch.limit_seconds - seconds, 0.01))):
+        name, seconds = connecting_for() or longest_wait(recorded(), time.time_ns()) or ("", 0.0)
+        limit = watch.limit_seconds
+        if seconds > limit:
             give_up(
                 f"{place(watch)}: {name} is under way for {seconds:.0f} s, longer than comm's limit of "
-                f"{watch.limit_seconds:g} s: another process died or hangs, or is slower; here "
+                f"{limit:g} s: another process died or hangs, or is slower; here "
                 f"{where(threading.main_thread())}"
             )
 
 
 def place(watch: Watch) -> str:
     """Say which step and rank this is: `step 7, rank 1`."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    rank = dist.get_rank() if dist.is_initialized() else runtime.read_world().rank
     return f"{f'step {watch.step}' if watch.step else 'before the first step'}, rank {rank}"
 
 
@@ -92,6 +116,11 @@ def recorded() -> list[dict[str, Any]]:
     dumps = [getattr(torch._C._distributed_c10d, name, None) for name in recorders]
     entries = [entry for dump in dumps if dump for entry in json.loads(dump()).get("entries", [])]
     return sorted(entries, key=lambda entry: entry["time_created_ns"])
+
+
+def connecting_for() -> tuple[str, float] | None:
+    """What this process is connecting, and for how many seconds already; None where it does not."""
+    return next(((groups, time.monotonic() - since) for groups, since in list(CONNECTING.items())), None)
 
 
 def longest_wait(entries: list[dict[str, Any]], now_ns: int) -> tuple[str, float] | None:

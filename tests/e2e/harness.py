@@ -160,12 +160,16 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def start_two(words: list[str], log: Path, *, second: Sequence[str] = ()) -> list[Command]:
-    """Start two processes as torchrun does; the second one with more arguments."""
+def start_two(
+    words: list[str], log: Path, *, second: Sequence[str] = (), ranks: Sequence[int] = (0, 1)
+) -> list[Command]:
+    """Start two processes, or one rank of the two, as torchrun does; the second one with more arguments."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    ranks = [{**place, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
     given = [words, [*words, *second]]
-    return [Command("train", more, log.with_name(f"log-{i}"), ranks[i]) for i, more in enumerate(given)]
+    return [
+        Command("train", given[i], log.with_name(f"log-{i}"), {**place, "RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in ranks
+    ]
 
 
 def end_two(commands: list[Command]) -> list[int]:

@@ -217,7 +217,7 @@ def test_data_files(train: Train, tmp_path: Path, name: str) -> None:
         for part in (str(file), *parts):
             assert part in line
     assert not (tmp_path / "run").exists()
-    assert not list(cache.rglob("*.tmp-*"))
+    assert not list(cache.rglob("*.tmp"))
     assert not list(cache.rglob("meta.json"))
     assert not list(cache.rglob("*.bin"))
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,32 @@ def test_a_process_that_hangs(arguments: Arguments, tmp_path: Path) -> None:
     assert "limit of 3 s" in line
     assert "of group" in line
     assert "step.py" in line
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_dies_before_it_is_connected(arguments: Arguments, tmp_path: Path, rank: int) -> None:
+    """The other one, which has the store or looks for it, ends at the limit and not when torch gives up."""
+    words = arguments(**OPTIONS, **{"comm.init_timeout_seconds": 3})
+    command = start_two(words, tmp_path / "log", ranks=[rank])[0]
+    begin = time.monotonic()
+    line = error_line(command)
+    assert time.monotonic() - begin < 40  # 3 of them for the limit; torch's own is 63
+    assert line.startswith(f"error: before the first step, rank {rank}: connecting 2 processes is under way for 3 s")
+    assert "job.py" in line or "runtime.py" in line
+
+
+@pytest.mark.dist
+def test_a_process_that_dies_before_a_later_group_is_connected(arguments: Arguments, tmp_path: Path) -> None:
+    """Rank 1 builds no model, so that rank 0 waits for it to make the group of background saves."""
+    limit = {"comm.init_timeout_seconds": 3, "checkpoint.async_mode": "async"}
+    router = {"name": "tests.e2e.faults:router", "how": "dies", "at_call": 0, "marker": str(tmp_path / "marker")}
+    commands = start_two(arguments(**OPTIONS, router=router, **limit), tmp_path / "log")
+    assert commands[1].end().code == -signal.SIGKILL
+    begin = time.monotonic()
+    line = error_line(commands[0])
+    assert time.monotonic() - begin < 40
+    assert line.startswith("error: before the first step, rank 0: connecting the group that saves is under way for 3 s")
 
 
 @pytest.mark.dist

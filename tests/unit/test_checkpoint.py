@@ -1,7 +1,9 @@
 """Checkpoints in one process: exact resume, whole or absent, broken ones recognised, other models refused."""
 
+import errno
 import json
 import logging
+import os
 import random
 import resource
 import shutil
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from titan_moe.checkpoint import (
     save_checkpoint,
 )
 from titan_moe.checkpoint import folder as checkpoint_folder
+from titan_moe.checkpoint.verify import verify_checkpoint
 from titan_moe.config import load_config, to_toml
 
 
@@ -363,7 +367,7 @@ def test_leftovers_are_cleaned(steps, trained):
     assert sorted(p.name for p in steps.iterdir()) == ["step-1", "step-2", "step-3", "step-5"]
 
 
-def test_keep_latest(steps, trained, monkeypatch):
+def test_keep_latest(steps, trained):
     save(steps, 4, *trained, keep_latest_k=3)
     assert complete_steps(steps) == [2, 3, 4]
     (steps / "step-3" / ".metadata").unlink()  # does not count as one of the three
@@ -371,8 +375,92 @@ def test_keep_latest(steps, trained, monkeypatch):
     assert sorted(p.name for p in steps.iterdir()) == ["step-2", "step-4", "step-5"]
     save(steps, 1, *trained, keep_latest_k=1)  # a branch from an earlier step: never removes what is newer
     assert complete_steps(steps) == [1, 2, 4, 5]
-    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(PermissionError(13, "no", str(path))))
-    assert save(steps, 6, *trained, keep_latest_k=1).exists()
+
+
+def test_a_link_to_a_step_goes_and_what_it_leads_to_stays(steps, trained, tmp_path_factory, caplog):
+    """A step that was moved to another disk: removed, replaced, or left by a removal that was killed."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for step, name in ((1, "step-1"), (2, "step-2"), (3, "step-3.trash")):
+        (steps / f"step-{step}").rename(elsewhere / f"step-{step}")
+        (steps / name).symlink_to(elsewhere / f"step-{step}")
+    (steps / "step-4").symlink_to(elsewhere / "gone")
+    for step in (2, 4, 5):
+        save(steps, step, *trained, keep_latest_k=2)
+    assert sorted(p.name for p in steps.iterdir()) == ["step-4", "step-5"]
+    assert not (steps / "step-4").is_symlink()
+    assert complete_steps(elsewhere) == [1, 2, 3]
+    assert not caplog.records
+
+
+def refuse(monkeypatch, function, pattern, number=errno.EBUSY):
+    """Let a function of os fail for paths of such a name, as on NFS where another process has a file open."""
+    real = getattr(os, function)
+
+    def fail(path, *args, **kwargs):
+        if fnmatch(Path(path).name, pattern):
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, function, fail)
+
+
+def test_a_step_that_cannot_be_removed_is_one_warning(steps, trained, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        refuse(patch, "rmdir", "step-1.*")
+        for step in (4, 5, 6):
+            save(steps, step, *trained, keep_latest_k=2)
+        assert sorted(p.name for p in steps.iterdir()) == ["step-1.trash", "step-5", "step-6"]
+        assert list((steps / "step-1.trash").iterdir()) == []  # what can be removed is
+        assert [record.getMessage() for record in caplog.records] == [
+            f"cannot remove {steps}/step-1.trash, which nothing reads any more: Device or resource busy: "
+            "remove it by hand"
+        ]
+        save(steps, 1, *trained, keep_latest_k=0)
+        save(steps, 7, *trained, keep_latest_k=2)  # step 1 once more, while its first one is still there
+        assert sorted(p.name for p in steps.iterdir()) == ["step-1.trash", "step-1.trash.1", "step-6", "step-7"]
+    save(steps, 8, *trained, keep_latest_k=2)
+    assert sorted(p.name for p in steps.iterdir()) == ["step-7", "step-8"]
+
+
+@pytest.mark.parametrize("kind", ["tmp", "old"])
+def test_a_leftover_that_cannot_even_be_renamed(steps, trained, monkeypatch, caplog, kind):
+    (steps / f"step-3.{kind}" / "junk").mkdir(parents=True)
+    refuse(monkeypatch, "rename", f"step-3.{kind}", errno.EACCES)
+    for _ in range(2):
+        assert save(steps, 3, *trained, extra={"position": 33}) == steps / "step-3"
+    assert load_checkpoint(latest_complete(steps), model=Tiny()).extra == {"position": 33}
+    assert sorted(p.name for p in steps.iterdir()) == ["step-1", "step-2", "step-3", f"step-3.{kind}"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"cannot remove old checkpoint files: Permission denied: {steps}/step-3.{kind}"
+    ]
+
+
+def test_files_with_the_names_of_steps(steps, trained, caplog):
+    names = ("step-0", "step-9", "step-9.tmp", "step-9.old", "step-5.trash")
+    for name in names:
+        (steps / name).write_text(name)
+    for step in (4, 5, 9, 10):
+        save(steps, step, *trained, keep_latest_k=2)
+        assert latest_complete(steps) == steps / f"step-{step}"
+    left = {p.name: p.read_text() for p in steps.iterdir() if p.is_file()}
+    assert left == {{"step-9": "step-9.file"}.get(name, name): name for name in names}
+    assert complete_steps(steps) == [9, 10]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{steps}/step-9 is a file, and a step is to have that name: the file is now step-9.file"
+    ]
+
+
+def test_verify_checkpoint_knows_what_is_no_checkpoint(steps, capsys):
+    """A removal, a save and a replacement that were killed: only the last has left a step."""
+    shutil.copytree(steps / "step-1", steps / "step-0.trash")
+    (steps / "step-0.trash" / ".metadata").unlink()
+    shutil.copytree(steps / "step-1", steps / "step-4.tmp")
+    (steps / "step-3").rename(steps / "step-3.old")
+    assert verify_checkpoint([str(steps)]) == 0
+    told = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == [str(steps / name) for name in ("step-1", "step-2", "step-3.old")]
+    with pytest.raises(ValueError, match="1 broken checkpoint"):
+        verify_checkpoint([str(steps / "step-0.trash")])  # asked for by its name
 
 
 class LimitedFileSize:
@@ -413,7 +501,7 @@ def test_full_disk_within_a_large_tensor(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("function", ["write_synced", "fsync_folder", "_crc32_of_body"])
+@pytest.mark.parametrize("function", ["write_synced", "fsync_folder", "crc32_of_json"])
 def test_full_disk_while_publishing(steps, trained, monkeypatch, function):
     def fail(*_):
         raise OSError(28, "No space left on device")

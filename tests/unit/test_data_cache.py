@@ -2,11 +2,12 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from titan_moe.data.cache import TokenCache, build_cache
 from titan_moe.data.corpus import Corpus, corpus_tokenizer, make_corpus
 from titan_moe.data.hub import HUB_ENDPOINT
 from titan_moe.data.processes import run_parallel
+from titan_moe.data.storage import write_sealed
 from titan_moe.data.tokenizer import bytes_tokenizer
+from titan_moe.data.verify import verify_data
 
 TEXTS = [f"document {index}: {'words and more ' * (index % 13)}ä" for index in range(400)]
 
@@ -112,20 +115,187 @@ def test_a_cache_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert build([path], tmp_path) == built
 
 
-@pytest.mark.parametrize("damage", ["shorten", "no meta", "half meta"])
-def test_an_unfinished_cache_is_built_again(tmp_path: Path, damage: str) -> None:
+def flip(path: Path, at: int = 100) -> None:
+    """Change one bit of a file and set its times as they were, as far as that can be."""
+    stat = os.stat(path)
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "shorter": ("train.bin", lambda path: os.truncate(path, 100)),
+    "gone": ("validation.bin", Path.unlink),
+    "flipped id": ("train.bin", flip),
+    "flipped id of validation": ("validation.bin", flip),
+    "half meta": ("meta.json", lambda path: os.truncate(path, 10)),
+    "flipped count": ("meta.json", lambda path: flip(path, path.read_text().index('"num_documents": {"train": ') + 27)),
+    "binary meta": ("meta.json", lambda path: path.write_bytes(bytes(range(128, 256)))),
+    "no keys": ("meta.json", lambda path: path.write_text("{}")),
+    "no table": ("meta.json", lambda path: path.write_text("[1, 2]")),
+    "nested meta": ("meta.json", lambda path: path.write_text("[" * 200_000)),
+    "odd type": ("meta.json", lambda path: path.write_text('{"dtype": "no", "num_tokens": {"train": 1}}')),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_built_again_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     built = build([path], tmp_path)
-    right = Path(built.train.path).read_bytes()
-    meta = Path(built.train.path).with_name("meta.json")
-    if damage == "shorten":
-        os.truncate(built.train.path, 100)
-    elif damage == "no meta":
-        meta.unlink()
-    else:
-        os.truncate(meta, 10)
+    home = Path(built.train.path).parent
+    right = {name: (home / name).read_bytes() for name in ("train.bin", "validation.bin", "meta.json")}
+    name, do = DAMAGES[damage]
+    do(home / name)
     assert build([path], tmp_path) == built
-    assert Path(built.train.path).read_bytes() == right
+    assert {name: (home / name).read_bytes() for name in right} == right
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{home / name} is damaged: ")
+    assert warnings[0].endswith(": it is made anew")
+
+
+def test_a_cache_without_its_meta_is_unfinished(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    built = build([path], tmp_path)
+    Path(built.train.path).with_name("meta.json").unlink()
+    assert build([path], tmp_path) == built
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_tokens_are_read_for_their_checksums_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    built = build([path], tmp_path)
+    monkeypatch.setattr(cache, "_crc32s", None)  # compared when it was built
+    assert build([path], tmp_path) == built
+    os.rename(built.train.path, tmp_path / "moved")
+    shutil.copy2(tmp_path / "moved", built.train.path)  # the same times, another inode
+    with pytest.raises(TypeError):
+        build([path], tmp_path)
+    monkeypatch.undo()
+    assert build([path], tmp_path) == built
+    monkeypatch.setattr(cache, "_crc32s", None)
+    assert build([path], tmp_path) == built
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_cache_of_an_earlier_version_gets_checksums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache, "PIECE_BYTES", 1000)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    built = build([path], tmp_path)
+    home = Path(built.train.path).parent
+    content = json.loads((home / "meta.json").read_text())
+    assert len(content.pop("checksums")["train"]) > 5  # of parts
+    del content["crc32"]
+    (home / "meta.json").write_text(json.dumps(content))
+    (home / "checked.json").unlink()
+    monkeypatch.setattr(cache, "run_parallel", None)
+    assert build([path], tmp_path) == built
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    monkeypatch.undo()
+    flip(home / "train.bin", 1500)
+    assert build([path], tmp_path) == built
+    assert "train.bin is damaged: bytes 1000 to 2000 do not have their checksum: it is made anew" in caplog.text
+
+
+def test_a_cache_that_can_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    built = build([path], tmp_path)
+    home = Path(built.train.path).parent
+    (home / "checked.json").unlink()
+
+    def refuse(path: Path, _: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cache, "write_sealed", refuse)
+    assert build([path], tmp_path) == built
+    flip(home / "train.bin")
+    with pytest.raises(OSError, match=r"cache_folder .*Permission denied: make it writable or choose another"):
+        build([path], tmp_path)
+
+
+def test_a_disk_that_gives_back_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_crc32s", lambda pieces: ["00000000"] * len(pieces))
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    with pytest.raises(OSError, match=r"cache_folder .*what was just written there is read back as something else"):
+        build([path], tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"crc32": "0"}', '"', "\0\0"])
+def test_damaged_hashes_of_files_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    monkeypatch.setattr(corpus, "MEMO_BYTES", 1)
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    first = make([path], tmp_path).fingerprint
+    memo = tmp_path / "file_hashes.json"
+    right = memo.read_bytes()
+    memo.write_text(content)
+    assert make([path], tmp_path).fingerprint == first
+    assert memo.read_bytes() == right
+    assert [record.getMessage().partition(" is damaged")[0] for record in caplog.records] == [str(memo)]
+
+
+def test_damaged_tokenizers_and_splits_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train, held_out = (write_jsonl(tmp_path / f"{n}.jsonl", TEXTS[n::2]) for n in (0, 1))
+    folder = tmp_path / "cache"
+
+    def fill() -> dict[str, bytes]:
+        data = make([train], folder, validation=[held_out])
+        corpus_tokenizer("bpe:280", data, str(folder), HUB_ENDPOINT)
+        corpus.make_split(data, str(folder))
+        return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".json", ".npy")}
+
+    right = fill()
+    assert {name.partition("-")[0] for name in right} == {"bpe", "held"}
+    for name in right:
+        flip(folder / name, 200)
+    assert fill() == right
+    damaged = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sorted(damaged) == sorted(
+        f"{folder / name} is damaged: it does not have its checksum: it is made anew" for name in right
+    )
+    caplog.clear()
+    for path in folder.glob("*.crc32"):  # as an earlier version left it
+        path.unlink()
+    assert fill() == right
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    assert len(list(folder.glob("*.crc32"))) == len(right)
+
+
+def test_verify_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    folder = tmp_path / "cache"
+    data = make([path], folder)
+    built = build_cache(data, corpus_tokenizer("bpe:280", data, str(folder), HUB_ENDPOINT), str(folder))
+    assert verify_data([str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(line.endswith("intact") for line in lines)
+    assert verify_data([str(Path(built.train.path).parent)]) == 0
+    flip(Path(built.train.path))  # remembered as checked all the same: a disk that rots changes no times
+    write_sealed(
+        Path(built.train.path).parent / "checked.json",
+        {name: cache._identity(Path(getattr(built, name).path)) for name in cache.SPLITS},
+    )
+    assert cache.open_cache(Path(built.train.path).parent) == built
+    flip(next(folder.glob("bpe-*.json")))
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"^2 damaged: "):
+        verify_data([str(folder)])
+    assert capsys.readouterr().out.count(" is damaged: ") == 2
+    build_cache(data, corpus_tokenizer("bpe:280", data, str(folder), HUB_ENDPOINT), str(folder))
+    assert verify_data([str(folder)]) == 0  # the next run has made both anew
+    with pytest.raises(ValueError, match="no such folder"):
+        verify_data([str(tmp_path / "no")])
+    with pytest.raises(ValueError, match="no token cache in it"):
+        verify_data([str(folder / "..")])
 
 
 BUILD = """
@@ -177,7 +347,7 @@ def test_a_killed_build_is_resumed_and_two_at_once_agree(tmp_path: Path) -> None
     assert {name: os.path.getsize(getattr(clean, name).path) for name in sizes} == sizes
     rebuilt = cache.TokenFile(str(home / "train.bin"), "uint16", sizes["train"] // 2)
     assert sorted(texts_of(rebuilt)) == sorted(texts_of(clean.train))
-    assert not list(home.glob("**/*.tmp-*"))
+    assert not list(folder.rglob("*.tmp"))
 
 
 @pytest.fixture

@@ -37,6 +37,35 @@ def test_a_wait_beyond_the_limit_ends_the_process(monkeypatch: pytest.MonkeyPatc
     assert not messages
 
 
+def test_groups_that_are_not_connected_end_the_process_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    messages: list[str] = []
+    begin = time.monotonic()
+    with watch.watching(watch.Watch(0.6), messages.append), watch.connecting("connecting 8 processes"):
+        while not messages and time.monotonic() < begin + 20:
+            time.sleep(0.001)
+    assert messages[0].startswith("before the first step, rank 3: connecting 8 processes is under way for 1 s")
+    assert time.monotonic() - begin > 0.6
+    messages.clear()
+    with watch.watching(watch.Watch(0.1), messages.append):
+        time.sleep(0.3)
+    assert not messages
+
+
+def test_groups_that_fail_to_connect() -> None:
+    with (
+        pytest.raises(runtime.CollectiveError, match=r"step, rank 0: connecting the meshes failed: .*peer") as caught,
+        watch.watching(watch.Watch(10.0)),
+        watch.connecting("connecting the meshes"),
+    ):
+        raise RuntimeError("[/a/gloo/pair.cc:537] Connection closed by peer [::1]:1")
+    assert "collective" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="of ours") as ours, watch.connecting("connecting the meshes"):
+        raise RuntimeError("a fault of ours")
+    assert not isinstance(ours.value, runtime.CollectiveError)
+    assert watch.connecting_for() is None
+
+
 def test_errors_of_collectives_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "recorded", lambda: [entry()])
     with (

@@ -17,6 +17,7 @@ from titan_moe.checkpoint.folder import CheckpointError, rank, world_size
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_checkpoint, save_content
 from titan_moe.optimizer.combined import kind_of
+from titan_moe.watch import connecting
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ def background_saver() -> Saver:
     process group of their own. A save that fails is a warning, as soon as it fails, and leaves earlier checkpoints as
     they are.
     """
-    group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
+    with connecting("connecting the group that saves"):
+        group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
     buffers: dict[str, Tensor] = {}
     threads: list[threading.Thread] = []
     failures: list[Exception] = []

@@ -4,16 +4,16 @@ import json
 import logging
 import os
 import re
-import shutil
-import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from titan_moe.files import crc32_of, fsync_folder, is_plain_name, write_synced
+from titan_moe.files import crc32_of, crc32_of_json, fsync_folder, is_plain_name, remove, warn_once, write_synced
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -21,8 +21,9 @@ T = TypeVar("T")
 FORMAT = 1
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)")
-# .tmp: a save that died; .old: a step that a newer save of it replaces; .trash: a step that is being pruned
-_LEFTOVER = re.compile(r"(step-\d+)\.(tmp|old|trash)")
+# .tmp: a save that died; .old: a step that a newer save of it replaces; .trash: a step that is being removed; a number
+# follows where an earlier one of that name is still there
+_LEFTOVER = re.compile(r"(step-\d+)\.(tmp|old|trash)(\.\d+)?")
 
 
 class CheckpointError(OSError, ValueError):
@@ -36,6 +37,15 @@ class NewerFormatError(CheckpointError):
 def is_step_folder(path: Path) -> bool:
     """Whether `path` is, or was meant to be, the folder of one step."""
     return (path / MANIFEST).exists() or _STEP.fullmatch(path.name) is not None
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether `path` is what a save or a removal that was cut short has left, and no step.
+
+    A `.old` is one where a crash came between the two renames of a replacement, so that no other has its name.
+    """
+    match = _LEFTOVER.fullmatch(path.name)
+    return match is not None and (match[2] != "old" or os.path.lexists(path.with_name(match[1])))
 
 
 def scan(folder: Path) -> tuple[dict[int, Path], dict[int, CheckpointError]]:
@@ -98,7 +108,7 @@ def read_manifest(step_folder: Path) -> dict[str, Any]:
         manifest = json.loads((step_folder / MANIFEST).read_text(encoding="utf-8"))
         body = manifest["body"]
         newer = body["format"] > FORMAT  # asked first: it may have another checksum
-        whole = manifest["crc32"] == _crc32_of_body(body)
+        whole = manifest["crc32"] == crc32_of_json(body)
     except FileNotFoundError:
         if step_folder.is_symlink() and not step_folder.exists():
             raise CheckpointError(f"{step_folder} links to {os.readlink(step_folder)}, which is not there") from None
@@ -146,11 +156,13 @@ def entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: {"size": (folder / name).stat().st_size, "crc32": crc32_of(folder / name)} for name in names}
 
 
-def start(folder: Path, staging: Path) -> None:
-    """Make the empty folder that a save writes into, after removing what dead saves left."""
+def start(folder: Path, step: int) -> Path:
+    """Make the empty folder that a save of `step` writes into, after removing what dead saves left."""
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
+    staging = _free(folder / f"step-{step}", "tmp")
     staging.mkdir()
+    return staging
 
 
 def publish(staging: Path, final: Path, body: dict[str, Any]) -> None:
@@ -158,27 +170,32 @@ def publish(staging: Path, final: Path, body: dict[str, Any]) -> None:
     for name, entry in body["files"].items():
         if not (staging / name).exists() or (staging / name).stat().st_size != entry["size"]:
             raise CheckpointError(f"rank 0 does not see {name}: the folder must be one that all nodes share")
-    sealed = {"crc32": _crc32_of_body(body), "body": body}
+    sealed = {"crc32": crc32_of_json(body), "body": body}
     write_synced(staging / MANIFEST, json.dumps(sealed, indent=1).encode())
     fsync_folder(staging)
-    old = final.with_name(f"{final.name}.old")
-    if final.exists():
+    old = _free(final, "old")
+    if final.is_file():  # not ours
+        aside = _free(final, "file")
+        logger.warning("%s is a file, and a step is to have that name: the file is now %s", final, aside.name)
+        os.rename(final, aside)
+    elif os.path.lexists(final):
         os.rename(final, old)
     os.rename(staging, final)
     fsync_folder(final.parent)
-    if old.exists():
-        quietly(lambda: shutil.rmtree(old))
+    if os.path.lexists(old):
+        remove(old)
 
 
 def clean(folder: Path) -> None:
     """Remove what saves that died have left in `folder`; a step that was being replaced gets its name back."""
-    for path in list(folder.iterdir()):
-        if not (match := _LEFTOVER.fullmatch(path.name)):
-            continue
-        if match[2] == "old" and not (folder / match[1]).exists():
-            os.rename(path, folder / match[1])
-        else:
-            shutil.rmtree(path)
+    for path in sorted(folder.iterdir(), reverse=True):
+        if (match := _LEFTOVER.fullmatch(path.name)) and _is_folder_or_link(path):
+            if not is_leftover(path):
+                quietly(partial(os.rename, path, path.with_name(match[1])))
+            elif match[2] == "trash":
+                remove(path)
+            else:
+                quietly(partial(_discard, path, match[1]))
 
 
 def prune(folder: Path, step: int, keep_latest_k: int) -> None:
@@ -187,22 +204,35 @@ def prune(folder: Path, step: int, keep_latest_k: int) -> None:
     older = sorted(old for old in complete if old < step)
     keep = older[len(older) - (keep_latest_k - 1) :] if keep_latest_k > 1 else []
     for path in list(folder.iterdir()):
-        if (match := _STEP.fullmatch(path.name)) and int(match[1]) < step and int(match[1]) not in keep:
-            trash = path.with_name(f"{path.name}.trash")  # renamed first: never half a step under its name
-            os.rename(path, trash)
-            shutil.rmtree(trash)
+        match = _STEP.fullmatch(path.name)
+        if match and int(match[1]) < step and int(match[1]) not in keep and _is_folder_or_link(path):
+            quietly(partial(_discard, path, path.name))
 
 
-def quietly(task: Callable[[], None]) -> None:
-    """Run housekeeping whose failure must not stop training: it warns."""
+def _is_folder_or_link(path: Path) -> bool:
+    """Whether `path` may be a step; a plain file may have the name of one, but is somebody else's."""
+    return path.is_symlink() or path.is_dir()
+
+
+def _free(step_folder: Path, kind: str) -> Path:
+    """`step-N.KIND`, with a number where that can't be had: what has the name could not be removed."""
+    names = chain([f"{step_folder.name}.{kind}"], (f"{step_folder.name}.{kind}.{number}" for number in count(1)))
+    return next(path for path in map(step_folder.with_name, names) if not os.path.lexists(path))
+
+
+def _discard(path: Path, step_name: str) -> None:
+    """Remove a folder or a link to one; renamed first, so that it is never half a step under its name."""
+    trash = _free(path.with_name(step_name), "trash")
+    os.rename(path, trash)
+    remove(trash)
+
+
+def quietly(task: Callable[[], object]) -> None:
+    """Run housekeeping whose failure must not stop training: it warns, once for each reason."""
     try:
         task()
     except OSError as error:
-        logger.warning("cannot remove old checkpoint files: %s", reason(error))
-
-
-def _crc32_of_body(body: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(body, sort_keys=True).encode()):08x}"
+        warn_once(f"cannot remove old checkpoint files: {reason(error)}")
 
 
 def rank() -> int:

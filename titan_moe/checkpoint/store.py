@@ -158,9 +158,9 @@ def save_content(
     folder: Path, step: int, content: Content, keep_latest_k: int, group: dist.ProcessGroup | None = None
 ) -> Path:
     """Save `content` as `save_checkpoint` says; ranks talk over `group`, None: the default one."""
-    final, staging = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    final = folder / f"step-{step}"
     try:
-        together(lambda: start(folder, staging), main_only=True, group=group)
+        staging = together(lambda: start(folder, step), main_only=True, group=group)[0]
         together(lambda: content.write(staging), group=group)
         written = together(lambda: _write_rest(staging, content), group=group)
         own = [size for name, size in content.elements.items() if name.startswith("model.")]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from titan_moe.checkpoint.folder import CheckpointError, is_step_folder, verify
+from titan_moe.checkpoint.folder import CheckpointError, is_leftover, is_step_folder, verify
 from titan_moe.commands import Parser
 
 
@@ -32,7 +32,7 @@ def _steps(path: Path) -> list[Path]:
     if is_step_folder(path):
         return [path]
     folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-    steps = [step for step in folder.iterdir() if step.is_dir() and is_step_folder(step)]
+    steps = [step for step in folder.iterdir() if step.is_dir() and is_step_folder(step) and not is_leftover(step)]
     if not steps:
         raise ValueError(f"{path}: no step-N folder in {folder}")
     return sorted(steps, key=lambda step: (len(step.name), step.name))

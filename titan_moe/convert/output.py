@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from titan_moe.checkpoint.lazy import LazyTensors
 from titan_moe.checkpoint.store import save_lazily
-from titan_moe.files import fsync_folder
+from titan_moe.files import fsync_folder, remove_leftovers, temporary_path
 
 
 @contextmanager
@@ -24,7 +24,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if os.path.lexists(out):
         raise ValueError(f"{out} is there already: give the name of a new folder")
-    staging = out.absolute().parent / f".{out.name}.{os.getpid()}.tmp"
+    staging = temporary_path(out.absolute())
+    remove_leftovers(staging.parent)
     with _interruptible():
         try:
             staging.mkdir(parents=True)

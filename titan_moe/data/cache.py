@@ -5,28 +5,38 @@ into part files, and finished parts survive a kill. At the end the parts become 
 meta.json is written last: a folder with a meta.json is complete. Every file gets its name by a rename when it is whole,
 and a name always stands for the same bytes, so two runs that build at once both end right; a lock keeps them from doing
 the work twice. While the parts are joined the disk holds the tokens twice.
+
+meta.json has checksums of the tokens, taken by the workers that made them, a part at a time. They are checked when a
+cache is opened for the first time, and again where a file of it is no longer the same; what is damaged is built anew.
 """
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from titan_moe.data import sources
 from titan_moe.data.corpus import Corpus, Split, digest, load_held_out, make_split, side
-from titan_moe.data.processes import run_parallel
+from titan_moe.data.processes import available_cpus, run_parallel
 from titan_moe.data.sources import Shard, texts
-from titan_moe.data.storage import locked, storage_errors, temporary_name, write_whole
+from titan_moe.data.storage import DamagedError, locked, made_anew, read_sealed, storage_errors, write_sealed
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
+from titan_moe.files import crc32_of, new_file, remove_leftovers, write_atomic
 
 SPLITS = ("train", "validation")
+COUNTS = ("num_tokens", "num_documents", "num_bytes", "num_nulls")
+META, CHECKED = "meta.json", "checked.json"
+LARGE_BYTES = 4 << 30  # from here on reading all of it takes a while, and is said
+PIECE_BYTES = 16 << 20  # what one checksum is of in a cache from before there were any
 log = logging.getLogger(__name__)
 
 
@@ -69,39 +79,109 @@ def build_cache(
     """Return the cache of a corpus, built now unless it is there; `num_processes` 0 means one per core."""
     home = Path(folder) / digest([corpus.fingerprint, tokenizer.fingerprint])
     with storage_errors(folder):
-        cache = open_cache(home)
+        cache = _usable_cache(home)
         if cache is None:
             with locked(home / "lock"):
-                cache = open_cache(home)
+                cache = _usable_cache(home)
                 if cache is None:
                     _build(corpus, tokenizer, home, num_processes, progress)
-                    cache = open_cache(home)
-    assert cache is not None
+                    cache = _usable_cache(home)
+    if cache is None:
+        raise OSError(
+            f"data.cache_folder ({folder}): what was just written there is read back as something else: the disk or "
+            "the memory of this machine is faulty; choose another folder with --data.cache_folder"
+        )
     return cache
 
 
-def open_cache(home: Path) -> TokenCache | None:
-    """Return the cache in a folder, None where it is missing, unfinished or too short (after a power cut)."""
-    try:
-        meta = json.loads((home / "meta.json").read_text())
-        files = [TokenFile(str(home / f"{split}.bin"), meta["dtype"], meta["num_tokens"][split]) for split in SPLITS]
-        if any(os.path.getsize(file.path) != file.num_tokens * np.dtype(file.dtype).itemsize for file in files):
-            return None
-    except (FileNotFoundError, json.JSONDecodeError):
+def _usable_cache(home: Path) -> TokenCache | None:
+    with made_anew():
+        return open_cache(home)
+    return None
+
+
+def open_cache(home: Path, *, check: bool = False) -> TokenCache | None:
+    """Return the cache in a folder, None where it is missing or unfinished.
+
+    Its checksums are compared when it is opened for the first time or has changed since, and with `check` in any case.
+    Raises DamagedError.
+    """
+    meta = read_sealed(home / META)
+    if meta is None:
         return None
-    return TokenCache(*files, num_documents=meta["num_documents"], num_bytes=meta["num_bytes"])
+    try:
+        files = [TokenFile(str(home / f"{name}.bin"), meta["dtype"], meta["num_tokens"][name]) for name in SPLITS]
+        cache = TokenCache(*files, num_documents=meta["num_documents"], num_bytes=meta["num_bytes"])
+        sizes = [file.num_tokens * np.dtype(file.dtype).itemsize for file in files]
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f"{home / META} is damaged: {type(error).__name__}") from error
+    for file, size in zip(files, sizes, strict=True):
+        if not os.path.exists(file.path) or os.path.getsize(file.path) != size:  # lost in a power cut, or by hand
+            raise DamagedError(f"{file.path} is damaged: it does not have its {size} bytes")
+    if "checksums" not in meta:  # of an earlier version
+        _add_checksums(home, meta)
+    _check_tokens(home, meta["checksums"], check)
+    return cache
+
+
+def _add_checksums(home: Path, meta: dict[str, Any]) -> None:
+    """Take the checksums of a cache that has none: what it holds now is what they will keep."""
+    meta["checksums"] = {}
+    for name in SPLITS:
+        path = home / f"{name}.bin"
+        total = path.stat().st_size
+        pieces = [(path, start, min(PIECE_BYTES, total - start)) for start in range(0, total, PIECE_BYTES)]
+        meta["checksums"][name] = [[size, crc] for (*_, size), crc in zip(pieces, _crc32s(pieces), strict=True)]
+    with contextlib.suppress(OSError):  # a folder that is only read
+        write_sealed(home / META, meta)
+
+
+def _check_tokens(home: Path, checksums: dict[str, list[tuple[int, str]]], check: bool) -> None:
+    """Raise DamagedError where a token file does not have its checksums (size and CRC-32 of each piece)."""
+    paths = {name: home / f"{name}.bin" for name in SPLITS}
+    identities = {name: _identity(path) for name, path in paths.items()}  # before they are read
+    with contextlib.suppress(DamagedError):
+        if not check and read_sealed(home / CHECKED) == identities:
+            return
+
+    pieces, right = [], []
+    for name in SPLITS:
+        sizes = [size for size, _ in checksums[name]]
+        pieces += [(paths[name], end - size, size) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        right += [crc for _, crc in checksums[name]]
+    if (total := sum(size for *_, size in pieces)) > LARGE_BYTES:
+        log.info("comparing %.1f GB of tokens in %s with their checksums", total / 1e9, home)
+    for (path, start, size), crc, kept in zip(pieces, _crc32s(pieces), right, strict=True):
+        if crc != kept:
+            with contextlib.suppress(OSError):
+                (home / CHECKED).unlink()  # whoever opens it next is to find that, too
+            raise DamagedError(f"{path} is damaged: bytes {start} to {start + size} do not have their checksum")
+
+    with contextlib.suppress(OSError):  # a folder that is only read: it is checked again the next time
+        write_sealed(home / CHECKED, identities)
+
+
+def _crc32s(pieces: Sequence[tuple[Path, int, int]]) -> list[str]:
+    """The checksums of pieces (path, first byte, size) of files, which threads read side by side."""
+    with ThreadPoolExecutor(available_cpus()) as pool:
+        return list(pool.map(lambda piece: crc32_of(*piece), pieces))
+
+
+def _identity(path: Path) -> list[int]:
+    """What changes when a file does, whatever time is set on it."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int, progress: bool) -> None:
     parts = home / "parts"
     parts.mkdir(exist_ok=True)
-    _remove_leftovers(home)
     for name, content in tokenizer.files.items():
-        write_whole(parts / name, content)
+        write_atomic(parts / name, content)
     split = make_split(corpus, str(home.parent)) if corpus.train else Split(0.0)
     shards = [(shard, None) for shard in corpus.validation] + [(shard, split) for shard in corpus.train]
     jobs = [_Job(shard, how, str(parts / f"{index:06d}"), str(parts)) for index, (shard, how) in enumerate(shards)]
-    todo = [job for job in jobs if not os.path.exists(f"{job.output}.json")]
+    todo = [job for job in jobs if not _is_done(job)]
     log.info("tokenizing into %s: %d of %d parts to do", home, len(todo), len(jobs))
     try:
         _show_progress(run_parallel(tokenize_shard, todo, num_processes), jobs, todo, progress)
@@ -109,34 +189,32 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
         shutil.rmtree(parts, ignore_errors=True)
         raise
     finally:
-        _remove_leftovers(home)
+        remove_leftovers(parts)  # of workers that were ended
 
-    none = {"num_nulls": dict.fromkeys(SPLITS, 0)}  # of parts from before they were counted
-    results = [{**none, **json.loads(Path(f"{job.output}.json").read_text())} for job in jobs]
+    results = [read_sealed(Path(f"{job.output}.json")) or {} for job in jobs]
     for name in SPLITS:
-        _join([f"{job.output}.{name}.bin" for job in jobs], str(home / f"{name}.bin"))
-    totals = {key: {name: sum(result[key][name] for result in results) for name in SPLITS} for key in results[0]}
-    write_whole(home / "meta.json", json.dumps({"dtype": tokenizer.dtype.name, **totals}))
+        with new_file(home / f"{name}.bin") as file:
+            for job in jobs:
+                with open(f"{job.output}.{name}.bin", "rb") as part:
+                    shutil.copyfileobj(part, file, 1 << 22)
+    totals = {key: {name: sum(result[key][name] for result in results) for name in SPLITS} for key in COUNTS}
+    checksums = {name: [result["checksums"][name] for result in results] for name in SPLITS}
+    write_sealed(home / META, {"dtype": tokenizer.dtype.name, **totals, "checksums": checksums})
     shutil.rmtree(parts, ignore_errors=True)
     if nulls := sum(totals["num_nulls"].values()):
         log.warning("%d documents without a text (null) are left out", nulls)
     log.info("token cache ready: %s tokens, %s documents", totals["num_tokens"], totals["num_documents"])
 
 
-def _remove_leftovers(home: Path) -> None:
-    """Remove what processes that died or failed were writing."""
-    for leftover in [*home.glob("parts/*.tmp-*"), *home.glob("*.tmp-*")]:
-        leftover.unlink(missing_ok=True)
-
-
-def _join(parts: Sequence[str], path: str) -> None:
-    with open(temporary_name(path), "wb") as target:
-        for part in parts:
-            with open(part, "rb") as source:
-                shutil.copyfileobj(source, target, 1 << 22)
-        target.flush()
-        os.fsync(target.fileno())
-    os.replace(temporary_name(path), path)
+def _is_done(job: _Job) -> bool:
+    """Whether a part is there as its worker has made it; one of a version that had no checksums is done again."""
+    with made_anew():
+        checksums = (read_sealed(Path(f"{job.output}.json")) or {}).get("checksums")
+        return checksums is not None and all(
+            os.path.exists(path) and crc32_of(Path(path)) == crc
+            for path, (_, crc) in ((f"{job.output}.{name}.bin", checksums[name]) for name in SPLITS)
+        )
+    return False
 
 
 def _show_progress(counts: Iterator[int], jobs: Sequence[_Job], todo: Sequence[_Job], progress: bool) -> None:
@@ -168,11 +246,10 @@ def tokenize_shard(job: _Job) -> Iterator[int]:
     """Tokenize one shard into its part files, yielding the bytes of text done; runs in a worker process."""
     tokenizer = _load_tokenizer(job.tokenizer)
     held_out = _load_held_out(job.split) if job.split else frozenset()
-    counts = {key: dict.fromkeys(SPLITS, 0) for key in ("num_tokens", "num_documents", "num_bytes", "num_nulls")}
-    done = 0
+    counts = {key: dict.fromkeys(SPLITS, 0) for key in COUNTS}
+    sizes, crcs, done = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), 0
     with contextlib.ExitStack() as stack:
-        paths = {name: f"{job.output}.{name}.bin" for name in SPLITS}
-        files = {name: stack.enter_context(open(temporary_name(path), "wb")) for name, path in paths.items()}
+        files = {name: stack.enter_context(new_file(Path(f"{job.output}.{name}.bin"))) for name in SPLITS}
         for text in texts(job.shard):
             if not text:
                 counts["num_nulls"]["train" if job.split else "validation"] += text is None
@@ -182,13 +259,14 @@ def tokenize_shard(job: _Job) -> Iterator[int]:
             done += len(data)
             if name:
                 ids = tokenizer.encode_document(text)
-                files[name].write(ids.tobytes())
+                written = ids.tobytes()
+                sizes[name] += files[name].write(written)
+                crcs[name] = zlib.crc32(written, crcs[name])
                 for key, count in (("num_tokens", len(ids)), ("num_documents", 1), ("num_bytes", len(data))):
                     counts[key][name] += count
             if done >= 1 << 20:
                 yield done
                 done = 0
-    for path in paths.values():
-        os.replace(temporary_name(path), path)
-    write_whole(f"{job.output}.json", json.dumps(counts))
+    checksums = {name: [sizes[name], f"{crcs[name]:08x}"] for name in SPLITS}
+    write_sealed(Path(f"{job.output}.json"), {**counts, "checksums": checksums})
     yield done

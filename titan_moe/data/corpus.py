@@ -15,7 +15,15 @@ import numpy as np
 from titan_moe.data import sources
 from titan_moe.data.processes import available_cpus, run_parallel
 from titan_moe.data.sources import Shard, documents
-from titan_moe.data.storage import locked, storage_errors, temporary_name, write_whole
+from titan_moe.data.storage import (
+    is_usable,
+    locked,
+    made_anew,
+    new_checked_file,
+    read_sealed,
+    storage_errors,
+    write_sealed,
+)
 from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, train_bpe
 
 VERSION = 1  # raise it when the same input gives other tokens, splits or files
@@ -70,7 +78,9 @@ def digest(content: object) -> str:
 def _hash_files(files: Sequence[str], folder: str) -> list[str]:
     """Return content hashes; those of big files are remembered by path, size, inode, mtime and ctime."""
     memo_path = Path(folder) / "file_hashes.json"
-    memo = json.loads(memo_path.read_text()) if memo_path.exists() else {}
+    memo: dict[str, str] = {}
+    with storage_errors(folder), made_anew():
+        memo = read_sealed(memo_path) or {}
 
     def content_hash(path: str) -> str:
         stat = os.stat(path)
@@ -94,7 +104,7 @@ def _hash_files(files: Sequence[str], folder: str) -> list[str]:
     if len(memo) > known:
         with storage_errors(folder):
             memo_path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(memo_path, json.dumps(memo))
+            write_sealed(memo_path, memo)
     return hashes
 
 
@@ -138,7 +148,7 @@ def fraction_for_both(corpus: Corpus, folder: str) -> float:
 def _hash_file(shards: Sequence[Shard], name: str, folder: str) -> str:
     """Return the path of the file of the hashes of some shards' documents, written now unless it is there."""
     path = os.path.join(folder, name)
-    if not os.path.exists(path):
+    if not is_usable(path):
         with storage_errors(folder):
             os.makedirs(folder, exist_ok=True)
             for _ in run_parallel(hash_documents, [(shards, path)]):
@@ -150,9 +160,8 @@ def hash_documents(job: tuple[Sequence[Shard], str]) -> Iterator[int]:
     """Write the hashes of all documents of some shards to a .npy file; runs in a worker process."""
     shards, path = job
     hashes = {document_hash(text.encode()) for shard in shards for text in documents(shard)}
-    with open(temporary_name(path), "wb") as file:
+    with new_checked_file(path) as file:
         np.save(file, np.array(sorted(hashes), np.uint64))
-    os.replace(temporary_name(path), path)
     yield 0
 
 
@@ -163,9 +172,9 @@ def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str, eot_
         return load_tokenizer(name, endpoint, eot_token)
     path = os.path.join(folder, f"bpe-{vocab_size}-{corpus.fingerprint}.json")
     with storage_errors(folder):
-        if not os.path.exists(path):
+        if not is_usable(path):
             with locked(path + ".lock"):
-                if not os.path.exists(path):
+                if not is_usable(path):
                     log.info("training a BPE of %d tokens on the data set", vocab_size)
                     for _ in run_parallel(train_bpe_file, [(corpus, make_split(corpus, folder), vocab_size, path)]):
                         pass
@@ -175,7 +184,8 @@ def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str, eot_
 def train_bpe_file(job: tuple[Corpus, Split, int, str]) -> Iterator[int]:
     """Train a BPE on training documents and write its tokenizer.json; runs in a worker process."""
     corpus, split, vocab_size, path = job
-    write_whole(path, train_bpe(_bpe_texts(corpus, split), vocab_size).to_json())
+    with new_checked_file(path) as file:
+        file.write(train_bpe(_bpe_texts(corpus, split), vocab_size).to_json().encode())
     yield 0
 
 

@@ -1,28 +1,84 @@
-"""Writing into the cache folder: whole files only, locks that end with their process, one clear line when it fails."""
+"""The cache folder: whole files with checksums, locks that end with their process, one clear line when it fails."""
 
 import contextlib
 import errno
 import fcntl
+import json
 import logging
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from titan_moe.files import crc32_of, crc32_of_json, new_file, warn_once, write_atomic
 
 log = logging.getLogger(__name__)
 
 
-def temporary_name(path: str | Path) -> str:
-    """Return the name under which this process writes a file before it gets its own."""
-    return f"{path}.tmp-{os.getpid()}"
+class DamagedError(ValueError):
+    """A file of the cache that is not what was written; its text names the file."""
 
 
-def write_whole(path: str | Path, content: str) -> None:
-    """Write a small text file under a temporary name, then rename it: under its own name it is always whole."""
-    with open(temporary_name(path), "w", encoding="utf-8") as file:
-        file.write(content)
+@contextlib.contextmanager
+def made_anew() -> Generator[None, None, None]:
+    """Leave the block with a warning where a file is damaged: whatever is in the cache folder can be made anew."""
+    try:
+        yield
+    except DamagedError as error:
+        warn_once(f"{error}: it is made anew")
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write a small JSON file with its checksum under the key `crc32`, whole or not at all."""
+    write_atomic(path, json.dumps({**content, "crc32": crc32_of_json(content)}))
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """Return what `write_sealed` wrote, or JSON of a version that had no checksums; None where there is no such file.
+
+    Raises DamagedError.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        crc32 = content.pop("crc32", None)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged: not JSON of ours") from error
+    if crc32 not in (None, crc32_of_json(content)):
+        raise DamagedError(f"{path} is damaged: it does not have its checksum")
+    return content
+
+
+@contextlib.contextmanager
+def new_checked_file(path: str) -> Generator[BinaryIO, None, None]:
+    """A file to write, whole or not at all, and beside it a file PATH.crc32 for `check_file`."""
+    with new_file(Path(path)) as file:
+        yield file
         file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary_name(path), path)
+        write_atomic(Path(f"{path}.crc32"), crc32_of(Path(file.name)))
+
+
+def check_file(path: str) -> None:
+    """Raise DamagedError where a file is not what `new_checked_file` wrote.
+
+    One of a version that had no checksums is taken as it is, and gets one.
+    """
+    own, kept = crc32_of(Path(path)), Path(f"{path}.crc32")
+    if not kept.exists():
+        with contextlib.suppress(OSError):  # a folder that is only read
+            write_atomic(kept, own)
+    elif kept.read_bytes() != own.encode():
+        raise DamagedError(f"{path} is damaged: it does not have its checksum")
+
+
+def is_usable(path: str) -> bool:
+    """Whether a file of `new_checked_file` is there; with a warning not where it is damaged."""
+    if os.path.exists(path):
+        with made_anew():
+            check_file(path)
+            return True
+    return False
 
 
 @contextlib.contextmanager

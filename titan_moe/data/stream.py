@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset
 from titan_moe.data.corpus import Split, digest, load_held_out, side
 from titan_moe.data.hub import HubDataset
 from titan_moe.data.loader import permute, split_labels
-from titan_moe.data.storage import locked, storage_errors, temporary_name
+from titan_moe.data.storage import is_usable, locked, new_checked_file, storage_errors
 from titan_moe.data.tokenizer import tokenizer_from_files
 from titan_moe.data.tokenizer_files import Files
 
@@ -168,10 +168,11 @@ def sample_stream(
     """
     name = f"stream-{wanted}-{digest([*dataset, wanted, fraction, num_bytes])}.jsonl"
     path = os.path.join(folder, name)
-    if os.path.exists(path):
-        return path
+    with storage_errors(folder):
+        if is_usable(path):
+            return path
     with storage_errors(folder), locked(path + ".lock"):
-        if not os.path.exists(path):  # nobody else wrote it in the meantime
+        if not is_usable(path):  # nobody else wrote it in the meantime
             _write_sample(dataset, wanted, fraction=fraction, num_bytes=num_bytes, path=path, progress=progress)
     return path
 
@@ -182,17 +183,15 @@ def _write_sample(
     from tqdm import tqdm
 
     how = {"unit": "B", "unit_scale": True, "leave": False, "disable": None if progress else True}
-    temporary, written = temporary_name(path), 0
-    with open(temporary, "w", encoding="utf-8") as file, tqdm(total=num_bytes, desc=f"{wanted} text", **how) as bar:
+    written = 0
+    with new_checked_file(path) as file, tqdm(total=num_bytes, desc=f"{wanted} text", **how) as bar:
         for text in dataset.texts(dataset.open()):
             data = text.encode()
             if text and side(data, Split(fraction), frozenset()) == wanted:
-                file.write(json.dumps({"text": text}) + "\n")
+                file.write((json.dumps({"text": text}) + "\n").encode())
                 bar.update(len(data))
                 written += len(data)
                 if written >= num_bytes:
                     break
-    if not written:
-        os.unlink(temporary)
-        raise ValueError(f"data.validation_fraction ({fraction}) leaves no {wanted} document in {dataset.path}")
-    os.replace(temporary, path)
+        if not written:
+            raise ValueError(f"data.validation_fraction ({fraction}) leaves no {wanted} document in {dataset.path}")

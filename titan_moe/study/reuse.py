@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titan_moe.config import read_saved, to_toml
+from titan_moe.files import remove_leftovers, temporary_path
 from titan_moe.study.grid import Run, without_job
 from titan_moe.study.runs import POINT, prepare, status
 
@@ -44,8 +45,8 @@ def finished_in(folders: Sequence[str]) -> dict[str, Path]:
 
 def copy_run(source: Path, run: Run) -> None:
     """Copy a finished run into the folder of `run`, which appears whole or not at all."""
-    draft = run.folder.with_name(f"{run.folder.name}.copying")
-    shutil.rmtree(draft, ignore_errors=True)
+    draft = temporary_path(run.folder)
+    remove_leftovers(draft.parent)
     shutil.copytree(source, draft, symlinks=True, ignore=shutil.ignore_patterns(run.config.checkpoint.folder, ".lock"))
     shutil.rmtree(run.folder, ignore_errors=True)
     os.replace(draft, run.folder)

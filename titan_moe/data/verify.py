@@ -1,0 +1,53 @@
+"""The command line of scripts/verify_data.py."""
+
+from pathlib import Path
+
+from titan_moe.commands import Parser
+from titan_moe.data.cache import META, open_cache
+from titan_moe.data.storage import DamagedError, check_file
+from titan_moe.runtime import user_cache_folder
+
+
+def verify_data(args: list[str]) -> int:
+    """Read every token cache and check it: a line for each, an error if any is damaged."""
+    parser = Parser("verify_data.py", "Check the files of token caches against their checksums, all of them anew.")
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="*",
+        default=[user_cache_folder()],
+        help="folders as data.cache_folder names them, or caches in them; by default %(default)s",
+    )
+    damaged = 0
+    for folder in parser.parse_args(args).folder:
+        for path in _checked_files(folder):
+            try:
+                print(_line(path))
+            except DamagedError as error:
+                damaged += 1
+                print(error)
+    if damaged:
+        raise ValueError(f"{damaged} damaged: the next run that needs one makes it anew, and so does deleting it")
+    return 0
+
+
+def _checked_files(folder: Path) -> list[Path]:
+    """The meta.json of every cache in a folder, or of the one that it is, and its other files with checksums."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    others = [path.with_suffix("") for path in folder.glob("*.crc32")]
+    found = sorted([*folder.glob(META), *folder.glob(f"*/{META}"), *filter(Path.exists, others)])
+    if not found:
+        raise ValueError(f"{folder}: no token cache in it")
+    return found
+
+
+def _line(path: Path) -> str:
+    if path.name != META:
+        check_file(str(path))
+        return f"{path}: {path.stat().st_size / 2**20:.1f} MiB, intact"
+    cache = open_cache(path.parent, check=True)
+    assert cache is not None  # it has a meta.json
+    size = sum(Path(file.path).stat().st_size for file in (cache.train, cache.validation))
+    num_tokens = cache.train.num_tokens + cache.validation.num_tokens
+    return f"{path.parent}: {num_tokens:,} tokens, {size / 2**20:.1f} MiB, intact"
