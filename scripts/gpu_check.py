@@ -232,12 +232,14 @@ def train_accumulated(results: Results) -> None:
 def profile(results: Results) -> None:
     """A warm step of the recipe: kernels by time, launches, idle time."""
     from titan_moe.config import load_config
-    from titan_moe.job import build_job
+    from titan_moe.job import build_job, start_processes
     from titan_moe.runtime import close_process_group, read_world
     from titan_moe.step import train_step
 
     own = {"compile__enable": "false" if results.tiny else "auto"}
-    job = build_job(load_config(arguments_of(results, tempfile.mkdtemp(), **own)), read_world())
+    config, rt = load_config(arguments_of(results, tempfile.mkdtemp(), **own)), read_world()
+    start_processes(config, rt)
+    job = build_job(config, rt)
     tokens, labels = next(iter(job.data.train))
     micro_batches = [(tokens.to(DEVICE), labels.to(DEVICE))]
     biases = job.model.expert_biases()

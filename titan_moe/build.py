@@ -51,8 +51,13 @@ def build_model(config: Config) -> Transformer:
         layer_freq=moe.layer_freq,
         router=router,
         loss_chunk_tokens=config.training.loss_chunk_tokens,
-        expert_bias=any(b.post_step is not keep_bias for _, b in build_balancers(config).values()),
+        expert_bias=has_expert_bias(config),
     )
+
+
+def has_expert_bias(config: Config) -> bool:
+    """Whether a balancer moves a selection bias, which is then a part of the model."""
+    return any(balancer.post_step is not keep_bias for _, balancer in build_balancers(config).values())
 
 
 def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:

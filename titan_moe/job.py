@@ -45,12 +45,12 @@ class Job(NamedTuple):
     folder: Path
 
 
-def build_job(config: Config, rt: Runtime) -> Job:
-    """Build the run's parts; what can be refused is refused before any process group or file exists."""
+def start_processes(config: Config, rt: Runtime) -> None:
+    """Start the process group; what can be refused is refused before any process group or file exists."""
     training = config.training
     check_gpu(rt, training)
     degrees = degrees_of(config, rt.world_size)
-    sequences, own = resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
+    resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
     in_float8, param_dtype = config.quantize, DTYPES[training.mixed_precision_param]
     check_quantize(
         converters=in_float8.converters, emulate=in_float8.emulate, device=rt.device, param_dtype=param_dtype
@@ -58,12 +58,10 @@ def build_job(config: Config, rt: Runtime) -> Job:
     check_experts_backend(
         config.moe.experts_backend, device=rt.device, param_dtype=param_dtype, deterministic=training.deterministic
     )
-    folder = Path(config.job.dump_folder)
-    runtime.check_writable(folder)
+    runtime.check_writable(Path(config.job.dump_folder))
     if config.metrics.enable_wandb:
         check_wandb()
-    mixed = DTYPES[training.mixed_precision_param] != DTYPES[training.dtype]
-    if rt.world_size > 1 or mixed:
+    if needs_mesh(config, rt):
         with connecting(f"connecting {rt.world_size} processes"):
             runtime.init_process_group(rt, config.comm.init_timeout_seconds)
         runtime.caution_restarts()
@@ -73,10 +71,21 @@ def build_job(config: Config, rt: Runtime) -> Job:
     check_own_gpu(rt)
     runtime.seed_everything(training.seed, deterministic=training.deterministic)
 
+
+def needs_mesh(config: Config, rt: Runtime) -> bool:
+    """Whether FSDP2 wraps the model: it shards it, and it keeps masters of another precision, also in one process."""
+    return rt.world_size > 1 or config.training.mixed_precision_param != config.training.dtype
+
+
+def build_job(config: Config, rt: Runtime) -> Job:
+    """Build the run's parts, once `start_processes` has been called."""
+    training = config.training
+    degrees = degrees_of(config, rt.world_size)
+    sequences, own = resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
     data = load_data(config, rt, degrees)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
     with connecting("connecting the groups of the meshes"):
-        mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 or mixed else None
+        mesh = build_mesh(device=rt.device, **degrees._asdict()) if needs_mesh(config, rt) else None
     model = build_sharded(config, mesh, compile_blocks=compiles(config, rt.device) and can_compile(rt))
     model.to_empty(device=rt.device)
     model.init_weights(training.seed)
@@ -97,7 +106,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
         saver=background_saver() if config.checkpoint.async_mode == "async" else foreground_saver(),
         accumulation=sequences // (own * degrees.data),
         sequence_group=None if mesh is None else mesh.sequence_group,
-        folder=folder,
+        folder=Path(config.job.dump_folder),
     )
 
 

@@ -117,6 +117,19 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
+def on_main(task: Callable[[], object], runtime: Runtime) -> None:
+    """Run `task` on the main process; a user's error in it is a ValueError on every process, so that all end alike."""
+    text, failure = None, None
+    if runtime.is_main:
+        try:
+            task()
+        except (ValueError, OSError) as error:
+            text, failure = describe(error), error
+    text = all_gather(text)[0]
+    if text is not None:
+        raise ValueError(text) from failure
+
+
 def caution_restarts() -> None:
     """Warn where torchrun would restart workers on the store of the first start, on which restarts fail or hang."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
@@ -242,6 +255,7 @@ def describe_machine(runtime: Runtime) -> dict[str, Any]:
     return {
         "titan_moe": __version__,
         "git_commit": _git_commit(),
+        "host": platform.node(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),

@@ -26,6 +26,7 @@ from titan_moe.files import appender, write_atomic
 
 logger = logging.getLogger(__name__)
 Record = Mapping[str, Any]
+TAIL = 1 << 21  # bytes at the end of metrics.jsonl that hold the last step and the last validation
 _PER_LAYER = re.compile(r".*/layer_\d+")
 
 
@@ -109,6 +110,36 @@ def last_validation() -> tuple[Sink, Callable[[], Record | None]]:
             kept[:] = [record]
 
     return Sink(write, lambda: None, "the summary"), lambda: kept[0] if kept else None
+
+
+def last_records(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The last whole line of kind train and of kind validation, from the end of the file alone."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL))
+            lines = file.read().split(b"\n")[1 if size > TAIL else 0 :]
+    except FileNotFoundError:
+        return None, None
+    found: dict[str, dict[str, Any]] = {}
+    for line in reversed(lines):
+        record = parse_record(line)
+        if record is not None:
+            found.setdefault(record["kind"], record)
+        if len(found) == 2:
+            break
+    return found.get("train"), found.get("validation")
+
+
+def parse_record(line: bytes | str) -> dict[str, Any] | None:
+    """One line of metrics.jsonl; None where it is torn."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
+        return None
+    return {key: math.nan if value is None else value for key, value in record.items()}
 
 
 def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sink:

@@ -1,8 +1,8 @@
 """Train a model: `torchrun -m titan_moe.train --job.config_file FILE [--section.key value ...]`."""
 
+import contextlib
 import dataclasses
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,34 +25,35 @@ from titan_moe.checkpoint.background import Timetable
 from titan_moe.checkpoint.branch import leave_branch
 from titan_moe.checkpoint.final import save_weights
 from titan_moe.checkpoint.folder import steps_after, together
-from titan_moe.config import help_text, load_config, to_toml
+from titan_moe.config import Config, help_text, load_config, to_toml
 from titan_moe.config.layers import read_file
 from titan_moe.data.build import resolve_batch_sizes, token_bytes
 from titan_moe.data.loader import merge_states
-from titan_moe.files import write_atomic
-from titan_moe.job import Job, build_job, compiles, degrees_of
+from titan_moe.dump_folder import FACTS, METRICS, check_same_run, sole_run, write_run_files
+from titan_moe.job import Job, build_job, compiles, degrees_of, start_processes
 from titan_moe.metrics import StepOutput, eval_metrics
 from titan_moe.optimizer.build import set_lr
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.sequence import own_positions
 from titan_moe.probe import balance_tax, of_whole_sequences, rehearse, routing_choices, routing_drift
 from titan_moe.profiling import profiler, start_timer
-from titan_moe.records import (
-    DivergedError,
-    Record,
-    Skips,
-    flush,
-    moe_layer_names,
-    size_record,
-    speed_record,
-    train_record,
-)
+from titan_moe.records import DivergedError, Record, Skips, flush, moe_layer_names, speed_record, train_record
 from titan_moe.runtime import StopRequest, logger
-from titan_moe.sinks import Sink, console, fan_out, has_record, jsonl, last_validation, summary, tensorboard, wandb
+from titan_moe.sinks import (
+    Sink,
+    console,
+    fan_out,
+    has_record,
+    jsonl,
+    last_records,
+    last_validation,
+    summary,
+    tensorboard,
+    wandb,
+)
 from titan_moe.step import evaluate, train_step
 from titan_moe.watch import Watch, watching
 
-METRICS = "metrics.jsonl"
 EXPORT = "export"  # in the dump folder
 
 
@@ -77,11 +78,17 @@ def main(args: list[str]) -> int:
     config, rt = load_config(args), runtime.read_world()
     runtime.init_logging(rt)
     watch = Watch(config.comm.init_timeout_seconds)
-    with watching(watch):
+    with watching(watch), contextlib.ExitStack() as held:
+        start_processes(config, rt)
+        held.enter_context(sole_run(Path(config.job.dump_folder), rt))
         job = build_job(config, rt)
         progress = resume(job)
+        if is_over(job, progress):
+            if rt.is_main:
+                print(f"nothing to do: {progress.step} of {config.training.steps} steps in {job.folder}")
+            return 0
         kept = set_later_aside(job, progress.step)
-        write_run_files(job)
+        write_run_files(job, progress.step)
         last_validated, validation = last_validation()
         sinks = open_sinks(job, kept, last_validated)
         try:
@@ -110,12 +117,14 @@ def resume(job: Job) -> Progress:
     """
     config = job.config.checkpoint
     if not config.enable:
+        check_same_run(job, None)
         return Progress()
     folder = job.folder / config.folder
     if config.load_step >= 0:
         found = resolve_checkpoint(folder / f"step-{config.load_step}", "checkpoint.load_step")
     else:
         found = step_to_resume(folder)
+    check_same_run(job, found)
     if found is None:
         if config.initial_load_path:
             source = resolve_checkpoint(config.initial_load_path, "checkpoint.initial_load_path")
@@ -169,6 +178,18 @@ def last_checkpoint(job: Job, step: int) -> str:
         f"the last checkpoint{' before it' if step in saved else ''} is step {before[-1]} at {folder}/step-{before[-1]}"
     )
     return f"{text}: go back with checkpoint.load_step = {before[-1]}" if step in saved else text
+
+
+def is_over(job: Job, progress: Progress) -> bool:
+    """Whether nothing is left of a run: its steps, their last validation and the export are there; on every rank."""
+    config, over = job.config, False
+    if job.runtime.is_main and progress.step >= config.training.steps:
+        _, validation = last_records(job.folder / METRICS)
+        validated = validation is not None and validation["step"] >= progress.step
+        over = validated or not (progress.validates and config.validation.enable)
+        if has_export(config):
+            over = over and exported_dtype(job.folder, progress.step) == config.checkpoint.export_dtype
+    return runtime.all_gather(over)[0]
 
 
 def set_later_aside(job: Job, step: int) -> int:
@@ -366,15 +387,31 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
 
 
 def checkpoint_files(job: Job) -> dict[str, str]:
-    """Give the text files of every checkpoint, by name."""
-    return {"config.toml": to_toml(job.config), **job.data.tokenizer.files}
+    """Give the text files of every checkpoint, by name; run.json tells what has changed on the way to it."""
+    files = {"config.toml": to_toml(job.config), **job.data.tokenizer.files}
+    if job.runtime.is_main and (job.folder / FACTS).exists():
+        files[FACTS] = (job.folder / FACTS).read_text(encoding="utf-8")
+    return files
+
+
+def has_export(config: Config) -> bool:
+    """Whether the finished run's weights are also written in another type: one that is smaller than their own."""
+    return config.checkpoint.enable and config.checkpoint.export_dtype not in ("float32", config.training.dtype)
+
+
+def exported_dtype(folder: Path, step: int) -> str | None:
+    """The type that the weights after `step` were exported in; None where they were not."""
+    try:
+        table = read_file(str(folder / EXPORT / f"step-{step}" / "config.toml"))
+    except (OSError, ValueError):
+        return None
+    return table.get("checkpoint", {}).get("export_dtype")
 
 
 def export(job: Job, progress: Progress) -> None:
-    """Write the weights of the finished run in checkpoint.export_dtype, where that is smaller than their own."""
-    config = job.config
-    dtype, kept = config.checkpoint.export_dtype, config.training.dtype
-    if not config.checkpoint.enable or dtype in ("float32", kept):
+    """Write the weights of the finished run in checkpoint.export_dtype, where `has_export`."""
+    dtype = job.config.checkpoint.export_dtype
+    if not has_export(job.config):
         return
     made = save_weights(
         job.folder / EXPORT,
@@ -385,17 +422,6 @@ def export(job: Job, progress: Progress) -> None:
         files=checkpoint_files(job),
     )
     logger.info("wrote %s: the weights in %s", made, dtype)
-
-
-def write_run_files(job: Job) -> None:
-    """Leave config.toml, which gives this run again, and run.json, which says where it ran, in the dump folder."""
-    if not job.runtime.is_main:
-        return
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(job.folder / "config.toml", to_toml(job.config))
-    size = size_record(job.config, job.model)
-    facts = {**runtime.describe_machine(job.runtime), **size, **job.data.fingerprints}
-    write_atomic(job.folder / "run.json", json.dumps(facts, indent=1) + "\n")
 
 
 def open_sinks(job: Job, step: int, *more: Sink) -> Sink:

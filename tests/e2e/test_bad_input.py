@@ -248,7 +248,7 @@ def test_a_checkpoint_of_another_model(train: Train, tmp_path: Path) -> None:
     line = error_line(train(model__ffn_dim=96, moe__expert_dim=48))
     assert str(tmp_path / "run" / "checkpoint" / "step-6") in line
     assert "another model" in line
-    assert "48, 32" in line
+    assert "model.ffn_dim: 64, now 96; moe.expert_dim: 32, now 48" in line
     assert contents(tmp_path / "run") == before
 
     line = error_line(train("other", model__dim=48, checkpoint__initial_load_path=str(tmp_path / "run")))
@@ -260,7 +260,7 @@ def test_a_data_position_that_does_not_fit(train: Train, tmp_path: Path) -> None
     """Another batch size can go on only from where it divides the sequences seen."""
     assert train(training__steps=3, checkpoint__interval=3).code == 0
     sizes = {"training__local_batch_size": 8, "training__global_batch_size": 8}
-    line = error_line(train(training__steps=6, **sizes))
+    line = error_line(train(training__steps=6, **sizes, job__allow_config_change=True))
     assert "saved data position (12 sequences)" in line
     assert "local_batch_size" in line
 

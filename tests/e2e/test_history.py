@@ -91,7 +91,8 @@ def test_a_run_without_checkpoints_in_a_used_folder(train: Train, tmp_path: Path
     run = tmp_path / "run"
     assert train().code == 0
     before, saved = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoint")
-    ended = train(more="--checkpoint.enable false", training__steps=3, optimizer__lr=1e-3)
+    changed = "--checkpoint.enable false --job.allow_config_change"
+    ended = train(more=changed, training__steps=3, optimizer__lr=1e-3)
     assert ended.code == 0, ended.err
     assert (run / "metrics.aside-1.jsonl").read_bytes() == before
     assert str(run / "metrics.aside-1.jsonl") in ended.err

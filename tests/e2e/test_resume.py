@@ -136,14 +136,37 @@ def test_two_processes_stop_together(arguments: Arguments, whole: Path, tmp_path
 
 
 def test_a_finished_run_does_nothing_but_tell(train: Train, tmp_path: Path) -> None:
-    first = train()
-    before = contents(tmp_path / "run" / "checkpoint"), records(tmp_path / "run")
-    again = train()
-    assert (first.code, again.code) == (0, 0)
-    assert (contents(tmp_path / "run" / "checkpoint"), records(tmp_path / "run")) == before
-    assert "step 1/" not in again.out
-    assert again.out.splitlines() == first.out.splitlines()[-len(again.out.splitlines()) :]
-    assert again.out.startswith("checkpoint ")  # its own validation it would tell: it made none
+    """Also where it is shorter now; a changed configuration is refused, though there is nothing to do with it."""
+    assert train().code == 0
+    before = contents(tmp_path / "run")
+    for steps, more in ((6, ""), (6, "--validation.freq 2 --data.num_workers 1"), (5, "")):
+        again = train(more=more, training__steps=steps)
+        assert (again.code, again.out) == (0, f"nothing to do: 6 of {steps} steps in {tmp_path / 'run'}\n")
+        assert "warning" not in again.err
+    other = train(more="--optimizer.lr 3e-2")
+    assert (other.code, other.out) == (2, "")
+    assert "optimizer.lr: 0.005, now 0.03" in other.err
+    assert contents(tmp_path / "run") == before
+
+
+def test_what_is_left_of_a_finished_run_is_done(train: Train, tmp_path: Path) -> None:
+    """A kill may come after the last save and before the last validation; an export may be wanted later."""
+    assert train().code == 0
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole[: whole.rindex("\n", 0, -1) + 1])
+    assert [record["step"] for record in records(tmp_path / "run", "validation")] == [3]
+    assert train().code == 0
+    before, after = (json.loads(text.splitlines()[-1]) for text in (whole, metrics.read_text()))
+    assert after == before
+
+    changed = metrics.read_bytes()
+    assert train(more="--checkpoint.export_dtype bfloat16").code == 0
+    assert (tmp_path / "run" / "export" / "step-6").is_dir()
+    assert metrics.read_bytes() == changed
+    assert train(more="--checkpoint.export_dtype bfloat16").out.startswith("nothing to do: 6 of 6 steps")
+    assert train(more="--checkpoint.export_dtype float16").code == 0
+    assert 'export_dtype = "float16"' in (tmp_path / "run" / "export" / "step-6" / "config.toml").read_text()
 
 
 def test_more_steps_than_before(train: Train, tmp_path: Path) -> None:
@@ -203,7 +226,7 @@ def test_another_optimizer_on_the_way(train: Train, tmp_path: Path) -> None:
     few = {"validation__enable": False, "checkpoint__interval": 2}
     assert train(**few, training__steps=2).code == 0
     other = "--optimizer.expert.name shampoo --optimizer.expert.precondition_frequency 2"
-    ended = train(more=other, **few, training__steps=4)
+    ended = train(more=f"{other} --job.allow_config_change", **few, training__steps=4)
     assert ended.code == 2, ended.err
     assert "AdamW there, shampoo (expert) + AdamW (router, embedding, norm, dense) here" in ended.err
     assert 'set checkpoint.exclude = ["optimizer"]' in ended.err

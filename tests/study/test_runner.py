@@ -15,7 +15,7 @@ import pytest
 from tests.study.conftest import Study, Write
 from titan_moe.study import cli, runner
 from titan_moe.study.grid import Run, runs_of
-from titan_moe.study.runs import METRICS, is_locked, status
+from titan_moe.study.runs import METRICS, is_going, status
 from titan_moe.study.spec import load_study
 
 RUNS = Path("outputs/studies/small/runs")
@@ -171,7 +171,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(write: Write, study: St
     assert sleeper is not None
     try:
         sleeper.lock.close()  # as if the study that started it had died: the training still has the lock
-        assert is_locked(runs[0].folder)
+        assert is_going(runs[0].folder)
         assert status(runs[0].folder, 8).state == "running"
         assert runner.start(runs[0], runner.Pool(1), 0, runner.train_command(1)) is None
         assert study("small.toml") == 0
@@ -180,7 +180,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(write: Write, study: St
         sleeper.process.kill()
         sleeper.process.wait()
         sleeper.log.close()
-    assert not is_locked(runs[0].folder)
+    assert not is_going(runs[0].folder)
     assert study("small.toml") == 0
     assert tries()["coeff=0/seed-1"] == 1
 

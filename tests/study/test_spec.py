@@ -203,7 +203,8 @@ def test_every_study_is_there_in_two_sizes():
 
 
 def test_the_configuration_of_a_run_survives_its_file(write: Write):
-    from titan_moe.study.runs import changes, differences, prepare
+    from titan_moe.config.differences import differences
+    from titan_moe.study.runs import changes, prepare
 
     run = runs_of(load_study(write()))[0]
     prepare(run)

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from tests.tiny import tiny_model
 from titan_moe import compat, job, runtime
 from titan_moe.config import load_config
-from titan_moe.job import build_job, can_compile, check_own_gpu, degrees_of
+from titan_moe.job import can_compile, check_own_gpu, degrees_of, start_processes
 from titan_moe.parallelize import parallelize
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.runtime import Runtime
@@ -71,7 +71,7 @@ def test_the_public_function_sets_a_timeout(monkeypatch: pytest.MonkeyPatch) -> 
 def refusal(rt: Runtime, folder: Path, *words: str) -> str:
     """The line that refuses a run; nothing is there afterwards."""
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
-        build_job(load_config(["--job.dump_folder", str(folder / "run"), *words]), rt)
+        start_processes(load_config(["--job.dump_folder", str(folder / "run"), *words]), rt)
     assert not dist.is_initialized()
     assert not list(folder.iterdir())
     return str(error.value)

@@ -34,6 +34,7 @@ from titan_moe.optimizer.combined import kind_of
 
 logger = logging.getLogger(__name__)
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
+_NEW_OPTIMIZER = '; set checkpoint.exclude = ["optimizer"] to go on with the weights and a new optimizer'
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # in parameter names under compile and checkpointing
 Shapes = dict[str, tuple[int, ...]]
 
@@ -103,8 +104,7 @@ def load_state(
             raise ValueError(f"checkpoint {folder} holds a model without an optimizer: training cannot resume from it")
         if saved_optimizer != (mine := kind_of(optimizer)):
             raise ValueError(
-                f"checkpoint {folder} holds another optimizer: {saved_optimizer} there, {mine} here; set "
-                'checkpoint.exclude = ["optimizer"] to go on with the weights and a new optimizer'
+                f"checkpoint {folder} holds another optimizer: {saved_optimizer} there, {mine} here{_NEW_OPTIMIZER}"
             )
         _load_with_optimizer(folder, model, optimizer, tensors=tensors, saved=saved, values=values)
     set_model_state_dict(model, {name.removeprefix("model."): value for name, value in tensors.items()})
@@ -123,11 +123,11 @@ def _load_with_optimizer(
     mine = _optimizer_state(model, optimizer)  # makes the states of a fresh optimizer
     _forget_unsaved(model, optimizer, mine.tensors, saved)
     saved_state = {name: shape for name, shape in saved.items() if name.startswith("optimizer.")}
-    _check_same(what, _shapes(mine.tensors), saved_state)
     saved_groups = values.pop("groups")
-    _check_same(what, dict.fromkeys(mine.values, ()), dict.fromkeys(values, ()))
+    _check_same(what, _settings(mine.values), _settings(values), mend=_NEW_OPTIMIZER)  # these are the user's keys
+    _check_same(what, _shapes(mine.tensors), saved_state, mend=_NEW_OPTIMIZER)
+    _check_same(what, dict.fromkeys(mine.values, ()), dict.fromkeys(values, ()), mend=_NEW_OPTIMIZER)
     _check_groups(what, _groups(model, optimizer), saved_groups)
-    _warn_of_changes(folder, saved_groups, mine.values, values)
     _read_tensors(folder, {**tensors, **mine.tensors})
     # Optimizer.load_state_dict casts states to the parameter's dtype (fp32 moments of bf16 parameters): keep ours,
     # which have just been read in place.
@@ -187,20 +187,9 @@ def _check_groups(what: str, here: list[list[str]], there: list[list[str]]) -> N
         theirs = next(group for group in there if mine[0] in group)
         if differing := sorted(set(mine) ^ set(theirs)):
             where = "there" if differing[0] in theirs else "here"
-            raise ValueError(f"{what}: its parameter groups differ, {differing[0]} is with {mine[0]} only {where}")
-
-
-def _warn_of_changes(folder: Path, groups: list[list[str]], here: dict[str, Any], there: dict[str, Any]) -> None:
-    """Say which hyperparameters of this run the checkpoint's replace; the schedule sets `lr` itself."""
-    changes = []
-    for group in groups:
-        prefix = f"optimizer.param_groups.{group[0]}."
-        for name in (name for name in here if name.startswith(prefix) and name != f"{prefix}lr"):
-            if here[name] != there[name]:
-                key = name.removeprefix(prefix)
-                changes.append(f"{key} of the group of {group[0]} is {there[name]}, not {here[name]}")
-    if changes and (not dist.is_initialized() or dist.get_rank() == 0):
-        logger.warning("hyperparameters come from checkpoint %s: %s", folder, "; ".join(changes))
+            raise ValueError(
+                f"{what}: its parameter groups differ, {differing[0]} is with {mine[0]} only {where}{_NEW_OPTIMIZER}"
+            )
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -213,7 +202,12 @@ def _shapes(tensors: Mapping[str, Tensor]) -> Shapes:
     return {name: tuple(value.shape) for name, value in tensors.items()}
 
 
-def _check_same(what: str, here: Shapes, there: Shapes, most: int = 3) -> None:
+def _settings(values: Mapping[str, Any]) -> Shapes:
+    """The names of the groups' settings, without the groups: load_lr, betas."""
+    return {name.rpartition(".")[2]: () for name in values if name.startswith("optimizer.param_groups.")}
+
+
+def _check_same(what: str, here: Shapes, there: Shapes, most: int = 3, mend: str = "") -> None:
     """Raise a ValueError that names the first `most` differences of each sort between two sets of named shapes."""
     missing = [name for name in here if name not in there]
     unexpected = [name for name in there if name not in here]
@@ -229,7 +223,7 @@ def _check_same(what: str, here: Shapes, there: Shapes, most: int = 3) -> None:
         if names
     ]
     if texts:
-        raise ValueError(f"{what}: {'; '.join(texts)}")
+        raise ValueError(f"{what}: {'; '.join(texts)}{mend}")
 
 
 def rng_state() -> dict[str, Any]:

@@ -140,7 +140,8 @@ def to_toml(config: Config) -> str:
             table = {"name": value.name, **value.arguments, **off, **value.groups}
         else:
             table = dataclasses.asdict(value)
-            table.pop("config_file", None)
+            for name in ("config_file", "allow_config_change"):  # of one start, not of the run
+                table.pop(name, None)
         document[section] = table
     return tomli_w.dumps({section: table for section, table in document.items() if table})
 

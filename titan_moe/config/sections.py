@@ -38,6 +38,9 @@ class Job:
     )
     dump_folder: Annotated[str, "folder of everything that the run writes"] = "./outputs"
     description: Annotated[str, "a sentence on the run, for the reader"] = ""
+    allow_config_change: Annotated[
+        bool, "go on in a dump folder whose run had another configuration (for one start; run.json notes the changes)"
+    ] = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from typing import Any
 from titan_moe.checkpoint.folder import read_manifest
 from titan_moe.checkpoint.state import read_common
 from titan_moe.config import Config
+from titan_moe.config.differences import texts
+from titan_moe.dump_folder import changes_on_the_way
 from titan_moe.markdown import code, plain
 
 
@@ -34,6 +36,7 @@ def model_card(step_folder: Path, config: Config, model_type: str) -> str:
         "Optimizer": f"{code(config.optimizer.name)}, learning rate {plain(str(lr))}",
         "Balancing": ", ".join(f"{code(name)} {_plain(arguments)}" for name, arguments in config.balancer.items())
         or "none",
+        **_changes(step_folder),
         **_losses(step_folder, manifest["step"]),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
@@ -51,6 +54,12 @@ def model_card(step_folder: Path, config: Config, model_type: str) -> str:
 
 def _plain(arguments: dict[str, Any]) -> str:
     return " ".join(plain(f"{key}={value}") for key, value in arguments.items())
+
+
+def _changes(step_folder: Path) -> dict[str, str]:
+    """What the run changed on its way: the facts above are those of its end."""
+    way = [f"after step {step}: {'; '.join(texts(changes))}" for step, changes in changes_on_the_way(step_folder)]
+    return {"Changed on the way": plain(". ".join(way))} if way else {}
 
 
 def _losses(step_folder: Path, step: int) -> dict[str, str]:

@@ -117,7 +117,7 @@ def build_data(
     tokens = STREAM_VALIDATION_TOKENS if validation_steps < 0 else tokens
     show = progress and is_main
     want = _Wanted(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show)
-    made = in_turn(partial(_prepare_stream if _is_streamed(dataset) else _prepare_files, want), is_main, barrier)
+    made = in_turn(partial(_prepare_stream if is_streamed(dataset) else _prepare_files, want), is_main, barrier)
 
     where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     batch = {**where, "seed": seed, "local_batch_size": local_batch_size}
@@ -202,7 +202,8 @@ def in_turn(work: Callable[[], T], is_main: bool, barrier: Callable[[], object] 
             barrier()
 
 
-def _is_streamed(dataset: str) -> bool:
+def is_streamed(dataset: str) -> bool:
+    """Whether a data set is read from its source while training; ValueError for one that there is not."""
     if dataset not in DATASETS:
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""

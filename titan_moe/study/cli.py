@@ -16,7 +16,7 @@ from titan_moe.study.grid import Run, point_text, runs_of
 from titan_moe.study.progress import counts, progress, statuses
 from titan_moe.study.reuse import reuse
 from titan_moe.study.runner import Pool, check_pool, run_all, train_command
-from titan_moe.study.runs import changes, is_locked
+from titan_moe.study.runs import changes, is_going
 from titan_moe.study.spec import Study, load_study
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def put_aside(study: Study, runs: Sequence[Run], *, force: bool) -> None:
             f"{'; '.join(found[:3])}{more}: change it back, give another --dump_folder, or put them aside and train "
             "anew with --force"
         )
-    if going := [run for run, _ in stale if is_locked(run.folder)]:
+    if going := [run for run, _ in stale if is_going(run.folder)]:
         raise ValueError(f"{going[0].folder} is still training with another base: stop it first")
     aside = study.folder / "replaced" / f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
     for run, _ in stale:

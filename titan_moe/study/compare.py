@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from titan_moe.config import Config, read_saved
+from titan_moe.config.differences import flat
 from titan_moe.runtime import StopRequest
 from titan_moe.study.grid import Run, without_job
 from titan_moe.study.likeness import listed
 from titan_moe.study.progress import counts, statuses
 from titan_moe.study.report import Page, write_report
-from titan_moe.study.runs import METRICS, POINT, flat
+from titan_moe.study.runs import METRICS, POINT
 from titan_moe.study.spec import Section
 
 MOST_AXES = 3  # runs that differ in more keys are told apart by their folders

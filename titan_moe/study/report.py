@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titan_moe.config import to_toml
+from titan_moe.config.differences import flatten
 from titan_moe.files import write_atomic
 from titan_moe.markdown import plain
 from titan_moe.study import theme
@@ -34,7 +35,7 @@ from titan_moe.study.grid import Point, Run, baseline_of, expand, value_text
 from titan_moe.study.likeness import lengths, short_version
 from titan_moe.study.measures import COLUMNS, MEASURES
 from titan_moe.study.progress import counts
-from titan_moe.study.runs import flatten, write_results
+from titan_moe.study.runs import write_results
 from titan_moe.study.spec import Study
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from titan_moe.config import read_saved, to_toml
 from titan_moe.files import remove_leftovers, temporary_path
 from titan_moe.study.grid import Run, without_job
-from titan_moe.study.runs import POINT, prepare, status
+from titan_moe.study.runs import LOCK, POINT, prepare, status
 
 
 def reuse(runs: Sequence[Run], folders: Sequence[str]) -> int:
@@ -47,7 +47,7 @@ def copy_run(source: Path, run: Run) -> None:
     """Copy a finished run into the folder of `run`, which appears whole or not at all."""
     draft = temporary_path(run.folder)
     remove_leftovers(draft.parent)
-    shutil.copytree(source, draft, symlinks=True, ignore=shutil.ignore_patterns(run.config.checkpoint.folder, ".lock"))
+    shutil.copytree(source, draft, symlinks=True, ignore=shutil.ignore_patterns(run.config.checkpoint.folder, LOCK))
     shutil.rmtree(run.folder, ignore_errors=True)
     os.replace(draft, run.folder)
     prepare(run)

@@ -14,9 +14,10 @@ import torch
 
 from titan_moe import runtime
 from titan_moe.files import write_atomic
+from titan_moe.lock import try_lock
 from titan_moe.runtime import StopRequest
 from titan_moe.study.grid import Run
-from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, prepare, status, try_lock
+from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, is_going, prepare, status
 
 PATIENCE = 300.0  # seconds that a training may take to save and end after a SIGTERM
 Command = Callable[[Run], list[str]]
@@ -116,6 +117,8 @@ def start(run: Run, pool: Pool, slot: int, command: Command) -> Worker | None:
     The process inherits the lock on its folder: were this program to die, the lock would still end with the training.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
+    if is_going(run.folder):
+        return None
     lock = open(run.folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115
     if not try_lock(lock):
         lock.close()

@@ -4,25 +4,25 @@ A run's folder is the dump folder of a training. Beside what training writes the
 configuration that it asked for), `log.txt` (what training said) and `exit_code` (how the last try ended).
 """
 
-import contextlib
-import fcntl
 import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
-from titan_moe.config import Config, read_saved, to_toml
+from titan_moe.config import read_saved, to_toml
+from titan_moe.config.differences import differences
 from titan_moe.files import write_atomic
+from titan_moe.lock import RUN_LOCK, is_locked
+from titan_moe.sinks import last_records, parse_record
 from titan_moe.study.grid import Run, point_text, without_job
 from titan_moe.study.measures import CURVES
 
 POINT, LOG, EXIT_CODE, METRICS, LOCK = "point.toml", "log.txt", "exit_code", "metrics.jsonl", ".lock"
 TOKENS = "train/num_tokens"  # tokens seen so far, over the steps
-TAIL = 1 << 21  # bytes at the end of metrics.jsonl that hold the last step and the last validation
 Record = dict[str, Any]
 Curve = list[tuple[int, float]]  # step, value
 
@@ -49,7 +49,7 @@ def status(folder: Path, steps: int) -> Status:
     """Say how far the run in `folder` has come on its way to `steps`."""
     train, validation = last_records(folder / METRICS)
     step = train["step"] if train else 0
-    if is_locked(folder):
+    if is_going(folder):
         return Status("running", step, "", train, validation)
     if step >= steps and validation is not None and validation["step"] == step:
         return Status("finished", step, "", train, validation)
@@ -90,36 +90,6 @@ def last_words(folder: Path) -> str:
     return (errors or lines or ["it said nothing"])[-1]
 
 
-def last_records(path: Path) -> tuple[Record | None, Record | None]:
-    """The last whole line of kind train and of kind validation, from the end of the file alone."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL))
-            lines = file.read().split(b"\n")[1 if size > TAIL else 0 :]
-    except FileNotFoundError:
-        return None, None
-    found: dict[str, Record] = {}
-    for line in reversed(lines):
-        record = _parse(line)
-        if record is not None:
-            found.setdefault(record["kind"], record)
-        if len(found) == 2:
-            break
-    return found.get("train"), found.get("validation")
-
-
-def _parse(line: bytes | str) -> Record | None:
-    """One line of metrics.jsonl; None where it is torn."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
-        return None
-    return {key: math.nan if value is None else value for key, value in record.items()}
-
-
 def history(path: Path) -> History:
     """Read metrics.jsonl; a file that has not changed is read once."""
     try:
@@ -136,7 +106,7 @@ def _history(path: Path, size: int, changed: int) -> History:
     load = None
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
-            record = _parse(line)
+            record = parse_record(line)
             if record is None:
                 continue
             step, kind = record["step"], record["kind"]
@@ -237,31 +207,6 @@ def changes(run: Run) -> list[str]:
     return differences(without_job(before), without_job(run.config))
 
 
-def differences(before: Config, after: Config) -> list[str]:
-    """The keys that differ between two configurations, with both values."""
-    old, new = flat(before), flat(after)
-    keys = [*old, *(key for key in new if key not in old)]
-    return [
-        f"{key}: {old.get(key, 'unset')}, now {new.get(key, 'unset')}" for key in keys if old.get(key) != new.get(key)
-    ]
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Every key of a configuration by its dotted name, as it stands in a file."""
-    from titan_moe.config.layers import tomllib
-
-    return flatten(tomllib.loads(to_toml(config)))
-
-
-def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested tables by their dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        name = f"{prefix}{key}"
-        found |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return found
-
-
 def prepare(run: Run) -> None:
     """Make a run's folder ready for a try: its configuration is there, the last exit code is not."""
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -269,27 +214,9 @@ def prepare(run: Run) -> None:
     (run.folder / EXIT_CODE).unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[TextIO]:
-    with open(folder / LOCK, "a", encoding="utf-8") as file:
-        yield file
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether a process works on the run: the lock ends with the last process that has it, however it ends."""
-    if not (folder / LOCK).exists():
-        return False
-    with _opened(folder) as file:
-        return not try_lock(file)
-
-
-def try_lock(file: TextIO) -> bool:
-    """Take the lock of a run on its open lock file; False where another process has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def is_going(folder: Path) -> bool:
+    """Whether a study, or a training that was started without one, works on the run."""
+    return is_locked(folder / LOCK) or is_locked(folder / RUN_LOCK)
 
 
 def read_facts(folder: Path) -> Record:

@@ -1,0 +1,104 @@
+"""What differs between two configurations, and what of it a run may change on its way."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from titan_moe.config.layers import tomllib
+from titan_moe.config.load import to_toml
+from titan_moe.config.sections import Config
+
+Changes = dict[str, tuple[Any, Any]]  # dotted key -> its value before and now, None where it has none
+MOST_SHOWN = 80  # characters of a value in a message
+
+# Sections that say what is trained, on what and how.
+COUNTED = ("model", "moe", "router", "balancer", "optimizer", "lr_scheduler", "training", "data", "debug")
+
+# Their keys that a run may change nevertheless, each with the reason. Other sections are free as a whole: a layout
+# ([parallelism], [activation_checkpoint], [compile], [comm]) computes the same, [validation], [checkpoint], [metrics]
+# and [profiling] look on, [quantize] may be switched at any step (docs/precision.md), [job] says where.
+FREE = {
+    "training.steps": "a run may become longer; the schedule is then that of the new length",
+    "training.local_batch_size": "memory and speed: a step's loss is over the global batch",
+    "training.loss_chunk_tokens": "memory: the same loss",
+    "training.deterministic": "speed: which kernels compute, not what",
+    "training.skip_nonfinite_steps": "it acts where the run would end, and counts what it skips",
+    "moe.dispatcher": "it repeats what the layout says",
+    "moe.experts_backend": "speed: the same experts",
+    "data.num_workers": "speed: the same batches",
+    "data.cache_folder": "where copies of the data lie",
+}
+
+# Weights of one mean nothing in the other, or do not fit. Not so model.rope_theta, model.norm_eps, moe.top_k or the
+# router, which runs do change on purpose.
+ANOTHER_MODEL = (
+    *(f"model.{name}" for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size")),
+    *(f"model.{name}" for name in ("qk_norm", "tie_embeddings")),
+    *(f"moe.{name}" for name in ("num_experts", "expert_dim", "num_shared_experts", "first_dense_layers")),
+    "moe.layer_freq",
+)
+
+
+def counts(key: str) -> bool:
+    """Whether a run with another value of this key is another run."""
+    return key.partition(".")[0] in COUNTED and key not in FREE
+
+
+def changed_keys(before: Config, after: Config) -> Changes:
+    """The keys that differ between two configurations, in their order."""
+    old, new = flat(before), flat(after)
+    keys = [*old, *(key for key in new if key not in old)]
+    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+
+def changed_meaning(before: Config, after: Config) -> Changes:
+    """`changed_keys` without those that say the same in other words, and without [job]."""
+    changes = changed_keys(_plain(before), _plain(after))
+    return {key: values for key, values in changes.items() if not key.startswith("job.")}
+
+
+def differences(before: Config, after: Config) -> list[str]:
+    """The keys that differ between two configurations, with both values."""
+    return texts(changed_keys(before, after))
+
+
+def texts(changes: Changes) -> list[str]:
+    """Changes for people: `training.steps: 300, now 400`."""
+    return [f"{key}: {_text(old)}, now {_text(new)}" for key, (old, new) in changes.items()]
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every key of a configuration by its dotted name, as it stands in a file."""
+    return flatten(tomllib.loads(to_toml(config)))
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        name = f"{prefix}{key}"
+        found |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return found
+
+
+def _plain(config: Config) -> Config:
+    """The same configuration with one way of saying it, where there are several."""
+    model, optimizer = config.model, config.optimizer
+    groups = {group: _own(own, optimizer.arguments) for group, own in optimizer.groups.items()}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, num_kv_heads=model.num_kv_heads or model.num_heads),
+        optimizer=dataclasses.replace(optimizer, groups={group: own for group, own in groups.items() if own}),
+    )
+
+
+def _own(group: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter group has of its own: not what [optimizer] says too, nor options of a load_lr that is off."""
+    off = group.get("load_lr", "none") == "none"
+    names: Iterable[str] = (key for key in group if not (off and key.startswith("load_lr")))
+    return {key: group[key] for key in names if key == "name" or shared.get(key) != group[key]}
+
+
+def _text(value: Any) -> str:
+    text = "unset" if value is None else repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN // 2]}...{text[-MOST_SHOWN // 2 :]}"

@@ -1,0 +1,247 @@
+"""A dump folder is one run's: one process group at a time works in it, with the configuration that it was begun with.
+
+What the run had been so far stands in the checkpoint that it goes on from, or, before the first, in the folder itself.
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titan_moe import runtime
+from titan_moe.balancer import BALANCERS
+from titan_moe.build import has_expert_bias
+from titan_moe.checkpoint.folder import read_manifest, scan
+from titan_moe.checkpoint.state import read_common
+from titan_moe.config import Config, read_saved, to_toml
+from titan_moe.config.differences import ANOTHER_MODEL, Changes, changed_meaning, counts, texts
+from titan_moe.data.build import is_streamed, resolve_batch_sizes
+from titan_moe.data.tokenizer import load_tokenizer
+from titan_moe.files import write_atomic
+from titan_moe.job import Job, degrees_of
+from titan_moe.lock import RUN_LOCK, sole_process
+from titan_moe.records import size_record
+from titan_moe.runtime import Runtime, logger
+
+METRICS, CONFIG, FACTS = "metrics.jsonl", "config.toml", "run.json"
+TOKENIZER, EOT, BATCH = "data.tokenizer", "data.eot_token", "training.global_batch_size"
+OF_STREAMS = ("data.dataset", "data.path")  # keys whose values the fingerprint of the data stands for
+OF_FILES = (*OF_STREAMS, "data.validation_fraction", "data.validation_path")
+
+
+class Before(NamedTuple):
+    """What a run was when it last wrote; of what is not known, None or empty."""
+
+    folder: Path  # of the step, or the dump folder
+    config: Config
+    data: str | None  # fingerprints
+    tokenizer: str | None
+    world_size: int | None
+
+
+@contextlib.contextmanager
+def sole_run(folder: Path, rt: Runtime) -> Iterator[None]:
+    """Keep other runs out of a dump folder; ValueError, on every rank alike, where one is in it."""
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(sole_process(folder / RUN_LOCK, f"job.dump_folder {folder}"))
+
+        runtime.on_main(take, rt)
+        yield
+
+
+def check_same_run(job: Job, step_folder: Path | None) -> None:
+    """Raise ValueError, on every rank alike, where the run in the dump folder was another one than `job`.
+
+    `step_folder` is the checkpoint to go on from. Without one, what counts is whether metrics were recorded.
+    """
+    runtime.on_main(lambda: _check(job, step_folder), job.runtime)
+
+
+def _check(job: Job, step_folder: Path | None) -> None:
+    allowed, metrics = job.config.job.allow_config_change, job.folder / METRICS
+    if step_folder is None and not (metrics.exists() and metrics.stat().st_size):
+        return
+    try:
+        before = _read_before(job, step_folder)
+    except (ValueError, OSError) as error:  # no configuration there, or one with a key that has gone since
+        text = f"what the run in {job.folder} was cannot be read: {error}"
+        if not allowed:
+            raise ValueError(f"{text} (job.allow_config_change = true goes on nevertheless)") from error
+        logger.warning("%s: going on, as job.allow_config_change is set", text)
+        return
+    if before is None:
+        return
+    changes = changes_since(job, before)
+    if step_folder is not None:
+        _refuse_another_model(job, before, changes)
+    counting = {key: values for key, values in changes.items() if counts(key)}
+    if "optimizer" in job.config.checkpoint.exclude:  # it asks for another one
+        counting = {key: values for key, values in counting.items() if not key.startswith("optimizer.")}
+    text = "; ".join(texts(counting))
+    if counting and not allowed:
+        raise ValueError(
+            f"{before.folder} is of a run with another configuration: {text}: change it back, give another "
+            f"job.dump_folder, or set job.allow_config_change = true to go on with what has changed"
+        )
+    if counting:
+        logger.warning("%s was of another configuration, job.allow_config_change is set: %s", before.folder, text)
+    _caution_batch(job, before)
+
+
+def _refuse_another_model(job: Job, before: Before, changes: Changes) -> None:
+    """Weights that mean nothing here are not loaded, whatever job.allow_config_change says."""
+    another = {key: values for key, values in changes.items() if key in ANOTHER_MODEL}
+    known = before.config.balancer.keys() <= BALANCERS.keys() | job.config.balancer.keys()  # no other code is run
+    if known and has_expert_bias(before.config) != has_expert_bias(job.config):  # a part of the model
+        another |= {key: values for key, values in changes.items() if key.startswith("balancer.")}
+    tokens = {key: values for key, values in changes.items() if key.startswith((TOKENIZER, EOT))}
+    if another:
+        raise ValueError(
+            f"{before.folder} is of another model: {'; '.join(texts({**another, **tokens}))}: change it back, or give "
+            "another job.dump_folder (checkpoint.initial_load_path with initial_load_strict = false takes over the "
+            "weights that fit)"
+        )
+    if tokens:
+        raise ValueError(
+            f"{before.folder} is of another tokenizer: {'; '.join(texts(tokens))}: the one it was trained with is "
+            f"data.tokenizer = '{before.folder}'; for another one give another job.dump_folder"
+        )
+
+
+def changes_since(job: Job, before: Before) -> Changes:
+    """What has changed in configuration, data and tokenizer, by key; of the two latter the content counts."""
+    config, old = job.config, before.config
+    changes = changed_meaning(old, config)
+    sizes = step_sequences(old, before.world_size), step_sequences(config, job.runtime.world_size)
+    if BATCH in changes and None not in sizes and sizes[0] == sizes[1]:  # -1, and what it stands for
+        del changes[BATCH]
+
+    streamed = is_streamed(config.data.dataset) and is_streamed(old.data.dataset)
+    covered, data = OF_STREAMS if streamed else OF_FILES, job.data.fingerprints["data"]
+    if before.data == data:
+        changes = {key: values for key, values in changes.items() if key not in covered}
+    elif before.data and not streamed and not changes.keys() & set(covered):  # a stream's revision is its owner's
+        changes["data.path (content)"] = (before.data, data)
+
+    tokenizer = job.data.tokenizer.fingerprint
+    if before.tokenizer == tokenizer:
+        changes.pop(TOKENIZER, None)
+        changes.pop(EOT, None)  # named or not, it is the same
+    elif before.tokenizer and not changes.keys() & {TOKENIZER, EOT}:
+        changes[f"{TOKENIZER} (content)"] = (before.tokenizer, tokenizer)
+    return changes
+
+
+def step_sequences(config: Config, world_size: int | None) -> int | None:
+    """The sequences of a step with that many processes; None where they are not known or can't be with this layout."""
+    if world_size is None:
+        return None
+    training = config.training
+    try:
+        degree = degrees_of(config, world_size).data
+        return resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degree)[0]
+    except ValueError:
+        return None
+
+
+def _caution_batch(job: Job, before: Before) -> None:
+    """A batch that is left open follows the number of processes: allowed, but nobody should be surprised."""
+    sizes = step_sequences(before.config, before.world_size), step_sequences(job.config, job.runtime.world_size)
+    if job.config.training.global_batch_size == -1 and None not in sizes and sizes[0] != sizes[1]:
+        logger.warning(
+            "a step has %s sequences from here on, it had %s: training.global_batch_size = -1 leaves them to "
+            "training.local_batch_size and the number of processes",
+            *reversed(sizes),
+        )
+
+
+def _read_before(job: Job, step_folder: Path | None) -> Before | None:
+    """What `step_folder`, or without one the dump folder, says of the run; None if neither does."""
+    if step_folder is not None:
+        position = read_common(step_folder)["extra"].get("data", {})
+        parts = position.get("fingerprint", "").rsplit("-", 2)  # of the data, of the tokenizer, seq_len
+        data, tokenizer = parts[:2] if len(parts) == 3 else (None, None)
+        if tokenizer != job.data.tokenizer.fingerprint and (step_folder / "tokenizer.json").exists():
+            tokenizer = load_tokenizer(str(step_folder)).fingerprint  # as the library writes it today
+        world_size = read_manifest(step_folder)["world_size"]
+        return Before(step_folder, read_saved(step_folder / CONFIG), data, tokenizer, world_size)
+    if not (job.folder / CONFIG).exists():
+        return None
+    facts = read_facts(job.folder)
+    return Before(
+        job.folder, read_saved(job.folder / CONFIG), facts.get("data"), facts.get("tokenizer"), facts.get("world_size")
+    )
+
+
+def write_run_files(job: Job, step: int) -> None:
+    """Leave config.toml, which gives this run again, and run.json, which says where it ran, in the dump folder.
+
+    run.json has the facts of this start, and a `history` of all starts: their facts, the step after which each went on,
+    and what it changed, key -> [before, now].
+    """
+    if not job.runtime.is_main:
+        return
+    folder = job.folder
+    steps, _ = scan(folder / job.config.checkpoint.folder) if step else ({}, [])
+    try:
+        before = _read_before(job, steps.get(step))
+        changes = {} if before is None else changes_since(job, before)
+    except (ValueError, OSError) as error:
+        changes = {CONFIG: (str(error), None)}
+    size = size_record(job.config, job.model)
+    facts = {**runtime.describe_machine(job.runtime), **size, **job.data.fingerprints}
+    earlier = read_facts(folder)
+    if not earlier and (folder / FACTS).exists():
+        logger.warning("%s is damaged: it is put aside as %s.damaged, its history is lost", folder / FACTS, FACTS)
+        os.replace(folder / FACTS, folder / f"{FACTS}.damaged")
+    now = {"step": step, "changes": {key: [_plain(v) for v in values] for key, values in changes.items()}, **facts}
+    write_atomic(folder / CONFIG, to_toml(job.config))
+    everything = {**facts, "history": [*earlier.get("history", []), now]}
+    write_atomic(folder / FACTS, json.dumps(everything, indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What run.json in a folder says, empty where there is none or it is damaged."""
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    if not isinstance(facts, dict) or not _is_history(facts.get("history", [])):
+        return {}
+    # A run.json from before there was a history is its first entry.
+    return facts if "history" in facts else {**facts, "history": [facts]}
+
+
+def _is_history(history: Any) -> bool:
+    return isinstance(history, list) and all(
+        isinstance(start, dict)
+        and isinstance(start.get("step", 0), int)
+        and isinstance(start.get("changes", {}), dict)
+        and all(isinstance(values, list) and len(values) == 2 for values in start.get("changes", {}).values())
+        for start in history
+    )
+
+
+def changes_on_the_way(folder: Path) -> list[tuple[int, Changes]]:
+    """What the run of a dump folder or checkpoint changed of what it trains, and after which step, in order.
+
+    Starts that a later one has left behind, as it went on from their step or an earlier one, are not of its way.
+    """
+    way: list[tuple[int, Changes]] = []
+    limit = math.inf
+    for start in reversed(read_facts(folder).get("history", [])):
+        step = start.get("step", 0)
+        if step < limit:
+            limit = step
+            way.insert(0, (step, {k: tuple(v) for k, v in start.get("changes", {}).items() if counts(k)}))
+    return [(step, changes) for step, changes in way if step and changes]
