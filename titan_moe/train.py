@@ -131,17 +131,23 @@ def resume(job: Job) -> Progress:
             load_weights(source, model=job.model, strict=config.initial_load_strict)
             logger.info("starting from the weights of %s", source)
         return Progress()
-    if "optimizer" in config.exclude:
-        restored = load_checkpoint(found, model=job.model, check=False)
-        job.data.train.load_state_dict(restored.extra["data"])
-        logger.warning("resuming from %s with a new optimizer, as checkpoint.exclude says", found)
-        return progress_of(restored)
+    # The checkpoint's optimizer brings the hyperparameters of then, too: those of now are put back.
+    anew = "optimizer" in config.exclude
     configured = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
-    restored = load_checkpoint(found, model=job.model, optimizer=job.optimizer, check=False)
+    restored = load_checkpoint(found, model=job.model, optimizer=None if anew else job.optimizer, check=False)
     for group, values in zip(job.optimizer.param_groups, configured, strict=True):
         group.update(values)
+
+    if "data" not in restored.extra:
+        raise ValueError(
+            f"{found} is of no run, as it has no position in the data: take its weights into another job.dump_folder "
+            "with checkpoint.initial_load_path"
+        )
     job.data.train.load_state_dict(restored.extra["data"])
-    logger.info("resuming from %s", found)
+    if anew:
+        logger.warning("resuming from %s with a new optimizer, as checkpoint.exclude says", found)
+    else:
+        logger.info("resuming from %s", found)
     return progress_of(restored)
 
 
@@ -177,7 +183,8 @@ def last_checkpoint(job: Job, step: int) -> str:
     text = (
         f"the last checkpoint{' before it' if step in saved else ''} is step {before[-1]} at {folder}/step-{before[-1]}"
     )
-    return f"{text}: go back with checkpoint.load_step = {before[-1]}" if step in saved else text
+    back = f": go back with checkpoint.load_step = {before[-1]}" if step in saved else ""
+    return f"{text}{back} (job.allow_config_change = true lets it go on with another rate)"
 
 
 def is_over(job: Job, progress: Progress) -> bool:

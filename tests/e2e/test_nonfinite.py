@@ -62,7 +62,7 @@ def test_the_last_good_step_is_named_and_gone_on_from(
     assert line.startswith(
         "error: step 5: grad_norm nan, NaN or infinite gradient of layers.1.attention.wq.weight: the step was skipped"
     )
-    assert line.endswith(f"the last checkpoint is step 4 at {folder}/step-4")
+    assert f"the last checkpoint is step 4 at {folder}/step-4 (job.allow_config_change = true" in line
     assert [path.name for path in sorted(folder.iterdir())] == ["step-2", "step-4"]
     assert records(tmp_path / "run")[-1]["step"] == 5
     assert records(tmp_path / "run")[-1]["grad_norm"] is None
@@ -173,8 +173,8 @@ def test_a_validation_that_is_not_finite_names_the_checkpoint_before(
     monkeypatch.setattr(train_module, "evaluate", diverging)
     line = last_line(train(**OPTIONS))
     assert line.startswith("error: step 4: validation loss nan: the run has diverged and stops")
-    assert line.endswith(
+    assert (
         f"the last checkpoint before it is step 2 at {tmp_path / 'run' / 'checkpoint' / 'step-2'}: "
         "go back with checkpoint.load_step = 2"
-    )
+    ) in line
     assert (tmp_path / "run" / "checkpoint" / "step-4").is_dir()

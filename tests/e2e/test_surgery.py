@@ -55,3 +55,8 @@ def test_a_run_begins_with_imported_weights(train: Train, tmp_path: Path) -> Non
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "at step 6" in card
     assert command("generate", ["--checkpoint", str(tmp_path / "imported"), "--max_new_tokens", "3"]).code == 0
+
+    changes = {"job__allow_config_change": True, "checkpoint__exclude": ["optimizer"]}
+    ended = train("imported", **changes, **bias)
+    assert ended.code == 2
+    assert "step-0 is of no run, as it has no position in the data: take its weights into another" in ended.err
