@@ -21,7 +21,7 @@ from tests.interop.models import configure, fill, make_checkpoint
 from titan_moe import evaluate, generate
 from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, load_model, save_checkpoint
-from titan_moe.checkpoint.folder import MANIFEST, _crc32_of_body, entries
+from titan_moe.checkpoint.folder import MANIFEST, entries
 from titan_moe.checkpoint.metadata import METADATA, read_metadata
 from titan_moe.config import load_config, load_saved, read_saved, to_toml
 from titan_moe.config.layers import tomllib
@@ -34,6 +34,7 @@ from titan_moe.convert.megatron_model import tensors_alone
 from titan_moe.convert.safetensors import INDEX
 from titan_moe.convert.surgery_cli import surgery
 from titan_moe.convert.verify import weights_alone
+from titan_moe.files import crc32_of_json
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 from titan_moe.runtime import describe
 from titan_moe.study.compare import compare
@@ -83,7 +84,7 @@ def reseal(step: Path) -> None:
     body = json.loads((step / MANIFEST).read_text())["body"]
     names = [path.name for path in step.iterdir() if path.name != MANIFEST]
     body["files"] = entries(step, names)
-    (step / MANIFEST).write_text(json.dumps({"crc32": _crc32_of_body(body), "body": body}))
+    (step / MANIFEST).write_text(json.dumps({"crc32": crc32_of_json(body), "body": body}))
 
 
 def rewrite(step: Path, **sections: Any) -> None:
@@ -161,7 +162,7 @@ def test_names_of_files_stay_in_their_folder(tmp_path: Path) -> None:
             from_hf(hf, tmp_path / "out", verify=False)
     body = json.loads((step / MANIFEST).read_text())["body"]
     body["files"]["../run/checkpoint"] = {"size": 0, "crc32": ""}
-    (step / MANIFEST).write_text(json.dumps({"crc32": _crc32_of_body(body), "body": body}))
+    (step / MANIFEST).write_text(json.dumps({"crc32": crc32_of_json(body), "body": body}))
     with pytest.raises(ValueError, match=r"names the file '\.\./run/checkpoint', which is not in its folder"):
         load_model(step)
 
