@@ -31,6 +31,7 @@ OPTIONS = {
     "validation.steps": 2,
     "checkpoint.interval": 4,
     "data.num_workers": 0,
+    "comm.init_timeout_seconds": 20,  # one that is left alone while it connects waits as long
 }
 
 
