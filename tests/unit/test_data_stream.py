@@ -194,6 +194,7 @@ def test_a_stream_without_text_names_its_columns(tmp_path: Path) -> None:
         next(read_blocks(find_dataset(str(tmp_path)), Cursor(), bool))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "data"),
     [
