@@ -12,8 +12,9 @@ from examples.optimizer import Lion
 from examples.router import softplus
 from examples.schedule import inverse_sqrt
 from tests.e2e.harness import TINY, Ended, command, records
+from titan_moe.build import build_model, with_vocab_size
 from titan_moe.checkpoint import load_model
-from titan_moe.config import to_toml
+from titan_moe.config import load_config, to_toml
 from titan_moe.model.routing import ROUTERS
 from titan_moe.study.grid import runs_of
 from titan_moe.study.spec import load_study
@@ -124,6 +125,24 @@ def test_study(shared: Path, tmp_path: Path) -> None:
         ended = command("train", ["--job.config_file", str(run.folder / "point.toml")])
         assert ended.code == 0, ended.err
         assert ("examples.balancer:importance" in records(run.folder)[0]) == (run.point["balancing"] == "importance")
+
+
+ERRORS = [
+    ["--router.name=examples.routers:softplus"],
+    ["--router.name=examples.router:softplsu"],
+    ["--router.name=examples.router:softplus", "--router.powr=0.4"],
+    ["--router.name=examples.router:softplus", "--router.power=hi"],
+    ["--router.name=examples.schedule:inverse_sqrt"],
+    ["--router.name=examples.router:softplus", "--router.power=-1"],
+]
+
+
+@pytest.mark.parametrize("words", ERRORS, ids=lambda words: words[-1])
+def test_errors_are_those_of_the_page(words: list[str]) -> None:
+    page = (EXAMPLES.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"router\.") as found:
+        build_model(with_vocab_size(load_config(words), 64))
+    assert str(found.value).removeprefix("command line: ") in page.splitlines()
 
 
 def records_of(train: Train, tmp_path: Path, name: str, **changes: object) -> list[dict[str, float]]:
