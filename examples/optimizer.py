@@ -26,7 +26,10 @@ class Lion(Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                state = self.state[p]
+                if "momentum" not in state:  # not `if not state`: rates by load keep entries of their own there
+                    state["momentum"] = torch.zeros_like(p)
+                momentum = state["momentum"]
                 direction = momentum.lerp(p.grad, 1 - group["beta1"]).sign()
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
                 momentum.lerp_(p.grad, 1 - group["beta2"])
