@@ -12,6 +12,7 @@ export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/pyrefly check --python-interpreter-path .venv/bin/python
+scripts/build_docs.sh
 if [ -n "$making" ]; then
     wait "$making"
     torchtitan=$(scripts/setup_torchtitan.sh)

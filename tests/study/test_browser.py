@@ -101,6 +101,7 @@ def report_on(path: str) -> Path:
     return study_report(study, runs).path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [make_page, make_rows])
 def test_a_report_can_be_read_on_every_screen(write: Write, tmp_path: Path, make: Any):
     page = make(write)

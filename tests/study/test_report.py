@@ -114,6 +114,7 @@ class Outside(HTMLParser):
         self.found += [tag] if tag in ("link", "script", "iframe", "img") else []
 
 
+@pytest.mark.slow
 def test_a_report_has_everything_and_needs_nothing_else(
     write: Write, fake: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -477,6 +477,7 @@ class LimitedFileSize:
         resource.setrlimit(resource.RLIMIT_FSIZE, self.old)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 2000, 12_000, 17_000], ids=lambda size: f"{size} bytes")
 def test_full_disk(steps, trained, size):
     """The kernel refuses a write: of the tensors, of the rest, of the manifest, whatever comes first."""
@@ -540,6 +541,7 @@ for step in range(1, 10_000):
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment(tmp_path):
     """However a run that saves all the time dies, what it had saved is there and loads."""
     arguments = [sys.executable, "-c", KILLED, str(tmp_path)]

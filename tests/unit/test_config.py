@@ -225,7 +225,10 @@ def test_a_new_name_drops_only_inherited_arguments_of_the_old_component(write: W
         ("[training]\nsteps = 1\nsteps = 2\n", ["not valid TOML", "line 3"]),
         (b"[job]\ndescription = '\xff'", ["not UTF-8", "0xff", "line 2, column 16"]),
         (b"\xef\xbb\xbf[\xff", ["not UTF-8", "0xff", "line 1, column 2"]),
-        ('[router]\nname = "no_such_pkg.mod:fn"', ["router.name = 'no_such_pkg.mod:fn'", "cannot be imported"]),
+        (
+            '[router]\nname = "no_such_pkg.mod:fn"',
+            ["router.name = 'no_such_pkg.mod:fn'", "cannot be imported", "on PYTHONPATH, or install it"],
+        ),
         ('[router]\nname = "math:no_such"', ["router.name = 'math:no_such'", "cannot be imported"]),
         ('[router]\nname = "builtins:sorted"', ["router.name = 'builtins:sorted'", "must take top_k"]),
         ('[balancer."math:sqrt"]', ["balancer.math:sqrt", "by position only"]),

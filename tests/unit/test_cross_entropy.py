@@ -87,6 +87,7 @@ def test_the_gradient_of_a_bf16_head_is_added_up_in_fp32() -> None:
     assert max(errors[8]) < 4e-3
 
 
+@pytest.mark.slow
 def test_compiled_softmax_writes_over_its_argument_too() -> None:
     compiled = torch.compile(softmax_, fullgraph=True, backend="aot_eager")
     for dtype in (torch.float32, torch.bfloat16):

@@ -99,6 +99,7 @@ def test_validation_files_instead_of_a_fraction(tmp_path: Path, path: str) -> No
     assert make(tmp_path, path=path, validation_fraction=0.0).validation is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fraction", "held_out"), [(1e-9, 1), (0.999999, 199)])
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
 def test_of_few_documents_one_at_least_is_on_either_side(
@@ -120,6 +121,7 @@ def test_of_few_documents_one_at_least_is_on_either_side(
         assert set("".join("|" if id_ == 256 else chr(id_) for id_ in ids).split("|")[:-1]) == set(by_hash[:held_out])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("texts", [["alone " * 50], ["twice " * 50] * 2])
 def test_documents_that_cannot_be_divided_are_an_error(tmp_path: Path, texts: list[str]) -> None:
     path = write_jsonl(tmp_path / "corpus" / "few.jsonl", texts)
@@ -143,6 +145,7 @@ def test_evaluation_on_other_files(tmp_path: Path, path: str) -> None:
     assert [len(tokens) for tokens, _ in batches()] == [4, 4, 3]
 
 
+@pytest.mark.slow
 def test_a_streamed_folder(tmp_path: Path, path: str) -> None:
     folder = str(Path(path).parent)
     data = make(tmp_path, dataset="hf", path=folder, tokenizer="bpe:300", validation_steps=2, num_workers=2)
@@ -234,6 +237,7 @@ def test_the_main_process_goes_first_and_frees_the_others_when_it_fails(tmp_path
     assert not torch.equal(next(iter(ranks[0].train))[0], next(iter(ranks[1].train))[0])
 
 
+@pytest.mark.slow
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
     code = "import sys, titan_moe.data.{}; print([name for name in {} if name in sys.modules])"
     heavy = ["datasets", "pyarrow", "pandas", "zstandard", "huggingface_hub"]

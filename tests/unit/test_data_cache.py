@@ -141,6 +141,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_built_again_with_a_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
@@ -242,6 +243,7 @@ def test_damaged_hashes_of_files_are_made_anew(
     assert [record.getMessage().partition(" is damaged")[0] for record in caplog.records] == [str(memo)]
 
 
+@pytest.mark.slow
 def test_damaged_tokenizers_and_splits_are_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train, held_out = (write_jsonl(tmp_path / f"{n}.jsonl", TEXTS[n::2]) for n in (0, 1))
     folder = tmp_path / "cache"
@@ -316,6 +318,7 @@ def start(path: str, folder: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_resumed_and_two_at_once_agree(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS * 60)
     folder = tmp_path / "cache"
@@ -425,6 +428,7 @@ def fault(item: int) -> Iterator[int]:
     raise KeyError("ours")
 
 
+@pytest.mark.slow
 def test_workers_that_die_or_fail_are_reported() -> None:
     with pytest.raises(RuntimeError, match=r"ended early \(exit code -9\): was it short of memory"):
         list(run_parallel(crash, [1, 2]))

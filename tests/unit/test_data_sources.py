@@ -63,6 +63,7 @@ def test_a_line_without_end_is_cut_too(tmp_path: Path) -> None:
     assert max(map(len, found)) <= 2 * sources.DOCUMENT_CHARS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 7, 64, 1000])
 def test_byte_ranges_divide_lines_without_gap_or_overlap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int

@@ -194,13 +194,14 @@ def test_a_stream_without_text_names_its_columns(tmp_path: Path) -> None:
         next(read_blocks(find_dataset(str(tmp_path)), Cursor(), bool))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "data"),
     [
         ("deep.jsonl", b'{"text": "a", "n": ' + b"[" * 5000 + b"]" * 5000 + b"}\n"),
         ("latin.jsonl", b'{"text": "\xe9"}\n'),
         ("late.jsonl", b'{"text": "a"}\n' * 99999 + b"{"),
-        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-10]),
+        ("cut.jsonl.gz", gzip.compress(b'{"text": "a"}\n', mtime=0)[:-10]),
     ],
 )
 def test_what_cannot_be_streamed_is_one_line(tmp_path: Path, name: str, data: bytes) -> None:

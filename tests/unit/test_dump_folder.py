@@ -107,6 +107,7 @@ OTHERS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_another_configuration_is_refused_by_its_keys(folder: Path, name: str) -> None:
     """With a checkpoint and, where metrics were recorded, without one; allowed where asked for, with a warning."""
@@ -137,6 +138,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("allowed", [False, True])
 def test_another_model_is_never_allowed(folder: Path, name: str, allowed: bool) -> None:

@@ -113,6 +113,7 @@ def test_expert_parallelism() -> None:
         run(8, "--parallelism.expert_parallel_degree", "3")
 
 
+@pytest.mark.slow
 def test_what_saves_memory_saves_memory() -> None:
     plain = run(2)
     full = run(2, "--activation_checkpoint.mode", "full")
@@ -126,6 +127,7 @@ def test_what_saves_memory_saves_memory() -> None:
     assert run(2, micro_batches=2).gradients == pytest.approx(plain.parameters, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -175,6 +177,7 @@ def test_the_command() -> None:
     assert "whatever the MaxVio" in note
 
 
+@pytest.mark.slow
 def test_a_knob_that_makes_it_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, full = run(2).peak / 2**30, run(2, "--activation_checkpoint.mode", "full").peak / 2**30
     monkeypatch.setattr("titan_moe.estimate.GPUS", {"H100": GPUS["H100"]._replace(memory=(plain + full) / 2 / 0.9)})

@@ -73,6 +73,7 @@ COMPILED = [(case, "aot_eager") for case in ROUTER_CASES if not case.arguments]
 COMPILED += [(BY_NAME["topk_softmax-capacity_factor=0.75"], "inductor")]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in dynamo
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # as well
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # as well

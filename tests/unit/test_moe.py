@@ -174,6 +174,7 @@ def test_forward_writes_nothing() -> None:
         assert_close(value, before[name], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_equals_mixtral() -> None:
     """The whole layer against transformers' MixtralSparseMoeBlock: outputs and every gradient."""
     pytest.importorskip("transformers")
@@ -215,6 +216,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, as inductor starts
 @pytest.mark.filterwarnings(
     "ignore:.*Function'> should not be instantiated:DeprecationWarning"

@@ -94,6 +94,7 @@ def all_state(model: Any, optimizer: torch.optim.Optimizer) -> list[Any]:
     return [weights, [copy.deepcopy(dict(optimizer.state.get(p, {}))) for p in model.parameters()]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_that_is_not_finite_changes_nothing(case: str) -> None:
     """Neither the first nor a later one: all that follows is, to the bit, as if it had not been."""

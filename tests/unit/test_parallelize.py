@@ -119,6 +119,7 @@ def test_checkpointing_keeps_the_choice_of_experts(mode: str) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:.*Function'> should not be instantiated:DeprecationWarning"
 )  # torch's own, in dynamo
@@ -199,6 +200,7 @@ def first_wait(checkpoint_mode: str, optimizer: str) -> str:
     return [frame.name for frame in traceback.extract_tb(error.tb) if frame.filename.startswith(PACKAGE)][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("four_ranks")
 @pytest.mark.parametrize("checkpoint_mode", ["none", "selective", "full"])
 def test_a_step_waits_for_the_device_only_where_it_must(checkpoint_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,6 +138,7 @@ def test_configuration_refuses(args, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of dynamo
 def test_a_compiled_model_is_evaluated_and_timed_whatever_it_consists_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense and MoE layers, batches of one row, some and many, and balanced routing are graphs of one piece of code."""

@@ -106,6 +106,7 @@ def test_training_in_float8_follows_training_without(recipe: str) -> None:
     assert losses[-1] != expected[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 def test_experts_compile_to_one_graph() -> None:
     layer = tiny_model(num_layers=1).layers[0]

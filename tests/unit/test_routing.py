@@ -163,6 +163,7 @@ def test_gradient_is_right(router: Named, output: str) -> None:
     assert_close((gradient * direction).sum(), difference, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in ALL if str(case) != "base-assignment=exact"], ids=str)
 def test_same_when_compiled(case: Case) -> None:
     router = named(case)

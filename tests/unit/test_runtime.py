@@ -11,6 +11,7 @@ import torch
 from titan_moe import runtime
 
 
+@pytest.mark.slow
 def test_a_process_ends_before_the_interpreter_is_taken_down() -> None:
     """All is finished that would be, but nothing runs after it: there a thread of gloo would abort the process."""
     program = """

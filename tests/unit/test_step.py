@@ -132,6 +132,7 @@ def test_evaluation_writes_nothing():
 SYNCHRONISING = ["base-assignment=exact"]  # SciPy's solver runs on the host
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in ROUTER_CASES if str(case) not in SYNCHRONISING], ids=str)
 def test_no_host_synchronisation_in_the_step(case):
     """A FakeTensor has no value: anything that reads one on the host, .item() or a branch, raises here."""

@@ -150,6 +150,7 @@ def test_similar_experts_are_found(tmp_path: Path) -> None:
 DENSE = {"moe.num_experts": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("granularity", "words", "is_equal"),
     [
@@ -246,6 +247,7 @@ def corpus(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_commands_measure_loads(tmp_path: Path, corpus: Path) -> None:
     """prune takes what the model itself uses least on the files given; the rest of the verbs run as well."""
     from titan_moe.convert.surgery_cli import measure_load

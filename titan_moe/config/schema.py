@@ -136,7 +136,9 @@ def find_builder(registry: Mapping[str, Callable[..., Any]], name: str, origin: 
         builder = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever the import of someone else's module raises is that module's fault
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise key_error(origin, key, f"cannot be imported ({what})", name) from error
+        # a script looks into its own folder, `python -m` into the current one: this helps with both
+        mend = ": put the folder that holds it on PYTHONPATH, or install it" if isinstance(error, ImportError) else ""
+        raise key_error(origin, key, f"cannot be imported ({what}){mend}", name) from error
     if not callable(builder):
         raise key_error(origin, key, f"is a {type(builder).__name__}, not a function", name)
     return builder

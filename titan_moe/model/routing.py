@@ -30,7 +30,7 @@ from titan_moe.model.selection import (
     select,
 )
 
-__all__ = ["ROUTERS", "Router", "Routing", "force_balanced"]
+__all__ = ["ROUTERS", "Router", "Routing", "force_balanced", "make_routing"]
 
 
 def topk_softmax(

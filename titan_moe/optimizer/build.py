@@ -1,4 +1,4 @@
-"""Optimizers by name: OPTIMIZERS[name](param_groups, **arguments) -> torch.optim.Optimizer."""
+"""Optimizers by name: `OPTIMIZERS[name](param_groups, **arguments)` gives a torch.optim.Optimizer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,0 +1,152 @@
+"""examples/, by the commands and by what each says that it computes: docs/extending.md is written around them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from examples.balancer import importance, tolerant
+from examples.optimizer import Lion
+from examples.router import softplus
+from examples.schedule import inverse_sqrt
+from tests.e2e.harness import TINY, Ended, command, records
+from titan_moe.build import build_model, with_vocab_size
+from titan_moe.checkpoint import load_model
+from titan_moe.config import load_config, to_toml
+from titan_moe.model.routing import ROUTERS
+from titan_moe.study.grid import runs_of
+from titan_moe.study.spec import load_study
+
+Train = Callable[..., Ended]
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_router(train: Train, tmp_path: Path) -> None:
+    ended = train(router__name="examples.router:softplus", router__power=0.4, training__steps=3)
+    assert ended.code == 0, ended.err
+    assert records(tmp_path / "run")[0] != records_of(train, tmp_path, "softmax", router__name="softmax_topk")[0]
+
+    start = ["--checkpoint", str(tmp_path / "run")]
+    refused = command("generate", start)
+    assert refused.code == 2
+    assert "add --trust_components examples.router if you trust it" in refused.err
+    assert command("generate", [*start, "--max_new_tokens", "1", "--trust_components", "examples"]).code == 0
+    _, config = load_model(tmp_path / "run", trust_components=["examples"])
+    assert config.router.arguments == {"power": 0.4}
+
+
+def test_router_formula() -> None:
+    logits, bias = torch.randn(32, 8), torch.zeros(8)
+    free = softplus(top_k=2)(logits, None)
+    assert torch.equal(free.topk_experts, logits.topk(2).indices)
+    assert_close(free.topk_scores.sum(-1), torch.ones(32))
+    assert_close(free.scores.sum(-1), torch.ones(32))
+    first, second = torch.log1p(logits.topk(2).values.exp()).sqrt().unbind(-1)
+    assert_close(free.topk_scores[:, 0] / free.topk_scores[:, 1], first / second)
+
+    bias[3] = 1e6
+    biased = softplus(top_k=2)(logits, bias)
+    assert (biased.topk_experts[:, 0] == 3).all()
+    assert torch.equal(biased.scores, free.scores)
+    assert_close(biased.topk_scores.sum(-1), torch.ones(32))
+
+
+def test_balancers(train: Train, tmp_path: Path) -> None:
+    loss = {"balancer": {"examples.balancer:importance": {"coeff": 0.5}}}
+    [first, *_] = records_of(train, tmp_path, "loss", training__steps=2, **loss)
+    assert first["total_loss"] == pytest.approx(first["loss"] + 0.5 * first["examples.balancer:importance"], rel=1e-6)
+
+    bias = {"balancer": {"examples.balancer:tolerant": {"rate": 0.25, "tolerance": 0.0}}}
+    records_of(train, tmp_path, "bias", training__steps=2, **bias)
+    model, _ = load_model(tmp_path / "bias", trust_components=["examples"])
+    moved = torch.stack(model.expert_biases())
+    assert moved.any()
+    assert ((moved / 0.25) % 1 == 0).all()
+
+
+def test_balancer_formulas() -> None:
+    routing = ROUTERS["topk_softmax"](top_k=2)(torch.randn(32, 8), None)
+    mean = routing.scores.mean(0)
+    expected = 0.3 * mean.std(correction=0) ** 2 / (1 / 8) ** 2
+    assert_close(importance(0.3).loss(routing, routing.tokens_per_expert, 64), expected / 2)
+
+    load, bias = torch.tensor([[80, 104, 96, 120], [100, 100, 100, 100]]), torch.zeros(2, 4)
+    change = tolerant(rate=0.5, tolerance=0.05).post_step(load, bias)
+    assert change.tolist() == [[0.5, 0.0, 0.0, -0.5], [0.0, 0.0, 0.0, 0.0]]
+
+
+def test_optimizer(train: Train, tmp_path: Path) -> None:
+    """A resumed run is the run that was never stopped: the checkpoint has the state of an optimizer from outside."""
+    lion = {"optimizer": {"name": "examples.optimizer:Lion", "lr": 1e-3, "expert": {"lr": 2e-3}}}
+    whole = records_of(train, tmp_path, "whole", training__steps=6, lr_scheduler__name="constant", **lion)
+    records_of(train, tmp_path, "cut", training__steps=4, lr_scheduler__name="constant", **lion)
+    ended = train("cut", training__steps=6, lr_scheduler__name="constant", **lion)
+    assert ended.code == 0, ended.err
+    assert records(tmp_path / "cut") == whole
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    assert whole[-1]["lr/expert"] == 2 * whole[-1]["lr/dense"]
+
+
+def test_optimizer_formula() -> None:
+    weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = Lion([weight], lr=0.1, beta1=0.9, beta2=0.5, weight_decay=0.5)
+    for gradient in ([1.0, -1.0], [-2.0, -1.0]):
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+    # momentum 0.5, -0.5 after the first step; second direction: sign(0.9 * 0.5 - 0.1 * 2), sign(-0.9 * 0.5 - 0.1)
+    assert_close(weight.detach(), torch.tensor([(1 * 0.95 - 0.1) * 0.95 - 0.1, (-2 * 0.95 + 0.1) * 0.95 + 0.1]))
+    assert_close(optimizer.state[weight]["momentum"], torch.tensor([-0.75, -0.75]))
+
+
+def test_schedule(train: Train, tmp_path: Path) -> None:
+    rule = {"name": "examples.schedule:inverse_sqrt", "warmup_steps": 2, "cooldown_ratio": 0.34}
+    found = records_of(train, tmp_path, "run", training__steps=6, lr_scheduler=rule)
+    expected = [0.5, 1.0, (2 / 3) ** 0.5, 0.5**0.5, 0.5 * (2 / 5) ** 0.5, 0.0]
+    lr = TINY["optimizer"]["lr"]
+    assert [record["lr/dense"] for record in found] == pytest.approx([lr * factor for factor in expected])
+    assert inverse_sqrt(steps=0, warmup_steps=0)(1) <= 1
+
+
+def test_study(shared: Path, tmp_path: Path) -> None:
+    """Each of its points trains, one after the other, at the size of the other tests."""
+    tiny = {key: TINY["model"][key] for key in ("dim", "num_layers", "num_heads", "ffn_dim")}
+    words = [f"--model.{key}={value}" for key, value in tiny.items()]
+    words += ["--training.steps=2", "--training.seq_len=16", "--training.global_batch_size=4"]
+    words += ["--training.local_batch_size=2", "--data.dataset=text", "--data.tokenizer=bytes"]
+    words += [f"--data.path={shared / 'text.jsonl'}", f"--data.cache_folder={shared / 'cache'}"]
+    study = load_study(str(EXAMPLES / "study.toml"), words, str(tmp_path / "study"))
+    runs = [run for run in runs_of(study) if run.seed == study.section.seeds[0]]
+    assert [run.config.router.name for run in runs] == ["topk_softmax"] * 2 + ["examples.router:softplus"] * 2
+    for run in runs:
+        run.folder.mkdir(parents=True)
+        (run.folder / "point.toml").write_text(to_toml(run.config))
+        ended = command("train", ["--job.config_file", str(run.folder / "point.toml")])
+        assert ended.code == 0, ended.err
+        assert ("examples.balancer:importance" in records(run.folder)[0]) == (run.point["balancing"] == "importance")
+
+
+ERRORS = [
+    ["--router.name=examples.routers:softplus"],
+    ["--router.name=examples.router:softplsu"],
+    ["--router.name=examples.router:softplus", "--router.powr=0.4"],
+    ["--router.name=examples.router:softplus", "--router.power=hi"],
+    ["--router.name=examples.schedule:inverse_sqrt"],
+    ["--router.name=examples.router:softplus", "--router.power=-1"],
+]
+
+
+@pytest.mark.parametrize("words", ERRORS, ids=lambda words: words[-1])
+def test_errors_are_those_of_the_page(words: list[str]) -> None:
+    page = (EXAMPLES.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"router\.") as found:
+        build_model(with_vocab_size(load_config(words), 64))
+    assert str(found.value).removeprefix("command line: ") in page.splitlines()
+
+
+def records_of(train: Train, tmp_path: Path, name: str, **changes: object) -> list[dict[str, float]]:
+    """The lines of a run that ended well."""
+    ended = train(name, **changes)
+    assert ended.code == 0, ended.err
+    return records(tmp_path / name)
