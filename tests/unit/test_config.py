@@ -190,6 +190,7 @@ def test_a_new_name_drops_only_inherited_arguments_of_the_old_component(write: W
         ("[balancer.aux_loss]\ncoef = 1.0", ["balancer.aux_loss.coef", "did you mean balancer.aux_loss.coeff?"]),
         ('[data]\npath = "a\\u0000b"', ["data.path = ", "must not have a NUL character"]),
         ("[training]\nsteps = 9223372036854775808", ["training.steps = 9223372036854775808", "fit into 64 bits"]),
+        ("[model]\nrope_theta = 1e300", ["model.rope_theta = 1e+300", "at most 3.4e+38, the largest number of fp32"]),
         ("[data]\nnum_workers = 100000", ["data.num_workers = 100000", "less than or equal to 256"]),
         (
             "[comm]\ninit_timeout_seconds = 1000000000000",

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
 COMMAND_LINE = "command line"
 REQUIRED = inspect.Parameter.empty
+LARGEST_FLOAT = 3.4e38  # what a tensor of fp32 can take
 
 
 class Words(NamedTuple):
@@ -104,6 +105,8 @@ def check_value(annotation: Any, value: Any, origin: str, key: str) -> Any:
     for item in checked if isinstance(checked, (list, tuple)) else [checked]:
         if isinstance(item, float) and math.isnan(item):
             raise key_error(origin, key, "must be a number", value)
+        if isinstance(item, float) and LARGEST_FLOAT < abs(item) < math.inf:
+            raise key_error(origin, key, f"must be at most {LARGEST_FLOAT}, the largest number of fp32", value)
         if isinstance(item, int) and not -(2**63) <= item < 2**63:
             raise key_error(origin, key, "must fit into 64 bits", value)
         if isinstance(item, str) and "\0" in item:
