@@ -10,7 +10,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tests.dist.harness import run_ranks
+from tests.distributed.harness import run_ranks
 from tests.tiny import adamw, balancers, batch, steps, tiny_model
 from titan_moe.parallelize import parallelize as parallelize_module
 from titan_moe.parallelize.grad import param_norm

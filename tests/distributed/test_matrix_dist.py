@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.cases import Case
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, apply
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import LAYOUTS, apply
 from tests.invariance import assert_same, fresh, full, outcome, plain, start
 from tests.tiny import steps
 
@@ -30,7 +30,7 @@ CURVE = 50
 # have a graph each otherwise, as the process group of the all-to-alls is in it.
 COMPILED = {2: [["fsdp2", "hsdp2x1"], ["ep2"]], 4: [["ep4"], ["ep2_fsdp2"]]}
 INDUCTOR = ("ep2", "selective")
-# Parts of sequences (tensor and context parallelism) are tests/dist/test_parts_dist.py's.
+# Parts of sequences (tensor and context parallelism) are tests/distributed/test_parts_dist.py's.
 WHOLE = {
     world: [name for name, degrees in LAYOUTS[world].items() if not {"tensor", "context"} & set(degrees)]
     for world in COMPILED

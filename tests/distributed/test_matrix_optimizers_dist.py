@@ -14,10 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.cases import OPTIMIZER_NAMES
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, apply
-from tests.dist.test_fsdp import full
-from tests.dist.test_load_lr_dist import train
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import LAYOUTS, apply
+from tests.distributed.test_fsdp import full
+from tests.distributed.test_load_lr_dist import train
 from tests.invariance import plain
 from tests.tiny import tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, apply, degrees_of, mesh_of
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import LAYOUTS, apply, degrees_of, mesh_of
 from tests.tiny import balancers, batch, own_part, tiny_model
 from tests.unit.test_nonfinite import BY_LOAD, all_state, build
 from titan_moe.metrics import StepOutput
