@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.cases import ROUTER_CASES, WHOLE_BATCH, Case, cases, top_k_of
 from tests.tiny import batch, own_part, tiny_model
-from titan_moe.balancer import BALANCERS, keep_bias
+from titan_moe.balancer import BALANCERS
 from titan_moe.config.combinations import check_combinations
 from titan_moe.config.sections import Component, Config, Moe
 from titan_moe.metrics import maxvio
@@ -95,7 +95,7 @@ def outcome(
     """Everything that a step of plain SGD makes: losses, norm, loads, MaxVio, biases, gradients by the new weights."""
     torch.manual_seed(0)
     built = {str(case): BALANCERS[case.name](**case.arguments) for case in balancers}
-    weighed = {name: (0.5 if balancer.post_step is keep_bias else 1.0, balancer) for name, balancer in built.items()}
+    weighed = {name: (1.0 if balancer.moves_bias else 0.5, balancer) for name, balancer in built.items()}
     tokens, labels = own_part(batch(0, sequences), rank, world, degrees)
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from titan_moe import runtime
-from titan_moe.balancer import BALANCERS, Balancer, keep_bias
+from titan_moe.balancer import BALANCERS, Balancer
 from titan_moe.config import Config, find_component
 from titan_moe.data.build import Data, build_data
 from titan_moe.model.routing import ROUTERS, force_balanced
@@ -57,7 +57,7 @@ def build_model(config: Config) -> Transformer:
 
 def has_expert_bias(config: Config) -> bool:
     """Whether a balancer moves a selection bias, which is then a part of the model."""
-    return any(balancer.post_step is not keep_bias for _, balancer in build_balancers(config).values())
+    return any(balancer.moves_bias for _, balancer in build_balancers(config).values())
 
 
 def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
+from titan_moe.balancer import Balancer, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.routing import Routing
@@ -178,7 +178,7 @@ def balance_losses(
     """Each balancer's loss at coefficient 1, mean over layers, as this micro-batch's share of the step."""
     losses = {}
     for name, (_, balancer) in balancers.items():
-        if balancer.loss is not no_loss:
+        if balancer.has_loss:
             with torch.set_grad_enabled(balancer.train):
                 layers = zip(routings, loads[balancer.scope], strict=True)
                 losses[name] = sum_tensors([balancer.loss(r, load, num_tokens) for r, load in layers]) / len(routings)
@@ -209,7 +209,7 @@ def update_expert_biases(
     `load_LE` is of all ranks, the `observations` are those of this rank's micro-batches. Where `finite`, a bool scalar,
     is false, nothing changes.
     """
-    post_steps = {name: b for name, (_, b) in balancers.items() if b.post_step is not keep_bias}
+    post_steps = {name: b for name, (_, b) in balancers.items() if b.moves_bias}
     if not post_steps:
         return
     bias_LE = before_LE = torch.stack(list(expert_biases))
