@@ -16,6 +16,7 @@ from tests.tiny import batch, own_part, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.config.combinations import check_combinations
 from titan_moe.config.sections import Component, Config, Moe
+from titan_moe.dtensor import gathered
 from titan_moe.metrics import maxvio
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.load_lr import expand_load_lr, rate_factors
@@ -124,8 +125,7 @@ def plain(name: str) -> str:
 
 
 def full(parameter: Tensor) -> Tensor:
-    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return whole.detach().clone()
+    return gathered(parameter).detach().clone()
 
 
 def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:

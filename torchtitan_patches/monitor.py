@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_moe.dtensor import local
 from titan_moe.model.routing import Routing
 from titan_moe.model.selection import make_routing, normalized
-from titan_moe.optimizer.load_lr import local
 from titan_moe.step import Balancers, all_reduce_sum, sequence_load, update_expert_biases
 
 # By the number that the operator is given.

@@ -15,11 +15,12 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoint, save_checkpoint, state
 from titan_moe.checkpoint import folder as checkpoint_folder
 from titan_moe.checkpoint.background import background_saver
+from titan_moe.dtensor import gathered
 
 WORLD = 2
 pytestmark = pytest.mark.dist
@@ -69,8 +70,7 @@ def full(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     tensors = dict(model.state_dict())
     for name, parameter in model.named_parameters():
         tensors |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-    return {name: value.detach().clone() for name, value in whole.items()}
+    return {name: gathered(value).detach().clone() for name, value in tensors.items()}
 
 
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed.harness import run_ranks
 from tests.tiny import adamw, balancers, batch, steps, tiny_model
+from titan_moe.dtensor import gathered
 from titan_moe.parallelize import parallelize as parallelize_module
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.mesh import build_mesh
@@ -38,8 +39,7 @@ def sharded(world: int, *, replicate: int = 1, expert: int = 1, **options: Any) 
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().clone()
+    return gathered(tensor).detach().clone()
 
 
 def summarize(model: Any, outputs: list[Any]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from torchtitan.config.override import derive
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter
 
+from titan_moe.dtensor import gathered
 from titan_moe.runtime import end_process
 from torchtitan_patches import enable
 from torchtitan_patches.debug import debug_moe, small_model
@@ -125,7 +126,7 @@ def set_state(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return gathered(tensor).detach().clone()
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ LAYERS = {
     "optimizer.schedule": 0,
     "metrics": 0,
     "norms": 0,
+    "dtensor": 0,
     "files": 0,
     "markdown": 0,
     "gpus": 0,

@@ -8,11 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from titan_moe.dtensor import local
 from titan_moe.norms import norms
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _num_ranks() -> int:
@@ -54,7 +51,7 @@ def square_sums(tensors: Mapping[str, Tensor]) -> Squares:
     """
     parts: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        parts.setdefault(_num_copies(tensor), {})[name] = _local(tensor)
+        parts.setdefault(_num_copies(tensor), {})[name] = local(tensor)
     sums = [norms(list(part.values())).square() / n for n, part in parts.items()]
     values = torch.cat(sums)
     if _num_ranks() > 1:
