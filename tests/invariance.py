@@ -19,6 +19,7 @@ from titan_moe.config.sections import Component, Config, Moe
 from titan_moe.dtensor import gathered
 from titan_moe.metrics import maxvio
 from titan_moe.model.transformer import Transformer
+from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.load_lr import expand_load_lr, rate_factors
 from titan_moe.parallelize.mesh import Degrees
 from titan_moe.step import train_step
@@ -101,7 +102,7 @@ def outcome(
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     gradients: dict[str, Tensor] = {}
-    names = {p: plain(name) for name, p in model.named_parameters()}
+    names = {p: plain_name(name) for name, p in model.named_parameters()}
     sgd.register_step_pre_hook(lambda *_: gradients.update({n: full(p.grad) for p, n in names.items()}))
     options = {"max_norm": 0.0, "sequence_group": sequence_group}
     output = train_step(model, micro, sgd, weighed, model.expert_biases(), **options)
@@ -118,10 +119,6 @@ def outcome(
         "bias": [bias.clone() for bias in model.expert_biases()],
         "gradients": gradients,
     }
-
-
-def plain(name: str) -> str:
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def full(parameter: Tensor) -> Tensor:

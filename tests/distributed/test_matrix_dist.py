@@ -13,8 +13,9 @@ from torch import Tensor
 from tests.cases import Case
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import LAYOUTS, apply
-from tests.invariance import assert_same, fresh, full, outcome, plain, start
+from tests.invariance import assert_same, fresh, full, outcome, start
 from tests.tiny import steps
+from titan_moe.model.wrappers import plain_name
 
 ROUTER = Case("topk_softmax", {})
 BALANCERS = [Case("aux_loss", {}), Case("z_loss", {}), Case("loss_free", {"rate": 0.01})]
@@ -74,7 +75,7 @@ def fifty_steps(model: Any, rank: int = 0, world: int = 1) -> Tensor:
 
 
 def weights(model: Any) -> dict[str, Any]:
-    return {plain(name): full(parameter) for name, parameter in model.named_parameters()}
+    return {plain_name(name): full(parameter) for name, parameter in model.named_parameters()}
 
 
 def eager(rank: int, world: int) -> dict[Any, Any]:

@@ -17,6 +17,7 @@ from titan_moe.model.attention import Attention, Rope, rope_cos_sin
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
 from titan_moe.model.moe import FeedForward, MoE
 from titan_moe.model.routing import Router, Routing
+from titan_moe.model.wrappers import plain_name
 
 Want = Literal["logits", "loss", "score", "routings"]
 
@@ -163,14 +164,14 @@ class Transformer(nn.Module):
         them (Radford et al., 2019). Each parameter has a generator of its own, seeded by (seed, name), so its full
         tensor is the same whatever the layout, the wrappers, or the other parameters are.
         """
-        for name, parameter in self.named_parameters():
-            plain_name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+        for wrapped_name, parameter in self.named_parameters():
+            name = plain_name(wrapped_name)
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            residual = plain_name.removesuffix(".weight").endswith((".wo", ".w2"))
+            residual = name.removesuffix(".weight").endswith((".wo", ".w2"))
             std = self.init_std / math.sqrt(2 * self.num_layers) if residual else self.init_std
-            fill_normal(parameter, std, f"{seed}/{plain_name}")
+            fill_normal(parameter, std, f"{seed}/{name}")
         for buffer in self.buffers():
             buffer.zero_()
 
