@@ -19,6 +19,7 @@ from titan_moe.optimizer.combined import clip_gradients, step_if_finite
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
+from titan_moe.world import all_reduce_sum
 
 # Each balancer at coefficient 1, with its coefficient beside it: values are reported before their coefficients.
 Balancers = Mapping[str, tuple[float, Balancer]]
@@ -141,9 +142,7 @@ def own_loads(
     if group is None or not routings:
         return loads
     stacked = {scope: torch.stack(list(own)) for scope, own in loads.items()}
-    for load in stacked.values():
-        dist.all_reduce(load, group=group)
-    return {scope: load.unbind() for scope, load in stacked.items()}
+    return {scope: all_reduce_sum(load, group).unbind() for scope, load in stacked.items()}
 
 
 def scoped_loads(
@@ -288,10 +287,3 @@ def stack(values: Sequence[Tensor], like: Tensor) -> Tensor:
 def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
     """Sum a non-empty sequence, first to last (a fixed order: resumed runs must repeat it to the bit)."""
     return sum(tensors[1:], start=tensors[0])
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over all ranks, in place; unchanged when there is one."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor

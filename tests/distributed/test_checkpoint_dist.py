@@ -21,6 +21,7 @@ from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoi
 from titan_moe.checkpoint import folder as checkpoint_folder
 from titan_moe.checkpoint.background import background_saver
 from titan_moe.dtensor import gathered
+from titan_moe.world import rank
 
 WORLD = 2
 pytestmark = pytest.mark.dist
@@ -82,10 +83,6 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **changes: Any) -> Path:
     arguments: dict[str, Any] = {"extra": {"rank": rank()}, "files": {}, "keep_latest_k": 0, "per_rank": rank()}
     return save_checkpoint(folder, step, model=model, optimizer=optimizer, **arguments | changes)
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def check_reshard(folder: Path) -> None:

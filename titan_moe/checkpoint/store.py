@@ -29,13 +29,11 @@ from titan_moe.checkpoint.folder import (
     prune,
     publish,
     quietly,
-    rank,
     read_manifest,
     scan,
     start,
     together,
     verify,
-    world_size,
 )
 from titan_moe.checkpoint.lazy import LazyTensors, write_lazily
 from titan_moe.checkpoint.state import (
@@ -54,6 +52,7 @@ from titan_moe.config import Config, load_saved
 from titan_moe.files import write_synced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.combined import kind_of
+from titan_moe.world import rank, world_size
 
 logger = logging.getLogger(__name__)
 

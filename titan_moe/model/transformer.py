@@ -3,7 +3,6 @@
 Shapes: B batch, S sequence, D dim, V vocabulary.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -18,6 +17,7 @@ from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, so
 from titan_moe.model.moe import FeedForward, MoE
 from titan_moe.model.routing import Router, Routing
 from titan_moe.model.wrappers import plain_name
+from titan_moe.world import seed_of
 
 Want = Literal["logits", "loss", "score", "routings"]
 
@@ -211,8 +211,7 @@ def _check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
 
 def fill_normal(parameter: Tensor, std: float, key: str) -> None:
     """Fill with fp32 normal numbers that depend on `key` and the full shape alone; a shard takes its part of them."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    generator = torch.Generator(device=parameter.device).manual_seed(seed)
+    generator = torch.Generator(device=parameter.device).manual_seed(seed_of(key))
     if parameter.dtype == torch.float32 and not isinstance(parameter, DTensor):
         parameter.normal_(0.0, std, generator=generator)
         return
