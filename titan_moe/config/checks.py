@@ -87,7 +87,6 @@ def _check_experts(config: Config) -> None:
             if freq := getattr(config.metrics, key):
                 raise ValueError(f"metrics.{key} = {freq} needs experts, but moe.num_experts is 0: set it to 0")
         return
-    _check_dispatcher(config)
     _check_experts_backend(config)
     _check_balance_tax(config)
     if moe.top_k > moe.num_experts:
@@ -98,15 +97,6 @@ def _check_experts(config: Config) -> None:
             f"({config.model.num_layers}); for a dense model set moe.num_experts = 0"
         )
     check_combinations(config)
-
-
-def _check_dispatcher(config: Config) -> None:
-    degree, name = config.parallelism.expert_parallel_degree, config.moe.dispatcher
-    if name != "auto" and (name == "all_to_all") != (degree > 1):
-        raise ValueError(
-            f"moe.dispatcher = {name!r} does not go with parallelism.expert_parallel_degree = {degree}: "
-            "local is for 1, all_to_all for more; auto takes the right one"
-        )
 
 
 def _check_experts_backend(config: Config) -> None:
