@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_moe.model.attention import Attention, Rope, rope_cos_sin
+from titan_moe.model.attention import Attention, Rope, check_attention, rope_cos_sin
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
 from titan_moe.model.moe import FeedForward, MoE
 from titan_moe.model.routing import Router, Routing
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_attention(dim, num_heads, num_kv_heads)
+        check_attention(dim, num_heads, num_kv_heads)
         self.init_std, self.num_layers = init_std, num_layers
         self.head_dim, self.rope_theta = dim // num_heads, rope_theta
         self.rope: Callable[..., Rope] = rope_cos_sin  # replaced where a process has a part of each sequence
@@ -198,15 +198,6 @@ def _check_positive(name: str, value: int, why: str) -> None:
 def _check_multiple_of_8(name: str, value: int) -> None:
     if value % 8:
         raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
-
-
-def _check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"model.num_heads ({num_heads}) must divide model.dim ({dim})")
-    if (dim // num_heads) % 2:
-        raise ValueError(f"model.dim / model.num_heads ({dim} / {num_heads}) must be even: positions rotate pairs")
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({num_heads})")
 
 
 def fill_normal(parameter: Tensor, std: float, key: str) -> None:
