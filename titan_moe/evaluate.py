@@ -13,8 +13,9 @@ from titan_moe.config import Config, load_saved
 from titan_moe.data.build import Batches, build_data, build_validation, token_bytes
 from titan_moe.data.loader import CPU
 from titan_moe.data.tokenizer import load_tokenizer
+from titan_moe.dtypes import DTYPES
 from titan_moe.metrics import eval_metrics, to_numbers
-from titan_moe.parallelize.parallelize import DTYPES, move_for_inference
+from titan_moe.parallelize.parallelize import move_for_inference
 from titan_moe.step import evaluate
 
 OVERRIDES = (  # what the command line may change: the rest belongs to the checkpoint

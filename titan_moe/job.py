@@ -15,11 +15,12 @@ from titan_moe.compat import check_tensor_parallel
 from titan_moe.config import Config, cautions, find_component
 from titan_moe.config.sections import Training
 from titan_moe.data.build import Data, resolve_batch_sizes
+from titan_moe.dtypes import DTYPES
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_experts_backend, use_experts_backend
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import Degrees, Meshes, build_mesh, resolve_degrees
-from titan_moe.parallelize.parallelize import DTYPES, cast_parameters, missing_compiler, parallelize
+from titan_moe.parallelize.parallelize import cast_parameters, missing_compiler, parallelize
 from titan_moe.parallelize.quantize import check_quantize, quantize
 from titan_moe.records import log_parameters
 from titan_moe.runtime import Runtime, logger

@@ -37,6 +37,7 @@ LAYERS = {
     "metrics": 0,
     "norms": 0,
     "dtensor": 0,
+    "dtypes": 0,
     "world": 0,
     "files": 0,
     "markdown": 0,
