@@ -1,6 +1,6 @@
 """What each piece of torchtitan_patches adds to a step of stock torchtitan on this CPU.
 
-    python scripts/bench_torchtitan.py [--rounds 5] [--dim 256] [--tokens 1024]
+    python benchmarks/bench_torchtitan.py [--rounds 5] [--dim 256] [--tokens 1024]
 
 All variants are trainers in one process at the same weights; in a round each takes a step, one after the other, so what
 else the machine does hits them alike. Printed are the medians over rounds of CPU seconds and of their ratio to the
