@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchtitan_patches import cpu
+from tests.torchtitan import cpu
 
 if __name__ == "__main__":
     cpu.prepare()
@@ -107,7 +107,7 @@ def recipe(
         config.checkpoint.load_step = load_step
     if compiled:
         config.compile.enable, config.compile.backend = True, compiled
-    config.override.imports = ["torchtitan_patches.cpu_overrides.attention"]
+    config.override.imports = ["tests.torchtitan.cpu_overrides.attention"]
     return enable(config, **copy.deepcopy(pieces)) if pieces else config
 
 
