@@ -20,6 +20,7 @@ from titan_moe.build import (
 )
 from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
 from titan_moe.config import Config, cautions
+from titan_moe.config.differences import flatten
 from titan_moe.config.sections import Training
 from titan_moe.data.build import Data, resolve_batch_sizes
 from titan_moe.dtypes import DTYPES
@@ -175,7 +176,7 @@ def check_same_on_all_ranks(config: Config) -> None:
     Else they would train different models, or wait for each other in different collectives until the time limit.
     """
     mine = {
-        **_keys(dataclasses.asdict(config)),
+        **_keys(config),
         "version of titan_moe": __version__,
         "version of torch": str(torch.__version__),
     }
@@ -193,12 +194,12 @@ def check_same_on_all_ranks(config: Config) -> None:
     )
 
 
-def _keys(value: object, prefix: str = "") -> dict[str, str]:
-    """Nested tables as `section.key` -> value, with the names that users give: optimizer.lr, optimizer.expert.lr."""
-    if not isinstance(value, dict):
-        return {prefix: repr(value)}
-    found = {}
-    for name, inner in value.items():
-        parts = [prefix, "" if name in ("arguments", "groups") else name]
-        found |= _keys(inner, ".".join(filter(None, parts)))
-    return found
+def _keys(config: Config) -> dict[str, str]:
+    """A configuration's values by the names that users give them: optimizer.lr, optimizer.expert.lr."""
+    found = flatten(dataclasses.asdict(config))
+    inner = ("arguments", "groups")
+    return {
+        ".".join(part for part in key.split(".") if part not in inner): repr(value)
+        for key, value in found.items()
+        if value != {}
+    }
