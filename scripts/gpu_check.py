@@ -336,7 +336,7 @@ def layer(results: Results) -> None:
 
 def experts(results: Results) -> None:
     """The experts alone, forward and backward, by each library that is installed."""
-    from bench_experts import time_backends  # pyrefly: ignore[missing-import]  # beside this script
+    from benchmarks.bench_experts import time_backends
 
     sizes = results.sizes
     rows = 2 * sizes.sequences * sizes.sequence

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from tests.cases import ROUTER_CASES, WHOLE_BATCH, Case, cases, top_k_of
 from tests.tiny import batch, own_part, tiny_model
-from titan_moe.balancer import BALANCERS, keep_bias
+from titan_moe.balancer import BALANCERS
 from titan_moe.config.combinations import check_combinations
 from titan_moe.config.sections import Component, Config, Moe
+from titan_moe.dtensor import gathered
 from titan_moe.metrics import maxvio
 from titan_moe.model.transformer import Transformer
+from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.load_lr import expand_load_lr, rate_factors
 from titan_moe.parallelize.mesh import Degrees
 from titan_moe.step import train_step
@@ -95,12 +97,12 @@ def outcome(
     """Everything that a step of plain SGD makes: losses, norm, loads, MaxVio, biases, gradients by the new weights."""
     torch.manual_seed(0)
     built = {str(case): BALANCERS[case.name](**case.arguments) for case in balancers}
-    weighed = {name: (0.5 if balancer.post_step is keep_bias else 1.0, balancer) for name, balancer in built.items()}
+    weighed = {name: (1.0 if balancer.moves_bias else 0.5, balancer) for name, balancer in built.items()}
     tokens, labels = own_part(batch(0, sequences), rank, world, degrees)
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     gradients: dict[str, Tensor] = {}
-    names = {p: plain(name) for name, p in model.named_parameters()}
+    names = {p: plain_name(name) for name, p in model.named_parameters()}
     sgd.register_step_pre_hook(lambda *_: gradients.update({n: full(p.grad) for p, n in names.items()}))
     options = {"max_norm": 0.0, "sequence_group": sequence_group}
     output = train_step(model, micro, sgd, weighed, model.expert_biases(), **options)
@@ -119,13 +121,8 @@ def outcome(
     }
 
 
-def plain(name: str) -> str:
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
-
-
 def full(parameter: Tensor) -> Tensor:
-    whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return whole.detach().clone()
+    return gathered(parameter).detach().clone()
 
 
 def assert_same(got: dict[str, Any], want: dict[str, Any]) -> None:

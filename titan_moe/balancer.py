@@ -41,6 +41,16 @@ class Balancer(NamedTuple):
     observe: Callable[[Routing, Tensor], Tensor] | None = None
     schedule: Callable[[float], float] = _constant
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether it has a loss; the step skips one that has none."""
+        return self.loss is not no_loss
+
+    @property
+    def moves_bias(self) -> bool:
+        """Whether its post step may change the bias."""
+        return self.post_step is not keep_bias
+
 
 def keep_bias(load: Tensor, expert_bias: Tensor) -> Tensor:
     """Post step of a balancer that has no bias."""
@@ -48,7 +58,7 @@ def keep_bias(load: Tensor, expert_bias: Tensor) -> Tensor:
 
 
 def no_loss(routing: Routing, load: Tensor, num_tokens: Tensor | int) -> Tensor:
-    """Loss of a balancer that has none; the step skips it."""
+    """Loss of a balancer that has none."""
     return routing.router_logits.new_zeros(())
 
 

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from titan_moe import runtime
-from titan_moe.balancer import BALANCERS, Balancer, keep_bias
+from titan_moe.balancer import BALANCERS, Balancer
+from titan_moe.compat import check_tensor_parallel
 from titan_moe.config import Config, find_component
 from titan_moe.data.build import Data, build_data
+from titan_moe.dtypes import DTYPES
+from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
 from titan_moe.model.routing import ROUTERS, force_balanced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
@@ -19,7 +22,9 @@ from titan_moe.optimizer.combined import combine
 from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
-from titan_moe.parallelize.mesh import Degrees
+from titan_moe.parallelize.mesh import Degrees, Meshes, resolve_degrees
+from titan_moe.parallelize.parallelize import cast_parameters, parallelize
+from titan_moe.parallelize.quantize import quantize
 from titan_moe.parallelize.sequence import own_positions
 from titan_moe.runtime import Runtime
 
@@ -55,9 +60,46 @@ def build_model(config: Config) -> Transformer:
     )
 
 
+def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) -> Transformer:
+    """Build the model on the meta device and parallelize it over `mesh` (None: one process)."""
+    training = config.training
+    with torch.device("meta"):
+        model = build_model(config)
+    cast_parameters(model, DTYPES[training.dtype])
+    quantize(model, **dataclasses.asdict(config.quantize))
+    use_experts_backend(model, find_component(EXPERTS_BACKENDS, config.moe.experts_backend))
+    parallelize(
+        model,
+        mesh=mesh,
+        param_dtype=DTYPES[training.mixed_precision_param],
+        reduce_dtype=DTYPES[training.mixed_precision_reduce],
+        checkpoint_mode=config.activation_checkpoint.mode,
+        compile_blocks=compile_blocks,
+        seq_len=training.seq_len,
+        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
+    )
+    return model
+
+
+def degrees_of(config: Config, world_size: int) -> Degrees:
+    """The sizes of the axes in a world of that many processes; ValueError for degrees that do not fit it or torch."""
+    parallel = config.parallelism
+    degrees = resolve_degrees(
+        world_size=world_size,
+        replicate=parallel.data_parallel_replicate_degree,
+        shard=parallel.data_parallel_shard_degree,
+        expert=parallel.expert_parallel_degree,
+        context=parallel.context_parallel_degree,
+        tensor=parallel.tensor_parallel_degree,
+        num_experts=config.moe.num_experts,
+    )
+    check_tensor_parallel(degrees.tensor)
+    return degrees
+
+
 def has_expert_bias(config: Config) -> bool:
     """Whether a balancer moves a selection bias, which is then a part of the model."""
-    return any(balancer.post_step is not keep_bias for _, balancer in build_balancers(config).values())
+    return any(balancer.moves_bias for _, balancer in build_balancers(config).values())
 
 
 def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
@@ -108,14 +150,11 @@ def build_schedule(config: Config) -> Schedule:
 
 def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     """Prepare the tokenizer and this rank's batches, of each sequence its part."""
-    data, training, validation = config.data, config.training, config.validation
+    data, training = config.data, config.training
     return build_data(
-        dataset=data.dataset,
-        path=data.path,
+        **data_arguments(config),
         tokenizer=data.tokenizer,
         eot_token=data.eot_token,
-        seq_len=training.seq_len,
-        seed=training.seed,
         global_batch_size=training.global_batch_size,
         local_batch_size=training.local_batch_size,
         dp_rank=rt.rank // degrees.per_sequence,
@@ -123,14 +162,25 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
         positions=own_positions(training.seq_len, rt.rank, degrees),
         device=rt.device,
         num_workers=data.num_workers,
-        validation_fraction=data.validation_fraction,
-        validation_path=data.validation_path,
-        validation_steps=validation.steps,
-        validation_local_batch_size=validation.local_batch_size,
-        cache_folder=data.cache_folder or str(runtime.user_cache_folder()),
         is_main=rt.local_rank == 0,
         barrier=runtime.barrier,
     )
+
+
+def data_arguments(config: Config) -> dict[str, Any]:
+    """What of [data], [training] and [validation] says which tokens there are, as arguments of `build_data`."""
+    data, training, validation = config.data, config.training, config.validation
+    return {
+        "dataset": data.dataset,
+        "path": data.path,
+        "seq_len": training.seq_len,
+        "seed": training.seed,
+        "validation_fraction": data.validation_fraction,
+        "validation_path": data.validation_path,
+        "validation_steps": validation.steps,
+        "validation_local_batch_size": validation.local_batch_size,
+        "cache_folder": data.cache_folder or str(runtime.user_cache_folder()),
+    }
 
 
 def with_vocab_size(config: Config, tokens: int) -> Config:

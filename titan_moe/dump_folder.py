@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from titan_moe import runtime
 from titan_moe.balancer import BALANCERS
-from titan_moe.build import has_expert_bias
+from titan_moe.build import degrees_of, has_expert_bias
 from titan_moe.checkpoint.folder import read_manifest, scan
 from titan_moe.checkpoint.state import read_common
 from titan_moe.config import Config, read_saved, to_toml
@@ -21,7 +21,7 @@ from titan_moe.config.differences import ANOTHER_MODEL, Changes, changed_meaning
 from titan_moe.data.build import is_streamed, resolve_batch_sizes
 from titan_moe.data.tokenizer import load_tokenizer
 from titan_moe.files import write_atomic
-from titan_moe.job import Job, degrees_of
+from titan_moe.job import Job
 from titan_moe.lock import RUN_LOCK, sole_process
 from titan_moe.records import size_record
 from titan_moe.runtime import Runtime, logger

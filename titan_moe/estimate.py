@@ -10,12 +10,12 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from titan_moe import runtime
-from titan_moe.build import build_model, with_vocab_size
+from titan_moe.build import build_model, degrees_of, with_vocab_size
 from titan_moe.config import Config, load_config
 from titan_moe.config.sections import ActivationCheckpoint, Training
 from titan_moe.data.build import resolve_batch_sizes
 from titan_moe.gpus import GPUS
-from titan_moe.job import compiles, degrees_of
+from titan_moe.job import compiles
 from titan_moe.metrics import flops_per_token
 from titan_moe.parallelize.mesh import Degrees
 from titan_moe.records import count_active

@@ -7,14 +7,16 @@ from pathlib import Path
 import torch
 
 from titan_moe import runtime
+from titan_moe.build import data_arguments
 from titan_moe.checkpoint import load_model, resolve_checkpoint
 from titan_moe.commands import Parser
 from titan_moe.config import Config, load_saved
 from titan_moe.data.build import Batches, build_data, build_validation, token_bytes
 from titan_moe.data.loader import CPU
 from titan_moe.data.tokenizer import load_tokenizer
+from titan_moe.dtypes import DTYPES
 from titan_moe.metrics import eval_metrics, to_numbers
-from titan_moe.parallelize.parallelize import DTYPES, move_for_inference
+from titan_moe.parallelize.parallelize import move_for_inference
 from titan_moe.step import evaluate
 
 OVERRIDES = (  # what the command line may change: the rest belongs to the checkpoint
@@ -81,33 +83,18 @@ def evaluation_config(
 
 def validation_batches(config: Config, tokenizer: str, files: list[str], device: torch.device = CPU) -> Batches:
     """Iterate over `files`, or over the run's validation data where there are none, on `device`."""
-    data, training, validation = config.data, config.training, config.validation
-    folder = data.cache_folder or str(runtime.user_cache_folder())
+    arguments = data_arguments(config)
     if files:
         return build_validation(
             path=files,
             tokenizer=tokenizer,
-            seq_len=training.seq_len,
-            steps=validation.steps,
-            local_batch_size=validation.local_batch_size,
-            cache_folder=folder,
+            seq_len=arguments["seq_len"],
+            steps=arguments["validation_steps"],
+            local_batch_size=arguments["validation_local_batch_size"],
+            cache_folder=arguments["cache_folder"],
             device=device,
         )()
-    made = build_data(
-        dataset=data.dataset,
-        path=data.path,
-        tokenizer=tokenizer,
-        seq_len=training.seq_len,
-        seed=training.seed,
-        global_batch_size=1,
-        local_batch_size=1,
-        validation_fraction=data.validation_fraction,
-        validation_path=data.validation_path,
-        validation_steps=validation.steps,
-        validation_local_batch_size=validation.local_batch_size,
-        cache_folder=folder,
-        device=device,
-    )
+    made = build_data(**arguments, tokenizer=tokenizer, global_batch_size=1, local_batch_size=1, device=device)
     if made.validation is None:
         raise ValueError("the run held out no validation data: give files by --data.path")
     return made.validation()

@@ -11,10 +11,11 @@ from titan_moe import runtime
 from titan_moe.checkpoint import load_model, resolve_checkpoint
 from titan_moe.commands import Parser
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
+from titan_moe.dtypes import DTYPES
 from titan_moe.model.decode import Cache, empty_cache, extend
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
-from titan_moe.parallelize.parallelize import DTYPES, move_for_inference
+from titan_moe.parallelize.parallelize import move_for_inference
 
 SEPARATOR = "\n---\n\n"  # between texts
 ALONE = tuple(name for name in ROUTERS if name != "expert_choice")  # a token's experts depend on it alone

@@ -9,18 +9,27 @@ import torch
 import torch.distributed as dist
 
 from titan_moe import __version__, runtime
-from titan_moe.build import build_balancers, build_model, build_optimizer, build_schedule, load_data, with_vocab_size
+from titan_moe.build import (
+    build_balancers,
+    build_optimizer,
+    build_schedule,
+    build_sharded,
+    degrees_of,
+    load_data,
+    with_vocab_size,
+)
 from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
-from titan_moe.compat import check_tensor_parallel
-from titan_moe.config import Config, cautions, find_component
+from titan_moe.config import Config, cautions
+from titan_moe.config.differences import flatten
 from titan_moe.config.sections import Training
 from titan_moe.data.build import Data, resolve_batch_sizes
-from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_experts_backend, use_experts_backend
+from titan_moe.dtypes import DTYPES
+from titan_moe.model.experts_backend import check_experts_backend
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
-from titan_moe.parallelize.mesh import Degrees, Meshes, build_mesh, resolve_degrees
-from titan_moe.parallelize.parallelize import DTYPES, cast_parameters, missing_compiler, parallelize
-from titan_moe.parallelize.quantize import check_quantize, quantize
+from titan_moe.parallelize.mesh import build_mesh
+from titan_moe.parallelize.parallelize import missing_compiler
+from titan_moe.parallelize.quantize import check_quantize
 from titan_moe.records import log_parameters
 from titan_moe.runtime import Runtime, logger
 from titan_moe.sinks import check_wandb
@@ -116,43 +125,6 @@ def compiles(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" if enable == "auto" else enable
 
 
-def degrees_of(config: Config, world_size: int) -> Degrees:
-    """The sizes of the axes in a world of that many processes; ValueError for degrees that do not fit it or torch."""
-    parallel = config.parallelism
-    degrees = resolve_degrees(
-        world_size=world_size,
-        replicate=parallel.data_parallel_replicate_degree,
-        shard=parallel.data_parallel_shard_degree,
-        expert=parallel.expert_parallel_degree,
-        context=parallel.context_parallel_degree,
-        tensor=parallel.tensor_parallel_degree,
-        num_experts=config.moe.num_experts,
-    )
-    check_tensor_parallel(degrees.tensor)
-    return degrees
-
-
-def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) -> Transformer:
-    """Build the model on the meta device and parallelize it over `mesh` (None: one process)."""
-    training = config.training
-    with torch.device("meta"):
-        model = build_model(config)
-    cast_parameters(model, DTYPES[training.dtype])
-    quantize(model, **dataclasses.asdict(config.quantize))
-    use_experts_backend(model, find_component(EXPERTS_BACKENDS, config.moe.experts_backend))
-    parallelize(
-        model,
-        mesh=mesh,
-        param_dtype=DTYPES[training.mixed_precision_param],
-        reduce_dtype=DTYPES[training.mixed_precision_reduce],
-        checkpoint_mode=config.activation_checkpoint.mode,
-        compile_blocks=compile_blocks,
-        seq_len=training.seq_len,
-        reshard_after_forward=config.parallelism.fsdp_reshard_after_forward,
-    )
-    return model
-
-
 def check_gpu(rt: Runtime, training: Training) -> None:
     """Raise ValueError where this node has more processes than GPUs, or its GPU no products in bfloat16."""
     if rt.device.type != "cuda":
@@ -204,7 +176,7 @@ def check_same_on_all_ranks(config: Config) -> None:
     Else they would train different models, or wait for each other in different collectives until the time limit.
     """
     mine = {
-        **_keys(dataclasses.asdict(config)),
+        **_keys(config),
         "version of titan_moe": __version__,
         "version of torch": str(torch.__version__),
     }
@@ -222,12 +194,12 @@ def check_same_on_all_ranks(config: Config) -> None:
     )
 
 
-def _keys(value: object, prefix: str = "") -> dict[str, str]:
-    """Nested tables as `section.key` -> value, with the names that users give: optimizer.lr, optimizer.expert.lr."""
-    if not isinstance(value, dict):
-        return {prefix: repr(value)}
-    found = {}
-    for name, inner in value.items():
-        parts = [prefix, "" if name in ("arguments", "groups") else name]
-        found |= _keys(inner, ".".join(filter(None, parts)))
-    return found
+def _keys(config: Config) -> dict[str, str]:
+    """A configuration's values by the names that users give them: optimizer.lr, optimizer.expert.lr."""
+    found = flatten(dataclasses.asdict(config))
+    inner = ("arguments", "groups")
+    return {
+        ".".join(part for part in key.split(".") if part not in inner): repr(value)
+        for key, value in found.items()
+        if value != {}
+    }

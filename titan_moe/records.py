@@ -20,6 +20,7 @@ from titan_moe.metrics import (
 )
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
+from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.combined import describe_group
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.runtime import Runtime, logger
@@ -152,11 +153,6 @@ def moe_layer_names(model: Transformer) -> list[str]:
     """The model's names of its MoE layers, in order, without those of wrappers."""
     names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
     return list(map(plain_name, names))
-
-
-def plain_name(name: str) -> str:
-    """A module's or parameter's name without those of wrappers, of torch.compile and of activation checkpointing."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def size_record(config: Config, model: Transformer) -> Record:

@@ -4,7 +4,6 @@ import atexit
 import ctypes
 import datetime
 import faulthandler
-import hashlib
 import logging
 import os
 import platform
@@ -28,6 +27,7 @@ import torch.distributed as dist
 
 from titan_moe import __version__, compat
 from titan_moe.gpus import find_gpu
+from titan_moe.world import seed_of, world_size
 
 logger = logging.getLogger("titan_moe")
 T = TypeVar("T")
@@ -97,22 +97,22 @@ def close_process_group() -> None:
 
 def set_timeout(timeout_seconds: int) -> None:
     """Change the timeout of the collectives of every group (another one once training is under way)."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         for group in list(dist.distributed_c10d._world.pg_map):
             compat.set_group_timeout(datetime.timedelta(seconds=timeout_seconds + GRACE_SECONDS), group)
 
 
 def barrier() -> None:
     """Wait for all processes."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
 def all_gather(value: T) -> list[T]:
     """Give every process the small Python value of each."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
+    values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
 
@@ -156,8 +156,7 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed torch's generators for one training step: what it draws does not depend on the steps before it."""
-    key = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    torch.manual_seed(seed_of(f"{seed}/{step}/{rank}"))
 
 
 class _Formatter(logging.Formatter):
@@ -224,7 +223,7 @@ class StopRequest:
 
         The flags are reduced over the hosts (gloo), which does not wait for a GPU.
         """
-        if not dist.is_initialized() or dist.get_world_size() == 1:
+        if world_size() == 1:
             return self.signal, other
         flags = torch.tensor([self.signal, int(other)])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)

@@ -30,15 +30,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from titan_moe import step
-from titan_moe.build import build_balancers, build_optimizer
+from titan_moe.build import build_balancers, build_optimizer, build_sharded
 from titan_moe.config import Config
-from titan_moe.job import build_sharded
+from titan_moe.dtensor import local
 from titan_moe.model import cross_entropy
 from titan_moe.model.moe import MoE
 from titan_moe.model.selection import capacity_of, exact_factor
 from titan_moe.optimizer import matrix
 from titan_moe.optimizer.combined import may_step
-from titan_moe.optimizer.load_lr import local
 from titan_moe.parallelize.expert import all_to_all
 from titan_moe.parallelize.grad import Squares
 from titan_moe.parallelize.mesh import Degrees, build_mesh

@@ -213,7 +213,7 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
             return
         else:
             seconds = (time.monotonic() - began[1]) / (step - began[0]) * (total_steps - step)
-            line = f"{line}  {_columns(record)}  left {_clock(seconds)}"
+            line = f"{line}  {_columns(record)}  left {clock(seconds)}"
         if bar is not None:
             bar.write(line, file=out)
         else:
@@ -313,7 +313,7 @@ def _short(record: Record) -> str:
     return "  ".join(" ".join(text.split()) for text in texts)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Hours:minutes:seconds."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from titan_moe.balancer import Balancer, keep_bias, no_loss, token_entropy, token_z_loss
+from titan_moe.balancer import Balancer, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.routing import Routing
@@ -19,6 +19,7 @@ from titan_moe.optimizer.combined import clip_gradients, step_if_finite
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
+from titan_moe.world import all_reduce_sum
 
 # Each balancer at coefficient 1, with its coefficient beside it: values are reported before their coefficients.
 Balancers = Mapping[str, tuple[float, Balancer]]
@@ -141,9 +142,7 @@ def own_loads(
     if group is None or not routings:
         return loads
     stacked = {scope: torch.stack(list(own)) for scope, own in loads.items()}
-    for load in stacked.values():
-        dist.all_reduce(load, group=group)
-    return {scope: load.unbind() for scope, load in stacked.items()}
+    return {scope: all_reduce_sum(load, group).unbind() for scope, load in stacked.items()}
 
 
 def scoped_loads(
@@ -178,7 +177,7 @@ def balance_losses(
     """Each balancer's loss at coefficient 1, mean over layers, as this micro-batch's share of the step."""
     losses = {}
     for name, (_, balancer) in balancers.items():
-        if balancer.loss is not no_loss:
+        if balancer.has_loss:
             with torch.set_grad_enabled(balancer.train):
                 layers = zip(routings, loads[balancer.scope], strict=True)
                 losses[name] = sum_tensors([balancer.loss(r, load, num_tokens) for r, load in layers]) / len(routings)
@@ -209,7 +208,7 @@ def update_expert_biases(
     `load_LE` is of all ranks, the `observations` are those of this rank's micro-batches. Where `finite`, a bool scalar,
     is false, nothing changes.
     """
-    post_steps = {name: b for name, (_, b) in balancers.items() if b.post_step is not keep_bias}
+    post_steps = {name: b for name, (_, b) in balancers.items() if b.moves_bias}
     if not post_steps:
         return
     bias_LE = before_LE = torch.stack(list(expert_biases))
@@ -288,10 +287,3 @@ def stack(values: Sequence[Tensor], like: Tensor) -> Tensor:
 def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:
     """Sum a non-empty sequence, first to last (a fixed order: resumed runs must repeat it to the bit)."""
     return sum(tensors[1:], start=tensors[0])
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over all ranks, in place; unchanged when there is one."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from titan_moe import runtime
+from titan_moe.build import degrees_of
 from titan_moe.checkpoint import (
     Restored,
     complete_steps,
@@ -29,8 +30,9 @@ from titan_moe.config import Config, help_text, load_config, to_toml
 from titan_moe.config.layers import read_file
 from titan_moe.data.build import resolve_batch_sizes, token_bytes
 from titan_moe.data.loader import merge_states
+from titan_moe.dtypes import DTYPES
 from titan_moe.dump_folder import FACTS, METRICS, check_same_run, sole_run, write_run_files
-from titan_moe.job import Job, build_job, compiles, degrees_of, start_processes
+from titan_moe.job import Job, build_job, compiles, start_processes
 from titan_moe.metrics import StepOutput, eval_metrics
 from titan_moe.optimizer.build import set_lr
 from titan_moe.parallelize.grad import param_norm
@@ -424,7 +426,7 @@ def export(job: Job, progress: Progress) -> None:
         job.folder / EXPORT,
         progress.step,
         model=job.model,
-        dtype=getattr(torch, dtype),
+        dtype=DTYPES[dtype],
         extra={"num_tokens": progress.num_tokens},
         files=checkpoint_files(job),
     )

@@ -1,8 +1,9 @@
-"""A small recipe that runs anywhere, from the wheel alone: torchtitan's Qwen3 MoE on the source text of Python.
+"""A small recipe that needs no download: torchtitan's Qwen3 MoE on the source text of Python.
 
-    python -m torchtitan_patches.train --module torchtitan_patches.debug --config debug_moe
+    torchrun -m torchtitan.train --module torchtitan_patches.debug --config debug_moe
 
-It is stock torchtitan; `debug_moe_balanced` is the same with pieces of titan_moe, an example of `enable`.
+On a CPU, from a checkout: `python -m tests.torchtitan.train` with the same arguments. The recipe is stock torchtitan;
+`debug_moe_balanced` is the same with pieces of titan_moe, an example of `enable`.
 """
 
 import sysconfig

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_moe.balancer import keep_bias, no_loss
+from titan_moe.dtensor import local
 from titan_moe.model.routing import Routing
 from titan_moe.model.selection import make_routing, normalized
-from titan_moe.optimizer.load_lr import local
-from titan_moe.step import Balancers, all_reduce_sum, sequence_load, update_expert_biases
+from titan_moe.step import Balancers, sequence_load, update_expert_biases
+from titan_moe.world import all_reduce_sum
 
 # By the number that the operator is given.
 _LAYERS: weakref.WeakValueDictionary[int, "Layer"] = weakref.WeakValueDictionary()
@@ -40,7 +40,7 @@ class Layer:
     def __init__(self, moe: Any, balancers: Balancers) -> None:
         router, device = moe.router, local(moe.router.gate.weight).device
         self.moe, self.router, self.balancers = moe, router, balancers
-        self.losses = {name: pair for name, pair in balancers.items() if pair[1].loss is not no_loss}
+        self.losses = {name: pair for name, pair in balancers.items() if pair[1].has_loss}
         self.load = torch.zeros(router.num_experts, dtype=torch.int64, device=device)
         self.eval_load = torch.zeros_like(self.load)
         self.values = torch.zeros(len(self.losses), device=device)  # sums over tokens, at coefficient 1
@@ -181,7 +181,7 @@ class Monitor:
             raise ValueError("torchtitan_patches is for Mixtures of Experts, but this model has no MoE layer")
         for layer in self.layers:
             layer.num_layers = len(self.layers)
-        self.own_bias_rule = any(b.post_step is not keep_bias for _, b in balancers.values())
+        self.own_bias_rule = any(b.moves_bias for _, b in balancers.values())
         if self.own_bias_rule and any(layer.moe.load_balance_coeff is None for layer in self.layers):
             raise ValueError(
                 "torchtitan_patches: loss_free needs a bias: set load_balance_coeff of each MoE.Config, to 1e-3"

@@ -26,7 +26,6 @@ def enable(
     from torchtitan.components.loss import CrossEntropyLoss
     from torchtitan.models.common.moe import MoE
 
-    from titan_moe.balancer import keep_bias, no_loss
     from torchtitan_patches import overrides
     from torchtitan_patches.balancers import CountedCrossEntropyLoss, make_balancers
 
@@ -37,7 +36,7 @@ def enable(
             config.optimizer, balancers=dict(balancers or {}), optimizer=dict(optimizer or {})
         )
     made = [balancer for _, balancer in make_balancers(balancers or {}).values()]
-    if any(balancer.loss is not no_loss for balancer in made):
+    if any(balancer.has_loss for balancer in made):
         ours = CrossEntropyLoss.Config, CountedCrossEntropyLoss.Config
         nodes = [node for node in config.traverse(CrossEntropyLoss.Config) if type(node[1]) in ours]
         if not nodes:
@@ -45,7 +44,7 @@ def enable(
             raise ValueError(f"torchtitan_patches: balance losses need torchtitan's CrossEntropyLoss, found {found}")
         for _, node, parent, name in nodes:
             setattr(parent, name, overrides.loss(node))
-    if any(balancer.post_step is not keep_bias for balancer in made):
+    if any(balancer.moves_bias for balancer in made):
         for _, moe, _, _ in config.model_spec.model.traverse(MoE.Config):
             moe.load_balance_coeff = moe.load_balance_coeff or 1e-3  # makes the bias; the value is not used
     if metrics:

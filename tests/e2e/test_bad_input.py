@@ -97,11 +97,6 @@ CONFIGURATIONS: dict[str, tuple[dict[str, object], str, list[str]]] = {
         "",
         ["expert_parallel_degree (2)", "must divide data_parallel_shard_degree (1)"],
     ),
-    "dispatcher": (
-        {"moe.dispatcher": "all_to_all"},
-        "",
-        ["moe.dispatcher = 'all_to_all'", "expert_parallel_degree = 1"],
-    ),
     "tensor degree": (
         {"parallelism.tensor_parallel_degree": 2},
         "",

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tests.dist.layouts import LAYOUTS, degrees_of
+from tests.distributed.layouts import LAYOUTS, degrees_of
 from tests.e2e import test_faults
 from tests.e2e.conftest import Arguments, _process_as_before, arguments, shared  # noqa: F401 (fixtures)
 from tests.gpu.harness import DEVICE, build, four_gpus, numbers, run_ranks, train, two_gpus

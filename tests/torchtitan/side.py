@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchtitan_patches import cpu
+from tests.torchtitan import cpu
 
 if __name__ == "__main__":
     cpu.prepare()
@@ -32,6 +32,8 @@ from torchtitan.config.override import derive
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter
 
+from titan_moe.dtensor import gathered
+from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime import end_process
 from torchtitan_patches import enable
 from torchtitan_patches.debug import debug_moe, small_model
@@ -105,19 +107,15 @@ def recipe(
         config.checkpoint.load_step = load_step
     if compiled:
         config.compile.enable, config.compile.backend = True, compiled
-    config.override.imports = ["torchtitan_patches.cpu_overrides.attention"]
+    config.override.imports = ["tests.torchtitan.cpu_overrides.attention"]
     return enable(config, **copy.deepcopy(pieces)) if pieces else config
-
-
-def plain(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 @torch.no_grad()
 def set_state(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
     """Give a model the full weights `state`, whatever its layout."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        value = state.get(plain(name))
+        value = state.get(plain_name(name))
         if value is not None and isinstance(tensor, DTensor):
             value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         if value is not None:
@@ -125,13 +123,13 @@ def set_state(model: torch.nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def full(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+    return gathered(tensor).detach().clone()
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Tensor]:
     """All weights and biases, full, on every rank."""
     tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith("expert_bias_E"))]
-    return {plain(name): full(tensor) for name, tensor in tensors}
+    return {plain_name(name): full(tensor) for name, tensor in tensors}
 
 
 def build(weights: dict[str, Tensor] | None, **arguments: Any) -> Any:
@@ -182,7 +180,7 @@ def gradients(weights: dict[str, Tensor], **arguments: Any) -> dict[str, Any]:
         dist.all_reduce(tokens)
     for inputs, labels in micro_batches:
         trainer.forward_backward_step(input_dict=dict(inputs), labels=labels, global_valid_tokens=tokens)
-    grads = {plain(name): full(parameter.grad) for name, parameter in trainer.model_parts[0].named_parameters()}
+    grads = {plain_name(name): full(parameter.grad) for name, parameter in trainer.model_parts[0].named_parameters()}
     close(trainer)
     return {"gradients": grads, "batches": [(inputs["input"], labels) for inputs, labels in micro_batches]}
 

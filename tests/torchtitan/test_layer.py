@@ -18,7 +18,7 @@ def side() -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torchtitan_patches import cpu
+        from tests.torchtitan import cpu
 
         cpu._stand_in_for_triton()
         from tests.torchtitan import side

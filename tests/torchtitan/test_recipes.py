@@ -18,7 +18,7 @@ def debug() -> Any:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torchtitan_patches import cpu
+        from tests.torchtitan import cpu
 
         cpu._stand_in_for_triton()
         from torchtitan_patches import debug
@@ -86,7 +86,7 @@ TABLES = OVERRIDES + '.optimizers={"balancers": {"aux_loss": {"coeff": 0.01}}, "
 
 
 def run(folder: Path, *imports: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torchtitan_patches.train", "--module", "torchtitan_patches.debug"]
+    command = [sys.executable, "-m", "tests.torchtitan.train", "--module", "torchtitan_patches.debug"]
     options = [
         "--config",
         "debug_moe",

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from tests.tiny import batch, tiny_model
 from titan_moe.balancer import BALANCERS
+from titan_moe.build import build_sharded
 from titan_moe.checkpoint import load_model, save_checkpoint
 from titan_moe.config import load_config, to_toml
-from titan_moe.job import build_sharded
 from titan_moe.model.transformer import Transformer
 from titan_moe.step import train_step
 

@@ -17,8 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from tests.tiny import tiny_model
 from titan_moe import compat, job, runtime
+from titan_moe.build import degrees_of
 from titan_moe.config import load_config
-from titan_moe.job import can_compile, check_own_gpu, degrees_of, start_processes
+from titan_moe.job import can_compile, check_own_gpu, start_processes
 from titan_moe.parallelize import parallelize
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.runtime import Runtime

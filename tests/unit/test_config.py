@@ -283,6 +283,12 @@ def test_a_mistake_on_the_command_line_names_the_argument(args: list[str], parts
         assert part in message
 
 
+def test_a_key_that_is_gone_is_named_with_what_to_do():
+    message = error_of("--moe.dispatcher", "auto")
+    assert "moe.dispatcher = auto: is no key any more: leave it out" in message
+    assert "parallelism.expert_parallel_degree" in message
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [

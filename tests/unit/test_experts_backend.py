@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import VOCAB
+from titan_moe.build import build_sharded
 from titan_moe.config import load_config
-from titan_moe.job import build_sharded
 from titan_moe.model import experts_backend
 from titan_moe.model.experts_backend import (
     ROWS_OF_TILE,

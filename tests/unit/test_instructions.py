@@ -21,7 +21,7 @@ CHOSEN = "equal or round_off or evidence or alike or accumulation or golden or c
 def test_sensitive_tests_pass_with_other_instructions() -> None:
     """Optimizers against their references, the curve of a layout, and the golden losses."""
     files = [f"tests/unit/{name}" for name in UNIT]
-    curve = "tests/dist/test_parts_dist.py::test_the_curve_of_two_ranks_is_that_of_one[tp2]"
+    curve = "tests/distributed/test_parts_dist.py::test_the_curve_of_two_ranks_is_that_of_one[tp2]"
     golden = "tests/e2e/test_train.py::test_golden_losses"
     words = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", CHOSEN, *files, curve, golden]
     ended = subprocess.run(

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "titan_moe"
 # The layer of each module, by the longest prefix that matches; L0 is pure: torch and the standard library.
 LAYERS = {
     "model.routing": 0,
+    "model.wrappers": 0,
     "model.dispatch": 0,
     "model.grouped": 0,
     "model.fused": 0,
@@ -35,6 +36,9 @@ LAYERS = {
     "optimizer.schedule": 0,
     "metrics": 0,
     "norms": 0,
+    "dtensor": 0,
+    "dtypes": 0,
+    "world": 0,
     "files": 0,
     "markdown": 0,
     "gpus": 0,

@@ -15,10 +15,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.tiny import balancers, batch, tiny_model
+from titan_moe import dtensor
 from titan_moe.compat import MESH_BY_PARAMETER
 from titan_moe.model.attention import rope_cos_sin
 from titan_moe.model.routing import ROUTERS
-from titan_moe.optimizer import load_lr
+from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
@@ -115,7 +116,7 @@ def unsteady_noise(logits: Tensor, calls: list[int]) -> Tensor:
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_keeps_the_choice_of_experts(mode: str) -> None:
     want = gradients("none")
-    got = {name.removeprefix("_checkpoint_wrapped_module."): value for name, value in gradients(mode).items()}
+    got = {plain_name(name): value for name, value in gradients(mode).items()}
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
@@ -206,7 +207,7 @@ def first_wait(checkpoint_mode: str, optimizer: str) -> str:
 def test_a_step_waits_for_the_device_only_where_it_must(checkpoint_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if checkpoint_mode != "none" and not MESH_BY_PARAMETER:
         pytest.skip("below torch 2.13 a checkpointed step does not survive the exception that tells of a wait")
-    monkeypatch.setattr(load_lr, "compute_local_shape_and_global_offset", offsets_of_the_host)
+    monkeypatch.setattr(dtensor, "compute_local_shape_and_global_offset", offsets_of_the_host)
     waits = [first_wait(checkpoint_mode, "adamw")]
     # 2 sequences of 16 tokens with 2 experts each, dealt out evenly
     monkeypatch.setattr(expert, "read_splits", lambda sent, received: ([32, 32], [32, 32]))

@@ -363,3 +363,12 @@ def test_studies_look_at_runs_without_their_code(tmp_path: Path, ran: Path) -> N
         run.folder.parent.mkdir(exist_ok=True)
     assert reuse(again, [str(tmp_path / "study")]) == 2
     assert not ran.exists()
+
+
+def test_a_saved_configuration_may_have_a_key_that_is_gone(tmp_path: Path) -> None:
+    file, config = tmp_path / "config.toml", load_config(["--moe.top_k", "1"])
+    file.write_text(to_toml(config).replace("[moe]\n", '[moe]\ndispatcher = "auto"\n'), "utf-8")
+    assert "dispatcher" in file.read_text("utf-8")
+    assert to_toml(load_saved(file)) == to_toml(read_saved(file)) == to_toml(config)
+    with pytest.raises(ValueError, match=r"command line: --moe\.dispatcher = auto: is no key any more: leave it out"):
+        load_saved(file, ["--moe.dispatcher", "auto"])

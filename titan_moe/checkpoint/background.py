@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from titan_moe.checkpoint.folder import CheckpointError, rank, world_size
+from titan_moe.checkpoint.folder import CheckpointError
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_checkpoint, save_content
+from titan_moe.dtensor import local
 from titan_moe.optimizer.combined import kind_of
 from titan_moe.watch import connecting
+from titan_moe.world import rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +130,7 @@ def copy_state(state: State, buffers: dict[str, Tensor]) -> State:
     tensors: dict[str, Tensor] = {}
     on_gpu = False
     for name, tensor in state.tensors.items():
-        mine = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        mine = local(tensor)
         buffer = buffers.get(name)
         if buffer is None or buffer.shape != mine.shape or buffer.dtype != mine.dtype:
             buffer = buffers[name] = torch.empty(mine.shape, dtype=mine.dtype, pin_memory=mine.is_cuda)

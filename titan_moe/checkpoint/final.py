@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from titan_moe.checkpoint.folder import CheckpointError, together
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_content
+from titan_moe.dtensor import local
 
 
 def save_weights(
@@ -34,7 +34,7 @@ def save_weights(
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype)
-    own, before = (value.to_local() if isinstance(value, DTensor) else value for value in (cast, tensor))
+    own, before = (local(value) for value in (cast, tensor))
     if bool((own.isinf() & before.isfinite()).any()):
         what = str(dtype).removeprefix("torch.")
         raise CheckpointError(f"{name} holds values that {what} cannot: set checkpoint.export_dtype to another type")

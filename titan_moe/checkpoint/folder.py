@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from titan_moe.files import crc32_of, crc32_of_json, fsync_folder, is_plain_name, remove, warn_once, write_synced
+from titan_moe.world import rank, world_size
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -233,16 +234,6 @@ def quietly(task: Callable[[], object]) -> None:
         task()
     except OSError as error:
         warn_once(f"cannot remove old checkpoint files: {reason(error)}")
-
-
-def rank() -> int:
-    """This process's rank, 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Number of processes, 1 without a process group."""
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def together(task: Callable[[], T], *, main_only: bool = False, group: dist.ProcessGroup | None = None) -> list[T]:

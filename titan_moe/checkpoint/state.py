@@ -30,12 +30,12 @@ from torch.optim import Optimizer
 from titan_moe.checkpoint.lazy import Writer
 from titan_moe.checkpoint.metadata import Reader, read_metadata
 from titan_moe.files import write_synced
+from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.combined import kind_of
 
 logger = logging.getLogger(__name__)
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 _NEW_OPTIMIZER = '; set checkpoint.exclude = ["optimizer"] to go on with the weights and a new optimizer'
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")  # in parameter names under compile and checkpointing
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -154,12 +154,7 @@ def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> State:
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
     """Parameters' names without those of wrappers, as DCP has them."""
-    names = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS:
-            name = name.replace(wrapper, "")  # noqa: PLW2901
-        names[parameter] = name
-    return names
+    return {parameter: plain_name(name) for name, parameter in model.named_parameters()}
 
 
 def _groups(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:

@@ -1,8 +1,8 @@
 """Checkpoints: saved whole or not at all, verified, loaded at any world size and layout.
 
 A step is one folder `step-N`: the tensors as torch.distributed.checkpoint writes them (`.metadata`, `__R_0.distcp`),
-`common.pt` (what is the same on every rank), `rank-R.pt` (random states and what is a rank's own), small text files,
-and `manifest.json` with the size and CRC-32 of each. It is written as `step-N.tmp` and renamed when every rank is done.
+`common.pt` (what is the same on every rank), `rank-R.pt` (its random states), small text files, and `manifest.json`
+with the size and CRC-32 of each. It is written as `step-N.tmp` and renamed when every rank is done.
 """
 
 import logging
@@ -29,13 +29,11 @@ from titan_moe.checkpoint.folder import (
     prune,
     publish,
     quietly,
-    rank,
     read_manifest,
     scan,
     start,
     together,
     verify,
-    world_size,
 )
 from titan_moe.checkpoint.lazy import LazyTensors, write_lazily
 from titan_moe.checkpoint.state import (
@@ -54,6 +52,7 @@ from titan_moe.config import Config, load_saved
 from titan_moe.files import write_synced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.combined import kind_of
+from titan_moe.world import rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class Content(NamedTuple):
     optimizer: str | None
     extra: dict[str, Any]
     files: Mapping[str, str]
-    own: dict[str, Any]  # of this rank: random states, and what was given for it
+    own: dict[str, Any]  # of this rank: random states
     seed: int
 
 
@@ -76,7 +75,6 @@ class Restored(NamedTuple):
 
     step: int
     extra: dict[str, Any]  # as rank 0 gave it to save_checkpoint
-    per_rank: Any  # as this rank gave it; None if the world size has changed
 
 
 def save_checkpoint(
@@ -88,19 +86,18 @@ def save_checkpoint(
     extra: dict[str, Any],
     files: Mapping[str, str],
     keep_latest_k: int,
-    per_rank: Any = None,
 ) -> Path:
     """Save step `step` as `folder/step-N` and return that path; call it on every rank.
 
-    `extra` (rank 0's is kept) and `per_rank` (each rank's own) hold numbers, strings, lists, tuples, dicts and tensors.
-    `files` are small text files by name (rank 0's). Random states of torch, Python and numpy are kept for each rank.
+    `extra` (rank 0's is kept) holds numbers, strings, lists, tuples, dicts and tensors. `files` are small text files by
+    name (rank 0's). Random states of torch, Python and numpy are kept for each rank.
     The folder appears under its name when whole; a step that exists is replaced. Then older steps are removed but
     for the latest `keep_latest_k - 1` (0 keeps all). If any rank fails to write, every rank raises CheckpointError
     (an OSError), nothing of this save is left, and earlier steps are untouched.
     """
     state = state_to_save(model, optimizer)
     kind = None if optimizer is None else kind_of(optimizer)
-    content = content_of(state, kind, extra=extra, files=files, per_rank=per_rank)
+    content = content_of(state, kind, extra=extra, files=files)
     return save_content(folder, step, content, keep_latest_k)
 
 
@@ -110,7 +107,6 @@ def content_of(
     *,
     extra: dict[str, Any],
     files: Mapping[str, str],
-    per_rank: Any = None,
     group: dist.ProcessGroup | None = None,
 ) -> Content:
     """What `save_checkpoint` writes of a state, with the random states of this moment."""
@@ -121,7 +117,7 @@ def content_of(
         optimizer=optimizer,
         extra=extra,
         files=files,
-        own={"rng": rng_state(), "per_rank": per_rank},
+        own={"rng": rng_state()},
         seed=torch.initial_seed(),
     )
 
@@ -148,7 +144,7 @@ def save_lazily(
         optimizer=optimizer,
         extra=extra,
         files=files,
-        own={"rng": rng_state(), "per_rank": None},
+        own={"rng": rng_state()},
         seed=torch.initial_seed(),
     )
     return save_content(folder, step, content, 0)
@@ -201,10 +197,8 @@ def load_checkpoint(
     manifest = verify(step_folder) if check else read_manifest(step_folder)
     common = read_common(step_folder)
     together(lambda: load_state(step_folder, model, optimizer, manifest["optimizer"], common["optimizer"]))
-    own = None
-    if manifest["world_size"] == world_size():
+    if optimizer is not None and manifest["world_size"] == world_size():
         own = torch.load(step_folder / f"rank-{rank()}.pt", weights_only=True)
-    if optimizer is not None and own is not None:
         set_rng_state(own["rng"])
     elif optimizer is not None:
         derive_rng_state(manifest["seed"], manifest["step"], rank())
@@ -213,7 +207,7 @@ def load_checkpoint(
                 "%s was saved by %d processes and is loaded by %d: random states are derived from seed %d and the step",
                 *(step_folder, manifest["world_size"], world_size(), manifest["seed"]),
             )
-    return Restored(manifest["step"], common["extra"], own and own["per_rank"])
+    return Restored(manifest["step"], common["extra"])
 
 
 def load_weights(step_folder: Path, *, model: nn.Module, strict: bool) -> None:

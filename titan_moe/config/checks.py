@@ -3,6 +3,7 @@
 from titan_moe.config.combinations import check_combinations
 from titan_moe.config.schema import find_builder
 from titan_moe.config.sections import Config
+from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.matrix import NO_MATRICES
@@ -12,7 +13,8 @@ from titan_moe.optimizer.matrix_builders import DIRECTIONS
 def check_config(config: Config) -> None:
     """Check every constraint between keys that needs no process group, no data and no model."""
     _check_size(config)
-    _check_attention(config)
+    model = config.model
+    check_attention(model.dim, model.num_heads, model.num_kv_heads or model.num_heads)
     _check_experts(config)
     _check_batches(config)
     _check_parts(config)
@@ -39,22 +41,6 @@ def _check_size(config: Config) -> None:
     keys, size = max(sizes.items(), key=lambda item: item[1])
     if size > LARGEST:
         raise ValueError(f"a tensor would have {keys} = {size:.3g} elements: no machine holds that, lower these keys")
-
-
-def _check_attention(config: Config) -> None:
-    model = config.model
-    if model.dim % model.num_heads:
-        raise ValueError(f"model.num_heads ({model.num_heads}) must divide model.dim ({model.dim})")
-    if model.dim // model.num_heads % 2:
-        raise ValueError(
-            f"model.dim / model.num_heads ({model.dim} / {model.num_heads} = {model.dim // model.num_heads}) must be "
-            "even: rotary positions turn pairs of channels"
-        )
-    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
-        raise ValueError(
-            f"model.num_kv_heads ({model.num_kv_heads}) must divide model.num_heads ({model.num_heads}), "
-            "or be 0 for as many"
-        )
 
 
 def _check_experts(config: Config) -> None:
@@ -87,7 +73,6 @@ def _check_experts(config: Config) -> None:
             if freq := getattr(config.metrics, key):
                 raise ValueError(f"metrics.{key} = {freq} needs experts, but moe.num_experts is 0: set it to 0")
         return
-    _check_dispatcher(config)
     _check_experts_backend(config)
     _check_balance_tax(config)
     if moe.top_k > moe.num_experts:
@@ -98,15 +83,6 @@ def _check_experts(config: Config) -> None:
             f"({config.model.num_layers}); for a dense model set moe.num_experts = 0"
         )
     check_combinations(config)
-
-
-def _check_dispatcher(config: Config) -> None:
-    degree, name = config.parallelism.expert_parallel_degree, config.moe.dispatcher
-    if name != "auto" and (name == "all_to_all") != (degree > 1):
-        raise ValueError(
-            f"moe.dispatcher = {name!r} does not go with parallelism.expert_parallel_degree = {degree}: "
-            "local is for 1, all_to_all for more; auto takes the right one"
-        )
 
 
 def _check_experts_backend(config: Config) -> None:

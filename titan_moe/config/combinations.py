@@ -2,7 +2,7 @@
 
 import torch
 
-from titan_moe.balancer import BALANCERS, keep_bias
+from titan_moe.balancer import BALANCERS
 from titan_moe.config.sections import Config
 from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.schedule import SCHEDULES
@@ -13,7 +13,9 @@ EVEN = ("expert_choice", "base")  # the load of a forward pass is even whatever 
 def check_combinations(config: Config) -> None:
     """Refuse what would fail later or do nothing; each error says what to change."""
     router, arguments = config.router.name, config.router.arguments
-    biased = [name for name in config.balancer if name in BALANCERS and _has_bias(config, name)]
+    biased = [
+        name for name in config.balancer if name in BALANCERS and BALANCERS[name](**config.balancer[name]).moves_bias
+    ]
     if router in ROUTERS:
         route = ROUTERS[router](top_k=config.moe.top_k, **arguments)
         with torch.random.fork_rng(devices=[]):  # a router refuses what does not fit it
@@ -39,10 +41,6 @@ def check_combinations(config: Config) -> None:
             f"debug.force_balanced_routing = true deals experts out in turn, but router.name = {router!r} is even by "
             "construction: switch one of them off"
         )
-
-
-def _has_bias(config: Config, name: str) -> bool:
-    return BALANCERS[name](**config.balancer[name]).post_step is not keep_bias
 
 
 def cautions(config: Config) -> list[str]:

@@ -23,7 +23,6 @@ FREE = {
     "training.loss_chunk_tokens": "memory: the same loss",
     "training.deterministic": "speed: which kernels compute, not what",
     "training.skip_nonfinite_steps": "it acts where the run would end, and counts what it skips",
-    "moe.dispatcher": "it repeats what the layout says",
     "moe.experts_backend": "speed: the same experts",
     "data.num_workers": "speed: the same batches",
     "data.cache_folder": "where copies of the data lie",

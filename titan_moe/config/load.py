@@ -88,6 +88,9 @@ SECTIONS = get_type_hints(Config)
 
 State = dict[str, dict[str, Any]]  # section -> checked values; of a component {"name", "arguments", "origin", ...}
 
+# Keys that there were, each with the reason why nothing is lost without it. `titan_moe.config.saved` reads over them.
+REMOVED = {"moe.dispatcher": "parallelism.expert_parallel_degree says how tokens reach their experts"}
+
 
 def load_config(args: list[str]) -> Config:
     """Build the configuration from command-line arguments such as ["--job.config_file", "x.toml", "--compile.enable"].
@@ -176,6 +179,8 @@ def _apply(state: State, section: str, table: Any, origin: str) -> None:
         annotations = get_type_hints(SECTIONS[section], include_extras=True)
         for name, value in table.items():
             key = f"{section}.{name}"
+            if key in REMOVED:
+                raise key_error(origin, key, f"is no key any more: leave it out, {REMOVED[key]}", value)
             if name not in annotations:
                 raise unknown_key(origin, key, tuple(annotations), others=_all_keys(state))
             if key == "job.config_file" and origin != COMMAND_LINE:

@@ -12,7 +12,7 @@ from typing import Any
 
 from titan_moe.commands import TRUST
 from titan_moe.config.layers import Layer, command_line_layer, read_file
-from titan_moe.config.load import KINDS, merge_layers, merge_unchecked
+from titan_moe.config.load import KINDS, REMOVED, merge_layers, merge_unchecked
 from titan_moe.config.schema import key_error
 from titan_moe.config.sections import Component, Config, Optimizer
 from titan_moe.optimizer.groups import GROUP_PATTERNS
@@ -100,4 +100,11 @@ def _layer(path: Path) -> Layer:
         raise key_error(
             str(path), "base", "is not for the configuration of a checkpoint, which is whole", table["base"]
         )
-    return Layer(str(path), table)
+    return Layer(str(path), {section: _present(section, own) for section, own in table.items()})
+
+
+def _present(section: str, table: Any) -> Any:
+    """A section without the keys that only older versions have: what the run was is told by the others."""
+    if not isinstance(table, dict):
+        return table
+    return {key: value for key, value in table.items() if f"{section}.{key}" not in REMOVED}

@@ -70,10 +70,6 @@ class Moe:
     num_shared_experts: Annotated[NonNegativeInt, "experts that every token passes, beside its top_k"] = 0
     first_dense_layers: Annotated[NonNegativeInt, "layers at the bottom without experts"] = 0
     layer_freq: Annotated[PositiveInt, "from there on, every layer_freq-th layer has experts (1: all)"] = 1
-    dispatcher: Annotated[
-        Literal["auto", "local", "all_to_all"],
-        "how tokens reach their experts (auto: all_to_all where expert_parallel_degree is above 1)",
-    ] = "auto"
     experts_backend: Annotated[
         str, "who computes the experts: grouped_mm (torch), liger (liger-kernel's Triton kernels), or my_pkg.my_mod:fn"
     ] = "grouped_mm"

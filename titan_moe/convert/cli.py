@@ -4,8 +4,9 @@ from pathlib import Path
 
 from titan_moe import runtime
 from titan_moe.commands import Parser
-from titan_moe.convert.hf import DTYPES, from_hf, to_hf
+from titan_moe.convert.hf import from_hf, to_hf
 from titan_moe.convert.megatron import MOE_NORM, from_megatron, to_megatron
+from titan_moe.dtypes import DTYPES
 
 NO_VERIFY = "leave out the comparison with the other library on a probe batch (it holds both models in memory)"
 

@@ -24,10 +24,10 @@ from titan_moe.convert.safetensors import read_folder, write_shards
 from titan_moe.convert.tokenizer import exported_files, imported_files
 from titan_moe.convert.verify import check_against_transformers
 from titan_moe.data.tokenizer_files import to_text
+from titan_moe.dtypes import DTYPES
 
 logger = logging.getLogger(__name__)
 OUR_CONFIG = "titan_moe.toml"  # the run's configuration, which config.json has no place for
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IGNORED = (".rotary_emb.inv_freq",)  # follow from the configuration
 
 

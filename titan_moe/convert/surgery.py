@@ -4,7 +4,6 @@ Every operation on a model that has experts is a plan: of each expert of the new
 is applied to all tensors that have a row for each expert: weights, router, bias, moments and step counts.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from titan_moe.convert.architectures import moe_layers
 from titan_moe.convert.output import new_checkpoint
 from titan_moe.data.tokenizer_files import read_tokenizer_files
 from titan_moe.model.transformer import fill_normal
+from titan_moe.world import seed_of
 
 logger = logging.getLogger(__name__)
 MATRICES = ("w1", "w2", "w3")
@@ -256,8 +256,7 @@ def _replan(name: str, tensor: Lazy, plan: Plan) -> Lazy:
 
 
 def _add_noise(row: Tensor, noise: float, key: str) -> None:
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_of(key))
     row += noise * row.std() * torch.randn(row.shape, generator=generator, dtype=row.dtype)
 
 

@@ -25,8 +25,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data.cache import TokenFile
 from titan_moe.data.processes import outlive_signals
+from titan_moe.model.cross_entropy import IGNORE
 
-IGNORE = -100  # label of what is no token of the data, as in torch.nn.functional.cross_entropy
 ROUNDS = 6
 CPU = torch.device("cpu")
 ORDER_CHUNK = 1024  # positions permuted at once: a call costs as much as a hundred positions do

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,10 +64,6 @@ class Tokenizer(NamedTuple):
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens are neither added nor read out of the text."""
         return self.backend.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of several texts, one text after the other: the library's threads and forks do not mix."""
-        return [self.encode(text) for text in texts]
 
     def encode_document(self, text: str) -> np.ndarray:
         """Return the ids of a text and the end of text after them, in the type the cache keeps.

@@ -15,6 +15,21 @@ Rope = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, S, C), k and v (B, G, S, C) -> (B, H, S, C)
 
 
+def check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
+    """Raise ValueError for heads that do not divide the width, or each other, and for heads of an odd width."""
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"model.num_heads ({num_heads}) must divide model.dim ({dim})")
+    if dim // num_heads % 2:
+        raise ValueError(
+            f"model.dim / model.num_heads ({dim} / {num_heads} = {dim // num_heads}) must be even: rotary positions "
+            "turn pairs of channels"
+        )
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({num_heads}), or be 0 for as many"
+        )
+
+
 def rope_cos_sin(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Rope:
     """cos and sin of position * theta^(-2i / head_dim), each (S, C / 2) in fp32, for positions from 0.
 

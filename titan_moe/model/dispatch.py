@@ -120,6 +120,3 @@ class _Combine(Function):
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyrefly: ignore
         grad_y_ND, grad_scores_TK = fused.weigh_rows_backward(grad_TD, *ctx.saved_tensors)
         return grad_y_ND, grad_scores_TK, None, None, None
-
-
-DISPATCHERS: dict[str, Callable[..., Dispatcher]] = {"local": local}

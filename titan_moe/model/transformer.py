@@ -3,7 +3,6 @@
 Shapes: B batch, S sequence, D dim, V vocabulary.
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Literal
@@ -13,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_moe.model.attention import Attention, Rope, rope_cos_sin
+from titan_moe.model.attention import Attention, Rope, check_attention, rope_cos_sin
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
 from titan_moe.model.moe import FeedForward, MoE
 from titan_moe.model.routing import Router, Routing
+from titan_moe.model.wrappers import plain_name
+from titan_moe.world import seed_of
 
 Want = Literal["logits", "loss", "score", "routings"]
 
@@ -81,7 +82,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        _check_attention(dim, num_heads, num_kv_heads)
+        check_attention(dim, num_heads, num_kv_heads)
         self.init_std, self.num_layers = init_std, num_layers
         self.head_dim, self.rope_theta = dim // num_heads, rope_theta
         self.rope: Callable[..., Rope] = rope_cos_sin  # replaced where a process has a part of each sequence
@@ -163,14 +164,14 @@ class Transformer(nn.Module):
         them (Radford et al., 2019). Each parameter has a generator of its own, seeded by (seed, name), so its full
         tensor is the same whatever the layout, the wrappers, or the other parameters are.
         """
-        for name, parameter in self.named_parameters():
-            plain_name = name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+        for wrapped_name, parameter in self.named_parameters():
+            name = plain_name(wrapped_name)
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            residual = plain_name.removesuffix(".weight").endswith((".wo", ".w2"))
+            residual = name.removesuffix(".weight").endswith((".wo", ".w2"))
             std = self.init_std / math.sqrt(2 * self.num_layers) if residual else self.init_std
-            fill_normal(parameter, std, f"{seed}/{plain_name}")
+            fill_normal(parameter, std, f"{seed}/{name}")
         for buffer in self.buffers():
             buffer.zero_()
 
@@ -199,19 +200,9 @@ def _check_multiple_of_8(name: str, value: int) -> None:
         raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
 
 
-def _check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"model.num_heads ({num_heads}) must divide model.dim ({dim})")
-    if (dim // num_heads) % 2:
-        raise ValueError(f"model.dim / model.num_heads ({dim} / {num_heads}) must be even: positions rotate pairs")
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({num_heads})")
-
-
 def fill_normal(parameter: Tensor, std: float, key: str) -> None:
     """Fill with fp32 normal numbers that depend on `key` and the full shape alone; a shard takes its part of them."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
-    generator = torch.Generator(device=parameter.device).manual_seed(seed)
+    generator = torch.Generator(device=parameter.device).manual_seed(seed_of(key))
     if parameter.dtype == torch.float32 and not isinstance(parameter, DTensor):
         parameter.normal_(0.0, std, generator=generator)
         return

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_moe.optimizer.load_lr import Group, local, next_factors, rows
+from titan_moe.dtensor import local, rows
+from titan_moe.optimizer.load_lr import Group, next_factors
 from titan_moe.optimizer.transform import fused_adamw, step_adamw
 
 

@@ -17,7 +17,6 @@ from titan_moe.optimizer.blocks import pack, packed_diagonal, unpack
 from titan_moe.optimizer.transform import State, Tick
 
 Side = Literal["left", "right"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Factor(NamedTuple):

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
+
+from titan_moe.dtensor import local, rows
 
 Group = dict[str, Any]  # of torch.optim: "params" and their settings
 
@@ -169,16 +169,3 @@ def _scale_update(parameter: Tensor, old: Tensor, factor_E: Tensor, group: Group
     new.copy_(torch.lerp(old, new, factor))
     if not group["load_lr_decay"]:
         new.addcmul_(old, 1 - factor, value=-group["lr"] * group["weight_decay"])
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, which shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def rows(tensor: Tensor) -> slice:
-    """Which experts, indices of dim 0, this rank holds: all unless the tensor is a DTensor sharded on dim 0."""
-    if isinstance(tensor, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return slice(offset[0], offset[0] + shape[0])
-    return slice(0, tensor.shape[0])

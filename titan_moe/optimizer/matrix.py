@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
-from titan_moe.optimizer.load_lr import Group, local, next_factors, rows
+from titan_moe.dtensor import gathered, local, own_part, rows, sharded_like
+from titan_moe.optimizer.load_lr import Group, next_factors
 from titan_moe.optimizer.transform import State, Tick, Transform, adam, fused_sgd, make_adamw_states, step_adamw
 
 NO_MATRICES = ("embedding", "norm")  # groups that are updated by AdamW whatever the shape
@@ -180,28 +180,6 @@ def fresh_state(transform: Transform, parameter: Tensor) -> State:
     count = parameter.shape[0] if stacked else 1
     steps = torch.zeros(count, dtype=torch.float32, device=device)
     return {"clock": torch.zeros((), dtype=torch.float32), "step": steps, **state}
-
-
-def sharded_like(rows: Tensor, parameter: DTensor) -> DTensor:
-    """A tensor of which `rows` are this rank's part, sharded on dim 0 as `parameter` is."""
-    shape = torch.Size((parameter.shape[0], *rows.shape[1:]))
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        rows, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
-    )
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor, from all ranks that share it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of a matrix that every rank has."""
-    if not isinstance(parameter, DTensor):
-        return whole
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
 
 
 def check_whole_experts(kind: str, group: Group, parameter: Tensor) -> None:

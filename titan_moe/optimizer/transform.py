@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe.optimizer.load_lr import local
+from titan_moe.dtensor import local
 
 State = dict[str, Tensor]
 

@@ -4,25 +4,18 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from titan_moe.dtensor import local
 from titan_moe.norms import norms
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+from titan_moe.world import all_reduce_sum, world_size
 
 
 def _num_copies(tensor: Tensor) -> int:
     """How many processes hold the same part of `tensor` as this one does."""
     if not isinstance(tensor, DTensor):
-        return _num_ranks()
+        return world_size()
     mesh, copies = tensor.device_mesh, 1
     for axis, placement in enumerate(tensor.placements):
         copies *= mesh.size(axis) if isinstance(placement, Replicate) else 1
@@ -54,11 +47,9 @@ def square_sums(tensors: Mapping[str, Tensor]) -> Squares:
     """
     parts: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        parts.setdefault(_num_copies(tensor), {})[name] = _local(tensor)
+        parts.setdefault(_num_copies(tensor), {})[name] = local(tensor)
     sums = [norms(list(part.values())).square() / n for n, part in parts.items()]
-    values = torch.cat(sums)
-    if _num_ranks() > 1:
-        dist.all_reduce(values)
+    values = all_reduce_sum(torch.cat(sums))
     summed = {name: place for place, name in enumerate(name for part in parts.values() for name in part)}
     return Squares({name: summed[name] for name in tensors}, values)
 

@@ -25,8 +25,6 @@ from titan_moe.runtime import c_compiler
 
 Reshard = Literal["default", "always", "never"]  # torchtitan's names
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def parallelize(
     model: Transformer,

@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from titan_moe import runtime
+from titan_moe.commands import Parser
 from titan_moe.files import write_atomic
 from titan_moe.runtime import StopRequest
 from titan_moe.study.grid import Run, point_text, runs_of
@@ -26,20 +27,14 @@ MARKER = "study.txt"  # what makes a folder that of a study
 PACKAGES = ("rich", "scipy", "jinja2", "matplotlib")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists the arguments)")
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line, but for `--section.key value`."""
-    parser = _Parser(
-        prog="python -m titan_moe.study",
-        description="Run the points of a study as trainings of their own, and write results.jsonl, report.html and "
-        "figures; or compare any runs. Finished runs are skipped, interrupted ones resumed.",
-        epilog="--section.key value, after the study file: changes the configuration of every run, as in training.",
-        allow_abbrev=False,
+    about = (
+        "Run the points of a study as trainings of their own, and write results.jsonl, report.html and figures; or "
+        "compare any runs. Finished runs are skipped, interrupted ones resumed."
     )
+    parser = Parser("python -m titan_moe.study", about)
+    parser.epilog = "--section.key value, after the study file: changes the configuration of every run, as in training."
     parser.add_argument("study", nargs="?", metavar="STUDY.toml", help="the study file")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (1)")
     parser.add_argument("--resume", action="store_true", help="try runs that failed again, too")

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from titan_moe.sinks import clock
 from titan_moe.study.grid import Run, point_text
 from titan_moe.study.runs import Status, status
 
@@ -28,12 +29,6 @@ def seconds_left(runs: Sequence[Run], found: Sequence[Status], jobs: int) -> flo
     speeds = [one.train["step_seconds"] for one in found if one.train and "step_seconds" in one.train]
     left = sum(r.config.training.steps - s.step for r, s in zip(runs, found, strict=True) if s.state != "failed")
     return left * sum(speeds) / len(speeds) / jobs if speeds else None
-
-
-def clock(seconds: float) -> str:
-    """Hours:minutes:seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
 def table(title: str, runs: Sequence[Run], found: Sequence[Status], jobs: int, height: int) -> Any:

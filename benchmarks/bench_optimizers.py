@@ -1,9 +1,9 @@
 """Cost of expert optimizers: whole steps against the same steps with fused AdamW, one thread, interleaved.
 
-    python scripts/bench_optimizers.py                        # ratios at 2048 and 8192 tokens an update
-    python scripts/bench_optimizers.py --mode jitter          # a whole period of steps: the slowest over the median
-    python scripts/bench_optimizers.py --model moe8x          # the paper's shapes, in one layer
-    python scripts/bench_optimizers.py --model moe8x --device cuda
+    python benchmarks/bench_optimizers.py                        # ratios at 2048 and 8192 tokens an update
+    python benchmarks/bench_optimizers.py --mode jitter          # a whole period of steps: the slowest over the median
+    python benchmarks/bench_optimizers.py --model moe8x          # the paper's shapes, in one layer
+    python benchmarks/bench_optimizers.py --model moe8x --device cuda
 
 A step is `train_step`: forward, losses, backward, clipping, update. The named optimizer has the experts, AdamW the
 rest. Its steps are of three kinds: plain, with statistics, with roots. The ratio of whole steps is measured on steps

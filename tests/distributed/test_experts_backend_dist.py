@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import on_meta, place
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import on_meta, place
 from tests.tiny import steps, tiny_model
 from tests.unit.test_experts_backend import calls, one_by_one
 from titan_moe.model.experts_backend import use_experts_backend

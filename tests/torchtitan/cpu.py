@@ -1,7 +1,7 @@
 """Stand-ins for what torchtitan 0.3 and torch 2.13 lack on a machine without a GPU. For development only.
 
 Nothing here is needed, or does anything, on GPUs. `prepare` must run before torchtitan is imported for the first time;
-`python -m torchtitan_patches.train` does that.
+`python -m tests.torchtitan.train` does that.
 """
 
 import importlib.util
@@ -67,7 +67,7 @@ def _replace_parts_of_torchtitan() -> None:
     from torchtitan.tools import utils
 
     if utils.device_type != "cpu":
-        raise RuntimeError("torchtitan was imported before torchtitan_patches.cpu.prepare(): call that first")
+        raise RuntimeError("torchtitan was imported before tests.torchtitan.cpu.prepare(): call that first")
     metrics.build_device_memory_monitor = NoMemoryMonitor
     keep_gradients = fsdp.disable_fsdp_gradient_division
 

@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, mesh_of, on_meta, place
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import LAYOUTS, mesh_of, on_meta, place
 from tests.tiny import adamw, steps, tiny_model
 from titan_moe.config import load_config
 from titan_moe.config.sections import Config, Training

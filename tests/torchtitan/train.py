@@ -1,4 +1,4 @@
-"""Run a torchtitan job on a CPU, for development: python -m torchtitan_patches.train --module M --config C ...
+"""Run a torchtitan job on a CPU, for development: python -m tests.torchtitan.train --module M --config C ...
 
 The arguments are torchtitan's. On GPUs use torchtitan's own entry point, `torchrun -m torchtitan.train`: nothing of
 this module is needed there. Attention is causal over whole sequences, because FlexAttention has no backward on a CPU.
@@ -12,7 +12,7 @@ from torchtitan_patches.version import check_version
 def main() -> None:
     """Prepare the CPU, read the configuration as torchtitan does, and train."""
     check_version()
-    from torchtitan_patches import cpu
+    from tests.torchtitan import cpu
 
     cpu.prepare()
     import torch
@@ -21,7 +21,7 @@ def main() -> None:
 
     init_logger()
     config = ConfigManager().parse_args()
-    config.override.imports.append("torchtitan_patches.cpu_overrides.attention")
+    config.override.imports.append("tests.torchtitan.cpu_overrides.attention")
     trainer = config.build()
     try:
         trainer.train()

@@ -5,7 +5,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from tests.dist.harness import run_ranks
+from tests.distributed.harness import run_ranks
 from titan_moe.parallelize.grad import total_norm
 
 SHAPE = (1025, 2048)  # 2 M elements, of which the ranks have different numbers of rows

@@ -1,6 +1,6 @@
 """What each piece of torchtitan_patches adds to a step of stock torchtitan on this CPU.
 
-    python scripts/bench_torchtitan.py [--rounds 5] [--dim 256] [--tokens 1024]
+    python -m benchmarks.bench_torchtitan [--rounds 5] [--dim 256] [--tokens 1024]
 
 All variants are trainers in one process at the same weights; in a round each takes a step, one after the other, so what
 else the machine does hits them alike. Printed are the medians over rounds of CPU seconds and of their ratio to the
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from torchtitan_patches import cpu
+from tests.torchtitan import cpu
 
 # The preset with all of its roots at the first step: by default the first hundred steps are AdamW's.
 EARLY = {"name": "shampoo_fast", "start_preconditioning_step": 1, "stagger_roots": False}
@@ -76,7 +76,7 @@ def step_of(options: argparse.Namespace, pieces: dict[str, Any]) -> Any:
     config.model_spec = small_model(**sizes)
     config.training.seq_len, config.training.local_batch_size = options.tokens // 4, 4
     config.metrics.log_freq, config.validator.enable, config.debug.seed = 1, False, 1
-    config.override.imports = ["torchtitan_patches.cpu_overrides.attention"]
+    config.override.imports = ["tests.torchtitan.cpu_overrides.attention"]
     if pieces:
         enable(config, **pieces)
     trainer = config.build()

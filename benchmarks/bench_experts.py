@@ -1,6 +1,6 @@
 """Experts forward and backward by every backend that can be used here, on moe8x's sizes.
 
-python scripts/bench_experts.py [--experts 8 --dim 768 --hidden 2048 --rows 40960] [--uneven] [--compiled]
+python benchmarks/bench_experts.py [--experts 8 --dim 768 --hidden 2048 --rows 40960] [--uneven] [--compiled]
 
 Liger's kernels run as its environment says: with LIGER_FUSED_MOE_AUTOTUNE=0 one fixed configuration, else the best of
 160, found at the first call, in minutes.

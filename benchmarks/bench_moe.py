@@ -1,9 +1,9 @@
 """Time and memory of a MoE model against a dense model with the same active FLOPs (the dense roof), and its peers.
 
-    python scripts/bench_moe.py                            # whole steps: ratio to the roof, peak memory
-    python scripts/bench_moe.py --mode growth              # forward and backward with 8 to 128 experts
-    python scripts/bench_moe.py --mode profile             # where our step's time goes
-    python scripts/bench_moe.py --mode floor               # what separate experts cost before any token is moved
+    python benchmarks/bench_moe.py                            # whole steps: ratio to the roof, peak memory
+    python benchmarks/bench_moe.py --mode growth              # forward and backward with 8 to 128 experts
+    python benchmarks/bench_moe.py --mode profile             # where our step's time goes
+    python benchmarks/bench_moe.py --mode floor               # what separate experts cost before any token is moved
 
 A step is forward, cross-entropy, backward and fused AdamW on one thread. Each peer's step is taken between two steps of
 the roof and compared with their mean; the tables have medians. Every step has a fresh random batch, so that the

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.dist.harness import run_ranks
-from tests.dist.test_fsdp import full
+from tests.distributed.harness import run_ranks
+from tests.distributed.test_fsdp import full
 from tests.tiny import balancers, batch, tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.optimizer.build import OPTIMIZERS

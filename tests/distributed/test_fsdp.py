@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import re
 from typing import Any
 
 import pytest
@@ -10,8 +9,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from tests.dist.harness import run_ranks
+from tests.distributed.harness import run_ranks
 from tests.tiny import adamw, balancers, batch, steps, tiny_model
+from titan_moe.dtensor import gathered
+from titan_moe.model.wrappers import plain_name
 from titan_moe.parallelize import parallelize as parallelize_module
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.mesh import build_mesh
@@ -38,14 +39,12 @@ def sharded(world: int, *, replicate: int = 1, expert: int = 1, **options: Any) 
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
-    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return tensor.detach().clone()
+    return gathered(tensor).detach().clone()
 
 
 def summarize(model: Any, outputs: list[Any]) -> dict[str, Any]:
     names = ("loss", "total_loss", "grad_norm", "load", "num_tokens", "router_logit_norm", "router_confidence")
-    wrappers = re.compile("_checkpoint_wrapped_module.|_orig_mod.")
-    parameters = {wrappers.sub("", name): full(value) for name, value in model.state_dict().items()}
+    parameters = {plain_name(name): full(value) for name, value in model.state_dict().items()}
     return {
         **{name: torch.stack([getattr(o, name) for o in outputs]) for name in names},
         "aux_loss": torch.stack([o.balance_losses["aux_loss"] for o in outputs]),

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.cases import Case
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import degrees_of, on_meta, place
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import degrees_of, on_meta, place
 from tests.invariance import assert_same, outcome, start
 from tests.tiny import SEQ, adamw, own_part, steps, tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint

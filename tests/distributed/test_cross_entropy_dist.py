@@ -8,8 +8,8 @@ import torch
 from torch.distributed import _functional_collectives
 
 from tests.cases import Case
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, on_meta, place
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import LAYOUTS, on_meta, place
 from tests.invariance import assert_same, outcome, start
 from tests.tiny import batch, own_part, tiny_model, whole_logits
 from titan_moe.step import evaluate

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, apply, degrees_of, mesh_of
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import LAYOUTS, apply, degrees_of, mesh_of
 from tests.tiny import balancers, batch, own_part, tiny_model
 from tests.unit.test_nonfinite import BY_LOAD, all_state, build
+from titan_moe.dtensor import local
 from titan_moe.metrics import StepOutput
 from titan_moe.step import train_step
 
@@ -34,8 +34,7 @@ def in_forward(output: Tensor) -> Tensor:
 
 def local_state(model: Any, optimizer: torch.optim.Optimizer) -> list[Any]:
     weights, states = all_state(model, optimizer)
-    whole = lambda value: value.to_local() if isinstance(value, DTensor) else value  # noqa: E731
-    return [[whole(weight) for weight in weights], [{k: whole(v) for k, v in own.items()} for own in states]]
+    return [[local(weight) for weight in weights], [{k: local(v) for k, v in own.items()} for own in states]]
 
 
 def poisoned_step(rank: int, model: Any, step: Callable[[], StepOutput], poison: Any) -> StepOutput:

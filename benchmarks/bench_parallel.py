@@ -1,7 +1,7 @@
 """Two processes against one: speed, bytes that collectives move, and what dispatch takes of a MoE layer.
 
-    python scripts/bench_parallel.py                       # everything, some minutes; it wants two free cores
-    python scripts/bench_parallel.py --modes bytes         # needs no quiet machine
+    python benchmarks/bench_parallel.py                       # everything, some minutes; it wants two free cores
+    python benchmarks/bench_parallel.py --modes bytes         # needs no quiet machine
 
 Every process has one thread, all have the same global batch, fp32, and talk over gloo. A step of two processes is
 taken between two steps of one process, and compared with their mean; tables have medians. `wall` is the speed-up by the

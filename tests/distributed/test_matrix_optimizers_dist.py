@@ -14,13 +14,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from tests.cases import OPTIMIZER_NAMES
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, apply
-from tests.dist.test_fsdp import full
-from tests.dist.test_load_lr_dist import train
-from tests.invariance import plain
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import LAYOUTS, apply
+from tests.distributed.test_fsdp import full
+from tests.distributed.test_load_lr_dist import train
 from tests.tiny import tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
+from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.combined import combine
 from titan_moe.optimizer.groups import parameter_groups
@@ -83,7 +83,7 @@ def layout_of(world: int, degree: int) -> str:
 def summarize(model: nn.Module, outputs: list[Any]) -> dict[str, Any]:
     return {
         "loss": torch.stack([o.loss for o in outputs]),
-        "parameters": {plain(name): full(p) for name, p in model.named_parameters()},
+        "parameters": {plain_name(name): full(p) for name, p in model.named_parameters()},
     }
 
 

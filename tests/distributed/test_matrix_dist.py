@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from tests.cases import Case
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, apply
-from tests.invariance import assert_same, fresh, full, outcome, plain, start
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import LAYOUTS, apply
+from tests.invariance import assert_same, fresh, full, outcome, start
 from tests.tiny import steps
+from titan_moe.model.wrappers import plain_name
 
 ROUTER = Case("topk_softmax", {})
 BALANCERS = [Case("aux_loss", {}), Case("z_loss", {}), Case("loss_free", {"rate": 0.01})]
@@ -30,7 +31,7 @@ CURVE = 50
 # have a graph each otherwise, as the process group of the all-to-alls is in it.
 COMPILED = {2: [["fsdp2", "hsdp2x1"], ["ep2"]], 4: [["ep4"], ["ep2_fsdp2"]]}
 INDUCTOR = ("ep2", "selective")
-# Parts of sequences (tensor and context parallelism) are tests/dist/test_parts_dist.py's.
+# Parts of sequences (tensor and context parallelism) are tests/distributed/test_parts_dist.py's.
 WHOLE = {
     world: [name for name, degrees in LAYOUTS[world].items() if not {"tensor", "context"} & set(degrees)]
     for world in COMPILED
@@ -74,7 +75,7 @@ def fifty_steps(model: Any, rank: int = 0, world: int = 1) -> Tensor:
 
 
 def weights(model: Any) -> dict[str, Any]:
-    return {plain(name): full(parameter) for name, parameter in model.named_parameters()}
+    return {plain_name(name): full(parameter) for name, parameter in model.named_parameters()}
 
 
 def eager(rank: int, world: int) -> dict[Any, Any]:

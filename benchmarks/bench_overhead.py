@@ -1,8 +1,8 @@
 """What features cost of a training step: each step with the feature is compared with the plain steps around it.
 
-    python scripts/bench_overhead.py load_lr                 # learning rates by load over one rate for all experts
-    python scripts/bench_overhead.py load_lr --model many    # 64 experts of width 256 instead of 8 of 512
-    python scripts/bench_overhead.py metrics                 # what every step records, jsonl and TensorBoard included
+    python benchmarks/bench_overhead.py load_lr                 # learning rates by load over one rate for all experts
+    python benchmarks/bench_overhead.py load_lr --model many    # 64 experts of width 256 instead of 8 of 512
+    python benchmarks/bench_overhead.py metrics                 # what every step records, jsonl and TensorBoard too
 
 Whole optimizer steps on one thread in fp32, four sequences of 512 tokens, a fresh random batch each; processor seconds,
 so that other programs on the machine do not count. Both sides are models of their own with the same weights. The table

@@ -1,6 +1,6 @@
 """Tokens a processor second of building a token cache, and of `tokenizers` alone on the same documents, in turns.
 
-    python scripts/bench_tokenizing.py --data.tokenizer gpt2/ --data.path corpus/*.jsonl.gz --rounds 3
+    python benchmarks/bench_tokenizing.py --data.tokenizer gpt2/ --data.path corpus/*.jsonl.gz --rounds 3
 
 A build is all that a run waits for: reading, unpacking, hashing, splitting, tokenizing, writing, with the start of its
 worker processes. `tokenizers` is `encode_batch` and `encode_batch_fast` on documents that are in memory already, with a

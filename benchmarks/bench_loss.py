@@ -1,7 +1,7 @@
 """Cross-entropy of an output head: time, memory and errors of titan_moe's chunks, of whole logits, and of torch's own.
 
-    python scripts/bench_loss.py                                               # sizes for a CPU
-    python scripts/bench_loss.py --device cuda --tokens 32768 --dim 768 --vocab 50304 --chunks 1024 2048 4096 8192
+    python benchmarks/bench_loss.py                                               # sizes for a CPU
+    python benchmarks/bench_loss.py --device cuda --tokens 32768 --dim 768 --vocab 50304 --chunks 1024 2048 4096 8192
 
 Time is the smallest of some passes forward and backward, on a CPU of its one thread, less what other programs took.
 Memory is the most that is allocated above the inputs, the gradients that are returned included. Errors are against

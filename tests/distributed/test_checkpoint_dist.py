@@ -15,11 +15,13 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoint, save_checkpoint, state
+from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoint, save_checkpoint, state, store
 from titan_moe.checkpoint import folder as checkpoint_folder
 from titan_moe.checkpoint.background import background_saver
+from titan_moe.dtensor import gathered
+from titan_moe.world import rank
 
 WORLD = 2
 pytestmark = pytest.mark.dist
@@ -69,8 +71,7 @@ def full(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor
     tensors = dict(model.state_dict())
     for name, parameter in model.named_parameters():
         tensors |= {f"{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in tensors.items()}
-    return {name: value.detach().clone() for name, value in whole.items()}
+    return {name: gathered(value).detach().clone() for name, value in tensors.items()}
 
 
 def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -80,12 +81,8 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **changes: Any) -> Path:
-    arguments: dict[str, Any] = {"extra": {"rank": rank()}, "files": {}, "keep_latest_k": 0, "per_rank": rank()}
+    arguments: dict[str, Any] = {"extra": {"rank": rank()}, "files": {}, "keep_latest_k": 0}
     return save_checkpoint(folder, step, model=model, optimizer=optimizer, **arguments | changes)
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def check_reshard(folder: Path) -> None:
@@ -94,18 +91,18 @@ def check_reshard(folder: Path) -> None:
     for layout in ("fsdp", "ep"):
         model, optimizer = make(5, layout)
         restored = load_checkpoint(folder / "step-1", model=model, optimizer=optimizer)
-        assert restored == (1, {"rank": 0}, None)
+        assert restored == (1, {"rank": 0})
         assert_equal(full(model, optimizer), expected)
         assert [group["lr"] for group in optimizer.param_groups] == [0.3 * 0.9 * 0.9, 0.1]
     numbers: Any = [None] * WORLD
     dist.all_gather_object(numbers, torch.rand(1).item())
     assert numbers[0] != numbers[1]  # streams derived for each rank
     train(model, optimizer, 2)
-    save(folder, 3, model, optimizer, per_rank={"rank": rank()})
+    save(folder, 3, model, optimizer)
     number, tensors = torch.rand(1), full(model, optimizer)
     for layout in ("ep", "fsdp"):
         again, fresh = make(9, layout)
-        assert load_checkpoint(folder / "step-3", model=again, optimizer=fresh) == (3, {"rank": 0}, {"rank": rank()})
+        assert load_checkpoint(folder / "step-3", model=again, optimizer=fresh) == (3, {"rank": 0})
         assert torch.equal(torch.rand(1), number)  # this rank's own random state
         assert_equal(full(again, fresh), tensors)
     if rank() == 0:
@@ -134,8 +131,12 @@ def check_failure_on_one_rank(folder: Path) -> None:
         dist.barrier()
         assert [path.name for path in folder.iterdir()] == ["step-1"]
         dist.barrier()
+    rng_state = store.rng_state
+    if rank() == 1:
+        store.rng_state = lambda: {"where": Path("x")}
     with pytest.raises((TypeError, RuntimeError), match=r"rank-1\.pt may hold"):  # our mistake, not the disk's
-        save(folder, 2, model, optimizer, per_rank=Path("x") if rank() == 1 else 0)
+        save(folder, 2, model, optimizer)
+    store.rng_state = rng_state
     dist.barrier()
     save(folder, 2, model, optimizer)
     assert latest_complete(folder) == folder / "step-2"
@@ -234,6 +235,6 @@ def test_two_processes(tmp_path):
 
     train(model, optimizer, 2)
     again, fresh = make(3, "plain")
-    assert load_checkpoint(folder / "step-3", model=again, optimizer=fresh) == (3, {"rank": 0}, None)
+    assert load_checkpoint(folder / "step-3", model=again, optimizer=fresh) == (3, {"rank": 0})
     assert_equal(full(again, fresh), torch.load(folder / "sharded.pt"))
     assert_equal(full(again, fresh), full(model, optimizer))

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import on_meta
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import on_meta
 from tests.tiny import VOCAB, balancers, batch, tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.optimizer.build import OPTIMIZERS

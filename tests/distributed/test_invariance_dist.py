@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from tests.cases import ROUTER_CASES, Case
-from tests.dist.harness import run_ranks
-from tests.dist.layouts import LAYOUTS, apply, degrees_of, place
+from tests.distributed.harness import run_ranks
+from tests.distributed.layouts import LAYOUTS, apply, degrees_of, place
 from tests.invariance import NOISE, assert_same, fresh, is_cut_router, outcome, partners
 from titan_moe.model.transformer import Transformer
 

@@ -1,4 +1,4 @@
-"""Overrides that a CPU needs; `python -m torchtitan_patches.train` adds them."""
+"""Overrides that a CPU needs; `python -m tests.torchtitan.train` adds them."""
 
 from torchtitan.config.override import derive, override
 from torchtitan.models.common.attention import FlexAttention, ScaledDotProductAttention
