@@ -11,16 +11,16 @@ from torch import Tensor
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import LAYOUTS, apply, degrees_of, mesh_of
 from tests.tiny import balancers, batch, own_part, tiny_model
-from tests.unit.test_nonfinite import BY_LOAD, all_state, build
+from tests.unit.test_nonfinite import CASES as OPTIMIZERS
+from tests.unit.test_nonfinite import all_state
 from titan_moe.dtensor import local
 from titan_moe.metrics import StepOutput
 from titan_moe.step import train_step
 
-OPTIMIZERS = {
-    "adamw": functools.partial(build, name="adamw", of_experts=BY_LOAD),
-    "muon": functools.partial(build, name="muon", of_experts={}, others="adamw"),
-}
-CASES = [*((layout, "adamw") for layout in LAYOUTS[2]), ("ep2", "muon")]
+CASES = [
+    *((layout, "adamw, by load") for layout in LAYOUTS[2]),
+    *(("ep2", name) for name in OPTIMIZERS if "torch" not in name),
+]
 
 
 def in_backward(output: Tensor) -> Tensor:
