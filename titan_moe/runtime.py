@@ -300,8 +300,10 @@ def run_command(main: Callable[[list[str]], int]) -> None:
             traceback.print_exc()
         give_up(describe(error))
     except (MemoryError, RuntimeError) as error:
-        if debug or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
+        if debug:
+            traceback.print_exc()
         where = f" on rank {read_world().rank}" if read_world().world_size > 1 else ""
         give_up(
             f"out of memory{where} ({describe(error)[:200]}): lower training.local_batch_size or training.seq_len; "

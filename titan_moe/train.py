@@ -167,7 +167,9 @@ def run_and_finish(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> t
         return run(job, sinks, progress, watch)
     except DivergedError as error:
         job.saver.finish()
-        raise ValueError(f"{error}; {last_checkpoint(job, error.step)}") from error
+        # what it advises, another rate, is a change that a dump folder takes only where it is asked for
+        allowed = "job.allow_config_change = true lets it go on in this folder with what you change"
+        raise ValueError(f"{error}; {last_checkpoint(job, error.step)} ({allowed})") from error
     finally:
         job.saver.finish()
 
@@ -185,8 +187,7 @@ def last_checkpoint(job: Job, step: int) -> str:
     text = (
         f"the last checkpoint{' before it' if step in saved else ''} is step {before[-1]} at {folder}/step-{before[-1]}"
     )
-    back = f": go back with checkpoint.load_step = {before[-1]}" if step in saved else ""
-    return f"{text}{back} (job.allow_config_change = true lets it go on with another rate)"
+    return f"{text}: go back with checkpoint.load_step = {before[-1]}" if step in saved else text
 
 
 def is_over(job: Job, progress: Progress) -> bool:
