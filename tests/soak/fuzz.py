@@ -268,7 +268,7 @@ def main() -> int:
                 seen.add(signature)
                 tqdm.write(f"{what}\n  {case}\n  {last[0][:300]}", file=sys.stdout)
                 sys.stdout.flush()
-    keys_tried = len({case.key for case in chosen})
+    keys_tried = len({case.key for case in chosen} & {FILE, *(key for key, *_ in keys())})  # not the misspelt ones
     print(f"{len(chosen)} cases of {keys_tried} keys: {dict(sorted(counts.items()))}")
     return int(any(what.startswith("FAULT") for what in counts))
 
