@@ -35,7 +35,7 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.combined import Combined, combine, may_step
 from titan_moe.optimizer.groups import parameter_groups
-from titan_moe.optimizer.matrix import MatrixOptimizer
+from titan_moe.optimizer.optimizer import MatrixOptimizer
 from titan_moe.step import train_step
 
 TOP_K, VOCAB, SEQ, MICRO_BATCH = 2, 2048, 512, 4

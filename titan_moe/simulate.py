@@ -36,7 +36,7 @@ from titan_moe.dtensor import local
 from titan_moe.model import cross_entropy
 from titan_moe.model.moe import MoE
 from titan_moe.model.selection import capacity_of, exact_factor
-from titan_moe.optimizer import matrix
+from titan_moe.optimizer import optimizer as optimizers
 from titan_moe.optimizer.combined import may_step
 from titan_moe.parallelize.expert import all_to_all
 from titan_moe.parallelize.grad import Squares
@@ -327,7 +327,7 @@ def _as_on_a_gpu() -> Iterator[None]:
     An RMSNorm is one operator there and ten on a CPU: LayerNorm's stands for it, which reads, writes and keeps as much.
     Products in bf16 can give fp32, chunks of the loss are larger, and all rows of a stacked matrix are updated at once.
     """
-    rms_norm, elements, add_product = F.rms_norm, matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
+    rms_norm, elements, add_product = F.rms_norm, optimizers.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
     chunk_tokens = cross_entropy.CPU_CHUNK_TOKENS
 
     def one_operator(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
@@ -341,12 +341,12 @@ def _as_on_a_gpu() -> Iterator[None]:
     F.rms_norm = one_operator  # pyrefly: ignore
     cross_entropy._add_product = add_in_fp32
     cross_entropy.CPU_CHUNK_TOKENS = cross_entropy.GPU_CHUNK_TOKENS  # pyrefly: ignore
-    matrix.CPU_ELEMENTS_PER_UPDATE = sys.maxsize
+    optimizers.CPU_ELEMENTS_PER_UPDATE = sys.maxsize
     try:
         yield
     finally:
         F.rms_norm, cross_entropy._add_product = rms_norm, add_product  # pyrefly: ignore
-        matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy.CPU_CHUNK_TOKENS = elements, chunk_tokens
+        optimizers.CPU_ELEMENTS_PER_UPDATE, cross_entropy.CPU_CHUNK_TOKENS = elements, chunk_tokens
 
 
 @contextmanager

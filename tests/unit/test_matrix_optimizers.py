@@ -14,12 +14,12 @@ from tests.tiny import balancers, batch, tiny_model
 from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.config import load_config, to_toml
-from titan_moe.optimizer import layouts
+from titan_moe.optimizer import kronecker
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.combined import Combined, combine, describe_group, kind_of
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.optimizer.matrix import COUNTS, apply, parts_of
+from titan_moe.optimizer.optimizer import COUNTS, apply, parts_of
 from titan_moe.optimizer.transform import momentum
 from titan_moe.step import train_step
 
@@ -149,7 +149,7 @@ def test_a_training_step_spares_them_the_look_at_their_gradients() -> None:
     )
     weight = model.layers[0].moe.experts.w2
     step = functools.partial(train_step, model, [batch(0)], optimizer, balancers(), model.expert_biases(), max_norm=1.0)
-    with mock.patch("titan_moe.optimizer.matrix.refuse_nonfinite") as again:
+    with mock.patch("titan_moe.optimizer.optimizer.refuse_nonfinite") as again:
         step()
     again.assert_not_called()  # the norm has told
     weight.grad = torch.full_like(weight, float("nan"))
@@ -198,7 +198,7 @@ def test_experts_are_updated_alike_however_many_at_a_time(
         gradient[1] *= number != 3
         step(all_at_once, gradient.clone(), load)
         with monkeypatch.context() as patch:
-            patch.setattr("titan_moe.optimizer.matrix.CPU_ELEMENTS_PER_UPDATE", together)
+            patch.setattr("titan_moe.optimizer.optimizer.CPU_ELEMENTS_PER_UPDATE", together)
             step(some, gradient.clone(), load)
     assert set(sizes) == {1, 5 if together == 1 else 2}
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
@@ -295,8 +295,8 @@ def test_round_off_stays_round_off(
     def other(x: Tensor) -> Tensor:
         return x * (1 + 1e-7 * torch.randn(x.shape, generator=noise))
 
-    exact = layouts.add_product
-    monkeypatch.setattr(layouts, "add_product", lambda factor, product, *rest: exact(factor, other(product), *rest))
+    exact = kronecker.add_product
+    monkeypatch.setattr(kronecker, "add_product", lambda factor, product, *rest: exact(factor, other(product), *rest))
     moved = moved_by(name, shape, [other(gradient) for gradient in gradients])
     assert not torch.equal(moved, want)
     assert (moved - want).norm() < 2e-4 * want.norm()

@@ -6,8 +6,8 @@ from titan_moe.config.sections import Config
 from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.optimizer.matrix import NO_MATRICES
 from titan_moe.optimizer.matrix_builders import DIRECTIONS
+from titan_moe.optimizer.optimizer import NO_MATRICES
 
 
 def check_config(config: Config) -> None:

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from titan_moe.optimizer.adamw import with_betas
-from titan_moe.optimizer.distributed_shampoo import load_package, meta_direction
 from titan_moe.optimizer.load_lr import Group
-from titan_moe.optimizer.matrix import MatrixOptimizer
+from titan_moe.optimizer.meta_shampoo import load_package, meta_direction
 from titan_moe.optimizer.muon import StepSize, muon_direction
+from titan_moe.optimizer.optimizer import MatrixOptimizer
 from titan_moe.optimizer.shampoo import Grafting, shampoo_direction
 from titan_moe.optimizer.soap import soap_direction
 from titan_moe.optimizer.transform import Transform

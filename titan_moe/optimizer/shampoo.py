@@ -10,7 +10,7 @@ per block of a matrix, with its gradient G, at its step t from 1,
     P = X_L m' X_R |a| / |X_L m' X_R| (Frobenius norms) from `start_preconditioning_step` on, before it P = a
     W <- W - lr (P + weight_decay W)
 
-Blocks side by side may share factors (`titan_moe.optimizer.layouts`): G is then a whole strip of the matrix.
+Blocks side by side may share factors (`titan_moe.optimizer.kronecker`): G is then a whole strip of the matrix.
 
 Shapes: R rows (experts), M x N a matrix, B blocks of a region, H x W a block, S the size of a side.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from titan_moe.dtypes import DTYPES
 from titan_moe.optimizer.factors import init_factor, init_root, refresh_root
-from titan_moe.optimizer.layouts import block_layout, strip_layout
+from titan_moe.optimizer.kronecker import block_layout, strip_layout
 from titan_moe.optimizer.transform import State, Tick, Transform, adam, momentum
 
 Grafting = Literal["adamw", "none"]
