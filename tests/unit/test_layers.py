@@ -23,8 +23,6 @@ LAYERS = {
     "optimizer.load_lr": 0,
     "optimizer.adamw": 0,
     "optimizer.transform": 0,
-    "optimizer.blocks": 0,
-    "optimizer.factors": 0,
     "optimizer.kronecker": 0,
     "optimizer.shampoo": 0,
     "optimizer.soap": 0,

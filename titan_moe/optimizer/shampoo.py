@@ -20,8 +20,7 @@ from typing import Literal
 from torch import Tensor
 
 from titan_moe.dtypes import DTYPES
-from titan_moe.optimizer.factors import init_factor, init_root, refresh_root
-from titan_moe.optimizer.kronecker import block_layout, strip_layout
+from titan_moe.optimizer.kronecker import block_layout, init_factor, init_root, refresh_root, strip_layout
 from titan_moe.optimizer.transform import State, Tick, Transform, adam, momentum
 
 Grafting = Literal["adamw", "none"]

@@ -18,9 +18,18 @@ import torch
 from torch import Tensor
 
 from titan_moe.dtypes import DTYPES
-from titan_moe.optimizer.blocks import Region, from_blocks, to_blocks
-from titan_moe.optimizer.factors import Factor, Side, has_evidence, init_factor, mean_factor
-from titan_moe.optimizer.kronecker import block_layout, factors_by_region
+from titan_moe.optimizer.kronecker import (
+    Factor,
+    Region,
+    Side,
+    block_layout,
+    factors_by_region,
+    from_blocks,
+    has_evidence,
+    init_factor,
+    mean_factor,
+    to_blocks,
+)
 from titan_moe.optimizer.transform import State, Tick, Transform, adam
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
