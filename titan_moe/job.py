@@ -26,6 +26,7 @@ from titan_moe.data.build import Data, resolve_batch_sizes
 from titan_moe.dtypes import DTYPES
 from titan_moe.model.experts_backend import check_experts_backend
 from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.parallelize.parallelize import missing_compiler
@@ -44,7 +45,7 @@ class Job(NamedTuple):
     runtime: Runtime
     data: Data
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     base_lrs: list[float]  # of the optimizer's groups, before the schedule
     schedule: Schedule
     balancers: Balancers

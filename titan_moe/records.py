@@ -21,7 +21,7 @@ from titan_moe.metrics import (
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.model.wrappers import plain_name
-from titan_moe.optimizer.combined import describe_group
+from titan_moe.optimizer.optimizer import describe_group
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.runtime import Runtime, logger
 from titan_moe.sinks import Sink

@@ -23,7 +23,6 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,7 +36,7 @@ from titan_moe.model import cross_entropy
 from titan_moe.model.moe import MoE
 from titan_moe.model.selection import capacity_of, exact_factor
 from titan_moe.optimizer import optimizer as optimizers
-from titan_moe.optimizer.combined import may_step
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.expert import all_to_all
 from titan_moe.parallelize.grad import Squares
 from titan_moe.parallelize.mesh import Degrees, build_mesh
@@ -370,8 +369,7 @@ def _moments(meter: Meter, model: torch.nn.Module, optimizer: Optimizer) -> Iter
     def update_again(*_: Any) -> None:
         if meter.step == FIRST:
             meter.step, meter.counts_work = LATER, True
-            may_step(optimizer, torch.ones((), dtype=torch.bool))  # so that nothing looks at them once more
-            optimizer.step()
+            optimizer.step(finite=torch.ones((), dtype=torch.bool))  # so that nothing looks at them once more
 
     handles = [
         model.register_forward_pre_hook(start_forward),

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from titan_moe.balancer import Balancer, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.routing import Routing
-from titan_moe.optimizer.combined import clip_gradients, step_if_finite
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
 from titan_moe.world import all_reduce_sum
@@ -73,12 +72,11 @@ def train_step(
 
     squares = grad_squares(model.named_parameters())
     norm = squares.norm()
-    clip_gradients(optimizer, norm, max_norm)
     means = router_means(totals[2 + len(balance) :], load_LE)
     finite = is_finite(total_loss, norm, means.get("nonfinite"))
     experts = expert_parameters(model.named_parameters()) if measure_experts else {}
     before = copies(experts)
-    load_factors = step_if_finite(optimizer, load_LE, finite)
+    load_factors = optimizer.step(load=load_LE, grad_norm=norm, max_norm=max_norm, finite=finite)
     optimizer.zero_grad()
     update_expert_biases(expert_biases, load_LE, observations, balancers, progress, finite)
     return StepOutput(

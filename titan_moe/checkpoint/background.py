@@ -17,7 +17,7 @@ from titan_moe.checkpoint.folder import CheckpointError
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_checkpoint, save_content
 from titan_moe.dtensor import local
-from titan_moe.optimizer.combined import kind_of
+from titan_moe.optimizer.optimizer import kind_of
 from titan_moe.watch import connecting
 from titan_moe.world import rank, world_size
 

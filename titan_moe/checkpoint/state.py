@@ -31,11 +31,22 @@ from titan_moe.checkpoint.lazy import Writer
 from titan_moe.checkpoint.metadata import Reader, read_metadata
 from titan_moe.files import write_synced
 from titan_moe.model.wrappers import plain_name
-from titan_moe.optimizer.combined import kind_of
+from titan_moe.optimizer.optimizer import kind_of
 
 logger = logging.getLogger(__name__)
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 _NEW_OPTIMIZER = '; set checkpoint.exclude = ["optimizer"] to go on with the weights and a new optimizer'
+# Settings of groups in checkpoints of AdamW's as it was once, a class of torch's, that change nothing.
+_FORMER_SETTINGS = (
+    "amsgrad",
+    "foreach",
+    "maximize",
+    "capturable",
+    "differentiable",
+    "fused",
+    "decoupled_weight_decay",
+    "optimizer",
+)
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -124,6 +135,8 @@ def _load_with_optimizer(
     _forget_unsaved(model, optimizer, mine.tensors, saved)
     saved_state = {name: shape for name, shape in saved.items() if name.startswith("optimizer.")}
     saved_groups = values.pop("groups")
+    former = {name for name in values if name.rpartition(".")[2] in _FORMER_SETTINGS and name not in mine.values}
+    values = {name: value for name, value in values.items() if name not in former}
     _check_same(what, _settings(mine.values), _settings(values), mend=_NEW_OPTIMIZER)  # these are the user's keys
     _check_same(what, _shapes(mine.tensors), saved_state, mend=_NEW_OPTIMIZER)
     _check_same(what, dict.fromkeys(mine.values, ()), dict.fromkeys(values, ()), mend=_NEW_OPTIMIZER)
