@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from titan_moe.checkpoint.folder import CheckpointError, together
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_content
-from titan_moe.dtensor import local
+from titan_moe.runtime.dtensor import local
 
 
 def save_weights(

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from titan_moe.checkpoint.lazy import LazyTensors
 from titan_moe.checkpoint.store import save_lazily
-from titan_moe.files import fsync_folder, remove_leftovers, temporary_path
+from titan_moe.runtime.files import fsync_folder, remove_leftovers, temporary_path
 
 
 @contextmanager

@@ -9,18 +9,17 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from titan_moe import runtime
 from titan_moe.build import build_model, degrees_of, with_vocab_size
 from titan_moe.config import Config, load_config
 from titan_moe.config.sections import ActivationCheckpoint, Training
 from titan_moe.data.build import resolve_batch_sizes
-from titan_moe.gpus import GPUS
+from titan_moe.estimate.simulate import Simulation, fake_world, simulate
+from titan_moe.estimate.step_time import MEASURED_ON, StepTime, step_time
 from titan_moe.job import compiles
 from titan_moe.metrics import flops_per_token
 from titan_moe.parallelize.mesh import Degrees
 from titan_moe.records import count_active
-from titan_moe.simulate import Simulation, fake_world, simulate
-from titan_moe.step_time import MEASURED_ON, StepTime, step_time
+from titan_moe.runtime.machine import GPUS
 
 # What allocations may fill: the rest is left to CUDA, NCCL's buffers and fragmentation. A rule of thumb, not measured.
 USABLE = 0.9
@@ -375,7 +374,3 @@ def knobs(case: Case) -> Iterator[tuple[str, Case]]:
         if degrees.expert == 1 or config.moe.num_experts % degrees.per_replica == 0:
             words = ", ".join(filter(None, [words, "parallelism.data_parallel_replicate_degree = 1"]))
             yield words, case._replace(degrees=degrees)
-
-
-if __name__ == "__main__":
-    runtime.run_command(main)

@@ -32,15 +32,15 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 from titan_moe import step
 from titan_moe.build import build_balancers, build_optimizer, build_sharded
 from titan_moe.config import Config
-from titan_moe.dtensor import local
 from titan_moe.model import cross_entropy
 from titan_moe.model.moe import MoE
-from titan_moe.model.selection import capacity_of, exact_factor
+from titan_moe.model.routing.common import capacity_of, exact_factor
 from titan_moe.optimizer import matrix
 from titan_moe.optimizer.combined import may_step
 from titan_moe.parallelize.expert import all_to_all
 from titan_moe.parallelize.grad import Squares
 from titan_moe.parallelize.mesh import Degrees, build_mesh
+from titan_moe.runtime.dtensor import local
 from titan_moe.step import train_step
 
 aten, c10d = torch.ops.aten, torch.ops.c10d

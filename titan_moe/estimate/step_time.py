@@ -7,8 +7,8 @@ other, and whichever of host and device is slower sets the pace.
 
 from typing import NamedTuple
 
-from titan_moe.gpus import GPU
-from titan_moe.simulate import Work
+from titan_moe.estimate.simulate import Work
+from titan_moe.runtime.machine import GPU
 
 # The one GPU that was measured, by two profiles of moe8x with 20,480 tokens a micro-batch on torch 2.11, 2026-11-27:
 # (1) eager, before the code was changed for GPUs, (2) compiled, after it. docs/estimate.md says how the numbers follow.

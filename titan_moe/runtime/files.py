@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import zlib
 from collections import deque
@@ -212,3 +213,15 @@ def appender(path: Path) -> Appender:
             sync()
 
     return Appender(append, sync, close)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ValueError where the folder of a run cannot be written or made; leaves nothing behind."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"job.dump_folder {folder} is not writable: {error.strerror}: {existing}; give another one"
+        ) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from titan_moe.runtime import Runtime
+from titan_moe.runtime.world import Runtime
 
 
 @contextlib.contextmanager

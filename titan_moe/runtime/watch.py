@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from titan_moe import runtime
-from titan_moe.runtime import CollectiveError
+from titan_moe.runtime import command, world
+from titan_moe.runtime.errors import CollectiveError
 
 PACKAGE = __file__.removesuffix("watch.py")  # a name alone would be in the paths of a .venv in a checkout of that name
 CONNECTING: dict[str, float] = {}  # what is being connected, and since when (time.monotonic)
@@ -54,7 +54,7 @@ def connecting(groups: str) -> Iterator[None]:
 
 
 @contextmanager
-def watching(watch: Watch, give_up: Callable[[str], None] = runtime.give_up) -> Iterator[None]:
+def watching(watch: Watch, give_up: Callable[[str], None] = command.give_up) -> Iterator[None]:
     """Watch the collectives of this process; raise CollectiveError where one fails.
 
     One that is under way for longer than `watch.limit_seconds`, and groups that are not connected by then, end the
@@ -92,7 +92,7 @@ def _look(watch: Watch, ended: threading.Event, give_up: Callable[[str], None]) 
 
 def place(watch: Watch) -> str:
     """Say which step and rank this is: `step 7, rank 1`."""
-    rank = dist.get_rank() if dist.is_initialized() else runtime.read_world().rank
+    rank = dist.get_rank() if dist.is_initialized() else world.read_world().rank
     return f"{f'step {watch.step}' if watch.step else 'before the first step'}, rank {rank}"
 
 
@@ -129,7 +129,7 @@ def longest_wait(entries: list[dict[str, Any]], now_ns: int) -> tuple[str, float
     if not waiting:
         return None
     oldest = min(waiting, key=lambda entry: entry["time_created_ns"])
-    return describe(oldest), (now_ns - oldest["time_created_ns"]) / 1e9
+    return _named(oldest), (now_ns - oldest["time_created_ns"]) / 1e9
 
 
 def _last_collective() -> str:
@@ -138,10 +138,10 @@ def _last_collective() -> str:
     stuck = longest_wait(entries, 0)
     if stuck is not None:
         return stuck[0]
-    return describe(entries[-1]) if entries else "a collective"
+    return _named(entries[-1]) if entries else "a collective"
 
 
-def describe(entry: dict[str, Any]) -> str:
+def _named(entry: dict[str, Any]) -> str:
     """Name a collective: `all_gather #12 of group dp_shard`, by its count in the group."""
     operation = entry["profiling_name"].partition(":")[2] or entry["profiling_name"]
     return f"{operation} #{entry['collective_seq_id']} of group {entry['process_group'][1]}"

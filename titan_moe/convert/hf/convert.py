@@ -15,16 +15,16 @@ from titan_moe.checkpoint import resolve_checkpoint
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors, cast, read_lazily, rows, stacked
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, load_saved, to_toml
-from titan_moe.convert.architectures import Architecture, architecture_of, hf_config
-from titan_moe.convert.card import model_card
-from titan_moe.convert.names import FP32, Pair, TensorMap, tensor_map
-from titan_moe.convert.output import new_checkpoint, new_folder
-from titan_moe.convert.read_config import arguments_of, read_json
-from titan_moe.convert.safetensors import read_folder, write_shards
-from titan_moe.convert.tokenizer import exported_files, imported_files
+from titan_moe.convert.hf.architectures import Architecture, architecture_of, hf_config
+from titan_moe.convert.hf.card import model_card
+from titan_moe.convert.hf.read_config import arguments_of, read_json
+from titan_moe.convert.hf.safetensors import read_folder, write_shards
+from titan_moe.convert.hf.tensor_map import FP32, Pair, TensorMap, tensor_map
+from titan_moe.convert.hf.tokenizer import exported_files, imported_files
+from titan_moe.convert.new_folder import new_checkpoint, new_folder
 from titan_moe.convert.verify import check_against_transformers
 from titan_moe.data.tokenizer_files import to_text
-from titan_moe.dtypes import DTYPES
+from titan_moe.runtime.dtypes import DTYPES
 
 logger = logging.getLogger(__name__)
 OUR_CONFIG = "titan_moe.toml"  # the run's configuration, which config.json has no place for

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from titan_moe.convert.architectures import NAMES
+from titan_moe.convert.hf.architectures import NAMES
 
 # What transformers takes where a config.json is silent.
 _EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False, "num_experts_per_tok": 4}

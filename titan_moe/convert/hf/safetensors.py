@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors
-from titan_moe.files import is_plain_name
+from titan_moe.runtime.files import is_plain_name
 
 DTYPES = {
     "F64": torch.float64,

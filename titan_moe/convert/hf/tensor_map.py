@@ -6,7 +6,7 @@ On disk the experts are separate matrices there and rows of one tensor here; eve
 from typing import NamedTuple
 
 from titan_moe.config import Config
-from titan_moe.convert.architectures import Architecture, moe_layers
+from titan_moe.convert.hf.architectures import Architecture, moe_layers
 
 FP32 = ("e_score_correction_bias",)  # kept in fp32 whatever the dtype of the export
 

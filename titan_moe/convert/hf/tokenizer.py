@@ -21,7 +21,7 @@ from titan_moe.data.tokenizer_files import (
     table,
     to_text,
 )
-from titan_moe.runtime import logger
+from titan_moe.runtime.command import logger
 
 OTHER_TEMPLATES = "additional_chat_templates"
 

@@ -29,9 +29,9 @@ from titan_moe.checkpoint.lazy import (
 )
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, load_saved, to_toml
-from titan_moe.convert.architectures import moe_layers
-from titan_moe.convert.hf import OUR_CONFIG, model_tensors, shapes_of
-from titan_moe.convert.output import new_checkpoint, new_folder
+from titan_moe.convert.hf.architectures import moe_layers
+from titan_moe.convert.hf.convert import OUR_CONFIG, model_tensors, shapes_of
+from titan_moe.convert.new_folder import new_checkpoint, new_folder
 from titan_moe.convert.verify import check_against_megatron
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Megatron-core's own model on a CPU, in a process of its own: `python -m titan_moe.convert.megatron_model GIVEN OUT`.
+"""Megatron-core's own model on a CPU, in a process of its own: `python -m titan_moe.convert.megatron.model GIVEN OUT`.
 
 GIVEN is a file of torch.save: `folder` (torch_dist), `arguments` (of its TransformerConfig), `vocab_size`, `tied`,
 `theta`, `tokens` (B, S). OUT gets `logits` (B, S, V) and `experts`, the choices (B, S, K) of each MoE layer. Megatron
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from titan_moe.checkpoint.metadata import METADATA, read_metadata
-from titan_moe.convert.megatron import MOE_NORM, write_backend
+from titan_moe.convert.megatron.convert import MOE_NORM, write_backend
 
 NOT_WEIGHTS = ("_extra_state", "tokens_per_expert", "checkpoint_version", "iteration")
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_moe.model.selection import (
+from titan_moe.model.routing.common import (
     Router,
     Routing,
     capacity_of,
@@ -199,7 +199,7 @@ def auction_assignment(value_TE: Tensor, rounds: int) -> Tensor:
 
 
 def balancing_prices(value_TE: Tensor, steps: int) -> Tensor:
-    """Prices (E,) at which about T / E tokens want each expert most, by steps of `titan_moe.quantile` on all tokens."""
+    """Prices (E,) at which about T / E tokens want each expert most, by quantile steps (`titan_moe.balancer`)."""
     T, E = value_TE.shape
     price_E = value_TE.new_zeros(E)
     for _ in range(steps):

@@ -199,3 +199,20 @@ def rank_in_expert(expert_N: Tensor, order_N: Tensor, tokens_per_expert_E: Tenso
     start_E = tokens_per_expert_E.cumsum(0) - tokens_per_expert_E
     rank_N = torch.arange(expert_N.numel(), device=expert_N.device) - start_E[expert_N[sorted_N]]
     return rank_N[sorted_N.argsort()]  # not a scatter: inductor 2.13 reads a fused scatter's output before it writes it
+
+
+def force_balanced(router: Router) -> Router:
+    """A router that deals the experts out in turn, for measuring speed at perfect balance (a debugging aid).
+
+    Choice k of token t is expert (t * K + k) mod E, whatever the logits; its weight is the given router's score there.
+    """
+
+    def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None) -> Routing:
+        routing = router(router_logits_TE, expert_bias_E)
+        ids_TK = routing.topk_experts
+        slots_N = torch.arange(ids_TK.numel(), device=ids_TK.device)
+        dealt_TK = (slots_N % routing.scores.shape[-1]).view_as(ids_TK)
+        dealt_scores_TK = routing.scores.gather(-1, dealt_TK)
+        return make_routing(routing.router_logits, routing.scores, dealt_scores_TK, dealt_TK, routing.selection)
+
+    return route

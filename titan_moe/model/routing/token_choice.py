@@ -1,23 +1,14 @@
-"""Routers: pure functions from router logits to the experts of every token.
+"""Routers in which each token chooses its experts.
 
-A router is built from its arguments, `ROUTERS[name](**arguments)`, and then maps (router_logits_TE, expert_bias_E or
-None) to a `Routing`. All of its math is fp32. `expert_bias` takes part in the choice of experts only: the weights that
-combine the experts' outputs never see it. Here are those in which each token chooses its experts; `assignment` has
-those that look at all tokens at once.
-
-Arguments that several have: `num_groups`, `topk_groups` (`selection.limit_groups`), `jitter`, `noise_std`
-(`selection.scaled_logits`), `capacity_factor` (0: dropless), `drop_policy` (`selection.drop_over_capacity`).
+Arguments that several have: `num_groups`, `topk_groups` (`common.limit_groups`), `jitter`, `noise_std`
+(`common.scaled_logits`), `capacity_factor` (0: dropless), `drop_policy` (`common.drop_over_capacity`).
 
 Shapes: T tokens, E experts, K top_k.
 """
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor
 
-from titan_moe.model.assignment import base, expert_choice, sinkhorn
-from titan_moe.model.selection import (
+from titan_moe.model.routing.common import (
     DropPolicy,
     Options,
     Router,
@@ -29,8 +20,6 @@ from titan_moe.model.selection import (
     scaled_logits,
     select,
 )
-
-__all__ = ["ROUTERS", "Router", "Routing", "force_balanced", "make_routing"]
 
 
 def topk_softmax(
@@ -157,31 +146,3 @@ def sigmoid(
         return make_routing(logits_TE, normalized(s_TE), topk_scores_TK * score_scale, topk_experts_TK, s_TE)
 
     return route
-
-
-def force_balanced(router: Router) -> Router:
-    """A router that deals the experts out in turn, for measuring speed at perfect balance (a debugging aid).
-
-    Choice k of token t is expert (t * K + k) mod E, whatever the logits; its weight is the given router's score there.
-    """
-
-    def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None) -> Routing:
-        routing = router(router_logits_TE, expert_bias_E)
-        ids_TK = routing.topk_experts
-        slots_N = torch.arange(ids_TK.numel(), device=ids_TK.device)
-        dealt_TK = (slots_N % routing.scores.shape[-1]).view_as(ids_TK)
-        dealt_scores_TK = routing.scores.gather(-1, dealt_TK)
-        return make_routing(routing.router_logits, routing.scores, dealt_scores_TK, dealt_TK, routing.selection)
-
-    return route
-
-
-ROUTERS: dict[str, Callable[..., Router]] = {
-    "topk_softmax": topk_softmax,
-    "softmax_topk": softmax_topk,
-    "switch": switch,
-    "sigmoid": sigmoid,
-    "expert_choice": expert_choice,
-    "base": base,
-    "sinkhorn": sinkhorn,
-}

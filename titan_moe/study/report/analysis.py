@@ -6,8 +6,8 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from titan_moe.study.grid import Point, Run, point_text, value_text
-from titan_moe.study.likeness import lengths, unlike
-from titan_moe.study.measures import MEASURES
+from titan_moe.study.report.likeness import lengths, unlike
+from titan_moe.study.report.measures import MEASURES
 from titan_moe.study.runs import (
     METRICS,
     History,

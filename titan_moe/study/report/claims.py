@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_moe.commands import Parser
 from titan_moe.config.layers import tomllib
-from titan_moe.files import write_atomic
 from titan_moe.markdown import code, plain
-from titan_moe.study.analysis import LEVEL, Interval, interval
-from titan_moe.study.likeness import cautions, length_text, listed, unlike, values
-from titan_moe.study.measures import MEASURES
+from titan_moe.runtime.command import Parser
+from titan_moe.runtime.files import write_atomic
+from titan_moe.study.report.analysis import LEVEL, Interval, interval
+from titan_moe.study.report.likeness import cautions, length_text, listed, unlike, values
+from titan_moe.study.report.measures import MEASURES
 
 DOCUMENT = {"title": True, "introduction": True, "studies": True, "claims": True, "figures": False}  # key: needed
 CLAIM = {"claim": True, "where": True, "paper": True, "contrasts": True}

@@ -8,11 +8,11 @@ from typing import Any
 
 from titan_moe.config import Config, read_saved
 from titan_moe.config.differences import flat
-from titan_moe.runtime import StopRequest
+from titan_moe.runtime.command import StopRequest
 from titan_moe.study.grid import Run, without_job
-from titan_moe.study.likeness import listed
 from titan_moe.study.progress import counts, statuses
-from titan_moe.study.report import Page, write_report
+from titan_moe.study.report.likeness import listed
+from titan_moe.study.report.page import Page, write_report
 from titan_moe.study.runs import METRICS, POINT
 from titan_moe.study.spec import Section
 

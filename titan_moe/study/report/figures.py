@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from titan_moe.study.analysis import (
+from titan_moe.study.grid import Point, value_text
+from titan_moe.study.report.analysis import (
     AxisInfo,
     Interval,
     Standing,
@@ -22,10 +23,9 @@ from titan_moe.study.analysis import (
     short_name,
     standing,
 )
-from titan_moe.study.grid import Point, value_text
-from titan_moe.study.likeness import unlike
-from titan_moe.study.measures import MEASURES
-from titan_moe.study.theme import INK, LIGHT, colour, dashes, marker, new_figure
+from titan_moe.study.report.likeness import unlike
+from titan_moe.study.report.measures import MEASURES
+from titan_moe.study.report.theme import INK, LIGHT, colour, dashes, marker, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

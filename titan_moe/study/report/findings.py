@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from titan_moe.study.analysis import (
+from titan_moe.study.grid import Point
+from titan_moe.study.report.analysis import (
     AxisInfo,
     Standing,
     Summary,
@@ -13,9 +14,8 @@ from titan_moe.study.analysis import (
     short_name,
     standing,
 )
-from titan_moe.study.grid import Point
-from titan_moe.study.likeness import cautions, listed, unlike
-from titan_moe.study.measures import MEASURES
+from titan_moe.study.report.likeness import cautions, listed, unlike
+from titan_moe.study.report.measures import MEASURES
 
 
 class Finding(NamedTuple):

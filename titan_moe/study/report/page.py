@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 from titan_moe.config import to_toml
 from titan_moe.config.differences import flatten
-from titan_moe.files import write_atomic
 from titan_moe.markdown import plain
-from titan_moe.study import theme
-from titan_moe.study.analysis import (
+from titan_moe.runtime.files import write_atomic
+from titan_moe.study.grid import Point, Run, baseline_of, expand, value_text
+from titan_moe.study.progress import counts
+from titan_moe.study.report import theme
+from titan_moe.study.report.analysis import (
     AxisInfo,
     Entry,
     Standing,
@@ -28,13 +30,11 @@ from titan_moe.study.analysis import (
     standing,
     summarize,
 )
-from titan_moe.study.curves import curve_panels, load_panel
-from titan_moe.study.figures import Panel, difference_panels, measure_panels
-from titan_moe.study.findings import Finding, baseline_note, comparisons, headline, notes
-from titan_moe.study.grid import Point, Run, baseline_of, expand, value_text
-from titan_moe.study.likeness import lengths, short_version
-from titan_moe.study.measures import COLUMNS, MEASURES
-from titan_moe.study.progress import counts
+from titan_moe.study.report.curves import curve_panels, load_panel
+from titan_moe.study.report.figures import Panel, difference_panels, measure_panels
+from titan_moe.study.report.findings import Finding, baseline_note, comparisons, headline, notes
+from titan_moe.study.report.likeness import lengths, short_version
+from titan_moe.study.report.measures import COLUMNS, MEASURES
 from titan_moe.study.runs import write_results
 from titan_moe.study.spec import Study
 
@@ -144,7 +144,7 @@ def render(context: Mapping[str, Any]) -> str:
     """Fill in the page's template."""
     from jinja2 import Environment, StrictUndefined
 
-    template = files("titan_moe.study").joinpath("report.html.j2").read_text(encoding="utf-8")
+    template = files("titan_moe.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(context)
 

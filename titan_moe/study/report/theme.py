@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titan_moe.files import write_atomic
+from titan_moe.runtime.files import write_atomic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
