@@ -153,7 +153,7 @@ def check_own_gpu(rt: Runtime) -> None:
     ranks: dict[str, list[int]] = {}
     for rank, gpu in enumerate(world.all_gather(identity)):
         ranks.setdefault(gpu, []).append(rank)
-    shared = next((together for together in ranks.values() if len(together) > 1), None)
+    shared = next((group for group in ranks.values() if len(group) > 1), None)
     if shared is not None:
         raise ValueError(
             f"ranks {shared} have the same GPU: each needs one of its own: start them by torchrun, or set LOCAL_RANK "

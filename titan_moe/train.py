@@ -24,7 +24,7 @@ from titan_moe.checkpoint import (
 from titan_moe.checkpoint.background import Timetable
 from titan_moe.checkpoint.branch import leave_branch
 from titan_moe.checkpoint.export import save_weights
-from titan_moe.checkpoint.folder import steps_after, together
+from titan_moe.checkpoint.folder import run_on_all_ranks, steps_after
 from titan_moe.config import Config, help_text, load_config, to_toml
 from titan_moe.config.layers import read_file
 from titan_moe.data.build import resolve_batch_sizes, token_bytes
@@ -203,8 +203,8 @@ def set_later_aside(job: Job, step: int) -> int:
     config, saved = job.config.checkpoint, job.folder / job.config.checkpoint.folder
     folders = [saved, job.folder / EXPORT] if config.enable else []
     same_run = config.enable and had_checkpoints(job.folder)
-    together(lambda: leave_branch(job.folder / METRICS, folders, step, same_run=same_run), main_only=True)
-    (there,) = together(lambda: steps_after(saved, 0), main_only=True)
+    run_on_all_ranks(lambda: leave_branch(job.folder / METRICS, folders, step, same_run=same_run), main_only=True)
+    (there,) = run_on_all_ranks(lambda: steps_after(saved, 0), main_only=True)
     if there and not config.enable and job.runtime.is_main:
         logger.warning(
             "checkpoint.enable = false: this run begins at step 1, and %s stays in %s for the next run with "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_moe.checkpoint.folder import CheckpointError, together
+from titan_moe.checkpoint.folder import CheckpointError, run_on_all_ranks
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_content
 from titan_moe.runtime.dtensor import local
@@ -27,7 +27,7 @@ def save_weights(
         for name, tensor in state_to_save(model, None).tensors.items():
             made[name] = tensor if name.endswith(".expert_bias") else _cast(name, tensor, dtype)
 
-    together(convert)
+    run_on_all_ranks(convert)
     content = content_of(State(made, {}), None, extra=extra, files=files)
     return save_content(folder, step, content, keep_latest_k=1)
 

@@ -22,9 +22,19 @@ import torch.distributed as dist
 from titan_moe.runtime import command, world
 from titan_moe.runtime.errors import CollectiveError
 
-PACKAGE = __file__.removesuffix("watch.py")  # a name alone would be in the paths of a .venv in a checkout of that name
+PACKAGE = __file__.removesuffix(
+    "runtime/watch.py"
+)  # a name alone would be in the paths of a .venv in a checkout of that name
 CONNECTING: dict[str, float] = {}  # what is being connected, and since when (time.monotonic)
-MARKS = ("gloo", "NCCL", "c10d", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe")
+CONNECTION_ERRORS = (
+    "gloo",
+    "NCCL",
+    "c10d",
+    "Connection closed",
+    "Connection reset",
+    "Timed out waiting",
+    "Broken pipe",
+)
 
 
 @dataclass
@@ -105,7 +115,7 @@ def reason(error: BaseException) -> str:
 
 def is_failed_collective(error: BaseException) -> bool:
     """Whether an error comes out of a collective; backward passes them on as plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in MARKS)
+    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in CONNECTION_ERRORS)
 
 
 def recorded() -> list[dict[str, Any]]:
