@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from titan_moe.dtensor import gathered, local, own_part, rows, sharded_like
 from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import Group, keep_factors
 from titan_moe.optimizer.transform import Kernel, State, Tick, Transform, adamw, fused_sgd, keep_dead_rows
+from titan_moe.runtime.dtensor import gathered, local, own_part, rows, sharded_like
 
 # Elements of a stacked parameter whose rows are updated together on a CPU. Temporaries of more are handed back to the
 # system and faulted in again at each use, which doubles the time of an update of eight experts of 768 x 2048. A GPU

@@ -19,9 +19,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from titan_moe.dtypes import DTYPES
 from titan_moe.optimizer.kronecker import block_layout, init_factor, init_root, refresh_root, strip_layout
 from titan_moe.optimizer.transform import MatmulDtype, State, Tick, Transform, adamw, momentum
+from titan_moe.runtime.dtypes import DTYPES
 
 Grafting = Literal["adamw", "none"]
 

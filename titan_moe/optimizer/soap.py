@@ -17,7 +17,6 @@ Shapes: R rows (experts), M x N a matrix, B blocks of a region, H x W a block, S
 import torch
 from torch import Tensor
 
-from titan_moe.dtypes import DTYPES
 from titan_moe.optimizer.kronecker import (
     Factor,
     Region,
@@ -31,6 +30,7 @@ from titan_moe.optimizer.kronecker import (
     to_blocks,
 )
 from titan_moe.optimizer.transform import MatmulDtype, State, Tick, Transform, adamw
+from titan_moe.runtime.dtypes import DTYPES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EVIDENT = 1e-5  # a part of a gradient that is smaller than this may be the round-off of the whole in fp32
