@@ -37,9 +37,9 @@ class Rule(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What torch's kernels are told, fp32 scalars on the device, so that nothing is read on the host.
+    """What kernels are told by fp32 scalars on the device, so that the host reads nothing; None has no effect.
 
-    Where `skip` is 1 they change nothing; they divide gradients by `grad_scale`. None: they go on, they do not divide.
+    Where `skip` is 1 they change nothing, and they divide gradients by `grad_scale`.
     """
 
     skip: Tensor | None = None
@@ -108,32 +108,35 @@ class Optimizer(torch.optim.Optimizer):
             finite = grad_norm.isfinite()
 
         # Kernels leave a step out on the device, and the host waits for nothing. A transform would keep a NaN for ever,
-        # and what happens every n-th step is counted on the host: for their sake one flag is read there.
+        # and what it does every n-th step is counted on the host: for its sake one flag is read there.
         skip = None if finite is None else (~finite).float()
         if self.waits():
             skip = None
-            if self._reads_that_it_is_refused(finite):
+            if self._is_refused(finite):
                 by_load = load is not None and any("load_lr" in group for group in self.param_groups)
-                return (zeros_of(load) if by_load else None) if closure is None else loss
+                return (torch.zeros(load.shape, device=load.device) if by_load else None) if closure is None else loss
 
         # Kernels divide gradients while they read them, which saves a pass over memory; the others' are divided here.
         grad_scale = None
         if grad_norm is not None and max_norm > 0:
             grad_scale = ((grad_norm + 1e-6) / max_norm).clamp(min=1.0)
-            divide([p.grad for p in self._read_by_no_kernel() if p.grad is not None], grad_scale)
+            divide(self._gradients_of_no_kernel(), grad_scale)
 
-        scalars, factor_LE = Scalars(skip, grad_scale), None
-        for group, rule in zip(self.param_groups, self.rules, strict=True):
-            if isinstance(rule, Rule):
-                own_LE = self._step_group(group, rule, load, scalars)
-                factor_LE = factor_LE if own_LE is None else own_LE
-        for outside in self._outside:
-            own_LE = self._step_outside(outside, load, scalars)
-            factor_LE = factor_LE if own_LE is None else own_LE
+        scalars = Scalars(skip, grad_scale)
+        factors = [self._step_group(group, rule, load, scalars) for group, rule in self._ruled()]
+        factors += [self._step_outside(outside, load, scalars) for outside in self._outside]
         self._memory = None
-        if factor_LE is not None and finite is not None:
-            factor_LE = torch.where(finite, factor_LE, zeros_of(factor_LE))
-        return factor_LE if closure is None else loss
+        if closure is not None:
+            return loss
+
+        # one group at most goes by load
+        factor_LE = next((own_LE for own_LE in factors if own_LE is not None), None)
+        return factor_LE if factor_LE is None or finite is None else torch.where(finite, factor_LE, 0.0)
+
+    def _ruled(self) -> list[tuple[Group, Rule]]:
+        """The groups that are updated by a transform of ours, with their rules."""
+        pairs = zip(self.param_groups, self.rules, strict=True)
+        return [(group, rule) for group, rule in pairs if isinstance(rule, Rule)]
 
     def waits(self) -> bool:
         """Whether a step reads on the host whether it is finite, which waits for a GPU."""
@@ -152,41 +155,40 @@ class Optimizer(torch.optim.Optimizer):
             own = [group for group, rule in zip(self.param_groups, self.rules, strict=True) if rule is outside]
             outside.__setstate__({"state": self.state, "param_groups": own})
 
-        for rule in dict.fromkeys(rule for rule in self.rules if isinstance(rule, Rule)):
-            matrices = []
-            for group in (group for group, own in zip(self.param_groups, self.rules, strict=True) if own == rule):
-                transform = transform_of(rule.make, group)
-                matrices += [(group, parameter) for parameter in group["params"] if takes(transform, group, parameter)]
-            for number, (group, parameter) in enumerate(matrices):
-                check_whole_experts(rule.name, group, parameter)
-                transform = self._matrices[parameter] = transform_of(rule.make, group)  # one may keep things of its own
-                self._offsets[parameter] = transform.period * number // len(matrices)
+        # the matrices of all groups with one rule have their roots one after another
+        matrices: dict[Rule, list[Tensor]] = {}
+        for group, rule in self._ruled():
+            for parameter in group["params"]:
+                transform = transform_of(rule.make, group)  # one for each, which may keep things of its own
+                if takes(transform, group, parameter):
+                    check_whole_experts(rule.name, group, parameter)
+                    self._matrices[parameter] = transform
+                    matrices.setdefault(rule, []).append(parameter)
+        for own in matrices.values():
+            periods = [self._matrices[parameter].period for parameter in own]
+            offsets = (period * number // len(own) for number, period in enumerate(periods))
+            self._offsets |= dict(zip(own, offsets, strict=True))
 
-    def _reads_that_it_is_refused(self, finite: Tensor | None) -> bool:
-        """Whether the step is not finite; without a flag raises ValueError where a group of matrices is not."""
-        if finite is not None:
-            return not finite
-        ruled = zip(self.param_groups, self.rules, strict=True)
-        refuse_nonfinite([g for g, rule in ruled if isinstance(rule, Rule) and not transform_of(rule.make, g).kernel])
-        return False
+    def _is_refused(self, finite: Tensor | None) -> bool:
+        """Read on the host whether the step is not finite; without a flag an error says which gradient is not."""
+        if finite is None:
+            refuse_nonfinite([group for group, rule in self._ruled() if not transform_of(rule.make, group).kernel])
+        return finite is not None and not finite
 
-    def _read_by_no_kernel(self) -> list[Tensor]:
-        """Parameters whose gradients nobody divides while reading them."""
-        return [
-            parameter
-            for group, rule in zip(self.param_groups, self.rules, strict=True)
-            for parameter in group["params"]
-            if (parameter in self._matrices if isinstance(rule, Rule) else not takes_scalars(rule))
-        ]
+    def _gradients_of_no_kernel(self) -> list[Tensor]:
+        """The gradients that nobody divides while reading them."""
+        parameters = list(self._matrices)
+        for outside in self._outside:
+            if not takes_scalars(outside):
+                parameters += [parameter for group in outside.param_groups for parameter in group["params"]]
+        return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     def _step_group(self, group: Group, rule: Rule, load_LE: Tensor | None, scalars: Scalars) -> Tensor | None:
         """Update a group by its transform; returns the factors (L, E) of its rates if they go by load."""
         active = [parameter for parameter in group["params"] if parameter.grad is not None]
         matrices = [parameter for parameter in active if parameter in self._matrices]
         others = [parameter for parameter in active if parameter not in self._matrices]
-        kernel = None
-        if others:
-            kernel = transform_of(rule.make, group).kernel or transform_of(adamw, group).kernel
+        kernel = (transform_of(rule.make, group).kernel or transform_of(adamw, group).kernel) if others else None
         if "load_lr" not in group:
             if kernel is not None:
                 step_by_kernel(kernel, group, others, self.state, scalars)
@@ -303,31 +305,25 @@ def combine(
     return Optimizer(ordered, rules)
 
 
-def kind_of(optimizer: torch.optim.Optimizer) -> str:
+def kind_of(optimizer: torch.optim.Optimizer | Rule) -> str:
     """What updates which groups, for checkpoints to compare: `AdamW`, or `AdamW (router, dense) + shampoo (expert)`."""
     if not isinstance(optimizer, Optimizer):
-        return type(optimizer).__name__
+        return optimizer.name if isinstance(optimizer, Rule) else type(optimizer).__name__
     groups: dict[Any, list[str]] = {}
     for group, rule in zip(optimizer.param_groups, optimizer.rules, strict=True):
         groups.setdefault(rule, []).append(group.get("name", ""))
     if len(groups) == 1:
-        return name_of(optimizer.rules[0])
-    return " + ".join(f"{name_of(rule)} ({', '.join(members)})" for rule, members in groups.items())
-
-
-def name_of(rule: Rule | torch.optim.Optimizer) -> str:
-    """The name of what updates a group."""
-    return rule.name if isinstance(rule, Rule) else type(rule).__name__
+        return kind_of(optimizer.rules[0])
+    return " + ".join(f"{kind_of(rule)} ({', '.join(members)})" for rule, members in groups.items())
 
 
 def describe_group(optimizer: torch.optim.Optimizer, group: Group) -> str:
     """How a group is updated, where it is not all by AdamW: `shampoo, but AdamW for 2 tensors (1,024 parameters)`."""
     if not isinstance(optimizer, Optimizer):
         return kind_of(optimizer)
-    ruled = zip(optimizer.param_groups, optimizer.rules, strict=True)
-    rule = next(rule for own, rule in ruled if own is group)
+    rule = next(rule for own, rule in zip(optimizer.param_groups, optimizer.rules, strict=True) if own is group)
     if not isinstance(rule, Rule) or transform_of(rule.make, group).kernel is not None:
-        return name_of(rule)
+        return kind_of(rule)
     rest = [parameter for parameter in group["params"] if not optimizer.is_matrix(parameter)]
     if len(rest) == len(group["params"]):
         return f"AdamW (no matrices for {rule.name})"
@@ -477,11 +473,6 @@ def fresh_state(transform: Transform, parameter: Tensor) -> State:
 def of_elements(parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The entries of a state that have a number for each element of its parameter."""
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == parameter.shape}
-
-
-def zeros_of(like_LE: Tensor) -> Tensor:
-    """Factors of a step that changes nothing."""
-    return torch.zeros_like(like_LE, dtype=torch.float32)
 
 
 def divide(gradients: Sequence[Tensor], scale: Tensor) -> None:
