@@ -185,9 +185,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_group(self, group: Group, rule: Rule, load_LE: Tensor | None, scalars: Scalars) -> Tensor | None:
         """Update a group by its transform; returns the factors (L, E) of its rates if they go by load."""
-        active = [parameter for parameter in group["params"] if parameter.grad is not None]
-        matrices = [parameter for parameter in active if parameter in self._matrices]
-        others = [parameter for parameter in active if parameter not in self._matrices]
+        others = [parameter for parameter in group["params"] if parameter.grad is not None]
+        matrices = []
+        if self._matrices:
+            matrices = [parameter for parameter in others if parameter in self._matrices]
+            others = [parameter for parameter in others if parameter not in self._matrices]
         kernel = (transform_of(rule.make, group).kernel or transform_of(adamw, group).kernel) if others else None
         if "load_lr" not in group:
             if kernel is not None:
@@ -398,14 +400,10 @@ def step_by_kernel(
     This rank's parts go to the kernel, not DTensors: a look at each of these takes the host as long as a GPU takes for
     a layer.
     """
-    for parameter in parameters:
-        if "step" not in states[parameter]:
-            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            states[parameter].update(step=step, **{name: torch.zeros_like(parameter) for name in kernel.states})
-    steps = [states[parameter]["step"] for parameter in parameters]
+    lists, steps = read_by_kernel(kernel, parameters, states)
     torch._foreach_add_(steps, 1 if scalars.skip is None else [1 - scalars.skip] * len(steps))
-    lists = [[local(tensor) for tensor in tensors] for tensors in read_by_kernel(kernel, parameters, states)]
-    kernel.step(lists, steps, group["lr"], group["weight_decay"], **scalars._asdict())
+    parts = [[local(tensor) for tensor in tensors] for tensors in lists]
+    kernel.step(parts, steps, group["lr"], group["weight_decay"], skip=scalars.skip, grad_scale=scalars.grad_scale)
 
 
 def step_experts_by_kernel(
@@ -422,10 +420,7 @@ def step_experts_by_kernel(
     The kernel is called for each expert; nothing is copied, and no value is read on the host of a GPU. One without a
     token is left alone, states and step count too.
     """
-    for parameter in parameters:
-        if "step" not in states[parameter]:
-            steps_E = torch.zeros(parameter.shape[0], dtype=torch.float32, device=parameter.device)
-            states[parameter].update(step=steps_E, **{name: torch.zeros_like(parameter) for name in kernel.states})
+    lists, steps = read_by_kernel(kernel, parameters, states, by_expert=True)
     if factor_E is None or alive_E is None:  # no load: all alike
         factor_E = torch.ones(parameters[0].shape[0], device=parameters[0].device)
         alive_E = factor_E > 0
@@ -440,24 +435,36 @@ def step_experts_by_kernel(
             decayed = weight * (1 - group["lr"] * weight_decay)  # a factor on the device would be of weight's type
             weight.copy_(decayed if scalars.skip is None else torch.where(scalars.skip > 0, weight, decayed))
         weight_decay = 0.0
-    for parameter in parameters:
-        states[parameter]["step"] += 1 - skip_E
+    for step_E in steps:
+        step_E.add_(1 - skip_E)
 
-    # by list, by parameter, by row, all of them views
+    # views of the rows of every tensor: those of this rank's experts
     mine = rows(parameters[0])
     rates, skips = (factor_E * group["lr"])[mine].unbind(), skip_E[mine].unbind()
-    steps = [states[parameter]["step"][mine].unbind() for parameter in parameters]
-    lists = [[local(tensor).unbind() for tensor in tensors] for tensors in read_by_kernel(kernel, parameters, states)]
+    counts = [step_E[mine].unbind() for step_E in steps]
+    experts = [[local(tensor).unbind() for tensor in tensors] for tensors in lists]
     for row, (rate, skip) in enumerate(zip(rates, skips, strict=True)):
-        tensors = [[tensor[row] for tensor in tensors] for tensors in lists]
-        own = scalars._replace(skip=skip)
-        kernel.step(tensors, [step[row] for step in steps], rate, weight_decay, **own._asdict())
+        tensors = [[tensor[row] for tensor in tensors] for tensors in experts]
+        own = [count[row] for count in counts]
+        kernel.step(tensors, own, rate, weight_decay, skip=skip, grad_scale=scalars.grad_scale)
 
 
-def read_by_kernel(kernel: Kernel, parameters: Sequence[Tensor], states: Mapping[Tensor, State]) -> list[list[Tensor]]:
-    """The lists that a kernel's step takes: weights, gradients, and each of its states."""
+def read_by_kernel(
+    kernel: Kernel, parameters: Sequence[Tensor], states: Mapping[Tensor, State], *, by_expert: bool = False
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """What a kernel's step takes, weights, gradients and each of its states; and step counts, one each or (E,).
+
+    States that are not there yet are made, sharded as their parameter is.
+    """
+    own = [states[parameter] for parameter in parameters]
+    for parameter, state in zip(parameters, own, strict=True):
+        if "step" not in state:
+            shape = parameter.shape[:1] if by_expert else ()
+            count = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+            state.update(step=count, **{name: torch.zeros_like(parameter) for name in kernel.states})
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    return [list(parameters), gradients, *([states[p][name] for p in parameters] for name in kernel.states)]
+    lists = [list(parameters), gradients, *([state[name] for state in own] for name in kernel.states)]
+    return lists, [state["step"] for state in own]
 
 
 def fresh_state(transform: Transform, parameter: Tensor) -> State:
