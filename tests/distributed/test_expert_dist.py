@@ -24,7 +24,7 @@ from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.grouped import Precision
 from titan_moe.model.moe import MoE, expert_swiglu, swiglu_of_both
 from titan_moe.model.routing import ROUTERS, Routing
-from titan_moe.parallelize.expert import all_to_all, share_out_experts
+from titan_moe.parallelize.expert_parallel import all_to_all, share_out_experts
 
 E, D = 8, 3
 DOCS = Path(__file__).parents[2] / "docs" / "parallelism.md"

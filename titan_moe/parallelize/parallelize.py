@@ -16,11 +16,11 @@ from titan_moe.compat import MESH_BY_PARAMETER, ShardPlacementResult
 from titan_moe.model.attention import Attention
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
-from titan_moe.parallelize.activation import checkpoint_block
-from titan_moe.parallelize.expert import share_out_experts
+from titan_moe.parallelize.activation_checkpoint import checkpoint_block
+from titan_moe.parallelize.context_parallel import attend_to_all, rope_of_part
+from titan_moe.parallelize.expert_parallel import share_out_experts
 from titan_moe.parallelize.mesh import Meshes
-from titan_moe.parallelize.sequence import attend_to_all, rope_of_part
-from titan_moe.parallelize.tensor import share_out_matrices
+from titan_moe.parallelize.tensor_parallel import share_out_matrices
 from titan_moe.runtime import c_compiler
 
 Reshard = Literal["default", "always", "never"]  # torchtitan's names
