@@ -20,7 +20,7 @@ from titan_moe.parallelize.activation_checkpoint import checkpoint_block
 from titan_moe.parallelize.context_parallel import attend_to_all, rope_of_part
 from titan_moe.parallelize.expert_parallel import share_out_experts
 from titan_moe.parallelize.mesh import Meshes
-from titan_moe.parallelize.tensor_parallel import share_out_matrices
+from titan_moe.parallelize.tensor_parallel import apply_tp
 from titan_moe.runtime import c_compiler
 
 Reshard = Literal["default", "always", "never"]  # torchtitan's names
@@ -87,7 +87,7 @@ def share_out(model: Transformer, mesh: Meshes, seq_len: int) -> None:
             if isinstance(layer, Attention):
                 layer.attend = attend
     if mesh.tp is not None:
-        share_out_matrices(model, mesh.tp)
+        apply_tp(model, mesh.tp)
     if mesh.ep is not None:
         share_out_experts(model, mesh.ep)
 
