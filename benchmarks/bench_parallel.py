@@ -33,7 +33,7 @@ from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
-from titan_moe.parallelize.expert_parallel import share_out_experts
+from titan_moe.parallelize.expert_parallel import apply_ep
 from titan_moe.parallelize.mesh import Meshes, build_mesh
 from titan_moe.parallelize.parallelize import parallelize
 from titan_moe.step import train_step
@@ -146,7 +146,7 @@ def layer(name: str) -> MoE:
     for index, parameter in enumerate(moe.parameters()):
         nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(index))
     if mesh is not None and mesh.ep is not None:
-        share_out_experts(moe, mesh.ep)
+        apply_ep(moe, mesh.ep)
     return moe
 
 

@@ -134,7 +134,7 @@ class FeedForward(nn.Module):
 class Experts(nn.Module):
     """E SwiGLU networks as one tensor per matrix, the expert first: w1, w3 (E, F, D), w2 (E, D, F).
 
-    Where the experts are shared out over processes the tensors are DTensors, and this process computes its own.
+    With expert parallelism the tensors are DTensors, sharded on dim 0, and this rank computes its own experts.
     """
 
     def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:

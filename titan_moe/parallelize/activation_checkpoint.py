@@ -1,4 +1,4 @@
-"""Activation checkpointing: which results of a layer are kept for backward, and which are made again."""
+"""Activation checkpointing: which results of a layer are saved for backward, and which are computed again."""
 
 import functools
 from collections.abc import Set
@@ -11,20 +11,20 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
-ATTENTION = {
+ATTENTION_OPS = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
 }
-# Drawing again the same numbers means to save and restore the generator. Attention counts, for its dropout.
-RANDOM = ATTENTION | {aten.rand_like.default, aten.randn_like.default, aten.rand.default, aten.randn.default}
-# The choice of experts is a few numbers for each token, and made anew it could differ from the first where two experts
-# are nearly as good: the gradient would be of another function than the one that was computed.
-CHOICE = {aten.topk.default, aten.sort.default, aten.sort.stable}
-# What travelled between processes costs most to make again. What is gathered is as large as the whole, on every
-# process: that is gathered again.
-ROUTED = CHOICE | {
+# To draw the same numbers again, torch would save and restore the generator. Attention may draw, for its dropout.
+RANDOM_OPS = ATTENTION_OPS | {aten.rand_like.default, aten.randn_like.default, aten.rand.default, aten.randn.default}
+# The choice of experts is a few numbers a token. Computed again it could differ from the first where two experts are
+# nearly as good, and the gradient would be that of another function than forward's.
+CHOICE_OPS = {aten.topk.default, aten.sort.default, aten.sort.stable}
+# What came from other ranks costs most to compute again. All-gathers are not here: their result is as large as the
+# whole on every rank, so that it costs most to save.
+COMMUNICATION_OPS = {
     c10d.all_to_all_single.default,
     c10d.reduce_scatter_tensor.default,
     c10d.wait_tensor.default,
@@ -32,28 +32,35 @@ ROUTED = CHOICE | {
 
 
 def checkpoint_block(block: nn.Module, mode: str, *, keep_random: bool = False) -> nn.Module:
-    """Wrap a layer so that its activations are kept (`none`), made again (`full`), or kept in part (`selective`).
+    """Wrap a layer so that its activations are saved (`none`), computed again (`full`), or partly saved (`selective`).
 
-    `full` keeps the choice of experts alone. `selective` keeps also attention's results, what the all-to-alls brought
-    and what was reduced over processes; norms, projections and experts are computed again. With `keep_random`
-    attention is kept by `full` too: torch 2.13's partitioner, when a compiled layer with DTensors is to restore a
-    generator, mixes up what it saves (the generator's state comes after the device mesh).
+    `full` saves the choice of experts alone. `selective` also saves attention's results, what the all-to-alls brought
+    and what was reduced over ranks; norms, projections and experts are computed again. With `keep_random` attention
+    is saved by `full` too: torch 2.13's partitioner, when a compiled layer with DTensors is to restore a generator,
+    mixes up what it saves (the generator's state comes after the device mesh).
     """
     if mode == "none":
         return block
-    kept = RANDOM | ROUTED if mode == "selective" else RANDOM | CHOICE if keep_random else CHOICE
-    return checkpoint_wrapper(block, context_fn=functools.partial(_contexts, frozenset(kept)))
+    saved_ops = CHOICE_OPS
+    if mode == "selective":
+        saved_ops = CHOICE_OPS | RANDOM_OPS | COMMUNICATION_OPS
+    elif keep_random:
+        saved_ops = CHOICE_OPS | RANDOM_OPS
+    return checkpoint_wrapper(block, context_fn=functools.partial(_contexts, frozenset(saved_ops)))
 
 
-def _contexts(kept: Set[Any]) -> tuple[Any, Any]:
-    before: list[Any] = [None]  # the operator before this one
+def _contexts(saved_ops: Set[Any]) -> tuple[Any, Any]:
+    """The contexts of forward and of computing it again, which save the results of `saved_ops` and find them."""
+    previous_op: list[Any] = [None]
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        waits_for, before[0] = before[0], op
-        if op is c10d.wait_tensor.default and waits_for is c10d.all_gather_into_tensor.default:
+        # What a wait returns is what its collective brought: it is saved, but for that of an all-gather.
+        awaited_op, previous_op[0] = previous_op[0], op
+        if op is c10d.wait_tensor.default and awaited_op is c10d.all_gather_into_tensor.default:
             return CheckpointPolicy.PREFER_RECOMPUTE
-        # numbers on their way to the host: the split sizes of dispatch are waited for once
-        to_host = op is aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
-        return CheckpointPolicy.MUST_SAVE if op in kept or to_host else CheckpointPolicy.PREFER_RECOMPUTE
+
+        # A copy to the host has the split sizes of dispatch: a step waits for the device once for them, not twice.
+        is_copy_to_host = op is aten._to_copy.default and kwargs.get("device") == torch.device("cpu")
+        return CheckpointPolicy.MUST_SAVE if op in saved_ops or is_copy_to_host else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

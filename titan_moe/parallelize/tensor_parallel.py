@@ -29,7 +29,7 @@ class ShardedLinear(nn.Linear):
     """A linear layer whose weight is a DTensor sharded on one dim."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply this rank's shard: (..., I) -> (..., O / P), or (..., I / P) -> a term (..., O) of the sum over ranks."""
+        """Apply this rank's shard: (..., I) -> (..., O / P), or (..., I / P) -> its term (..., O) of a sum."""
         assert isinstance(self.weight, DTensor)
         return F.linear(x, self.weight.to_local())
 
