@@ -12,7 +12,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPM
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._triton import has_triton
 
-from titan_moe.compat import MESH_BY_PARAMETER, ShardPlacementResult
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.activation_checkpoint import checkpoint_block
@@ -20,7 +19,8 @@ from titan_moe.parallelize.context_parallel import apply_cp, local_rope
 from titan_moe.parallelize.expert_parallel import apply_ep
 from titan_moe.parallelize.mesh import Meshes
 from titan_moe.parallelize.tensor_parallel import apply_tp
-from titan_moe.runtime import c_compiler
+from titan_moe.runtime.compat import MESH_BY_PARAMETER, ShardPlacementResult
+from titan_moe.runtime.machine import c_compiler
 
 Reshard = Literal["default", "always", "never"]  # torchtitan's names
 
