@@ -13,6 +13,7 @@ from torch import Tensor
 from titan_moe.optimizer.expert_stats import ExpertStats
 from titan_moe.optimizer.groups import group_of
 
+NOT_PER_LAYER = ("dropped_fraction", "unrouted_fraction")  # routing means that are recorded as means over layers alone
 _TINY = 1e-300  # what a mean load of 0 is taken for in a denominator
 
 
@@ -25,12 +26,9 @@ class StepOutput(NamedTuple):
     grad_norm: Tensor  # scalar, before clipping
     load: Tensor  # (L, E) int64
     num_tokens: Tensor  # scalar int64
+    routing_means: dict[str, Tensor]  # (L,) each, by name: means over tokens; none for a dense model
     load_factors: Tensor | None = None  # (L, E) of the experts' learning rates, None where loads do not set them
-    router_logit_norm: Tensor | None = None  # (L,) mean over tokens of the 2-norm of a token's router logits
-    router_confidence: Tensor | None = None  # (L,) mean over tokens of the largest routing probability
     expert_stats: ExpertStats | None = None  # where the step was asked to measure its experts
-    dropped_fraction: Tensor | None = None  # (L,) of the choices; None where none can be lost
-    unrouted_fraction: Tensor | None = None  # (L,) of the tokens, that no expert computed; None likewise
     nonfinite: Tensor | None = None  # (L,), above 0 where a router logit was NaN or infinite
     skipped: Tensor | None = None  # scalar bool: a number was NaN or infinite, and the step changed nothing
     nonfinite_gradients: Callable[[], list[str]] | None = None  # names of the parameters; waits for the device
@@ -111,12 +109,8 @@ def train_metrics(output: StepOutput) -> dict[str, Tensor]:
     }
     if output.load.numel():
         metrics |= load_metrics(output.load)
-    if output.router_logit_norm is not None and output.router_confidence is not None:
-        metrics |= per_layer("router_logit_norm", output.router_logit_norm)
-        metrics |= per_layer("router_confidence", output.router_confidence)
-    if output.dropped_fraction is not None and output.unrouted_fraction is not None:
-        metrics["dropped_fraction"] = output.dropped_fraction.mean()
-        metrics["unrouted_fraction"] = output.unrouted_fraction.mean()
+    for name, mean_L in output.routing_means.items():
+        metrics |= {name: mean_L.mean()} if name in NOT_PER_LAYER else per_layer(name, mean_L)
     return metrics
 
 

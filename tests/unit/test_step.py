@@ -35,8 +35,7 @@ def test_accumulation_changes_nothing(router):
     for a, b in zip(without_aux(whole, 1), without_aux(parts, 4), strict=True):
         assert torch.equal(a.load, b.load)
         torch.testing.assert_close((a.loss, a.total_loss, a.grad_norm), (b.loss, b.total_loss, b.grad_norm))
-        torch.testing.assert_close(a.router_logit_norm, b.router_logit_norm)
-        torch.testing.assert_close(a.router_confidence, b.router_confidence)
+        torch.testing.assert_close(a.routing_means, b.routing_means)
         assert a.num_tokens == b.num_tokens == 8 * SEQ
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -73,8 +72,9 @@ def test_one_step_by_hand():
     torch.testing.assert_close(output.grad_norm, norm)
     assert torch.equal(output.load, torch.stack([r.tokens_per_expert for r in routings]))
     norms = [r.router_logits.square().sum(-1).sqrt().mean().item() for r in routings]
-    assert output.router_logit_norm.tolist() == pytest.approx(norms)
-    assert output.router_confidence.tolist() == pytest.approx([r.scores.max(-1).values.mean().item() for r in routings])
+    assert output.routing_means["router_logit_norm"].tolist() == pytest.approx(norms)
+    confidences = [r.scores.max(-1).values.mean().item() for r in routings]
+    assert output.routing_means["router_confidence"].tolist() == pytest.approx(confidences)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     for bias, load in zip(model.expert_biases(), output.load, strict=True):
@@ -100,7 +100,7 @@ def test_dense_model():
     optimizer = torch.optim.AdamW(model.parameters())
     output = train_step(model, [batch(0)], optimizer, {}, model.expert_biases(), max_norm=1.0)
     assert output.load.numel() == 0
-    assert output.router_logit_norm is None
+    assert output.routing_means == {}
     assert output.balance_losses == {}
     evaluated = evaluate(model, [batch(1)], TOKEN_BYTES)
     assert evaluated.load.numel() == evaluated.scores_sum.numel() == 0
