@@ -107,6 +107,8 @@ def train_metrics(output: StepOutput) -> dict[str, Tensor]:
         "total_loss": output.total_loss,
         "grad_norm": output.grad_norm,
     }
+
+    # A dense model has neither loads nor routings.
     if output.load.numel():
         metrics |= load_metrics(output.load)
     for name, mean_L in output.routing_means.items():
@@ -177,25 +179,27 @@ def to_numbers(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Numbers pass through float64, so float32 values and counts below 2^53 are exact; integer tensors give int.
     """
-    scalars: dict[torch.dtype, list[Tensor]] = {}
-    for value in (value for record in records for value in record.values()):
-        if isinstance(value, Tensor) and value.dim() == 0:
-            scalars.setdefault(value.dtype, []).append(value.detach())
+    scalars: dict[torch.dtype, dict[tuple[int, str], Tensor]] = {}  # of each dtype, by number of the record and key
+    for place, record in enumerate(records):
+        for key, value in record.items():
+            if isinstance(value, Tensor) and value.dim() == 0:
+                scalars.setdefault(value.dtype, {})[place, key] = value.detach()
 
-    # All of a type are put together before they are converted: a kernel for each of them would take longer than a step.
-    together = [torch.stack(values).to(torch.float64) for values in scalars.values()]
-    numbers = iter(torch.cat(together).tolist() if together else [])
-    read = {dtype: iter([next(numbers) for _ in values]) for dtype, values in scalars.items()}
+    # Those of a dtype are stacked before they are converted: a kernel for each of them would take longer than a step.
+    stacked = [torch.stack(list(values.values())).to(torch.float64) for values in scalars.values()]
+    numbers = torch.cat(stacked).tolist() if stacked else []
+    names = [name for values in scalars.values() for name in values]
+    number_of = dict(zip(names, numbers, strict=True))
 
-    def plain(value: Any) -> Any:
+    def on_host(place: int, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if value.dim() > 0:
             return value.cpu()
-        number = next(read[value.dtype])
+        number = number_of[place, key]
         return number if value.is_floating_point() else int(number)
 
-    return [{key: plain(value) for key, value in record.items()} for record in records]
+    return [{key: on_host(i, key, value) for key, value in record.items()} for i, record in enumerate(records)]
 
 
 def active_parameters(named_parameters: Iterable[tuple[str, Tensor]], num_experts: int, top_k: int) -> int:

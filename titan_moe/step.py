@@ -60,11 +60,13 @@ def train_step(
         ce_sum, routings = model(tokens, labels)
         ce = ce_sum / num_tokens
         balance = balance_losses(balancers, routings, count_loads(routings, len(tokens)), num_tokens)
+
+        # Reported at coefficient 1, so that runs can be compared whatever their coefficients; trained on with them.
         trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
 
-        # By name, with a prefix where users choose the names: a balancer may be called as any other entry.
+        # Users choose the names of balancers, so that theirs get a prefix: one may be called as any other entry.
         values = {
             "total_loss": loss,
             "loss": ce,
@@ -75,8 +77,10 @@ def train_step(
         }
         sums = add(sums, values)
 
-    # Ranks meet once for all sums; from here on every number is the same on all of them.
+    # The ranks meet here; from now on every number is the same on all of them.
     sums = all_reduce_sums(sums)
+
+    # The norm is of all gradients, so a NaN or an infinity in any of them shows in it.
     squares = grad_squares(model.named_parameters())
     grad_norm = squares.norm()
     clip_gradients(optimizer, grad_norm, max_norm)
@@ -87,6 +91,8 @@ def train_step(
     before = copies(experts)
     load_factors = step_if_finite(optimizer, sums["load"], finite)
     optimizer.zero_grad()
+
+    # The only write to model state outside the optimizer.
     update_expert_biases(balancers, expert_biases, sums, progress, finite)
     return StepOutput(
         loss=sums["loss"],
@@ -212,7 +218,7 @@ def update_expert_biases(
     progress: float = 0.0,
     finite: Tensor | None = None,
 ) -> None:
-    """Apply the balancers' post steps: the only write to model state outside the optimizer.
+    """Apply the balancers' post steps to the selection biases (E,) of all layers, in place.
 
     `sums`, of all ranks, has the `load` (L, E) and the `observations`. Where `finite`, a bool scalar, is false, nothing
     changes.
