@@ -31,7 +31,7 @@ def routing_choices(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     _, routings = model(tokens, want="routings")
     reshard(model)  # no backward pass follows that would do it
 
-    # Ids are compared with later ones of the same batch, so those that mean nothing have to be the same then.
+    # The same batch's choices are compared with these later: one that means nothing must look the same then.
     counts_T1 = (labels != IGNORE).view(-1, 1)
     choices = []
     for routing in routings:
@@ -119,11 +119,11 @@ def _set_routes(layers: Sequence[MoE], routes: Sequence[Router]) -> None:
 
 def _seconds(model: nn.Module, tokens: Tensor, labels: Tensor) -> float:
     """Time of forward, cross-entropy and backward."""
-    _wait(tokens.device)  # a GPU may still have work of before
+    _wait(tokens.device)  # a GPU may still be busy with earlier work
     begin = time.perf_counter()
     ce_sum, _ = model(tokens, labels)
     (ce_sum / labels.numel()).backward()
-    _wait(tokens.device)  # and does this after it was told to
+    _wait(tokens.device)  # the calls return before it has done what they ask for
     spent = time.perf_counter() - begin
     model.zero_grad()
     return spent

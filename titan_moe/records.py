@@ -47,7 +47,7 @@ def train_record(
     if output.load_factors is not None:
         record |= expert_lr_range(lrs["expert"], output.load_factors)
 
-    # What no line holds: the load becomes a heatmap, the rest tells of a step that was skipped where it began.
+    # Not for metrics.jsonl: the load becomes a heatmap, the rest says what was wrong with a step that was skipped.
     if output.load.numel():
         record["load"] = output.load
     own = {SKIPPED: output.skipped, NONFINITE: output.nonfinite, GRADIENTS: output.nonfinite_gradients}
