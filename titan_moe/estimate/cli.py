@@ -337,7 +337,7 @@ def largest_that_fits(
     whole = case.accumulation * case.config.training.local_batch_size
     sizes = [size for size in range(1, whole + 1) if whole % size == 0]
 
-    # Each try is a simulation of seconds. The whole goes first, as it often fits.
+    # Each try is a simulation, which takes seconds. The whole goes first, as it often fits.
     best, (low, low_peak), size = None, (0, states), whole
     high, high_peak = whole + 1, float("inf")
     while size:

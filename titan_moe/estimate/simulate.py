@@ -44,7 +44,7 @@ from titan_moe.runtime.dtensor import local
 from titan_moe.step import train_step
 
 aten, c10d = torch.ops.aten, torch.ops.c10d
-FIRST, LATER = 1, 10_007  # an optimizer's step that makes its state; a step with nothing due that is due now and then
+FIRST, LATER = 1, 10_007  # steps of an optimizer: one makes its state; at a large prime nothing periodic is due
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -399,13 +399,14 @@ def _mark_phases(meter: Meter, model: torch.nn.Module, optimizer: Optimizer) -> 
             if parameter.grad is not None:
                 meter.retag(local(parameter.grad), "gradients")
 
-    # The first update makes the optimizer's state: its memory is the state's, its work is not that of most steps.
+    # The first update makes the optimizer's state. Its memory has a peak of its own; its work is not counted, as it is
+    # not that of most steps.
     def start_update(*_: Any) -> None:
         if meter.step == FIRST:
             meter.before_update, meter.at_peak = meter.at_peak, Counter(meter.live)
             meter.counts_work = False
 
-    # The work that counts is that of a second update, which finds the state made and nothing due now and then.
+    # The work that counts is that of a second update, in which the state exists and nothing periodic is due.
     def update_again(*_: Any) -> None:
         if meter.step == FIRST:
             meter.step, meter.counts_work = LATER, True
@@ -505,7 +506,7 @@ def whole_step(passes: list[Work], simulated: int, micro_batches: int) -> Work:
     balancer needs the whole batch's load first, there are twice as many: a forward pass of each goes ahead.
     """
     work: Work = sum(passes, start=Counter())
-    # From the second micro-batch on in steps of `simulated`: of each series of passes the middle one.
+    # Pass 2 is the second micro-batch's; in a second series of passes that is `simulated` later.
     for one_of_many in passes[2::simulated]:
         for key, count in one_of_many.items():
             work[key] += (micro_batches - simulated) * count
@@ -523,7 +524,7 @@ def rows_sent(config: Config, num_tokens: int) -> int:
 
 
 def without_load_lr(config: Config) -> Config:
-    """The configuration without rates by load: on a CPU they are read on the host. Their state is of no size."""
+    """The configuration without rates by load, which on a CPU are read on the host. Their state is small."""
     groups = dict(config.optimizer.groups)
     expert = {key: value for key, value in groups.pop("expert", {}).items() if not key.startswith("load_lr")}
     groups |= {"expert": expert} if expert else {}
