@@ -102,12 +102,15 @@ def step(name: str, seed: int) -> None:
     model, optimizer = build(name)
     tokens = torch.randint(0, VOCAB, (SEQUENCES, SEQ + 1), generator=torch.Generator().manual_seed(seed))
     inputs, labels = tokens[:, :-1], tokens[:, 1:]  # (SEQUENCES, SEQ)
+
+    # All processes draw the whole batch, and each takes the part that training's loader would give it.
     if dist.is_initialized():
         rank, degrees = dist.get_rank(), Degrees(**CASES[name][2])
         inputs, labels = (part.chunk(degrees.data)[rank // degrees.per_sequence] for part in (inputs, labels))
         positions = own_positions(SEQ, rank, degrees)
         if positions is not None:
             inputs, labels = inputs[:, positions], labels[:, positions]
+
     balancers = {"aux_loss": (0.1, BALANCERS["aux_loss"](coeff=1.0))} if CASES[name][0] else {}
     train_step(model, [(inputs, labels)], optimizer, balancers, model.expert_biases(), max_norm=1.0)
 

@@ -23,8 +23,7 @@ def load_figure(load: Any, title: str, name: str = "load", mean: str = "ideal lo
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    # Ratios to a layer's mean, since layers may count differently many tokens. NaN is no part of a mean, and a layer
-    # without tokens has no ratios.
+    # Each layer is compared with its own mean. NaN is no part of a mean, and a layer without tokens has no ratios.
     load_LE = np.asarray(load.detach().cpu() if hasattr(load, "detach") else load, dtype=np.float64)
     counts_L1 = np.isfinite(load_LE).sum(axis=1, keepdims=True)  # (L, E) -> (L, 1)
     mean_L1 = np.nansum(load_LE, axis=1, keepdims=True) / np.maximum(counts_L1, 1)
