@@ -34,11 +34,7 @@ def train_record(
     The load (L, E) goes along for the heatmap, and whether the step was skipped, and because of what, for
     `titan_moe.divergence`.
     """
-    record: Record = {
-        "kind": "train",
-        **train_metrics(output),
-        **expert_metrics(output),
-    }
+    record: Record = {"kind": "train", **train_metrics(output), **expert_metrics(output)}
     if with_param_norm:
         record["param_norm"] = param_norm(model.parameters())
     record |= {f"lr/{name}": lr for name, lr in lrs.items()}
@@ -56,6 +52,8 @@ def speed_record(
     """What a `train` line says of the step's cost, once its `seconds` are asked for; MFU where the peak is known."""
     record: Record = {"tokens_per_second": lambda: step_tokens / seconds(), "step_seconds": seconds}
     record["peak_memory_gib"] = runtime.peak_memory_gib(rt.device)
+
+    # Model FLOPs utilisation: what the formula says the step needs, over what all devices could do in its time.
     peak = runtime.peak_flops(rt.device)
     if peak is not None:
         flops = flops_per_token(
