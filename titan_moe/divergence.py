@@ -8,7 +8,7 @@ from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.model.wrappers import plain_name
 from titan_moe.records import GRADIENTS, NONFINITE, SKIPPED, Record
-from titan_moe.runtime import logger
+from titan_moe.runtime.command import logger
 
 
 class DivergedError(ValueError):

@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from titan_moe import runtime
 from titan_moe.checkpoint import complete_steps, load_checkpoint, load_weights, resolve_checkpoint, step_to_resume
 from titan_moe.checkpoint.branch import leave_branch
-from titan_moe.checkpoint.final import EXPORT, has_export
+from titan_moe.checkpoint.export import EXPORT, has_export
 from titan_moe.checkpoint.folder import steps_after, together
 from titan_moe.config.layers import read_file
 from titan_moe.divergence import SkippedSteps
 from titan_moe.dump_folder import CONFIG, METRICS, check_same_run
 from titan_moe.job import Job
-from titan_moe.runtime import logger
-from titan_moe.sinks import last_records
+from titan_moe.runtime import world
+from titan_moe.runtime.command import logger
+from titan_moe.sinks.files import last_records
 
 
 class Progress(NamedTuple):
@@ -114,7 +114,7 @@ def is_over(job: Job, progress: Progress) -> bool:
         over = validated or not (progress.validation_due and config.validation.enable)
         if has_export(config):
             over = over and _exported_dtype(job.folder, progress.step) == config.checkpoint.export_dtype
-    return runtime.all_gather(over)[0]
+    return world.all_gather(over)[0]
 
 
 def set_later_aside(job: Job, step: int) -> int:
@@ -145,7 +145,7 @@ def last_checkpoint(job: Job, step: int) -> str:
     That one was saved before its validation, whose loss was not finite.
     """
     folder = job.folder / job.config.checkpoint.folder
-    saved = runtime.all_gather(complete_steps(folder) if job.runtime.is_main else [])[0]
+    saved = world.all_gather(complete_steps(folder) if job.runtime.is_main else [])[0]
     earlier = [other for other in saved if other < step]
     if not earlier:
         return "no checkpoint is from before" if step in saved else "no checkpoint was saved"

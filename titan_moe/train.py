@@ -12,26 +12,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe import runtime
-from titan_moe.checkpoint.final import EXPORT, has_export, save_weights
+from titan_moe.checkpoint.export import EXPORT, has_export, save_weights
 from titan_moe.config import Config, help_text, load_config, to_toml
 from titan_moe.data.loader import merge_states
 from titan_moe.divergence import DivergedError, moe_layer_names, stop_if_diverged
-from titan_moe.dtypes import DTYPES
 from titan_moe.dump_folder import FACTS, METRICS, sole_run, write_run_files
 from titan_moe.job import Job, build_job, start_processes
 from titan_moe.metrics import StepOutput, to_numbers
 from titan_moe.optimizer.build import set_lr
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.probe import balance_tax
-from titan_moe.profiling import profiler, start_timer
 from titan_moe.records import Record, speed_record, train_record, write_record
 from titan_moe.resume import Progress, is_over, last_checkpoint, resume, set_later_aside, to_extra
-from titan_moe.runtime import StopRequest, logger
-from titan_moe.sinks import Sink, console, fan_out, jsonl, last_validation, summary, tensorboard, wandb
+from titan_moe.runtime import command, world
+from titan_moe.runtime.command import StopRequest, logger
+from titan_moe.runtime.dtypes import DTYPES
+from titan_moe.runtime.profiling import profiler, start_timer
+from titan_moe.runtime.watch import Watch, watching
+from titan_moe.sinks.console import console, summary
+from titan_moe.sinks.files import jsonl
+from titan_moe.sinks.sink import Sink, fan_out, last_validation
+from titan_moe.sinks.trackers import tensorboard, wandb
 from titan_moe.step import train_step
 from titan_moe.validate import make_up_validation, validate
-from titan_moe.watch import Watch, watching
 
 
 def main(args: list[str]) -> int:
@@ -39,8 +42,8 @@ def main(args: list[str]) -> int:
     if "-h" in args or "--help" in args:
         print(help_text())
         return 0
-    config, rt = load_config(args), runtime.read_world()
-    runtime.init_logging(rt)
+    config, rt = load_config(args), world.read_world()
+    command.init_logging(rt)
     watch = Watch(config.comm.init_timeout_seconds)
     with watching(watch):
         # What can be refused is refused here, before the dump folder is touched; from then on it is this run's alone.
@@ -57,10 +60,10 @@ def main(args: list[str]) -> int:
     # Said when all is written and the folder is free: whoever reads it may start the next command at once.
     if stopped:
         if rt.is_main:
-            command = "the same command"
+            restart = "the same command"
             if config.checkpoint.load_step >= 0:
-                command += " without checkpoint.load_step"
-            logger.warning("stopped by %s: %s goes on from here", runtime.signal_name(stopped), command)
+                restart += " without checkpoint.load_step"
+            logger.warning("stopped by %s: %s goes on from here", command.signal_name(stopped), restart)
         return 128 + stopped
     if rt.is_main:
         print(closing_words(job, validation))
@@ -124,7 +127,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
 
             # Rates and random numbers follow from the step's number alone, so that a resumed run has the same.
             lrs = set_lr(job.optimizer, job.base_lrs, job.schedule(step))
-            runtime.seed_step(training.seed, step, rt.rank)
+            world.seed_step(training.seed, step, rt.rank)
             output = take_step(job, step, micro_batches, expert_biases)
             seconds = stop_timer()
 
@@ -272,7 +275,7 @@ def settle(watch: Watch, config: Config) -> None:
     """After the first step, which connects and compiles: what comes now is quick, and what lives now lives on."""
     gc.freeze()  # what lives on is searched for garbage no more: that takes half a second, at any step
     watch.limit_seconds = config.comm.train_timeout_seconds
-    runtime.set_timeout(config.comm.train_timeout_seconds)
+    world.set_timeout(config.comm.train_timeout_seconds)
 
 
 def trace(job: Job) -> AbstractContextManager[Callable[[], None]]:
@@ -296,7 +299,7 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
             "a parameter is NaN or infinite: the run has diverged and stops, and this step is not saved: lower "
             "optimizer.lr, warm up longer",
         )
-    data = merge_states(runtime.all_gather(job.data.train.state_dict()))
+    data = merge_states(world.all_gather(job.data.train.state_dict()))
     sinks.sync()
     job.saver.save(
         job.folder / config.checkpoint.folder,
@@ -360,4 +363,4 @@ def closing_words(job: Job, validation: Mapping[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    runtime.run_command(main)
+    command.run_command(main)

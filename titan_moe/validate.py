@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from titan_moe import runtime
 from titan_moe.build import degrees_of
 from titan_moe.data.build import resolve_batch_sizes, token_bytes
 from titan_moe.divergence import SkippedSteps, stop_if_diverged
@@ -14,7 +13,9 @@ from titan_moe.parallelize.sequence import own_positions
 from titan_moe.probe import of_whole_sequences, rehearse, routing_choices, routing_drift
 from titan_moe.records import Record, write_record
 from titan_moe.resume import Progress
-from titan_moe.sinks import Sink, has_record
+from titan_moe.runtime import world
+from titan_moe.sinks.files import has_record
+from titan_moe.sinks.sink import Sink
 from titan_moe.step import evaluate
 
 
@@ -65,7 +66,7 @@ def make_up_validation(job: Job, sinks: Sink, progress: Progress) -> Progress:
     """
     training, rt = job.config.training, job.runtime
     is_recorded = rt.is_main and has_record(job.folder / METRICS, progress.step, "validation")
-    is_recorded = runtime.all_gather(is_recorded)[0]
+    is_recorded = world.all_gather(is_recorded)[0]
     if is_recorded and progress.step >= training.steps:
         return progress  # no validation follows that these choices would be compared with
 

@@ -15,13 +15,13 @@ import torch
 
 from tests.interop.models import configure, make_checkpoint
 from tests.unit.test_checkpoint import LimitedFileSize, flip_bit
-from titan_moe import runtime
 from titan_moe.checkpoint import load_model
 from titan_moe.checkpoint.lazy import lazy, read_lazily, rows, sharded, stacked, write_lazily
-from titan_moe.convert.architectures import architecture_of
 from titan_moe.convert.cli import convert_from_hf, convert_to_hf
-from titan_moe.convert.hf import from_hf, to_hf
+from titan_moe.convert.hf.architectures import architecture_of
+from titan_moe.convert.hf.convert import from_hf, to_hf
 from titan_moe.convert.verify import check, compare, our_forward
+from titan_moe.runtime import command
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +39,11 @@ def run(main: Callable[[list[str]], int], *words: object) -> tuple[int, str]:
     with (
         mock.patch.object(sys, "argv", ["command", *map(str, words)]),
         mock.patch("faulthandler.enable"),
-        mock.patch("titan_moe.runtime.end_process", sys.exit),
+        mock.patch("titan_moe.runtime.command.end_process", sys.exit),
         contextlib.redirect_stderr(err),
         pytest.raises(SystemExit) as ended,
     ):
-        runtime.run_command(main)
+        command.run_command(main)
     assert isinstance(ended.value.code, int)
     return ended.value.code, err.getvalue()
 

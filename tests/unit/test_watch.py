@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from titan_moe import runtime, watch
+from titan_moe.runtime import command, errors, watch, world
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_groups_that_are_not_connected_end_the_process_at_the_limit(monkeypatch:
 
 def test_groups_that_fail_to_connect() -> None:
     with (
-        pytest.raises(runtime.CollectiveError, match=r"step, rank 0: connecting the meshes failed: .*peer") as caught,
+        pytest.raises(errors.CollectiveError, match=r"step, rank 0: connecting the meshes failed: .*peer") as caught,
         watch.watching(watch.Watch(10.0)),
         watch.connecting("connecting the meshes"),
     ):
@@ -62,22 +62,22 @@ def test_groups_that_fail_to_connect() -> None:
     assert "collective" not in str(caught.value)
     with pytest.raises(RuntimeError, match="of ours") as ours, watch.connecting("connecting the meshes"):
         raise RuntimeError("a fault of ours")
-    assert not isinstance(ours.value, runtime.CollectiveError)
+    assert not isinstance(ours.value, errors.CollectiveError)
     assert watch.connecting_for() is None
 
 
 def test_errors_of_collectives_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "recorded", lambda: [entry()])
     with (
-        pytest.raises(runtime.CollectiveError, match=r"step 2, rank 0: _all_gather_base #7 of group ep failed: .*peer"),
+        pytest.raises(errors.CollectiveError, match=r"step 2, rank 0: _all_gather_base #7 of group ep failed: .*peer"),
         watch.watching(watch.Watch(10.0, step=2)),
     ):
         raise RuntimeError("[/a/gloo/pair.cc:537] Connection closed by peer [::1]:1")
-    with pytest.raises(runtime.CollectiveError), watch.watching(watch.Watch(10.0)):
+    with pytest.raises(errors.CollectiveError), watch.watching(watch.Watch(10.0)):
         raise dist.DistBackendError("NCCL error: remote process exited")
     with pytest.raises(RuntimeError, match="shape") as caught, watch.watching(watch.Watch(10.0)):
         raise RuntimeError("shape '[2]' is invalid")
-    assert not isinstance(caught.value, runtime.CollectiveError)
+    assert not isinstance(caught.value, errors.CollectiveError)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_errors_of_collectives_are_told_apart(monkeypatch: pytest.MonkeyPatch) -
 def test_restarts_on_a_shared_store(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, shared: str, restarts: str, warns: bool
 ) -> None:
-    monkeypatch.setattr(runtime.logger, "propagate", True)
+    monkeypatch.setattr(command.logger, "propagate", True)
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": shared,
         "TORCHELASTIC_MAX_RESTARTS": restarts,
         "RANK": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    runtime.caution_restarts()
+    world.caution_restarts()
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) == warns

@@ -13,8 +13,16 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from titan_moe.files import crc32_of, crc32_of_json, fsync_folder, is_plain_name, remove, warn_once, write_synced
-from titan_moe.world import rank, world_size
+from titan_moe.runtime.files import (
+    crc32_of,
+    crc32_of_json,
+    fsync_folder,
+    is_plain_name,
+    remove,
+    warn_once,
+    write_synced,
+)
+from titan_moe.runtime.world import rank, world_size
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

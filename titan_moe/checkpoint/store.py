@@ -49,10 +49,10 @@ from titan_moe.checkpoint.state import (
     write_tensors,
 )
 from titan_moe.config import Config, load_saved
-from titan_moe.files import write_synced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.combined import kind_of
-from titan_moe.world import rank, world_size
+from titan_moe.runtime.files import write_synced
+from titan_moe.runtime.world import rank, world_size
 
 logger = logging.getLogger(__name__)
 

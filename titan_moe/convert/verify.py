@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from titan_moe.checkpoint.store import read_model
 from titan_moe.config import Config
-from titan_moe.convert.read_config import read_json
-from titan_moe.convert.safetensors import weight_files
+from titan_moe.convert.hf.read_config import read_json
+from titan_moe.convert.hf.safetensors import weight_files
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of a logit, relative to the largest: fp32 in another order of operations is below 1e-5
@@ -155,7 +155,7 @@ def megatron_forward(given: dict[str, Any]) -> Forward:
         with tempfile.TemporaryDirectory() as name:
             want, result = Path(name) / "given", Path(name) / "result"
             torch.save({**given, "tokens": tokens_BS}, want)
-            command = [sys.executable, "-m", "titan_moe.convert.megatron_model", str(want), str(result)]
+            command = [sys.executable, "-m", "titan_moe.convert.megatron.model", str(want), str(result)]
             ended = subprocess.run(command, capture_output=True, text=True, check=False)
             if ended.returncode:
                 last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]

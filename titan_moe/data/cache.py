@@ -30,7 +30,7 @@ from titan_moe.data.processes import available_cpus, run_parallel
 from titan_moe.data.sources import Shard, texts
 from titan_moe.data.storage import DamagedError, locked, made_anew, read_sealed, storage_errors, write_sealed
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
-from titan_moe.files import crc32_of, new_file, remove_leftovers, write_atomic
+from titan_moe.runtime.files import crc32_of, new_file, remove_leftovers, write_atomic
 
 SPLITS = ("train", "validation")
 COUNTS = ("num_tokens", "num_documents", "num_bytes", "num_nulls")

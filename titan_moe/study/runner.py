@@ -12,10 +12,10 @@ from typing import NamedTuple, TextIO
 
 import torch
 
-from titan_moe import runtime
-from titan_moe.files import write_atomic
-from titan_moe.lock import try_lock
-from titan_moe.runtime import StopRequest
+from titan_moe.runtime import machine
+from titan_moe.runtime.command import StopRequest
+from titan_moe.runtime.files import write_atomic
+from titan_moe.runtime.lock import try_lock
 from titan_moe.study.grid import Run
 from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, is_going, prepare, status
 
@@ -67,7 +67,7 @@ def environment(pool: Pool, slot: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // (pool.jobs * pool.nproc))
     first = slot * pool.nproc
     devices = range(first, first + pool.nproc) if torch.cuda.device_count() else ()
-    return runtime.worker_environment(threads=threads, devices=devices)
+    return machine.worker_environment(threads=threads, devices=devices)
 
 
 def run_all(
