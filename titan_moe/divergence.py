@@ -1,4 +1,4 @@
-"""When a run has diverged: one function finds it, from the numbers of a step or of a validation."""
+"""When a run has diverged: found from the numbers of a step or of a validation, and before a save from the weights."""
 
 import math
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import NamedTuple
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.model.wrappers import plain_name
+from titan_moe.parallelize.grad import param_norm
 from titan_moe.records import GRADIENTS, NONFINITE, SKIPPED, Record
 from titan_moe.runtime.command import logger
 
@@ -47,6 +48,16 @@ def stop_if_diverged(
     elif not math.isfinite(record["loss"]):
         text = f"{record['kind']} loss {record['loss']}: the run has diverged and stops"
         raise DivergedError(record["step"], f"{text}: lower optimizer.lr, warm up longer")
+
+
+def stop_if_weights_diverged(model: Transformer, step: int) -> None:
+    """Raise DivergedError, on every rank alike, where a parameter is NaN or infinite after `step`; waits for a GPU."""
+    if not param_norm(model.parameters()).isfinite():
+        raise DivergedError(
+            step,
+            "a parameter is NaN or infinite: the run has diverged and stops, and this step is not saved: lower "
+            "optimizer.lr, warm up longer",
+        )
 
 
 def _judge_skip(

@@ -15,12 +15,11 @@ from torch import Tensor
 from titan_moe.checkpoint.export import EXPORT, has_export, save_weights
 from titan_moe.config import Config, help_text, load_config, to_toml
 from titan_moe.data.loader import merge_states
-from titan_moe.divergence import DivergedError, moe_layer_names, stop_if_diverged
+from titan_moe.divergence import DivergedError, moe_layer_names, stop_if_diverged, stop_if_weights_diverged
 from titan_moe.dump_folder import FACTS, METRICS, sole_run, write_run_files
 from titan_moe.job import Job, build_job, start_processes
 from titan_moe.metrics import StepOutput, to_numbers
 from titan_moe.optimizer.build import set_lr
-from titan_moe.parallelize.grad import param_norm
 from titan_moe.probe import balance_tax
 from titan_moe.records import Record, speed_record, train_record, write_record
 from titan_moe.resume import Progress, is_over, last_checkpoint, resume, set_later_aside, to_extra
@@ -178,10 +177,10 @@ class Timetable(NamedTuple):
 
 
 class Retry(NamedTuple):
-    """When to save again after a save has failed: 1, 2, 4 ... steps after the last attempt."""
+    """When to save again after saves have failed: 1, 2, 4 ... steps after the last attempt."""
 
-    step: int = 0  # the latest one that was set
-    wait: int = 1  # in steps: of the next one, should that fail as well
+    step: int = 0  # the latest step that this was planned for
+    wait: int = 1  # steps from there to the next one, should it fail as well
 
 
 class Due(NamedTuple):
@@ -199,8 +198,8 @@ def due(step: int, timetable: Timetable, retry: Retry, *, signal: bool, save_fai
 
     `signal`: some process was asked to stop. `save_failed`: the latest save is known to have failed, on any rank.
     """
-    # A save that failed in the background is known some steps later: the wait begins when it is. At a regular save the
-    # waits begin anew.
+    # A failure in the background is known some steps after the attempt: the wait counts from then. A regular save is an
+    # attempt in any case, after which the waits begin anew.
     regular = is_due(step, timetable.save_freq)
     if regular:
         retry = Retry()
@@ -265,9 +264,11 @@ def record_step(
 ) -> Record:
     """What a `train` line says of a step and its cost; its numbers may not be known yet (see `titan_moe.records`)."""
     config, rt = job.config, job.runtime
-    # on a GPU the norm of all parameters is a pass over memory: it is taken where somebody may look
-    logging = step % config.metrics.log_freq == 0 or step in (1, config.training.steps) or rt.device.type == "cpu"
-    record = train_record(job.model, output, lrs, with_param_norm=logging)
+
+    # On a GPU the norm of all parameters is a pass over memory: it is taken where somebody may look.
+    is_shown = is_due(step, config.metrics.log_freq) or step in (1, config.training.steps)
+    with_param_norm = is_shown or rt.device.type == "cpu"
+    record = train_record(job.model, output, lrs, with_param_norm=with_param_norm)
     return record | speed_record(config, job.model, rt, step_tokens, seconds)
 
 
@@ -292,21 +293,18 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
 
     Raises DivergedError, and saves nothing, where a parameter is NaN or infinite.
     """
+    # Weights that are not finite would only replace others that are.
+    stop_if_weights_diverged(job.model, progress.step)
+
     config = job.config
-    if not param_norm(job.model.parameters()).isfinite():
-        raise DivergedError(
-            progress.step,
-            "a parameter is NaN or infinite: the run has diverged and stops, and this step is not saved: lower "
-            "optimizer.lr, warm up longer",
-        )
-    data = merge_states(world.all_gather(job.data.train.state_dict()))
+    data_position = merge_states(world.all_gather(job.data.train.state_dict()))
     sinks.sync()
     job.saver.save(
         job.folder / config.checkpoint.folder,
         progress.step,
         model=job.model,
         optimizer=job.optimizer,
-        extra={"data": data, **to_extra(progress)},
+        extra={"data": data_position, **to_extra(progress)},
         files=checkpoint_files(job),
         keep_latest_k=config.checkpoint.keep_latest_k,
         wait=must_succeed,

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from tests.cases import OPTIMIZER_NAMES
 from tests.tiny import adamw, balancers, batch, tiny_model
-from titan_moe.divergence import DivergedError, SkippedSteps, moe_layer_names, stop_if_diverged
+from titan_moe.divergence import (
+    DivergedError,
+    SkippedSteps,
+    moe_layer_names,
+    stop_if_diverged,
+    stop_if_weights_diverged,
+)
 from titan_moe.metrics import to_numbers
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.optimizer.build import OPTIMIZERS
@@ -212,6 +218,16 @@ def test_the_run_stops_with_the_parameters_name_of_a_dense_model() -> None:
     )
     with pytest.raises(DivergedError, match=want):
         stop_if_diverged({**record, "nonfinite_gradients": lambda: names}, SkippedSteps(1, 1))
+
+
+def test_weights_that_are_not_finite_are_found() -> None:
+    model = tiny_model()
+    model.init_weights(0)
+    stop_if_weights_diverged(model, 3)
+    with torch.no_grad():
+        model.layers[1].moe.experts.w1[0, 0, 0] = torch.inf
+    with pytest.raises(DivergedError, match=r"step 3: a parameter is NaN or infinite: .* this step is not saved"):
+        stop_if_weights_diverged(model, 3)
 
 
 def skip_record(step: int, skipped: bool) -> Record:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ import torch.distributed as dist
 from titan_moe.runtime import command, world
 from titan_moe.runtime.errors import CollectiveError
 
-PACKAGE = __file__.removesuffix("watch.py")  # a name alone would be in the paths of a .venv in a checkout of that name
+# a name alone would be in the paths of a .venv in a checkout of that name
+PACKAGE = f"{Path(__file__).parents[1]}/"
 CONNECTING: dict[str, float] = {}  # what is being connected, and since when (time.monotonic)
 # what an error out of a collective has in its text
 ERROR_TEXTS = ("gloo", "NCCL", "c10d", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe")
