@@ -18,7 +18,7 @@ from titan_moe.runtime.command import Parser
 from titan_moe.runtime.dtypes import DTYPES
 
 SEPARATOR = "\n---\n\n"  # between texts
-PER_TOKEN_ROUTERS = tuple(name for name in ROUTERS if name != "expert_choice")  # a token's experts depend on it alone
+CACHEABLE_ROUTERS = tuple(name for name in ROUTERS if name != "expert_choice")  # a token's experts depend on it alone
 
 
 def main(args: list[str]) -> int:
@@ -41,7 +41,7 @@ def main(args: list[str]) -> int:
         top_k=options.top_k,
         context=config.training.seq_len,
         seed=options.seed,
-        use_cache=not options.no_cache and config.router.name in PER_TOKEN_ROUTERS,
+        use_cache=not options.no_cache and config.router.name in CACHEABLE_ROUTERS,
     )
     sys.stdout.write(SEPARATOR.join(text + "\n" for text in texts))
     return 0

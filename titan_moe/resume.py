@@ -9,7 +9,7 @@ from torch import Tensor
 from titan_moe.checkpoint import complete_steps, load_checkpoint, load_weights, resolve_checkpoint, step_to_resume
 from titan_moe.checkpoint.branch import leave_branch
 from titan_moe.checkpoint.export import EXPORT, has_export
-from titan_moe.checkpoint.folder import steps_after, together
+from titan_moe.checkpoint.folder import run_on_all_ranks, steps_after
 from titan_moe.config.layers import read_file
 from titan_moe.divergence import SkippedSteps
 from titan_moe.dump_folder import CONFIG, METRICS, check_same_run
@@ -126,10 +126,10 @@ def set_later_aside(job: Job, step: int) -> int:
     config, saved = job.config.checkpoint, job.folder / job.config.checkpoint.folder
     folders = [saved, job.folder / EXPORT] if config.enable else []
     same_run = config.enable and _had_checkpoints(job.folder)
-    together(lambda: leave_branch(job.folder / METRICS, folders, step, same_run=same_run), main_only=True)
+    run_on_all_ranks(lambda: leave_branch(job.folder / METRICS, folders, step, same_run=same_run), main_only=True)
 
     # A run that does not save would leave the next one that does a folder of two runs: the user should know.
-    (untouched,) = together(lambda: steps_after(saved, 0), main_only=True)
+    (untouched,) = run_on_all_ranks(lambda: steps_after(saved, 0), main_only=True)
     if untouched and not config.enable and job.runtime.is_main:
         logger.warning(
             "checkpoint.enable = false: this run begins at step 1, and %s stays in %s for the next run with "

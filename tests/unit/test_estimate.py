@@ -13,7 +13,16 @@ from torch import Tensor
 from tests.e2e.harness import command
 from titan_moe.build import build_balancers, build_model, build_optimizer
 from titan_moe.config import load_config
-from titan_moe.estimate.cli import Case, duration, in_world, largest_that_fits, short, take, vocabulary, with_batch
+from titan_moe.estimate.cli import (
+    Case,
+    duration,
+    in_world,
+    largest_that_fits,
+    short,
+    take_option,
+    vocabulary,
+    with_batch,
+)
 from titan_moe.estimate.simulate import Simulation, bytes_moved, fake_world, simulate
 from titan_moe.estimate.step_time import (
     COMPILED_BYTES,
@@ -212,7 +221,7 @@ def test_errors() -> None:
         assert len(ended.err.splitlines()) == 1
     reads = [*MODEL, "--world_size", "2", "--router.name", "tests.unit.test_estimate:reads_on_the_host"]
     assert "reads a tensor's value on the host" in command("estimate.cli", reads).err
-    assert take(["a", "--gpu", "H100", "b"], ("--gpu",)) == ("H100", ["a", "b"])
+    assert take_option(["a", "--gpu", "H100", "b"], ("--gpu",)) == ("H100", ["a", "b"])
     assert vocabulary(load_config(["--data.tokenizer", "openai-community/gpt2"])) == 50257
     assert vocabulary(load_config(["--data.tokenizer", "bpe:4096"])) == 4096
 

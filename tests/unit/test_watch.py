@@ -1,6 +1,8 @@
 """What the watch makes of the flight recorder and of errors; whole processes are in tests/e2e/test_faults.py."""
 
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,3 +97,10 @@ def test_restarts_on_a_shared_store(
         monkeypatch.setenv(name, value)
     world.caution_restarts()
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) == warns
+
+
+def test_where_a_thread_is_names_a_file_of_any_folder_of_the_package() -> None:
+    names: dict[str, object] = {"line_of": watch.line_of, "thread": threading.current_thread()}
+    step = str(Path(watch.__file__).parents[1] / "step.py")
+    exec(compile("def train_step():\n    return line_of(thread)", step, "exec"), names)
+    assert eval("train_step()", names) == "in step.py:2 train_step"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_moe.checkpoint.folder import CheckpointError, together
+from titan_moe.checkpoint.folder import CheckpointError, run_on_all_ranks
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_content
 from titan_moe.config import Config
@@ -35,7 +35,7 @@ def save_weights(
         for name, tensor in state_to_save(model, None).tensors.items():
             weights[name] = tensor if name.endswith(".expert_bias") else _cast(name, tensor, dtype)
 
-    together(convert)  # a value that one rank can't cast is an error on all
+    run_on_all_ranks(convert)  # a value that one rank can't cast is an error on all
     content = content_of(State(weights, {}), None, extra=extra, files=files)
     return save_content(folder, step, content, keep_latest_k=1)
 

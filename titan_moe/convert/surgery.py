@@ -101,7 +101,7 @@ def similarity(tensors: LazyTensors, layer: int) -> Tensor:
     return product / norm / norm.unsqueeze(1)
 
 
-def operate(
+def change_experts(
     checkpoint: Path,
     out: Path,
     plans: Callable[[LazyTensors], list[Plan]],

@@ -13,9 +13,9 @@ from titan_moe.convert.hf.architectures import moe_layers
 from titan_moe.convert.surgery import (
     Plan,
     add_experts,
+    change_experts,
     keep,
     merge_experts,
-    operate,
     prune_experts,
     revive_experts,
     similarity,
@@ -67,7 +67,7 @@ def surgery(args: list[str]) -> int:
             trust_components=options.trust_components,
         )
     else:
-        operate(options.checkpoint, options.out, _planner(options), overrides, options.trust_components)
+        change_experts(options.checkpoint, options.out, _planner(options), overrides, options.trust_components)
     return 0
 
 

@@ -62,7 +62,7 @@ def compare(ours: Forward, theirs: Forward, vocab_size: int) -> Comparison:
     return Comparison(difference, logits_BSV.abs().max().item(), share)
 
 
-def check(found: Comparison, library: str) -> None:
+def check_equal(found: Comparison, library: str) -> None:
     """Say what the comparison found; ValueError where the models differ."""
     text = (
         f"largest logit difference to {library} {found.logit_difference:.2e} (largest logit "
@@ -131,7 +131,7 @@ def check_against_transformers(step_folder: Path, hf_folder: Path, config: Confi
         if found[what]:
             raise ValueError(f"the check of the conversion failed: transformers finds {what}: {sorted(found[what])[0]}")
     model = rounded_model(step_folder, config, dtype)
-    check(compare(our_forward(model), hf_forward(theirs.eval()), config.model.vocab_size), "transformers")
+    check_equal(compare(our_forward(model), hf_forward(theirs.eval()), config.model.vocab_size), "transformers")
 
 
 def check_against_megatron(step_folder: Path, folder: Path, config: Config, arguments: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def check_against_megatron(step_folder: Path, folder: Path, config: Config, argu
     model = read_model(step_folder, config)
     sizes = {"tied": config.model.tie_embeddings, "theta": config.model.rope_theta}
     given = {"folder": str(folder), "arguments": arguments, "vocab_size": config.model.vocab_size, **sizes}
-    check(compare(our_forward(model), megatron_forward(given), config.model.vocab_size), "Megatron-core")
+    check_equal(compare(our_forward(model), megatron_forward(given), config.model.vocab_size), "Megatron-core")
 
 
 def megatron_forward(given: dict[str, Any]) -> Forward:

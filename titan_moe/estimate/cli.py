@@ -56,8 +56,8 @@ def main(args: list[str]) -> int:
     if "-h" in args or "--help" in args:
         print(USAGE, end="")
         return 0
-    world, args = take(args, ("--world_size", "--world-size"))
-    gpu, args = take(args, ("--gpu",))
+    world, args = take_option(args, ("--world_size", "--world-size"))
+    gpu, args = take_option(args, ("--gpu",))
     gpu = gpu or "H100"
     if not world.isdecimal() or int(world) < 1:
         raise ValueError(f"--world_size ({world or 'not given'}) must be a number of processes, at least 1")
@@ -76,7 +76,7 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def take(args: list[str], names: tuple[str, ...]) -> tuple[str, list[str]]:
+def take_option(args: list[str], names: tuple[str, ...]) -> tuple[str, list[str]]:
     """Take `--name VALUE` or `--name=VALUE` out of the arguments; an empty value where it is not there."""
     for i, arg in enumerate(args):
         name, equals, value = arg.partition("=")
@@ -114,12 +114,12 @@ def in_world(config: Config, world_size: int) -> Case:
         _, own = resolve_batch_sizes(training.global_batch_size, -1, degrees.data)
         config = dataclasses.replace(config, training=dataclasses.replace(training, local_batch_size=own))
         training = config.training
-    together, wanted = training.local_batch_size * degrees.data, training.global_batch_size
-    if wanted == -1 or wanted % together == 0:
-        return Case(config, degrees, max(1, wanted // together))
+    sequences_per_pass, wanted = training.local_batch_size * degrees.data, training.global_batch_size
+    if wanted == -1 or wanted % sequences_per_pass == 0:
+        return Case(config, degrees, max(1, wanted // sequences_per_pass))
     note = (
         f"training.global_batch_size ({wanted}) is no multiple of {training.local_batch_size} x {degrees.data} "
-        f"sequences: training would refuse it, this is for {together}"
+        f"sequences: training would refuse it, this is for {sequences_per_pass}"
     )
     return Case(config, degrees, 1, note)
 

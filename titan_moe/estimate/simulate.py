@@ -410,7 +410,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     rows = rows_sent(config, training.local_batch_size * own_length)
     received = -(-int(rows * (1 + excess)) // degrees.expert) * degrees.expert
     if mesh.ep is not None:
-        give_splits(model, mesh.ep, rows, received)
+        fix_split_sizes(model, mesh.ep, rows, received)
 
     # From here on nothing is allocated, and every operator passes the meter.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -482,7 +482,7 @@ def without_load_lr(config: Config) -> Config:
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, groups=groups))
 
 
-def give_splits(model: torch.nn.Module, mesh: DeviceMesh, rows: int, received: int) -> None:
+def fix_split_sizes(model: torch.nn.Module, mesh: DeviceMesh, rows: int, received: int) -> None:
     """Tell dispatchers how many rows go where, which in a real step the host reads from the device."""
     sent = [rows // mesh.size()] * mesh.size()
     sent[0] += rows - sum(sent)

@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,10 +24,17 @@ from titan_moe.runtime import command, world
 from titan_moe.runtime.errors import CollectiveError
 
 # a name alone would be in the paths of a .venv in a checkout of that name
-PACKAGE = f"{Path(__file__).parents[1]}/"
+PACKAGE = __file__.removesuffix("runtime/watch.py")
 CONNECTING: dict[str, float] = {}  # what is being connected, and since when (time.monotonic)
-# what an error out of a collective has in its text
-ERROR_TEXTS = ("gloo", "NCCL", "c10d", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe")
+CONNECTION_ERRORS = (
+    "gloo",
+    "NCCL",
+    "c10d",
+    "Connection closed",
+    "Connection reset",
+    "Timed out waiting",
+    "Broken pipe",
+)
 
 
 @dataclass
@@ -112,7 +118,7 @@ def reason(error: BaseException) -> str:
 
 def is_failed_collective(error: BaseException) -> bool:
     """Whether an error comes out of a collective; backward passes them on as plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or any(text in str(error) for text in ERROR_TEXTS)
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in CONNECTION_ERRORS)
 
 
 def recorded() -> list[dict[str, Any]]:

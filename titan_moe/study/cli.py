@@ -79,7 +79,7 @@ def main(args: list[str]) -> int:
 
         return compare(options.compare, Path(options.dump_folder or "outputs/compare"), options.watch)
     study = load_study(options.study, overrides, options.dump_folder)
-    return conduct(study, runs_of(study), options)
+    return run_study(study, runs_of(study), options)
 
 
 def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -94,10 +94,10 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return words, overrides
 
 
-def conduct(study: Study, runs: Sequence[Run], options: argparse.Namespace) -> int:
+def run_study(study: Study, runs: Sequence[Run], options: argparse.Namespace) -> int:
     """Run what is left of a study and report on it."""
     claim_folder(study)
-    put_aside(study, runs, force=options.force)
+    move_runs_of_another_base(study, runs, force=options.force)
     if options.reuse:
         print(f"{reuse(runs, options.reuse)} runs are taken from {', '.join(options.reuse)}")
     found = statuses(runs)
@@ -197,7 +197,7 @@ def claim_folder(study: Study) -> None:
     write_atomic(marker, study.name + "\n")
 
 
-def put_aside(study: Study, runs: Sequence[Run], *, force: bool) -> None:
+def move_runs_of_another_base(study: Study, runs: Sequence[Run], *, force: bool) -> None:
     """Find runs that were trained with another base; with `force` move them to `replaced/`, else raise ValueError."""
     stale = [(run, found) for run in runs if (found := changes(run))]
     if not stale:

@@ -90,7 +90,7 @@ def run_all(
     try:
         while (queue and not stop.signal) or active:
             while queue and free and not stop.signal:
-                worker = start(queue.popleft(), pool, free[0], command)
+                worker = start_run(queue.popleft(), pool, free[0], command)
                 if worker is not None:
                     active.append(worker)
                     free.remove(worker.slot)
@@ -111,7 +111,7 @@ def run_all(
     return stop.signal
 
 
-def start(run: Run, pool: Pool, slot: int, command: Command) -> Worker | None:
+def start_run(run: Run, pool: Pool, slot: int, command: Command) -> Worker | None:
     """Start a training, None where another process works on the run.
 
     The process inherits the lock on its folder: were this program to die, the lock would still end with the training.

@@ -12,7 +12,7 @@ import torch
 
 from titan_moe.build import build_model
 from titan_moe.checkpoint import resolve_checkpoint
-from titan_moe.checkpoint.lazy import Lazy, LazyTensors, cast, read_lazily, rows, stacked
+from titan_moe.checkpoint.lazy import Lazy, LazyTensors, cast, read_lazily, stacked, unstacked
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, load_saved, to_toml
 from titan_moe.convert.hf.architectures import Architecture, architecture_of, hf_config
@@ -87,7 +87,7 @@ def exported(made: TensorMap, ours: LazyTensors, dtype: torch.dtype, architectur
             )
     theirs: LazyTensors = {}
     for pair in made.pairs:
-        parts = rows(ours[pair.ours]) if pair.by_row else [ours[pair.ours]]
+        parts = unstacked(ours[pair.ours]) if pair.by_row else [ours[pair.ours]]
         theirs |= {name: _scaled(part, pair.scale) for name, part in zip(pair.theirs, parts, strict=True)}
     theirs |= {name: _zero(shape) for name, shape in made.zeros.items()}
     theirs |= {name: ours[source] for name, source in made.copies.items()}

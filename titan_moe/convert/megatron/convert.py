@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from titan_moe.checkpoint import resolve_checkpoint
-from titan_moe.checkpoint.folder import together
+from titan_moe.checkpoint.folder import run_on_all_ranks
 from titan_moe.checkpoint.lazy import (
     Lazy,
     LazyTensors,
@@ -23,8 +23,8 @@ from titan_moe.checkpoint.lazy import (
     joined,
     narrowed,
     read_lazily,
-    rows,
     sharded,
+    unstacked,
     write_lazily,
 )
 from titan_moe.checkpoint.store import read_config
@@ -70,7 +70,7 @@ def to_megatron(
         routers = {name: t.map(lambda w: w / temperature) for name, t in ours.items() if ".router." in name}
         ours |= routers
     with new_folder(out) as folder:
-        together(lambda: write_lazily(folder, _theirs(config, ours, spec)))  # for its errors
+        run_on_all_ranks(lambda: write_lazily(folder, _theirs(config, ours, spec)))  # for its errors
         write_backend(folder)
         _write_json(folder / "transformer_config.json", arguments)
         (folder / OUR_CONFIG).write_text(to_toml(config), encoding="utf-8")
@@ -296,7 +296,7 @@ def _ours(config: Config, theirs: LazyTensors, source: Path) -> LazyTensors:
             raise ValueError(
                 f"{source}: {key} is of {theirs[key].shape[0]} layers, model.num_layers is {config.model.num_layers}"
             )
-        return layers.setdefault(key, rows(theirs[key]))[layer]
+        return layers.setdefault(key, unstacked(theirs[key]))[layer]
 
     ours = {name: take(their_name) for their_name, name in _outer(config).items()}
     for layer in range(config.model.num_layers):

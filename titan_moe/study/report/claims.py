@@ -50,7 +50,7 @@ def claims(args: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the page, its tables and figures")
     options = parser.parse_args(args)
     document = tomllib.loads(options.claims.read_text(encoding="utf-8-sig"))
-    check(options.claims, document)
+    check_document(options.claims, document)
     found = {name: read_results(options.studies / name) for name in document["studies"]}
     if not any(found.values()):
         raise ValueError(
@@ -120,7 +120,7 @@ def read_results(folder: Path) -> Results:
         raise ValueError(f"{path}: not whole JSON lines: write it anew by titan_moe.study ... --report") from error
 
 
-def check(path: Path, document: Mapping[str, Any]) -> None:
+def check_document(path: Path, document: Mapping[str, Any]) -> None:
     """Raise ValueError for a file of claims that misses something, or a contrast that can't be one."""
     _check_keys(f"{path}", document, DOCUMENT)
     for number, claim in enumerate(document["claims"], 1):

@@ -58,7 +58,7 @@ def measure_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measu
         panels.append(Panel(f"{measure}_heatmap", text + _mark_text(found, measure, "framed"), figure))
     if not panels:
         text = _caption(found, measure, "point", "orange")
-        panels.append(Panel(f"{measure}_by_point", text, rows(found, axes, measure)))
+        panels.append(Panel(f"{measure}_by_point", text, dots_in_rows(found, axes, measure)))
     return panels
 
 
@@ -231,7 +231,7 @@ def heatmap(found: Sequence[Summary], y: AxisInfo, x: AxisInfo, measure: str) ->
     return figure
 
 
-def rows(found: Sequence[Summary], axes_info: Sequence[AxisInfo], measure: str) -> "Figure":
+def dots_in_rows(found: Sequence[Summary], axes_info: Sequence[AxisInfo], measure: str) -> "Figure":
     """A row for each point: a bar where the size counts from zero, else a dot, with its interval and its seeds."""
     shown = MEASURES[measure]
     names = ["\n".join(textwrap.wrap(short_name(s.point, axes_info), 26)) for s in found]
