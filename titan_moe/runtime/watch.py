@@ -94,7 +94,7 @@ def _look(watch: Watch, ended: threading.Event, give_up: Callable[[str], None]) 
     # The next look is at the latest when what was under way at this one reaches the limit.
     while not ended.wait(min(10.0, watch.limit_seconds / 4, max(watch.limit_seconds - seconds, 0.01))):
         name, seconds = connecting_for() or longest_wait(recorded(), time.time_ns()) or ("", 0.0)
-        limit = watch.limit_seconds  # the loop lowers it after the first step
+        limit = watch.limit_seconds  # another one after the first step
         if seconds > limit:
             give_up(
                 f"{place(watch)}: {name} is under way for {seconds:.0f} s, longer than comm's limit of "
