@@ -24,13 +24,13 @@ from torch import Tensor
 from titan_moe import step as step_module
 from titan_moe.balancer import BALANCERS
 from titan_moe.config import load_config
-from titan_moe.metrics import StepOutput
+from titan_moe.metrics import StepOutput, to_numbers
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr, step_by_load
-from titan_moe.records import flush, speed_record, train_record
+from titan_moe.records import speed_record, train_record, write_record
 from titan_moe.runtime.world import read_world
 from titan_moe.sinks.files import jsonl
 from titan_moe.sinks.sink import fan_out
@@ -118,7 +118,8 @@ def metrics(name: str) -> tuple[Side, Side]:
         def record() -> None:
             lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
             line = {"step": 1, "num_tokens": 1, "data_seconds": 0.0, **train_record(model, latest[-1], lrs)}
-            flush(sink, [line | speed_record(config, model, runtime, BATCH * SEQ, lambda: 1.0)])
+            line |= speed_record(config, model, runtime, BATCH * SEQ, lambda: 1.0)
+            write_record(sink, to_numbers([line])[0])
 
         def step(tokens: Tensor) -> None:
             with mock.patch.object(step_module, "routing_sums", sums):

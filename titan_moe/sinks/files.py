@@ -96,10 +96,10 @@ def has_record(path: Path, step: int, kind: str) -> bool:
 
 
 class Lines(NamedTuple):
-    """What the lines of a metrics.jsonl are to a step; they are many, and read but once as records."""
+    """Which lines of a metrics.jsonl are of steps up to a given one. The file may be long: it is parsed once."""
 
-    kept: list[bool]  # of each line, in order
-    torn: set[int]  # which lines are no records: what a power cut or a damaged disk leaves
+    kept: list[bool]  # of each line, in order: whether it is
+    torn: set[int]  # numbers of the lines that are no records: what a power cut or a damaged disk leaves
     steps: set[int]  # of the kept lines of kind 'train'
 
     @property
@@ -115,17 +115,21 @@ def cut(path: Path, step: int) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = sort_lines(path, step)
+
+    # First they are written to the other file, then taken out of this one: a crash in between leaves a line in both
+    # files, never in none.
     if not all(lines.kept):
         target = path.with_name(f"{path.stem}.cut{path.suffix}")
         with open(path, "rb") as file:
-            gone = [(index in lines.torn, line) for index, line in enumerate(file) if not lines.kept[index]]
-        _append(target, [_as_record(line, step) if is_torn else line for is_torn, line in gone])
-        drop(path, lines)  # last: a crash before leaves a line in both files, never in none
+            later = [(index in lines.torn, line) for index, line in enumerate(file) if not lines.kept[index]]
+        _append(target, [_as_record(line, step) if is_torn else line for is_torn, line in later])
+        drop(path, lines)
         logger.info(
             "%s: the run goes on from step %d: %d lines of later steps and %d torn ones moved to the end of %s",
             *(path, step, lines.num_later, len(lines.torn), target),
         )
 
+    # Every checkpoint is saved after the lines of its steps, so a gap is somebody's doing, or a damaged disk's.
     missing = [number for number in range(1, step + 1) if number not in lines.steps]
     if missing:
         logger.warning(
@@ -183,9 +187,9 @@ def _append(path: Path, lines: list[bytes]) -> None:
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
-        torn = file.read() not in (b"", b"\n")
+        is_torn = file.read() not in (b"", b"\n")
     try:
-        append(b"".join([b"\n" if torn else b"", *lines]))
+        append(b"".join([b"\n" if is_torn else b"", *lines]))
     finally:
         close()
 
