@@ -25,7 +25,7 @@ from titan_moe.model.cross_entropy import (
     softmax_,
 )
 from titan_moe.optimizer.optimizer import Optimizer
-from titan_moe.parallelize.quantize import GROUPED, quantize
+from titan_moe.parallelize.float8 import GROUPED, quantize
 from titan_moe.probe import balance_tax, routing_choices
 from titan_moe.step import eval_step, train_step
 
