@@ -36,17 +36,13 @@ from titan_moe.runtime.files import write_synced
 logger = logging.getLogger(__name__)
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 _NEW_OPTIMIZER = '; set checkpoint.exclude = ["optimizer"] to go on with the weights and a new optimizer'
-# Settings of groups in checkpoints of AdamW's as it was once, a class of torch's, that change nothing.
-_FORMER_SETTINGS = (
-    "amsgrad",
-    "foreach",
-    "maximize",
-    "capturable",
-    "differentiable",
-    "fused",
-    "decoupled_weight_decay",
-    "optimizer",
-)
+# Settings that groups had when AdamW was a class of torch's and groups said which part was theirs, with the
+# values that mean what is done now; None: any.
+_FORMER_SETTINGS = {
+    **dict.fromkeys(("foreach", "capturable", "differentiable", "fused", "optimizer"), None),
+    **dict.fromkeys(("amsgrad", "maximize"), False),
+    "decoupled_weight_decay": True,
+}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -135,8 +131,7 @@ def _load_with_optimizer(
     _forget_unsaved(model, optimizer, mine.tensors, saved)
     saved_state = {name: shape for name, shape in saved.items() if name.startswith("optimizer.")}
     saved_groups = values.pop("groups")
-    former = {name for name in values if name.rpartition(".")[2] in _FORMER_SETTINGS and name not in mine.values}
-    values = {name: value for name, value in values.items() if name not in former}
+    values = {name: value for name, value in values.items() if name in mine.values or not _is_former(name, value)}
     _check_same(what, _settings(mine.values), _settings(values), mend=_NEW_OPTIMIZER)  # these are the user's keys
     _check_same(what, _shapes(mine.tensors), saved_state, mend=_NEW_OPTIMIZER)
     _check_same(what, dict.fromkeys(mine.values, ()), dict.fromkeys(values, ()), mend=_NEW_OPTIMIZER)
@@ -152,6 +147,12 @@ def _load_with_optimizer(
     set_optimizer_state_dict(model, optimizer, flat, options=_BY_NAME)
     for parameter, state in in_place.items():
         optimizer.state[parameter].update(state)
+
+
+def _is_former(name: str, value: Any) -> bool:
+    """Whether a saved setting is one that groups had once, and changes nothing."""
+    key = name.rpartition(".")[2]
+    return key in _FORMER_SETTINGS and _FORMER_SETTINGS[key] in (None, value)
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
