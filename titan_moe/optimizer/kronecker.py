@@ -126,8 +126,10 @@ def init_factor(factor: Factor, weight: Tensor) -> State:
 
 def add_product(factor: Factor, product: Tensor, state: State, beta2: float, tick: Tick) -> None:
     """F <- beta2 F + (1 - beta2) product, (R, B, S, S) or any shape of as many numbers."""
-    average, count = state[factor.name], state[f"count_{factor.name}"]
-    new = pack(product).float().view(average.shape)
+    average, count = state[factor.name], state[f"count_{factor.name}"]  # (R, B, P), (R, B)
+    new = pack(product).float().view(average.shape)  # (R, B, P)
+
+    # a product of zero is no evidence: it is neither averaged nor counted
     seen = packed_diagonal(new, factor.size).sum(-1) > 0  # |G|^2
     if tick.alive is not None:
         seen &= tick.alive[:, None]
@@ -209,18 +211,20 @@ def block_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dt
 
     def observe(gradient: Tensor, state: State, tick: Tick) -> None:
         for region, found in by_region(gradient.shape[1:]):
-            blocks = to_blocks(gradient, region).to(dtype)
+            blocks = to_blocks(gradient, region).to(dtype)  # (R * B, H, W)
             for side, factor in found.items():
                 product = blocks @ blocks.mT if side == "left" else blocks.mT @ blocks
                 add_product(factor, product, state, beta2, tick)
 
     def precondition(x: Tensor, direction: Tensor, state: State, graft: bool) -> Tensor:
         for region, found in by_region(x.shape[1:]):
-            blocks = to_blocks(x, region).to(dtype)
+            blocks = to_blocks(x, region).to(dtype)  # (R * B, H, W)
             for side, factor in found.items():
-                root = root_of(factor, state).flatten(0, 1)
+                root = root_of(factor, state).flatten(0, 1)  # (R * B, S, S)
                 blocks = root @ blocks if side == "left" else blocks @ root
             blocks = blocks.float()
+
+            # each block takes the length that it has in `direction`, which is read before it is written over
             if graft:
                 blocks *= quotient(block_norms(direction, region).flatten(), matrix_norms(blocks)).view(-1, 1, 1)
             if blocks.shape == x.shape:
@@ -251,11 +255,13 @@ def strip_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dt
         gradient = gradient.to(dtype)
         for side, found in by_side(gradient.shape[1:]).items():
             for where, factor in found:
+                # a strip is read where it lies: as one tensor of all strips the gradient would be copied
                 strips = strips_of(gradient, side, where, factor)
-                products = [strip @ strip.mT if side == "left" else strip.mT @ strip for strip in strips]
+                products = [strip @ strip.mT if side == "left" else strip.mT @ strip for strip in strips]  # (R, S, S)
                 add_product(factor, torch.stack(products, dim=1), state, beta2, tick)
 
     def precondition(x: Tensor, direction: Tensor, state: State, graft: bool) -> Tensor:
+        # from one buffer into another, so that no product writes over what the next strip reads
         result, sides = x.to(dtype), by_side(x.shape[1:])
         for side in reversed(sides):  # the left one last, whose strips are whole rows
             source, result = result, torch.empty_like(result)

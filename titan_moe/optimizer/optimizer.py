@@ -113,8 +113,9 @@ class Optimizer(torch.optim.Optimizer):
         if self.waits():
             skip = None
             if self._is_refused(finite):
-                by_load = load is not None and any("load_lr" in group for group in self.param_groups)
-                return (torch.zeros(load.shape, device=load.device) if by_load else None) if closure is None else loss
+                factor_LE = None if load is None else torch.zeros(load.shape, device=load.device)
+                goes_by_load = any("load_lr" in group for group in self.param_groups)
+                return loss if closure is not None else factor_LE if goes_by_load else None
 
         # Kernels divide gradients while they read them, which saves a pass over memory; the others' are divided here.
         grad_scale = None
@@ -126,17 +127,12 @@ class Optimizer(torch.optim.Optimizer):
         factors = [self._step_group(group, rule, load, scalars) for group, rule in self._ruled()]
         factors += [self._step_outside(outside, load, scalars) for outside in self._outside]
         self._memory = None
-        if closure is not None:
-            return loss
 
         # one group at most goes by load
         factor_LE = next((own_LE for own_LE in factors if own_LE is not None), None)
-        return factor_LE if factor_LE is None or finite is None else torch.where(finite, factor_LE, 0.0)
-
-    def _ruled(self) -> list[tuple[Group, Rule]]:
-        """The groups that are updated by a transform of ours, with their rules."""
-        pairs = zip(self.param_groups, self.rules, strict=True)
-        return [(group, rule) for group, rule in pairs if isinstance(rule, Rule)]
+        if factor_LE is not None and finite is not None:
+            factor_LE = torch.where(finite, factor_LE, 0.0)
+        return loss if closure is not None else factor_LE
 
     def waits(self) -> bool:
         """Whether a step reads on the host whether it is finite, which waits for a GPU."""
@@ -145,6 +141,11 @@ class Optimizer(torch.optim.Optimizer):
     def is_matrix(self, parameter: Tensor) -> bool:
         """Whether a parameter is updated by a transform's direction."""
         return parameter in self._matrices
+
+    def _ruled(self) -> list[tuple[Group, Rule]]:
+        """The groups that are updated by a transform of ours, with their rules."""
+        pairs = zip(self.param_groups, self.rules, strict=True)
+        return [(group, rule) for group, rule in pairs if isinstance(rule, Rule)]
 
     def _prepare(self) -> None:
         """Make what depends on the groups' settings: a transform for each matrix, with the offset of its roots."""
