@@ -36,22 +36,6 @@ class Saver(NamedTuple):
     finish: Callable[[], None]
 
 
-class Timetable:
-    """When to save: every `interval` steps, and in between again after a failure: 1, 2, 4 ... steps after the last."""
-
-    def __init__(self, interval: int) -> None:
-        self.interval, self._retry, self._wait = interval, 0, 1
-
-    def due(self, step: int, failed: bool) -> bool:
-        """Whether to save after `step`; `failed` is whether the latest save has, on any rank."""
-        if step % self.interval == 0:
-            self._retry, self._wait = 0, 1
-            return True
-        if failed and self._retry < step:
-            self._retry, self._wait = step + self._wait - 1, 2 * self._wait
-        return step == self._retry
-
-
 def foreground_saver() -> Saver:
     """Training waits for every save."""
     failures: list[Exception] = []
