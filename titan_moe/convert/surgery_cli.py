@@ -39,7 +39,7 @@ VERBS = {
 
 def surgery(args: list[str]) -> int:
     """Change the experts of a checkpoint."""
-    # One parser for all verbs, because most of their options are the same; `_check` refuses those that have no effect.
+    # One parser for all verbs, because most of their options are the same; `_check` tells which don't fit the verb.
     verbs = "; ".join(f"{name}: {text}" for name, text in VERBS.items())
     parser = Parser("surgery.py", f"Write a checkpoint with other experts. {verbs}.")
     parser.add_argument("verb", choices=list(VERBS))
@@ -77,7 +77,7 @@ def surgery(args: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise ValueError for options that the verb lacks or that would do nothing with it."""
+    """Raise ValueError for options that the verb needs or has no use for, and for noise that is no number."""
     if options.verb != "revive" and options.num_experts is None:
         raise ValueError(f"{options.verb} needs --num_experts N")
     if options.verb == "revive" and options.num_experts is not None:

@@ -56,7 +56,7 @@ def compare(ours: Forward, theirs: Forward, vocab_size: int) -> Comparison:
         shares.append(same_BSK.float().mean().item())
 
     # Where two scores are nearly equal, round-off may choose another expert. Through attention that changes every later
-    # position of the sequence, so logits are compared only up to the first such choice.
+    # position of the sequence, so logits are compared only before the first such choice.
     until_BS = same_BS.long().cumprod(1).bool()
     difference_BS = (logits_BSV.float() - their_logits_BSV.float()).abs().amax(-1)  # (B, S, V) -> (B, S)
     if not bool(difference_BS.isfinite().all()):

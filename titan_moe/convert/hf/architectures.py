@@ -138,7 +138,7 @@ def _experts(config: Config) -> dict[str, Any]:
 
 
 def _glm4_moe(config: Config) -> dict[str, Any]:
-    # partial_rotary_factor stands twice, as it once stood outside; left out, it would be one half.
+    # partial_rotary_factor stands twice, for programs that look for it outside of rope_parameters: left out it is 1/2.
     moe, arguments = config.moe, config.router.arguments
     rope = {"rope_type": "default", "rope_theta": config.model.rope_theta, "partial_rotary_factor": 1.0}
     return {

@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def arguments_of(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Our keys, dotted, for a config.json; ValueError names what cannot be represented."""
-    # null means what silence means: the default of the architecture.
+    # A key that is null is taken for absent: the architecture's default.
     kind = values.get("model_type")
     file = folder / "config.json"
     if kind not in NAMES:

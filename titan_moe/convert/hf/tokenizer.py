@@ -48,12 +48,12 @@ def exported_files(step_folder: Path, config: Config) -> tuple[dict[str, str], d
         logger.warning("%s has no tokenizer.json: none is exported", step_folder)
 
     # Which tokens begin, end and pad texts: as the folder's config.json said, else its generation_config.json, else the
-    # tokenizer. An empty generation_config.json would leave transformers without an end of text.
+    # tokenizer.
     generation, ids = table(files, GENERATION), table(files, MODEL)
     ids = ids or {key: generation[key] for key in SPECIAL_IDS if key in generation} or _ids(tokenizer)
     generation = generation or {key: value for key, value in ids.items() if value is not None}
 
-    # The embedding may have more rows than there are tokens, for speed. Nothing has trained them, and no text has them.
+    # The embedding may have more rows than there are tokens: generation must not choose one of those.
     if tokenizer is not None:
         padding = set(range(tokenizer.vocab_size, config.model.vocab_size))  # ids that no token has
         suppressed = padding | set(generation.get("suppress_tokens") or ())

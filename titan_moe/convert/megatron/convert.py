@@ -304,7 +304,7 @@ def _theirs(config: Config, ours: LazyTensors, spec: str) -> LazyTensors:
         for i in moe_layers(config):
             layers[i]["mlp.router.expert_bias"] = _zeros((config.moe.num_experts,))
 
-    # One shard for each layer: as a whole a stacked tensor would be as large as the model.
+    # One shard for each layer: so that a tensor of all layers is never in memory as a whole.
     if _is_uniform(config):
         return tensors | {f"decoder.layers.{name}": sharded([layer[name] for layer in layers]) for name in layers[0]}
     return tensors | {f"decoder.layers.{i}.{name}": t for i, layer in enumerate(layers) for name, t in layer.items()}

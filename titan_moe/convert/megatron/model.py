@@ -30,7 +30,7 @@ NOT_WEIGHTS = ("_extra_state", "tokens_per_expert", "checkpoint_version", "itera
 
 def prepare(rank: int = 0, world_size: int = 1, store: dist.Store | None = None) -> None:
     """Let Megatron run in this process on the CPU, as one of `world_size` ranks."""
-    # Where it asks for a GPU it gets the CPU; the fused router product of the Transformer Engine is switched off.
+    # Where it asks for a GPU it gets the CPU.
     dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=world_size)
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
@@ -39,7 +39,8 @@ def prepare(rank: int = 0, world_size: int = 1, store: dist.Store | None = None)
     from megatron.core.tensor_parallel import random as tensor_random
     from megatron.core.transformer.moe import moe_utils
 
-    # Random states of a GPU are not forked: nothing is random in evaluation.
+    # The Transformer Engine's product in the router needs a GPU, and so do the forked random states of one: nothing is
+    # random in evaluation.
     moe_utils.te_general_gemm = None
     tracker: Any = tensor_random.CudaRNGStatesTracker
     tracker.fork = lambda self, name=None: contextlib.nullcontext()
@@ -48,7 +49,7 @@ def prepare(rank: int = 0, world_size: int = 1, store: dist.Store | None = None)
 
 def build(arguments: dict[str, Any], *, vocab_size: int, tied: bool, theta: Any) -> Any:
     """Build a stock GPTModel of torch's own modules, in evaluation mode."""
-    # Where dense layers and ones with experts alternate each layer has a spec, else all share one.
+    # Where some layers are dense and some have experts each layer has its own spec, else all share one.
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
