@@ -10,9 +10,8 @@ from typing import Any, get_type_hints
 import pytest
 
 from titan_moe.config import cautions, find_component, help_text, load_config, to_toml
-from titan_moe.config.load import KINDS, SECTIONS
 from titan_moe.config.schema import check_value, document
-from titan_moe.config.sections import Config
+from titan_moe.config.sections import KINDS, SECTIONS, Config
 
 TRAIN_CONFIGS = sorted(glob.glob(str(Path(__file__).parents[2] / "train_configs" / "*.toml")))
 Write = Callable[..., str]
