@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from titan_moe.balancer import BALANCERS
-from titan_moe.model.routing import topk_softmax
+from titan_moe.model.routing.token_choice import topk_softmax
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.combined import Combined, combine, may_step

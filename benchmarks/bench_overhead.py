@@ -31,8 +31,10 @@ from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr, step_by_load
 from titan_moe.records import flush, speed_record, train_record
-from titan_moe.runtime import read_world
-from titan_moe.sinks import fan_out, jsonl, tensorboard
+from titan_moe.runtime.world import read_world
+from titan_moe.sinks.files import jsonl
+from titan_moe.sinks.sink import fan_out
+from titan_moe.sinks.trackers import tensorboard
 from titan_moe.step import train_step
 
 TOP_K, VOCAB, SEQ, BATCH, WARMUP = 2, 2048, 512, 4, 2

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_moe.model.routing import topk_softmax
+from titan_moe.model.routing.token_choice import topk_softmax
 from titan_moe.model.transformer import Transformer
 
 DIM, LAYERS, HEADS, VOCAB, SEQ, TOP_K = 256, 4, 4, 2048, 512, 2

@@ -38,19 +38,19 @@ def train(arguments: list[str], result: Path) -> None:
     """Train in this process, one of torchrun's; rank 0 leaves its largest number of allocated bytes in `result`."""
     import torch
 
-    from titan_moe import runtime
+    from titan_moe.runtime import world
     from titan_moe.train import main as train_main
 
     count_frees_of_all_threads(Path(torch.__file__).parent / "lib" / "libc10.so")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train_main(arguments)
-    if runtime.read_world().is_main:
+    if world.read_world().is_main:
         trace = result.with_suffix(".trace")
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
         totals = [event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]"]
         result.write_text(str(max(totals)))
-    runtime.close_process_group()
+    world.close_process_group()
 
 
 def count_frees_of_all_threads(library: Path) -> None:

@@ -1,7 +1,7 @@
 """Export a checkpoint: `python scripts/convert_to_hf.py CHECKPOINT OUT_DIR`."""
 
-from titan_moe import runtime
 from titan_moe.convert.cli import convert_to_hf
+from titan_moe.runtime import command
 
 if __name__ == "__main__":
-    runtime.run_command(convert_to_hf)
+    command.run_command(convert_to_hf)

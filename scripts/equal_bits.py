@@ -51,7 +51,7 @@ OTHERS = {
     "checkpointed": "--activation_checkpoint.mode full --training.mixed_precision_param bfloat16",
 }
 ON_TWO = {"fsdp2": ["shampoo_fast", "muon", "load_lr", "sequence", "exact"], "ep2": ["soap", "load_lr", "sequence"]}
-TIMES = ("seconds", "per_second", "mfu", "tflops", "memory", "gib", "time")
+TIMES = ("balance_tax", "seconds", "per_second", "mfu", "tflops", "memory", "gib", "time")
 
 
 def cases() -> dict[str, tuple[int, str]]:

@@ -233,7 +233,7 @@ def profile(results: Results) -> None:
     """A warm step of the recipe: kernels by time, launches, idle time."""
     from titan_moe.config import load_config
     from titan_moe.job import build_job, start_processes
-    from titan_moe.runtime import close_process_group, read_world
+    from titan_moe.runtime.world import close_process_group, read_world
     from titan_moe.step import train_step
 
     own = {"compile__enable": "false" if results.tiny else "auto"}
@@ -420,7 +420,7 @@ def optimizers(results: Results) -> None:
 
 def float8(results: Results) -> None:
     """The experts alone, bf16 and float8; and the numbers of the float8 kernel beside its emulation."""
-    from titan_moe.model.grouped import float8_grouped_mm
+    from titan_moe.model.experts import float8_grouped_mm
     from titan_moe.model.moe import Experts
 
     sizes = results.sizes

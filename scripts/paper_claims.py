@@ -1,7 +1,7 @@
 """Say which claims hold: `python scripts/paper_claims.py CLAIMS.toml --studies DIR --out DIR`."""
 
-from titan_moe import runtime
-from titan_moe.study.claims import claims
+from titan_moe.runtime import command
+from titan_moe.study.report.claims import claims
 
 if __name__ == "__main__":
-    runtime.run_command(claims)
+    command.run_command(claims)

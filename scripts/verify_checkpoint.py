@@ -1,7 +1,7 @@
 """Check checkpoints against their checksums: `python scripts/verify_checkpoint.py DIR ...`."""
 
-from titan_moe import runtime
 from titan_moe.checkpoint.verify import verify_checkpoint
+from titan_moe.runtime import command
 
 if __name__ == "__main__":
-    runtime.run_command(verify_checkpoint)
+    command.run_command(verify_checkpoint)

@@ -1,7 +1,7 @@
 """Check token caches against their checksums: `python scripts/verify_data.py [CACHE_FOLDER ...]`."""
 
-from titan_moe import runtime
 from titan_moe.data.verify import verify_data
+from titan_moe.runtime import command
 
 if __name__ == "__main__":
-    runtime.run_command(verify_data)
+    command.run_command(verify_data)

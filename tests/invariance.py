@@ -16,12 +16,12 @@ from tests.tiny import batch, own_part, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.config.checks import check_combinations
 from titan_moe.config.sections import Component, Config, Moe
-from titan_moe.dtensor import gathered
 from titan_moe.metrics import maxvio
 from titan_moe.model.transformer import Transformer
 from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.load_lr import expand_load_lr, rate_factors
 from titan_moe.parallelize.mesh import Degrees
+from titan_moe.runtime.dtensor import gathered
 from titan_moe.step import train_step
 
 BALANCER_CASES = cases(BALANCERS)

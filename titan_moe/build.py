@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from titan_moe import runtime
 from titan_moe.balancer import BALANCERS, Balancer
-from titan_moe.compat import check_tensor_parallel
 from titan_moe.config import Config, find_component
 from titan_moe.data.build import Data, build_data
-from titan_moe.dtypes import DTYPES
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
 from titan_moe.model.routing import ROUTERS, force_balanced
 from titan_moe.model.transformer import Transformer
@@ -26,7 +23,10 @@ from titan_moe.parallelize.mesh import Degrees, Meshes, resolve_degrees
 from titan_moe.parallelize.parallelize import cast_parameters, parallelize
 from titan_moe.parallelize.quantize import quantize
 from titan_moe.parallelize.sequence import own_positions
-from titan_moe.runtime import Runtime
+from titan_moe.runtime import machine, world
+from titan_moe.runtime.compat import check_tensor_parallel
+from titan_moe.runtime.dtypes import DTYPES
+from titan_moe.runtime.world import Runtime
 
 
 def build_model(config: Config) -> Transformer:
@@ -163,7 +163,7 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
         device=rt.device,
         num_workers=data.num_workers,
         is_main=rt.local_rank == 0,
-        barrier=runtime.barrier,
+        barrier=world.barrier,
     )
 
 
@@ -179,7 +179,7 @@ def data_arguments(config: Config) -> dict[str, Any]:
         "validation_path": data.validation_path,
         "validation_steps": validation.steps,
         "validation_local_batch_size": validation.local_batch_size,
-        "cache_folder": data.cache_folder or str(runtime.user_cache_folder()),
+        "cache_folder": data.cache_folder or str(machine.user_cache_folder()),
     }
 
 

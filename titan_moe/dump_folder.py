@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from titan_moe import runtime
 from titan_moe.balancer import BALANCERS
 from titan_moe.build import degrees_of, has_expert_bias
 from titan_moe.checkpoint.folder import read_manifest, scan
@@ -20,11 +19,13 @@ from titan_moe.config import Config, read_saved, to_toml
 from titan_moe.config.differences import ANOTHER_MODEL, Changes, changed_meaning, counts, texts
 from titan_moe.data.build import is_streamed, resolve_batch_sizes
 from titan_moe.data.tokenizer import load_tokenizer
-from titan_moe.files import write_atomic
 from titan_moe.job import Job
-from titan_moe.lock import RUN_LOCK, sole_process
 from titan_moe.records import size_record
-from titan_moe.runtime import Runtime, logger
+from titan_moe.runtime import machine, world
+from titan_moe.runtime.command import logger
+from titan_moe.runtime.files import write_atomic
+from titan_moe.runtime.lock import RUN_LOCK, sole_process
+from titan_moe.runtime.world import Runtime
 
 METRICS, CONFIG, FACTS = "metrics.jsonl", "config.toml", "run.json"
 TOKENIZER, EOT, BATCH = "data.tokenizer", "data.eot_token", "training.global_batch_size"
@@ -50,7 +51,7 @@ def sole_run(folder: Path, rt: Runtime) -> Iterator[None]:
         def take() -> None:
             held.enter_context(sole_process(folder / RUN_LOCK, f"job.dump_folder {folder}"))
 
-        runtime.on_main(take, rt)
+        world.on_main(take, rt)
         yield
 
 
@@ -59,7 +60,7 @@ def check_same_run(job: Job, step_folder: Path | None) -> None:
 
     `step_folder` is the checkpoint to go on from. Without one, what counts is whether metrics were recorded.
     """
-    runtime.on_main(lambda: _check(job, step_folder), job.runtime)
+    world.on_main(lambda: _check(job, step_folder), job.runtime)
 
 
 def _check(job: Job, step_folder: Path | None) -> None:
@@ -194,7 +195,7 @@ def write_run_files(job: Job, step: int) -> None:
     except (ValueError, OSError) as error:
         changes = {CONFIG: (str(error), None)}
     size = size_record(job.config, job.model)
-    facts = {**runtime.describe_machine(job.runtime), **size, **job.data.fingerprints}
+    facts = {**machine.describe_machine(job.runtime), **size, **job.data.fingerprints}
     earlier = read_facts(folder)
     if not earlier and (folder / FACTS).exists():
         logger.warning("%s is damaged: it is put aside as %s.damaged, its history is lost", folder / FACTS, FACTS)

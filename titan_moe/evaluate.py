@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
-from titan_moe import runtime
 from titan_moe.build import data_arguments
 from titan_moe.checkpoint import load_model, resolve_checkpoint
-from titan_moe.commands import Parser
 from titan_moe.config import Config, load_saved
 from titan_moe.data.build import Batches, build_data, build_validation, token_bytes
 from titan_moe.data.loader import CPU
 from titan_moe.data.tokenizer import load_tokenizer
-from titan_moe.dtypes import DTYPES
 from titan_moe.metrics import eval_metrics, to_numbers
 from titan_moe.parallelize.parallelize import move_for_inference
+from titan_moe.runtime import command, world
+from titan_moe.runtime.command import Parser
+from titan_moe.runtime.dtypes import DTYPES
 from titan_moe.step import evaluate
 
 OVERRIDES = (  # what the command line may change: the rest belongs to the checkpoint
@@ -34,8 +34,8 @@ OVERRIDES = (  # what the command line may change: the rest belongs to the check
 def main(args: list[str]) -> int:
     """Print one line for each number."""
     options, overrides = parse(args)
-    rt = runtime.read_world()
-    runtime.init_logging(rt)
+    rt = world.read_world()
+    command.init_logging(rt)
     step_folder = resolve_checkpoint(options.checkpoint)
     config, files = evaluation_config(step_folder, overrides, options.trust_components)
     model, _ = load_model(step_folder, options.trust_components)
@@ -101,4 +101,4 @@ def validation_batches(config: Config, tokenizer: str, files: list[str], device:
 
 
 if __name__ == "__main__":
-    runtime.run_command(main)
+    command.run_command(main)

@@ -7,24 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from titan_moe import runtime
 from titan_moe.checkpoint import load_model, resolve_checkpoint
-from titan_moe.commands import Parser
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
-from titan_moe.dtypes import DTYPES
-from titan_moe.model.decode import Cache, empty_cache, extend
+from titan_moe.model.kv_cache import Cache, empty_cache, extend
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.parallelize import move_for_inference
+from titan_moe.runtime import command, world
+from titan_moe.runtime.command import Parser
+from titan_moe.runtime.dtypes import DTYPES
 
 SEPARATOR = "\n---\n\n"  # between texts
-ALONE = tuple(name for name in ROUTERS if name != "expert_choice")  # a token's experts depend on it alone
+CACHEABLE_ROUTERS = tuple(name for name in ROUTERS if name != "expert_choice")  # a token's experts depend on it alone
 
 
 def main(args: list[str]) -> int:
     """Print the prompt and what the model makes of it."""
-    options, rt = parse(args), runtime.read_world()
-    runtime.init_logging(rt)
+    options, rt = parse(args), world.read_world()
+    command.init_logging(rt)
     step_folder = resolve_checkpoint(options.checkpoint)
     model, config = load_model(step_folder, options.trust_components)
     tokenizer = load_tokenizer(str(step_folder / "tokenizer.json"))
@@ -38,7 +38,7 @@ def main(args: list[str]) -> int:
         top_k=options.top_k,
         context=config.training.seq_len,
         seed=options.seed,
-        use_cache=not options.no_cache and config.router.name in ALONE,
+        use_cache=not options.no_cache and config.router.name in CACHEABLE_ROUTERS,
     )
     sys.stdout.write(SEPARATOR.join(text + "\n" for text in texts))
     return 0
@@ -142,4 +142,4 @@ def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Ge
 
 
 if __name__ == "__main__":
-    runtime.run_command(main)
+    command.run_command(main)

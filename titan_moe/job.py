@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from titan_moe import __version__, runtime
+from titan_moe import __version__
 from titan_moe.build import (
     build_balancers,
     build_optimizer,
@@ -23,7 +23,6 @@ from titan_moe.config import Config, cautions
 from titan_moe.config.differences import flatten
 from titan_moe.config.sections import Training
 from titan_moe.data.build import Data, resolve_batch_sizes
-from titan_moe.dtypes import DTYPES
 from titan_moe.model.experts_backend import check_experts_backend
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
@@ -31,10 +30,13 @@ from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.parallelize.parallelize import missing_compiler
 from titan_moe.parallelize.quantize import check_quantize
 from titan_moe.records import log_parameters
-from titan_moe.runtime import Runtime, logger
-from titan_moe.sinks import check_wandb
+from titan_moe.runtime import files, machine, world
+from titan_moe.runtime.command import logger
+from titan_moe.runtime.dtypes import DTYPES
+from titan_moe.runtime.watch import connecting
+from titan_moe.runtime.world import Runtime
+from titan_moe.sinks.trackers import check_wandb
 from titan_moe.step import Balancers
-from titan_moe.watch import connecting
 
 
 class Job(NamedTuple):
@@ -67,18 +69,18 @@ def start_processes(config: Config, rt: Runtime) -> None:
     check_experts_backend(
         config.moe.experts_backend, device=rt.device, param_dtype=param_dtype, deterministic=training.deterministic
     )
-    runtime.check_writable(Path(config.job.dump_folder))
+    files.check_writable(Path(config.job.dump_folder))
     if config.metrics.enable_wandb:
         check_wandb()
     if needs_mesh(config, rt):
         with connecting(f"connecting {rt.world_size} processes"):
-            runtime.init_process_group(rt, config.comm.init_timeout_seconds)
-        runtime.caution_restarts()
+            world.init_process_group(rt, config.comm.init_timeout_seconds)
+        world.caution_restarts()
     if rt.device.type == "cpu":
-        runtime.return_large_buffers()
+        machine.return_large_buffers()
     check_same_on_all_ranks(config)
     check_own_gpu(rt)
-    runtime.seed_everything(training.seed, deterministic=training.deterministic)
+    world.seed_everything(training.seed, deterministic=training.deterministic)
 
 
 def needs_mesh(config: Config, rt: Runtime) -> bool:
@@ -98,7 +100,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
     model = build_sharded(config, mesh, compile_blocks=compiles(config, rt.device) and can_compile(rt))
     model.to_empty(device=rt.device)
     model.init_weights(training.seed)
-    runtime.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
+    world.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
     optimizer = build_optimizer(config, model)
     log_parameters(config, model, optimizer)
     for caution in cautions(config):
@@ -149,9 +151,9 @@ def check_own_gpu(rt: Runtime) -> None:
         return
     identity = str(torch.cuda.get_device_properties(rt.device).uuid)
     ranks: dict[str, list[int]] = {}
-    for rank, gpu in enumerate(runtime.all_gather(identity)):
+    for rank, gpu in enumerate(world.all_gather(identity)):
         ranks.setdefault(gpu, []).append(rank)
-    shared = next((together for together in ranks.values() if len(together) > 1), None)
+    shared = next((group for group in ranks.values() if len(group) > 1), None)
     if shared is not None:
         raise ValueError(
             f"ranks {shared} have the same GPU: each needs one of its own: start them by torchrun, or set LOCAL_RANK "
@@ -161,7 +163,7 @@ def check_own_gpu(rt: Runtime) -> None:
 
 def can_compile(rt: Runtime) -> bool:
     """Whether torch.compile can make code on all ranks; a warning where not, for the run goes on without."""
-    faults = runtime.all_gather(missing_compiler(rt.device))
+    faults = world.all_gather(missing_compiler(rt.device))
     rank = next((rank for rank, fault in enumerate(faults) if fault), None)
     if rank is None:
         return True
@@ -181,11 +183,11 @@ def check_same_on_all_ranks(config: Config) -> None:
         "version of torch": str(torch.__version__),
     }
     del mine["job.config_file"]  # where the configuration came from is not part of it
-    digests = runtime.all_gather(hashlib.sha256(repr(mine).encode()).hexdigest())
+    digests = world.all_gather(hashlib.sha256(repr(mine).encode()).hexdigest())
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is None:
         return
-    all_keys = runtime.all_gather(mine)  # only now: there may be many ranks
+    all_keys = world.all_gather(mine)  # only now: there may be many ranks
     here, there = all_keys[0], all_keys[other]
     name = next(name for name in (*here, *there) if here.get(name) != there.get(name))
     raise ValueError(

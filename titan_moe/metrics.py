@@ -189,8 +189,8 @@ def to_numbers(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             scalars.setdefault(value.dtype, []).append(value.detach())
 
     # All of a type are put together before they are converted: a kernel for each of them would take longer than a step.
-    together = [torch.stack(values).to(torch.float64) for values in scalars.values()]
-    numbers = iter(torch.cat(together).tolist() if together else [])
+    by_type = [torch.stack(values).to(torch.float64) for values in scalars.values()]
+    numbers = iter(torch.cat(by_type).tolist() if by_type else [])
     read = {dtype: iter([next(numbers) for _ in values]) for dtype, values in scalars.items()}
 
     def plain(value: Any) -> Any:

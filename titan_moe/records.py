@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from titan_moe import runtime
 from titan_moe.config import Config
 from titan_moe.metrics import (
     StepOutput,
@@ -23,8 +22,10 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.combined import describe_group
 from titan_moe.parallelize.grad import param_norm
-from titan_moe.runtime import Runtime, logger
-from titan_moe.sinks import Sink
+from titan_moe.runtime import machine
+from titan_moe.runtime.command import logger
+from titan_moe.runtime.world import Runtime
+from titan_moe.sinks.sink import Sink
 
 Record = dict[str, Any]  # its tensors may still be on the device; functions give values that are known when it is done
 SKIPPED, NONFINITE, GRADIENTS = "skipped", "nonfinite", "nonfinite_gradients"  # never written
@@ -58,8 +59,8 @@ def speed_record(
 ) -> Record:
     """What a `train` line says of the step's cost, once its `seconds` are asked for; MFU where the peak is known."""
     record: Record = {"tokens_per_second": lambda: step_tokens / seconds(), "step_seconds": seconds}
-    record["peak_memory_gib"] = runtime.peak_memory_gib(rt.device)
-    peak = runtime.peak_flops(rt.device)
+    record["peak_memory_gib"] = machine.peak_memory_gib(rt.device)
+    peak = machine.peak_flops(rt.device)
     if peak is not None:
         flops = flops_per_token(
             count_active(config, model),

@@ -19,7 +19,7 @@ from titan_moe.optimizer.combined import clip_gradients, step_if_finite
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
-from titan_moe.world import all_reduce_sum
+from titan_moe.runtime.world import all_reduce_sum
 
 # Each balancer at coefficient 1, with its coefficient beside it: values are reported before their coefficients.
 Balancers = Mapping[str, tuple[float, Balancer]]

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe import runtime
 from titan_moe.build import degrees_of
 from titan_moe.checkpoint import (
     Restored,
@@ -24,13 +23,12 @@ from titan_moe.checkpoint import (
 )
 from titan_moe.checkpoint.background import Timetable
 from titan_moe.checkpoint.branch import leave_branch
-from titan_moe.checkpoint.final import save_weights
-from titan_moe.checkpoint.folder import steps_after, together
+from titan_moe.checkpoint.export import save_weights
+from titan_moe.checkpoint.folder import run_on_all_ranks, steps_after
 from titan_moe.config import Config, help_text, load_config, to_toml
 from titan_moe.config.layers import read_file
 from titan_moe.data.build import resolve_batch_sizes, token_bytes
 from titan_moe.data.loader import merge_states
-from titan_moe.dtypes import DTYPES
 from titan_moe.dump_folder import FACTS, METRICS, check_same_run, sole_run, write_run_files
 from titan_moe.job import Job, build_job, compiles, start_processes
 from titan_moe.metrics import StepOutput, eval_metrics
@@ -38,23 +36,17 @@ from titan_moe.optimizer.build import set_lr
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.sequence import own_positions
 from titan_moe.probe import balance_tax, of_whole_sequences, rehearse, routing_choices, routing_drift
-from titan_moe.profiling import profiler, start_timer
 from titan_moe.records import DivergedError, Record, Skips, flush, moe_layer_names, speed_record, train_record
-from titan_moe.runtime import StopRequest, logger
-from titan_moe.sinks import (
-    Sink,
-    console,
-    fan_out,
-    has_record,
-    jsonl,
-    last_records,
-    last_validation,
-    summary,
-    tensorboard,
-    wandb,
-)
+from titan_moe.runtime import command, world
+from titan_moe.runtime.command import StopRequest, logger
+from titan_moe.runtime.dtypes import DTYPES
+from titan_moe.runtime.profiling import profiler, start_timer
+from titan_moe.runtime.watch import Watch, watching
+from titan_moe.sinks.console import console, summary
+from titan_moe.sinks.files import has_record, jsonl, last_records
+from titan_moe.sinks.sink import Sink, fan_out, last_validation
+from titan_moe.sinks.trackers import tensorboard, wandb
 from titan_moe.step import evaluate, train_step
-from titan_moe.watch import Watch, watching
 
 EXPORT = "export"  # in the dump folder
 
@@ -77,8 +69,8 @@ def main(args: list[str]) -> int:
     if "-h" in args or "--help" in args:
         print(help_text())
         return 0
-    config, rt = load_config(args), runtime.read_world()
-    runtime.init_logging(rt)
+    config, rt = load_config(args), world.read_world()
+    command.init_logging(rt)
     watch = Watch(config.comm.init_timeout_seconds)
     with watching(watch), contextlib.ExitStack() as held:
         start_processes(config, rt)
@@ -102,10 +94,10 @@ def main(args: list[str]) -> int:
             gc.unfreeze()
     if stopped:
         if rt.is_main:
-            command = "the same command"
+            restart = "the same command"
             if config.checkpoint.load_step >= 0:
-                command += " without checkpoint.load_step"
-            logger.warning("stopped by %s: %s goes on from here", runtime.signal_name(stopped), command)
+                restart += " without checkpoint.load_step"
+            logger.warning("stopped by %s: %s goes on from here", command.signal_name(stopped), restart)
         return 128 + stopped
     if rt.is_main:
         print(closing_words(job, validation()))
@@ -180,7 +172,7 @@ def last_checkpoint(job: Job, step: int) -> str:
     That one was saved before its validation, whose loss was not finite.
     """
     folder = job.folder / job.config.checkpoint.folder
-    saved = runtime.all_gather(complete_steps(folder) if job.runtime.is_main else [])[0]
+    saved = world.all_gather(complete_steps(folder) if job.runtime.is_main else [])[0]
     before = [other for other in saved if other < step]
     if not before:
         return "no checkpoint is from before" if step in saved else "no checkpoint was saved"
@@ -199,7 +191,7 @@ def is_over(job: Job, progress: Progress) -> bool:
         over = validated or not (progress.validates and config.validation.enable)
         if has_export(config):
             over = over and exported_dtype(job.folder, progress.step) == config.checkpoint.export_dtype
-    return runtime.all_gather(over)[0]
+    return world.all_gather(over)[0]
 
 
 def set_later_aside(job: Job, step: int) -> int:
@@ -211,8 +203,8 @@ def set_later_aside(job: Job, step: int) -> int:
     config, saved = job.config.checkpoint, job.folder / job.config.checkpoint.folder
     folders = [saved, job.folder / EXPORT] if config.enable else []
     same_run = config.enable and had_checkpoints(job.folder)
-    together(lambda: leave_branch(job.folder / METRICS, folders, step, same_run=same_run), main_only=True)
-    (there,) = together(lambda: steps_after(saved, 0), main_only=True)
+    run_on_all_ranks(lambda: leave_branch(job.folder / METRICS, folders, step, same_run=same_run), main_only=True)
+    (there,) = run_on_all_ranks(lambda: steps_after(saved, 0), main_only=True)
     if there and not config.enable and job.runtime.is_main:
         logger.warning(
             "checkpoint.enable = false: this run begins at step 1, and %s stays in %s for the next run with "
@@ -250,7 +242,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
             micro_batches = [next(batches) for _ in range(job.accumulation)]
             data_seconds = time.perf_counter() - begin
             lrs = set_lr(job.optimizer, job.base_lrs, job.schedule(step))
-            runtime.seed_step(config.training.seed, step, rt.rank)
+            world.seed_step(config.training.seed, step, rt.rank)
             output = train_step(
                 job.model,
                 micro_batches,
@@ -286,7 +278,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
             if step == start + 1:
                 gc.freeze()  # what lives on is searched for garbage no more: that takes half a second, at any step
                 watch.limit_seconds = config.comm.train_timeout_seconds
-                runtime.set_timeout(config.comm.train_timeout_seconds)
+                world.set_timeout(config.comm.train_timeout_seconds)
     return 0, Progress(max(start, steps), num_tokens, choices)
 
 
@@ -356,7 +348,7 @@ def validate_saved(job: Job, sinks: Sink, progress: Progress) -> Tensor | None:
     """
     training, rt = job.config.training, job.runtime
     is_there = rt.is_main and has_record(job.folder / METRICS, progress.step, "validation")
-    validated = runtime.all_gather(is_there)[0]
+    validated = world.all_gather(is_there)[0]
     if validated and progress.step >= training.steps:
         return None
     if compiles(job.config, rt.device):
@@ -382,7 +374,7 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
             "a parameter is NaN or infinite: the run has diverged and stops, and this step is not saved: lower "
             "optimizer.lr, warm up longer",
         )
-    data = merge_states(runtime.all_gather(job.data.train.state_dict()))
+    data = merge_states(world.all_gather(job.data.train.state_dict()))
     sinks.sync()
     job.saver.save(
         job.folder / config.checkpoint.folder,
@@ -460,4 +452,4 @@ def closing_words(job: Job, validation: Mapping[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    runtime.run_command(main)
+    command.run_command(main)

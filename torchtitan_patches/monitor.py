@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from titan_moe.dtensor import local
 from titan_moe.model.routing import Routing
-from titan_moe.model.selection import make_routing, normalized
+from titan_moe.model.routing.common import make_routing, normalized
+from titan_moe.runtime.dtensor import local
+from titan_moe.runtime.world import all_reduce_sum
 from titan_moe.step import Balancers, sequence_load, update_expert_biases
-from titan_moe.world import all_reduce_sum
 
 # By the number that the operator is given.
 _LAYERS: weakref.WeakValueDictionary[int, "Layer"] = weakref.WeakValueDictionary()

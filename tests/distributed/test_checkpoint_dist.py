@@ -20,8 +20,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoint, save_checkpoint, state, store
 from titan_moe.checkpoint import folder as checkpoint_folder
 from titan_moe.checkpoint.background import background_saver
-from titan_moe.dtensor import gathered
-from titan_moe.world import rank
+from titan_moe.runtime.dtensor import gathered
+from titan_moe.runtime.world import rank
 
 WORLD = 2
 pytestmark = pytest.mark.dist

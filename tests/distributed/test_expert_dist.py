@@ -21,7 +21,7 @@ from titan_moe.config import load_config
 from titan_moe.config.sections import Config, Training
 from titan_moe.job import check_same_on_all_ranks
 from titan_moe.model.dispatch import Dispatcher, local
-from titan_moe.model.grouped import Precision
+from titan_moe.model.experts import Precision
 from titan_moe.model.moe import MoE, expert_swiglu, swiglu_of_both
 from titan_moe.model.routing import ROUTERS, Routing
 from titan_moe.parallelize.expert import all_to_all, share_out_experts

@@ -11,12 +11,12 @@ from torch.distributed.tensor import DTensor
 
 from tests.distributed.harness import run_ranks
 from tests.tiny import adamw, balancers, batch, steps, tiny_model
-from titan_moe.dtensor import gathered
 from titan_moe.model.wrappers import plain_name
 from titan_moe.parallelize import parallelize as parallelize_module
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.parallelize.parallelize import parallelize
+from titan_moe.runtime.dtensor import gathered
 from titan_moe.step import evaluate, train_step
 
 STEPS = 4

@@ -13,8 +13,8 @@ from tests.distributed.layouts import LAYOUTS, apply, degrees_of, mesh_of
 from tests.tiny import balancers, batch, own_part, tiny_model
 from tests.unit.test_nonfinite import CASES as OPTIMIZERS
 from tests.unit.test_nonfinite import all_state
-from titan_moe.dtensor import local
 from titan_moe.metrics import StepOutput
+from titan_moe.runtime.dtensor import local
 from titan_moe.step import train_step
 
 CASES = [

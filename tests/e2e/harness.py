@@ -19,7 +19,7 @@ from unittest import mock
 import tomli_w
 import torch
 
-from titan_moe import runtime
+from titan_moe.runtime.command import run_command
 
 PATIENCE = 240  # seconds that a process may take before the test fails
 STARTED: list[BaseProcess] = []  # what a test has started; its end kills what is left
@@ -90,12 +90,12 @@ def command(verb: str, args: list[str]) -> Ended:
     with (
         mock.patch.object(sys, "argv", [f"{verb}.py", *args]),
         mock.patch("faulthandler.enable"),  # wants a file with a descriptor, for good
-        mock.patch("titan_moe.runtime.end_process", sys.exit),
+        mock.patch("titan_moe.runtime.command.end_process", sys.exit),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
         try:
-            runtime.run_command(module.main)
+            run_command(module.main)
         except SystemExit as exit_:
             code = exit_.code
     assert isinstance(code, int)
@@ -110,7 +110,7 @@ def _process(verb: str, args: list[str], log: str, environment: dict[str, str]) 
         os.dup2(os.open(log + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     torch.set_num_threads(1)
     sys.argv = [f"{verb}.py", *args]
-    runtime.run_command(importlib.import_module(f"titan_moe.{verb}").main)
+    run_command(importlib.import_module(f"titan_moe.{verb}").main)
 
 
 class Command:

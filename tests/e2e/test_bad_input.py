@@ -148,7 +148,7 @@ def test_configurations(
     assert {path.name for path in tmp_path.iterdir()} == {"file", "run.toml"}
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "estimate"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "estimate.cli"])
 def test_a_torch_of_another_version(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
     """The first thing that a command looks at."""
     monkeypatch.setattr(torch, "__version__", "2.10.0")

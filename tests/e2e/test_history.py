@@ -16,7 +16,7 @@ from tests.e2e.conftest import Arguments
 from tests.e2e.harness import Ended, contents, end_two, records, start_two
 from titan_moe.checkpoint import folder as checkpoint_folder
 from titan_moe.checkpoint import store
-from titan_moe.runtime import StopRequest
+from titan_moe.runtime.command import StopRequest
 
 Train = Callable[..., Ended]
 

@@ -13,7 +13,7 @@ import torch
 
 from tests.e2e.harness import Ended, contents, records
 from titan_moe.checkpoint import CheckpointError, load_model, store
-from titan_moe.checkpoint.final import save_weights
+from titan_moe.checkpoint.export import save_weights
 from titan_moe.checkpoint.lazy import read_lazily
 
 Train = Callable[..., Ended]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tests.e2e.harness import Ended, command, records
 from titan_moe.checkpoint import latest_complete
-from titan_moe.convert.hf import from_hf, to_hf
+from titan_moe.convert.hf.convert import from_hf, to_hf
 from titan_moe.convert.surgery_cli import surgery
 
 Train = Callable[..., Ended]

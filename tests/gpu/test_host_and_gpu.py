@@ -14,9 +14,9 @@ from tests.tiny import adamw, balancers, batch
 from titan_moe.data.cache import TokenFile
 from titan_moe.data.loader import CPU, TrainLoader, WindowBatches, window_loader
 from titan_moe.parallelize.mesh import build_mesh
-from titan_moe.profiling import start_timer
+from titan_moe.runtime.profiling import start_timer
+from titan_moe.runtime.watch import longest_wait, recorded
 from titan_moe.step import train_step
-from titan_moe.watch import longest_wait, recorded
 
 pytestmark = one_gpu
 HERE = torch.device(DEVICE)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from titan_moe.model import fused
 from titan_moe.model.dispatch import Permutation, sort_choices
-from titan_moe.model.routing import Routing, topk_softmax
+from titan_moe.model.routing import Routing
+from titan_moe.model.routing.token_choice import topk_softmax
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

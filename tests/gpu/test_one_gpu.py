@@ -14,7 +14,7 @@ from tests.e2e.conftest import Arguments, _process_as_before, arguments, shared 
 from tests.e2e.harness import command
 from tests.gpu.harness import DEVICE, build, hopper, no_waits, numbers, one_gpu, one_process, train
 from tests.tiny import adamw, balancers, batch, tiny_model
-from titan_moe.model.grouped import float8_grouped_mm, grouped_mm
+from titan_moe.model.experts import float8_grouped_mm, grouped_mm
 from titan_moe.model.moe import MoE, expert_swiglu
 from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.build import OPTIMIZERS

@@ -10,8 +10,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from titan_moe.convert.megatron_maxvio import watch_maxvio
-from titan_moe.convert.megatron_model import build, prepare
+from titan_moe.convert.megatron.maxvio import watch_maxvio
+from titan_moe.convert.megatron.model import build, prepare
 
 E, K, LAYERS = 4, 2, 3
 ARGUMENTS = {

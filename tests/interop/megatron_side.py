@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from titan_moe.convert.megatron_model import build, prepare, run
+from titan_moe.convert.megatron.model import build, prepare, run
 
 
 def main(folders: list[Path]) -> None:

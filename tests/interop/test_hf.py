@@ -10,7 +10,7 @@ import torch
 from tests.interop.models import KINDS, make_checkpoint
 from tests.unit.test_data_tokenizer import SPECIAL, word_tokenizer
 from titan_moe.checkpoint import load_model
-from titan_moe.convert.hf import from_hf, to_hf
+from titan_moe.convert.hf.convert import from_hf, to_hf
 from titan_moe.convert.verify import compare, hf_forward, our_forward
 from titan_moe.data.tokenizer import load_tokenizer, tokenizer_from_files
 from titan_moe.generate import generate

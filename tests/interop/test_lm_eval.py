@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.conftest import _process_as_before  # noqa: F401
 from tests.e2e.harness import command
 from tests.interop.models import make_checkpoint
-from titan_moe.convert.hf import to_hf
+from titan_moe.convert.hf.convert import to_hf
 
 SEQ = 64  # of the model
 TASK = """

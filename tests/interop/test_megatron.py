@@ -19,7 +19,7 @@ from titan_moe.checkpoint import load_model
 from titan_moe.checkpoint.lazy import read_lazily, write_lazily
 from titan_moe.config import to_toml
 from titan_moe.convert import megatron
-from titan_moe.convert.megatron import from_megatron, to_megatron, transformer_config
+from titan_moe.convert.megatron.convert import from_megatron, to_megatron, transformer_config
 
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed (the interop extra has it)"

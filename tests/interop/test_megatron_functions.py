@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from titan_moe.balancer import BALANCERS
-from titan_moe.model.assignment import sinkhorn_log_plan
 from titan_moe.model.routing import ROUTERS, Routing
+from titan_moe.model.routing.batch import sinkhorn_log_plan
 from titan_moe.step import sequence_load
 
 T, E, K, SEQUENCES = 32, 8, 2, 4

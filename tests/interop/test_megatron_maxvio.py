@@ -50,7 +50,7 @@ def test_models_that_it_cannot_watch() -> None:
         pytest.importorskip("megatron.core.transformer.moe.router")
         import torch
 
-        from titan_moe.convert.megatron_maxvio import watch_maxvio
+        from titan_moe.convert.megatron.maxvio import watch_maxvio
 
         with pytest.raises(ValueError, match="no TopKRouter"):
             watch_maxvio(torch.nn.Linear(2, 2))

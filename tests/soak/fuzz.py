@@ -27,10 +27,11 @@ import torch
 from tqdm import tqdm
 
 from tests.e2e.harness import TINY, write_text
-from titan_moe import runtime, train
+from titan_moe import train
 from titan_moe.config.schema import bare_type, parameters_of
 from titan_moe.config.sections import KINDS, LOAD_LR, SECTIONS
 from titan_moe.optimizer.groups import GROUP_PATTERNS
+from titan_moe.runtime import command
 
 PATIENCE = 20.0  # seconds of a case
 MEMORY = 2 << 30  # what a case may take beyond what Python and torch have, bytes of address space
@@ -149,7 +150,7 @@ def child(arguments: list[str], log: Path) -> None:
     os.chdir(log.parent)
     sys.argv = ["train.py", *arguments]
     try:
-        runtime.run_command(train.main)
+        command.run_command(train.main)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # as Python itself would say it
         os._exit(1)

@@ -11,7 +11,7 @@ import tomli_w
 
 from titan_moe.study import cli
 from titan_moe.study.grid import Run
-from titan_moe.study.report import Written
+from titan_moe.study.report.page import Written
 
 FAKE = Path(__file__).parent / "fake_train.py"
 SMALL: dict[str, Any] = {

@@ -12,7 +12,7 @@ from tests.study.fake_train import records, tomllib
 from tests.study.fake_train import write as write_records
 from titan_moe.config import to_toml
 from titan_moe.study.grid import runs_of
-from titan_moe.study.report import study_report
+from titan_moe.study.report.page import study_report
 from titan_moe.study.runs import prepare
 from titan_moe.study.spec import load_study
 

@@ -9,8 +9,8 @@ import pytest
 import tomli_w
 
 from titan_moe.config.layers import tomllib
-from titan_moe.study.claims import claims, judge, overall
 from titan_moe.study.grid import expand
+from titan_moe.study.report.claims import claims, judge, overall
 from titan_moe.study.spec import load_study
 
 STUDIES = Path(__file__).parents[2] / "train_configs/studies"

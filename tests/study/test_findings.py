@@ -10,7 +10,8 @@ import pytest
 
 from tests.study.conftest import Write
 from titan_moe.config import to_toml
-from titan_moe.study.analysis import (
+from titan_moe.study.grid import Run, runs_of
+from titan_moe.study.report.analysis import (
     AxisInfo,
     Summary,
     at_common_length,
@@ -19,12 +20,11 @@ from titan_moe.study.analysis import (
     standing,
     summarize,
 )
-from titan_moe.study.compare import compare
-from titan_moe.study.curves import curve_panels, curves, load_panel
-from titan_moe.study.figures import difference_panels, measure_panels
-from titan_moe.study.findings import comparisons, headline, notes
-from titan_moe.study.grid import Run, runs_of
-from titan_moe.study.report import study_report
+from titan_moe.study.report.compare import compare
+from titan_moe.study.report.curves import curve_panels, curves, load_panel
+from titan_moe.study.report.figures import difference_panels, measure_panels
+from titan_moe.study.report.findings import comparisons, headline, notes
+from titan_moe.study.report.page import study_report
 from titan_moe.study.runs import EXIT_CODE, LOG, METRICS, prepare
 from titan_moe.study.spec import load_study
 

@@ -13,7 +13,8 @@ import tomli_w
 from tests.study.conftest import Study, Write
 from tests.study.fake_train import records, tomllib
 from titan_moe.study import cli
-from titan_moe.study.analysis import (
+from titan_moe.study.grid import Run, runs_of
+from titan_moe.study.report.analysis import (
     axes_of,
     interval,
     paired_difference,
@@ -22,11 +23,10 @@ from titan_moe.study.analysis import (
     standing,
     summarize,
 )
-from titan_moe.study.compare import compare, find_runs, read_runs
-from titan_moe.study.figures import measure_panels, u_curve
-from titan_moe.study.grid import Run, runs_of
-from titan_moe.study.measures import MEASURES
-from titan_moe.study.report import Written
+from titan_moe.study.report.compare import compare, find_runs, read_runs
+from titan_moe.study.report.figures import measure_panels, u_curve
+from titan_moe.study.report.measures import MEASURES
+from titan_moe.study.report.page import Written
 from titan_moe.study.runs import METRICS, history, last_records, measure, prepare
 from titan_moe.study.spec import load_study
 

@@ -165,7 +165,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(write: Write, study: St
     made = load_study(write())
     cli.claim_folder(made)
     runs = runs_of(made)
-    sleeper = runner.start(
+    sleeper = runner.start_run(
         runs[0], runner.Pool(1), 0, lambda run: [sys.executable, "-c", "import time; time.sleep(60)"]
     )
     assert sleeper is not None
@@ -173,7 +173,7 @@ def test_a_run_that_another_process_trains_is_left_to_it(write: Write, study: St
         sleeper.lock.close()  # as if the study that started it had died: the training still has the lock
         assert is_going(runs[0].folder)
         assert status(runs[0].folder, 8).state == "running"
-        assert runner.start(runs[0], runner.Pool(1), 0, runner.train_command(1)) is None
+        assert runner.start_run(runs[0], runner.Pool(1), 0, runner.train_command(1)) is None
         assert study("small.toml") == 0
         assert "coeff=0/seed-1" not in tries()
     finally:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from titan_moe.compat import set_group_timeout
+from titan_moe.runtime.compat import set_group_timeout
 
 
 def prepare() -> None:

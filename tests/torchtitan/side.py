@@ -32,9 +32,9 @@ from torchtitan.config.override import derive
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
 from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter
 
-from titan_moe.dtensor import gathered
 from titan_moe.model.wrappers import plain_name
-from titan_moe.runtime import end_process
+from titan_moe.runtime.command import end_process
+from titan_moe.runtime.dtensor import gathered
 from torchtitan_patches import enable
 from torchtitan_patches.debug import debug_moe, small_model
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from tests.cases import build_router, cases
-from titan_moe.balancer import BALANCERS, Balancer
+from titan_moe.balancer import BALANCERS, Balancer, margin_counts, quantile_shift
 from titan_moe.metrics import maxvio
 from titan_moe.model.routing import ROUTERS, Routing
-from titan_moe.quantile import margin_counts, quantile_shift
 from titan_moe.step import sequence_load
 
 T, E, K = 12, 4, 2

@@ -16,15 +16,16 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from tests.tiny import tiny_model
-from titan_moe import compat, job, runtime
+from titan_moe import job
 from titan_moe.build import degrees_of
 from titan_moe.config import load_config
+from titan_moe.estimate.simulate import fake_world
 from titan_moe.job import can_compile, check_own_gpu, start_processes
 from titan_moe.parallelize import parallelize
 from titan_moe.parallelize.mesh import build_mesh
-from titan_moe.runtime import Runtime
-from titan_moe.simulate import fake_world
-from titan_moe.watch import where
+from titan_moe.runtime import command, compat, machine, world
+from titan_moe.runtime.watch import where
+from titan_moe.runtime.world import Runtime
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -131,7 +132,7 @@ def test_two_ranks_with_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Started by hand without LOCAL_RANK, each believes to be the first of its node."""
     gpus = ["GPU-a", "GPU-b", "GPU-a"]
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("", (), {"uuid": "GPU-a"}))
-    monkeypatch.setattr(runtime, "all_gather", lambda mine: gpus)
+    monkeypatch.setattr(world, "all_gather", lambda mine: gpus)
     with pytest.raises(ValueError, match=r"^ranks \[0, 2\] have the same GPU: .*LOCAL_RANK"):
         check_own_gpu(Runtime(2, 3, 0, GPU))
     gpus[2] = "GPU-c"
@@ -141,9 +142,9 @@ def test_two_ranks_with_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_world_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
-    rt = runtime.read_world()
+    rt = world.read_world()
     assert (rt.rank, rt.world_size, rt.local_rank, rt.local_world_size) == (5, 8, 1, 4)
-    assert not {"RANK", "LOCAL_WORLD_SIZE"} & set(runtime.worker_environment(threads=1))
+    assert not {"RANK", "LOCAL_WORLD_SIZE"} & set(machine.worker_environment(threads=1))
 
 
 def test_what_a_compiler_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -161,10 +162,10 @@ def test_what_a_compiler_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_all_ranks_compile_or_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(runtime.logger, "propagate", True)
+    monkeypatch.setattr(command.logger, "propagate", True)
     monkeypatch.setattr(job, "missing_compiler", lambda device: None)
     faults = [None, "no C++ compiler"]
-    monkeypatch.setattr(runtime, "all_gather", lambda mine: faults)
+    monkeypatch.setattr(world, "all_gather", lambda mine: faults)
     with caplog.at_level(logging.WARNING):
         assert not can_compile(Runtime(0, 2, 0, CPU))
     assert "rank 1 has no C++ compiler: training goes on eager" in caplog.text

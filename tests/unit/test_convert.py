@@ -15,13 +15,13 @@ import torch
 
 from tests.interop.models import configure, make_checkpoint
 from tests.unit.test_checkpoint import LimitedFileSize, flip_bit
-from titan_moe import runtime
 from titan_moe.checkpoint import load_model
-from titan_moe.checkpoint.lazy import lazy, read_lazily, rows, sharded, stacked, write_lazily
-from titan_moe.convert.architectures import architecture_of
+from titan_moe.checkpoint.lazy import lazy, read_lazily, sharded, stacked, unstacked, write_lazily
 from titan_moe.convert.cli import convert_from_hf, convert_to_hf
-from titan_moe.convert.hf import from_hf, to_hf
-from titan_moe.convert.verify import check, compare, our_forward
+from titan_moe.convert.hf.architectures import architecture_of
+from titan_moe.convert.hf.convert import from_hf, to_hf
+from titan_moe.convert.verify import check_equal, compare, our_forward
+from titan_moe.runtime import command
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +39,11 @@ def run(main: Callable[[list[str]], int], *words: object) -> tuple[int, str]:
     with (
         mock.patch.object(sys, "argv", ["command", *map(str, words)]),
         mock.patch("faulthandler.enable"),
-        mock.patch("titan_moe.runtime.end_process", sys.exit),
+        mock.patch("titan_moe.runtime.command.end_process", sys.exit),
         contextlib.redirect_stderr(err),
         pytest.raises(SystemExit) as ended,
     ):
-        runtime.run_command(main)
+        command.run_command(main)
     assert isinstance(ended.value.code, int)
     return ended.value.code, err.getvalue()
 
@@ -156,7 +156,7 @@ def test_the_check_finds_a_wrong_conversion(tmp_path: Path) -> None:
     """A swapped gate and up, a flipped order of softmax, another theta: each is refused; the same model is not."""
     step = make_checkpoint(tmp_path / "run")
     good, config = load_model(step)
-    check(compare(our_forward(good), our_forward(load_model(step)[0]), config.model.vocab_size), "itself")
+    check_equal(compare(our_forward(good), our_forward(load_model(step)[0]), config.model.vocab_size), "itself")
     swapped = load_model(step)[0]
     experts = swapped.layers[0].moe.experts
     experts.w1.data, experts.w3.data = experts.w3.data, experts.w1.data
@@ -165,7 +165,7 @@ def test_the_check_finds_a_wrong_conversion(tmp_path: Path) -> None:
     other = load_model(make_checkpoint(tmp_path / "other", **{"router.name": "softmax_topk"}))[0]
     for wrong in (swapped, far, other):
         with pytest.raises(ValueError, match="check of the conversion failed: largest logit difference"):
-            check(compare(our_forward(good), our_forward(wrong), config.model.vocab_size), "itself")
+            check_equal(compare(our_forward(good), our_forward(wrong), config.model.vocab_size), "itself")
     broken = load_model(step)[0]
     broken.norm.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
@@ -232,7 +232,7 @@ def test_lazy_tensors(tmp_path: Path) -> None:
         assert (again[name].shape, again[name].dtype) == (tuple(value.shape), value.dtype)
         assert torch.equal(again[name].load(), value)
     loads.clear()
-    parts = rows(noted("a"))
+    parts = unstacked(noted("a"))
     assert torch.equal(torch.stack([part.load() for part in parts]), values["a"])
     assert torch.equal(stacked(parts).load(), values["a"])
     assert loads == ["a", "a"]

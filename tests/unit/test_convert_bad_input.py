@@ -14,9 +14,9 @@ from tests.unit.test_checkpoint import LimitedFileSize
 from tests.unit.test_convert import _logger_as_before, names, run  # noqa: F401
 from titan_moe.config import to_toml
 from titan_moe.convert.cli import convert_from_hf, convert_from_megatron, convert_to_megatron
-from titan_moe.convert.hf import to_hf
-from titan_moe.convert.megatron import to_megatron
-from titan_moe.convert.output import new_folder
+from titan_moe.convert.hf.convert import to_hf
+from titan_moe.convert.megatron.convert import to_megatron
+from titan_moe.convert.new_folder import new_folder
 
 Refuse = Callable[..., None]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from titan_moe import cut as module
-from titan_moe.cut import cut
+from titan_moe.sinks import files
+from titan_moe.sinks.files import cut
 
 
 def line(step: int, kind: str = "train") -> bytes:
@@ -56,7 +56,7 @@ def test_a_crash_on_the_way_leaves_each_line_somewhere(metrics: Path, monkeypatc
 
     before = metrics.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "drop", crash)
+        patch.setattr(files, "drop", crash)
         with pytest.raises(OSError, match="Input"):
             cut(metrics, 7)
     assert metrics.read_bytes() == before

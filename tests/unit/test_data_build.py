@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from titan_moe.data import build
-from titan_moe.data.build import Data, build_data, build_validation, in_turn, token_bytes
+from titan_moe.data.build import Data, build_data, build_validation, main_process_first, token_bytes
 from titan_moe.data.corpus import document_hash
 
 TEXTS = [f"document {index}: {'some words ' * (index % 17)}" for index in range(200)]
@@ -225,10 +225,10 @@ def test_the_main_process_goes_first_and_frees_the_others_when_it_fails(tmp_path
     def barrier() -> None:
         events.append("barrier")
 
-    assert in_turn(work, True, barrier) == in_turn(work, False, barrier) == "made"
+    assert main_process_first(work, True, barrier) == main_process_first(work, False, barrier) == "made"
     assert events == ["work", "barrier", "barrier", "work"]
     with pytest.raises(ValueError, match="no"):
-        in_turn(fail, True, barrier)
+        main_process_first(fail, True, barrier)
     assert events[4:] == ["barrier"]
     ranks = [
         make(tmp_path, path=path, dp_rank=rank, dp_degree=2, is_main=not rank, barrier=barrier) for rank in range(2)

@@ -11,11 +11,11 @@ import torch
 
 from titan_moe.checkpoint import save_checkpoint
 from titan_moe.config import Config, load_config, to_toml
-from titan_moe.convert.card import model_card
+from titan_moe.convert.hf.card import model_card
 from titan_moe.data.tokenizer import bytes_tokenizer, train_bpe
 from titan_moe.dump_folder import changes_on_the_way, check_same_run, read_facts, write_run_files
 from titan_moe.job import Job
-from titan_moe.runtime import Runtime
+from titan_moe.runtime.world import Runtime
 
 BASE = {
     **{"model.dim": 32, "model.num_heads": 2, "model.num_layers": 2, "model.vocab_size": 320, "moe.num_experts": 4},

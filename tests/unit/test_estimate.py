@@ -12,14 +12,32 @@ from torch import Tensor
 
 from tests.e2e.harness import command
 from titan_moe.build import build_balancers, build_model, build_optimizer
-from titan_moe.compat import MESH_BY_PARAMETER
 from titan_moe.config import load_config
-from titan_moe.estimate import Case, duration, in_world, largest_that_fits, short, take, vocabulary, with_batch
-from titan_moe.gpus import GPUS
+from titan_moe.estimate.cli import (
+    Case,
+    duration,
+    in_world,
+    largest_that_fits,
+    short,
+    take_option,
+    vocabulary,
+    with_batch,
+)
+from titan_moe.estimate.simulate import Simulation, bytes_moved, fake_world, simulate
+from titan_moe.estimate.step_time import (
+    COMPILED_BYTES,
+    GAPS,
+    HOST_SECONDS,
+    LINK,
+    PASSES,
+    PRODUCTS,
+    link_seconds,
+    step_time,
+)
 from titan_moe.model.routing import ROUTERS, Router
-from titan_moe.simulate import Simulation, bytes_moved, fake_world, simulate
+from titan_moe.runtime.compat import MESH_BY_PARAMETER
+from titan_moe.runtime.machine import GPUS
 from titan_moe.step import train_step
-from titan_moe.step_time import COMPILED_BYTES, GAPS, HOST_SECONDS, LINK, PASSES, PRODUCTS, link_seconds, step_time
 
 MODEL = shlex.split(
     "--model.dim 32 --model.num_layers 3 --model.num_heads 2 --model.vocab_size 512 --moe.num_experts 8 --moe.top_k 2 "
@@ -160,7 +178,7 @@ def test_state_of_optimizers_of_matrices(name: str) -> None:
 
 
 def estimate(*words: str) -> str:
-    ended = command("estimate", [*MODEL, *words])
+    ended = command("estimate.cli", [*MODEL, *words])
     assert ended.code == 0, ended.err
     return ended.out
 
@@ -180,11 +198,11 @@ def test_the_command() -> None:
 @pytest.mark.slow
 def test_a_knob_that_makes_it_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, full = run(2).peak / 2**30, run(2, "--activation_checkpoint.mode", "full").peak / 2**30
-    monkeypatch.setattr("titan_moe.estimate.GPUS", {"H100": GPUS["H100"]._replace(memory=(plain + full) / 2 / 0.9)})
+    monkeypatch.setattr("titan_moe.estimate.cli.GPUS", {"H100": GPUS["H100"]._replace(memory=(plain + full) / 2 / 0.9)})
     out = estimate("--world_size=2").splitlines()
     (number,) = [i for i, line in enumerate(out) if line.startswith("verdict: does not fit an H100")]
     assert any(line.startswith("it would with activation_checkpoint.mode = ") for line in out[number + 1 :])
-    monkeypatch.setattr("titan_moe.estimate.GPUS", {"H100": GPUS["H100"]._replace(memory=1e-6)})
+    monkeypatch.setattr("titan_moe.estimate.cli.GPUS", {"H100": GPUS["H100"]._replace(memory=1e-6)})
     assert "none of these makes it fit: take more than 2 ranks" in estimate("--world_size=2")
 
 
@@ -197,13 +215,13 @@ def test_errors() -> None:
         "--world_size 8 --model.vocab_size 0 --data.tokenizer some/hub-name": "give --model.vocab_size",
         "--world_size 8 --training.step 1": "training.step",
     }.items():
-        ended = command("estimate", [*MODEL, *words.split()])
+        ended = command("estimate.cli", [*MODEL, *words.split()])
         assert ended.code == 2
         assert part in ended.err
         assert len(ended.err.splitlines()) == 1
     reads = [*MODEL, "--world_size", "2", "--router.name", "tests.unit.test_estimate:reads_on_the_host"]
-    assert "reads a tensor's value on the host" in command("estimate", reads).err
-    assert take(["a", "--gpu", "H100", "b"], ("--gpu",)) == ("H100", ["a", "b"])
+    assert "reads a tensor's value on the host" in command("estimate.cli", reads).err
+    assert take_option(["a", "--gpu", "H100", "b"], ("--gpu",)) == ("H100", ["a", "b"])
     assert vocabulary(load_config(["--data.tokenizer", "openai-community/gpt2"])) == 50257
     assert vocabulary(load_config(["--data.tokenizer", "bpe:4096"])) == 4096
 
@@ -366,7 +384,7 @@ def test_the_largest_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
         tried.append(size)
         return like._replace(activations=int(1000 + 100 * size + bend * size**2) - like.peak + like.activations)
 
-    monkeypatch.setattr("titan_moe.estimate.run", peak_of)
+    monkeypatch.setattr("titan_moe.estimate.cli.run", peak_of)
     divisors = [size for size in range(1, 73) if 72 % size == 0]
     for bend in (0.0, 1.0):
         for limit in (1050, 1100, 1400, 2999, 3600, 5000, 20000):
@@ -395,8 +413,8 @@ def test_a_larger_micro_batch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert selective < whole
     memory = (whole + selective) / 2 / 0.9
-    monkeypatch.setattr("titan_moe.estimate.GPUS", {"H100": GPUS["H100"]._replace(memory=memory)})
+    monkeypatch.setattr("titan_moe.estimate.cli.GPUS", {"H100": GPUS["H100"]._replace(memory=memory)})
     line = estimate(*words, "--compile.enable", "false").splitlines()[-1]
     assert "16 of the 16 sequences of a rank's step, with activation_checkpoint.mode = selective: 1 micro-batch" in line
-    monkeypatch.setattr("titan_moe.estimate.GPUS", {"H100": GPUS["H100"]._replace(memory=1.2 * whole)})
+    monkeypatch.setattr("titan_moe.estimate.cli.GPUS", {"H100": GPUS["H100"]._replace(memory=1.2 * whole)})
     assert "16 of the 16 sequences of a rank's step, as it is" in estimate(*words, "--training.local_batch_size", "16")

@@ -14,7 +14,8 @@ from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.expert_stats import copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr, step_by_load
-from titan_moe.sinks import jsonl, tensorboard
+from titan_moe.sinks.files import jsonl
+from titan_moe.sinks.trackers import tensorboard
 from titan_moe.step import train_step
 
 SNRS = [0.0, 0.3, 1.0, 5.0]

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from titan_moe import files
-from titan_moe.convert.output import new_folder
-from titan_moe.files import new_file, temporary_path, write_atomic
+from titan_moe.convert.new_folder import new_folder
+from titan_moe.runtime import files
+from titan_moe.runtime.files import new_file, temporary_path, write_atomic
 
 WRITER = """
 import sys, time
 from pathlib import Path
-from titan_moe.convert.output import new_folder
-from titan_moe.files import new_file
+from titan_moe.convert.new_folder import new_folder
+from titan_moe.runtime.files import new_file
 folder = Path(sys.argv[1])
 with new_file(folder / "notes.txt") as file, new_folder(folder / "model") as made:
     (made / "weights").write_text("half")

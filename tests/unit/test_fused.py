@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from titan_moe.model import fused
 from titan_moe.model.dispatch import sort_choices
-from titan_moe.model.routing import topk_softmax
+from titan_moe.model.routing.token_choice import topk_softmax
 
 ROOT = Path(__file__).parents[2]
 

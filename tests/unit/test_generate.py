@@ -10,7 +10,7 @@ from tests.interop.models import KINDS, configure, fill
 from titan_moe.build import build_model
 from titan_moe.data.tokenizer import bytes_tokenizer
 from titan_moe.generate import generate
-from titan_moe.model.decode import empty_cache, extend
+from titan_moe.model.kv_cache import empty_cache, extend
 from titan_moe.model.transformer import Transformer
 
 PROMPTS = ["a", "", "the red house on the hill", "übermorgen 12"]

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from titan_moe.gpus import GPUS, find_gpu
-from titan_moe.runtime import peak_flops
+from titan_moe.runtime.machine import GPUS, find_gpu, peak_flops
 
 NAMES = {
     "NVIDIA H100 80GB HBM3": ("H100", 989e12, 79.6),

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
-from titan_moe import lock
-from titan_moe.lock import is_locked, sole_process
+from titan_moe.runtime import lock
+from titan_moe.runtime.lock import is_locked, sole_process
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from titan_moe.lock import sole_process
+from titan_moe.runtime.lock import sole_process
 with sole_process(Path(sys.argv[1]), "the folder"):
     if sys.argv[2] == "with a worker" and os.fork() == 0:
         time.sleep(5)

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.cases import ROUTER_CASES, Case, build_router, takes_bias
 from titan_moe.model.dispatch import local
 from titan_moe.model.moe import MoE, expert_swiglu, swiglu_of_both
-from titan_moe.model.routing import Routing, topk_softmax
+from titan_moe.model.routing import Routing
+from titan_moe.model.routing.token_choice import topk_softmax
 
 D, HIDDEN, E, K = 16, 24, 4, 2
 COUNTS = {

@@ -22,7 +22,7 @@ from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.parallelize.parallelize import parallelize
 from titan_moe.records import DivergedError, Record, Skips, flush, moe_layer_names, train_record
-from titan_moe.sinks import Sink
+from titan_moe.sinks.sink import Sink
 from titan_moe.step import train_step
 
 BY_LOAD = expand_load_lr({"load_lr": "ideal_normalized", "load_lr_ema": 0.5, "load_lr_decay": False}, top_k=2)

@@ -15,8 +15,6 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.tiny import balancers, batch, tiny_model
-from titan_moe import dtensor
-from titan_moe.compat import MESH_BY_PARAMETER
 from titan_moe.model.attention import rope_cos_sin
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.wrappers import plain_name
@@ -29,8 +27,10 @@ from titan_moe.parallelize.mesh import Degrees, build_mesh, resolve_degrees
 from titan_moe.parallelize.parallelize import move_for_inference, parallelize
 from titan_moe.parallelize.sequence import own_positions
 from titan_moe.records import train_record
+from titan_moe.runtime import dtensor
+from titan_moe.runtime.compat import MESH_BY_PARAMETER
+from titan_moe.runtime.watch import PACKAGE
 from titan_moe.step import train_step
-from titan_moe.watch import PACKAGE
 
 
 def resolve(world: int, **degrees: int) -> Degrees:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.tiny import adamw, balancers, batch, tiny_model
-from titan_moe.model.grouped import PRODUCTS, float8_grouped_mm, quantize_rows
+from titan_moe.model.experts import PRODUCTS, float8_grouped_mm, quantize_rows
 from titan_moe.model.moe import expert_swiglu
 from titan_moe.parallelize.quantize import check_quantize, quantize
 from titan_moe.step import train_step

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model
-from titan_moe import profiling, runtime
 from titan_moe.config import load_config
-from titan_moe.profiling import start_timer
 from titan_moe.records import Record, flush, speed_record
-from titan_moe.runtime import Runtime
-from titan_moe.sinks import Sink
+from titan_moe.runtime import machine, profiling
+from titan_moe.runtime.profiling import start_timer
+from titan_moe.runtime.world import Runtime
+from titan_moe.sinks.sink import Sink
 
 CUDA = torch.device("cuda", 0)
 
@@ -44,8 +44,8 @@ def events(monkeypatch: pytest.MonkeyPatch) -> type[Event]:
 
 def test_a_gpu_is_timed_by_its_own_events(events: type[Event], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is asked of the device before the records are written; speed and MFU go by what it says then."""
-    monkeypatch.setattr(runtime, "peak_flops", lambda device: 1e9)
-    monkeypatch.setattr(runtime, "peak_memory_gib", lambda device: 1.5)
+    monkeypatch.setattr(machine, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(machine, "peak_memory_gib", lambda device: 1.5)
     config, model, rt = load_config([]), tiny_model(), Runtime(0, 2, 0, CUDA)
     pending: list[Record] = []
     for step in range(3):

@@ -8,9 +8,9 @@ import torch
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from titan_moe.model.assignment import auction_assignment, exact_assignment
 from titan_moe.model.routing import ROUTERS, Routing
-from titan_moe.model.selection import capacity_of, exact_factor
+from titan_moe.model.routing.batch import auction_assignment, exact_assignment
+from titan_moe.model.routing.common import capacity_of, exact_factor
 
 T, E = 24, 6
 

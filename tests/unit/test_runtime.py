@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from titan_moe import runtime
+from titan_moe.runtime import command
 
 
 @pytest.mark.slow
@@ -16,7 +16,7 @@ def test_a_process_ends_before_the_interpreter_is_taken_down() -> None:
     """All is finished that would be, but nothing runs after it: there a thread of gloo would abort the process."""
     program = """
         import atexit, threading, time
-        from titan_moe.runtime import end_process
+        from titan_moe.runtime.command import end_process
 
         class Late:
             def __del__(self):
@@ -58,7 +58,7 @@ def test_memory_that_is_not_there_is_one_line(
         return 0 if make() else 1
 
     with pytest.raises(SystemExit) as ended:
-        runtime.run_command(main)
+        command.run_command(main)
     err = capsys.readouterr().err
     assert ended.value.code == 2
     assert err.startswith("error: out of memory on rank 1 (")

@@ -17,9 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from titan_moe.files import appender, write_atomic
-from titan_moe.heatmap import load_figure
-from titan_moe.sinks import Sink, console, fan_out, jsonl, last_validation, summary, tensorboard, wandb
+from titan_moe.runtime.files import appender, write_atomic
+from titan_moe.sinks.console import console, summary
+from titan_moe.sinks.files import jsonl
+from titan_moe.sinks.heatmap import load_figure
+from titan_moe.sinks.sink import Sink, fan_out, last_validation
+from titan_moe.sinks.trackers import tensorboard, wandb
 
 
 def train(step: int, **more: Any) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from titan_moe.config import to_toml
 from titan_moe.convert.surgery import (
     Expert,
     add_experts,
+    change_experts,
     keep,
     merge_experts,
-    operate,
     prune_experts,
     revive_experts,
     similarity,
@@ -102,7 +102,7 @@ def test_everything_with_a_row_for_each_expert_is_carried(tmp_path: Path, change
     """Weights, router, bias and moments are those of the sources; the rest is as it was; training can go on."""
     step = make_trained(tmp_path / "run", **changes)
     plan = [keep(2), keep(0), Expert((3, 1), (0.75, 0.25))]
-    operate(step, tmp_path / "out", lambda tensors: [plan, [keep(1), keep(2), keep(3)]], [])
+    change_experts(step, tmp_path / "out", lambda tensors: [plan, [keep(1), keep(2), keep(3)]], [])
     before, after = read_lazily(step), read_lazily(tmp_path / "out" / "checkpoint" / "step-7")
     assert before.keys() == after.keys()
     carried = 0
@@ -126,10 +126,10 @@ def test_cloning_every_expert_changes_nothing(tmp_path: Path) -> None:
     """Twice the experts, each token to both copies: their weights halve, the sum is the same."""
     step = make_trained(tmp_path / "run")
     plan = add_experts(LOAD, 8, 0.0)
-    operate(step, tmp_path / "out", lambda tensors: [plan, plan], ["--moe.top_k", "4"])
+    change_experts(step, tmp_path / "out", lambda tensors: [plan, plan], ["--moe.top_k", "4"])
     torch.testing.assert_close(logits(load_model(tmp_path / "out")[0]), logits(load_model(step)[0]), atol=1e-5, rtol=0)
     noisy = add_experts(LOAD, 8, 0.05)
-    operate(step, tmp_path / "noisy", lambda tensors: [noisy, noisy], ["--moe.top_k", "4"])
+    change_experts(step, tmp_path / "noisy", lambda tensors: [noisy, noisy], ["--moe.top_k", "4"])
     w1 = load_model(tmp_path / "noisy")[0].layers[0].moe.experts.w1
     assert torch.equal(w1[:4], load_model(step)[0].layers[0].moe.experts.w1)
     difference = (w1[4] - w1[2]).std() / w1[2].std()
@@ -224,7 +224,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
         assert names(tmp_path) == ["dense", "experts"]
     odd = _with_odd_state(experts, tmp_path)
     with pytest.raises(ValueError, match="has no row for each expert"):
-        operate(odd, out, lambda tensors: [[keep(0), keep(1)]] * 2, [])
+        change_experts(odd, out, lambda tensors: [[keep(0), keep(1)]] * 2, [])
     assert "out" not in names(tmp_path)
 
 

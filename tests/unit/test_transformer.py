@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from titan_moe.model.moe import FeedForward, MoE
-from titan_moe.model.routing import topk_softmax
+from titan_moe.model.routing.token_choice import topk_softmax
 from titan_moe.model.transformer import Transformer, moe_layer_ids
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 48}

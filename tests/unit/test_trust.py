@@ -28,17 +28,17 @@ from titan_moe.config.layers import tomllib
 from titan_moe.config.saved import PLAIN_KEYS, outside_components
 from titan_moe.config.sections import KINDS, SECTIONS
 from titan_moe.convert.cli import convert_from_hf, convert_from_megatron, convert_to_hf, convert_to_megatron
-from titan_moe.convert.hf import OUR_CONFIG, from_hf, to_hf
-from titan_moe.convert.megatron import from_megatron, to_megatron
-from titan_moe.convert.megatron_model import tensors_alone
-from titan_moe.convert.safetensors import INDEX
+from titan_moe.convert.hf.convert import OUR_CONFIG, from_hf, to_hf
+from titan_moe.convert.hf.safetensors import INDEX
+from titan_moe.convert.megatron.convert import from_megatron, to_megatron
+from titan_moe.convert.megatron.model import tensors_alone
 from titan_moe.convert.surgery_cli import surgery
 from titan_moe.convert.verify import weights_alone
-from titan_moe.files import crc32_of_json
 from titan_moe.optimizer.groups import GROUP_PATTERNS
-from titan_moe.runtime import describe
-from titan_moe.study.compare import compare
+from titan_moe.runtime.errors import describe
+from titan_moe.runtime.files import crc32_of_json
 from titan_moe.study.grid import Run
+from titan_moe.study.report.compare import compare
 from titan_moe.study.reuse import reuse
 from titan_moe.study.runs import POINT, changes
 
@@ -250,7 +250,7 @@ def test_commands_import_what_the_user_names_and_nothing_else(
     tmp_path: Path, ran: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("titan_moe.runtime.init_logging", lambda world: None)
+    monkeypatch.setattr("titan_moe.runtime.command.init_logging", lambda world: None)
     step = make_checkpoint(tmp_path / "run")
     for name, command in doors(tmp_path, step).items():
         before = sorted(tmp_path.iterdir())

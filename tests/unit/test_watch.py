@@ -1,12 +1,14 @@
 """What the watch makes of the flight recorder and of errors; whole processes are in tests/e2e/test_faults.py."""
 
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from titan_moe import runtime, watch
+from titan_moe.runtime import command, errors, watch, world
 
 
 def entry(**changes: Any) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def test_groups_that_are_not_connected_end_the_process_at_the_limit(monkeypatch:
 
 def test_groups_that_fail_to_connect() -> None:
     with (
-        pytest.raises(runtime.CollectiveError, match=r"step, rank 0: connecting the meshes failed: .*peer") as caught,
+        pytest.raises(errors.CollectiveError, match=r"step, rank 0: connecting the meshes failed: .*peer") as caught,
         watch.watching(watch.Watch(10.0)),
         watch.connecting("connecting the meshes"),
     ):
@@ -62,22 +64,22 @@ def test_groups_that_fail_to_connect() -> None:
     assert "collective" not in str(caught.value)
     with pytest.raises(RuntimeError, match="of ours") as ours, watch.connecting("connecting the meshes"):
         raise RuntimeError("a fault of ours")
-    assert not isinstance(ours.value, runtime.CollectiveError)
+    assert not isinstance(ours.value, errors.CollectiveError)
     assert watch.connecting_for() is None
 
 
 def test_errors_of_collectives_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "recorded", lambda: [entry()])
     with (
-        pytest.raises(runtime.CollectiveError, match=r"step 2, rank 0: _all_gather_base #7 of group ep failed: .*peer"),
+        pytest.raises(errors.CollectiveError, match=r"step 2, rank 0: _all_gather_base #7 of group ep failed: .*peer"),
         watch.watching(watch.Watch(10.0, step=2)),
     ):
         raise RuntimeError("[/a/gloo/pair.cc:537] Connection closed by peer [::1]:1")
-    with pytest.raises(runtime.CollectiveError), watch.watching(watch.Watch(10.0)):
+    with pytest.raises(errors.CollectiveError), watch.watching(watch.Watch(10.0)):
         raise dist.DistBackendError("NCCL error: remote process exited")
     with pytest.raises(RuntimeError, match="shape") as caught, watch.watching(watch.Watch(10.0)):
         raise RuntimeError("shape '[2]' is invalid")
-    assert not isinstance(caught.value, runtime.CollectiveError)
+    assert not isinstance(caught.value, errors.CollectiveError)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +88,19 @@ def test_errors_of_collectives_are_told_apart(monkeypatch: pytest.MonkeyPatch) -
 def test_restarts_on_a_shared_store(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, shared: str, restarts: str, warns: bool
 ) -> None:
-    monkeypatch.setattr(runtime.logger, "propagate", True)
+    monkeypatch.setattr(command.logger, "propagate", True)
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": shared,
         "TORCHELASTIC_MAX_RESTARTS": restarts,
         "RANK": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    runtime.caution_restarts()
+    world.caution_restarts()
     assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in caplog.text) == warns
+
+
+def test_where_a_thread_is_names_a_file_of_any_folder_of_the_package() -> None:
+    names: dict[str, object] = {"where": watch.where, "thread": threading.current_thread()}
+    step = str(Path(watch.__file__).parents[1] / "step.py")
+    exec(compile("def train_step():\n    return where(thread)", step, "exec"), names)
+    assert eval("train_step()", names) == "in step.py:2 train_step"

@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from titan_moe.checkpoint.folder import CheckpointError
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_checkpoint, save_content
-from titan_moe.dtensor import local
 from titan_moe.optimizer.combined import kind_of
-from titan_moe.watch import connecting
-from titan_moe.world import rank, world_size
+from titan_moe.runtime.dtensor import local
+from titan_moe.runtime.watch import connecting
+from titan_moe.runtime.world import rank, world_size
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titan_moe.checkpoint.folder import set_aside, steps_after
-from titan_moe.cut import copy, drop, sort_lines
+from titan_moe.sinks.files import copy, drop, sort_lines
 
 logger = logging.getLogger(__name__)
 

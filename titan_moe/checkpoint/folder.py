@@ -13,8 +13,16 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from titan_moe.files import crc32_of, crc32_of_json, fsync_folder, is_plain_name, remove, warn_once, write_synced
-from titan_moe.world import rank, world_size
+from titan_moe.runtime.files import (
+    crc32_of,
+    crc32_of_json,
+    fsync_folder,
+    is_plain_name,
+    remove,
+    warn_once,
+    write_synced,
+)
+from titan_moe.runtime.world import rank, world_size
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -149,7 +157,7 @@ def verify(step_folder: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{step_folder} is broken: file {name} does not have its checksum")
         return body
 
-    return together(check)[rank()]
+    return run_on_all_ranks(check)[rank()]
 
 
 def entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -157,7 +165,7 @@ def entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: {"size": (folder / name).stat().st_size, "crc32": crc32_of(folder / name)} for name in names}
 
 
-def start(folder: Path, step: int) -> Path:
+def begin_step(folder: Path, step: int) -> Path:
     """Make the empty folder that a save of `step` writes into, after removing what dead saves left."""
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
@@ -192,11 +200,11 @@ def clean(folder: Path) -> None:
     for path in sorted(folder.iterdir(), reverse=True):
         if (match := _LEFTOVER.fullmatch(path.name)) and _is_folder_or_link(path):
             if not is_leftover(path):
-                quietly(partial(os.rename, path, path.with_name(match[1])))
+                warn_on_failure(partial(os.rename, path, path.with_name(match[1])))
             elif match[2] == "trash":
                 remove(path)
             else:
-                quietly(partial(_discard, path, match[1]))
+                warn_on_failure(partial(_discard, path, match[1]))
 
 
 def prune(folder: Path, step: int, keep_latest_k: int) -> None:
@@ -207,7 +215,7 @@ def prune(folder: Path, step: int, keep_latest_k: int) -> None:
     for path in list(folder.iterdir()):
         match = _STEP.fullmatch(path.name)
         if match and int(match[1]) < step and int(match[1]) not in keep and _is_folder_or_link(path):
-            quietly(partial(_discard, path, path.name))
+            warn_on_failure(partial(_discard, path, path.name))
 
 
 def _is_folder_or_link(path: Path) -> bool:
@@ -228,7 +236,7 @@ def _discard(path: Path, step_name: str) -> None:
     remove(trash)
 
 
-def quietly(task: Callable[[], object]) -> None:
+def warn_on_failure(task: Callable[[], object]) -> None:
     """Run housekeeping whose failure must not stop training: it warns, once for each reason."""
     try:
         task()
@@ -236,7 +244,9 @@ def quietly(task: Callable[[], object]) -> None:
         warn_once(f"cannot remove old checkpoint files: {reason(error)}")
 
 
-def together(task: Callable[[], T], *, main_only: bool = False, group: dist.ProcessGroup | None = None) -> list[T]:
+def run_on_all_ranks(
+    task: Callable[[], T], *, main_only: bool = False, group: dist.ProcessGroup | None = None
+) -> list[T]:
     """Run `task` on every rank and return all ranks' results; with `main_only` on rank 0, and its result alone.
 
     `group` is of all ranks, for threads whose messages must not mix with those of the training; None: the default one.

@@ -219,7 +219,7 @@ def joined(parts: list[Lazy], dim: int) -> Lazy:
     return Lazy(tuple(shape), parts[0].dtype, load)
 
 
-def rows(whole: Lazy) -> list[Lazy]:
+def unstacked(whole: Lazy) -> list[Lazy]:
     """The rows of a tensor, in order; reading them in this order reads the whole once."""
     if whole.rows:
         return list(whole.rows)

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from titan_moe.files import is_plain_name
+from titan_moe.runtime.files import is_plain_name
 
 METADATA = ".metadata"
 # What torch names: all of these modules (Megatron keeps the plans of a save, too), and what its own classes hold.

@@ -29,9 +29,9 @@ from torch.optim import Optimizer
 
 from titan_moe.checkpoint.lazy import Writer
 from titan_moe.checkpoint.metadata import Reader, read_metadata
-from titan_moe.files import write_synced
 from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.combined import kind_of
+from titan_moe.runtime.files import write_synced
 
 logger = logging.getLogger(__name__)
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -23,17 +23,17 @@ from titan_moe.checkpoint.folder import (
     FORMAT,
     CheckpointError,
     NewerFormatError,
+    begin_step,
     clean,
     entries,
     is_step_folder,
     prune,
     publish,
-    quietly,
     read_manifest,
+    run_on_all_ranks,
     scan,
-    start,
-    together,
     verify,
+    warn_on_failure,
 )
 from titan_moe.checkpoint.lazy import LazyTensors, write_lazily
 from titan_moe.checkpoint.state import (
@@ -49,10 +49,10 @@ from titan_moe.checkpoint.state import (
     write_tensors,
 )
 from titan_moe.config import Config, load_saved
-from titan_moe.files import write_synced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.combined import kind_of
-from titan_moe.world import rank, world_size
+from titan_moe.runtime.files import write_synced
+from titan_moe.runtime.world import rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -156,9 +156,9 @@ def save_content(
     """Save `content` as `save_checkpoint` says; ranks talk over `group`, None: the default one."""
     final = folder / f"step-{step}"
     try:
-        staging = together(lambda: start(folder, step), main_only=True, group=group)[0]
-        together(lambda: content.write(staging), group=group)
-        written = together(lambda: _write_rest(staging, content), group=group)
+        staging = run_on_all_ranks(lambda: begin_step(folder, step), main_only=True, group=group)[0]
+        run_on_all_ranks(lambda: content.write(staging), group=group)
+        written = run_on_all_ranks(lambda: _write_rest(staging, content), group=group)
         own = [size for name, size in content.elements.items() if name.startswith("model.")]
         body = {
             "format": FORMAT,
@@ -170,15 +170,15 @@ def save_content(
             "versions": {"titan_moe": __version__, "torch": str(torch.__version__)},
             "files": {name: entry for own in written for name, entry in own.items()},
         }
-        together(lambda: publish(staging, final, body), main_only=True, group=group)
+        run_on_all_ranks(lambda: publish(staging, final, body), main_only=True, group=group)
     except BaseException as error:
         if rank() == 0 and folder.is_dir():
-            quietly(lambda: clean(folder))
+            warn_on_failure(lambda: clean(folder))
         if isinstance(error, CheckpointError):
             raise CheckpointError(f"cannot save {final}: {error} (earlier checkpoints are intact)") from error
         raise
     if rank() == 0 and keep_latest_k > 0:
-        quietly(lambda: prune(folder, step, keep_latest_k))
+        warn_on_failure(lambda: prune(folder, step, keep_latest_k))
     return final
 
 
@@ -196,7 +196,7 @@ def load_checkpoint(
     """
     manifest = verify(step_folder) if check else read_manifest(step_folder)
     common = read_common(step_folder)
-    together(lambda: load_state(step_folder, model, optimizer, manifest["optimizer"], common["optimizer"]))
+    run_on_all_ranks(lambda: load_state(step_folder, model, optimizer, manifest["optimizer"], common["optimizer"]))
     if optimizer is not None and manifest["world_size"] == world_size():
         own = torch.load(step_folder / f"rank-{rank()}.pt", weights_only=True)
         set_rng_state(own["rng"])
@@ -219,7 +219,7 @@ def load_weights(step_folder: Path, *, model: nn.Module, strict: bool) -> None:
     if strict:
         load_checkpoint(step_folder, model=model, check=False)
         return
-    missing, unexpected = together(lambda: load_matching(step_folder, model))[rank()]
+    missing, unexpected = run_on_all_ranks(lambda: load_matching(step_folder, model))[rank()]
     if rank() == 0:
         for names, what in ((missing, "keeps its initial"), (unexpected, "does not use its")):
             if names:
@@ -255,7 +255,7 @@ def step_to_resume(folder: Path) -> Path | None:
         if os.path.lexists(folder) and not folder.is_dir():
             raise CheckpointError(f"{folder} is no folder: mount the disk that it links to, or move it away")
 
-    together(check)
+    run_on_all_ranks(check)
     found, problems = _find_latest(folder)
     if problems and found is None:
         raise CheckpointError(
@@ -271,7 +271,7 @@ def step_to_resume(folder: Path) -> Path | None:
 
 def _find_latest(folder: Path) -> tuple[Path | None, dict[int, CheckpointError]]:
     """The newest step that passes its checksums, and what is wrong with later ones, the newest first."""
-    complete, problems = together(lambda: scan(folder), main_only=True)[0]
+    complete, problems = run_on_all_ranks(lambda: scan(folder), main_only=True)[0]
     found = None
     for step in sorted(complete, reverse=True):
         try:

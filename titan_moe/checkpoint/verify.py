@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from titan_moe.checkpoint.folder import CheckpointError, is_leftover, is_step_folder, verify
-from titan_moe.commands import Parser
+from titan_moe.runtime.command import Parser
 
 
 def verify_checkpoint(args: list[str]) -> int:

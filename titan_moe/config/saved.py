@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from titan_moe.commands import TRUST
 from titan_moe.config.layers import Layer, command_line_layer, read_file
 from titan_moe.config.load import merge_layers, merge_unchecked
 from titan_moe.config.schema import key_error
 from titan_moe.config.sections import KINDS, REMOVED, Component, Config, Optimizer
 from titan_moe.optimizer.groups import GROUP_PATTERNS
+from titan_moe.runtime.command import TRUST
 
 PLAIN_KEYS = ("moe.experts_backend",)  # keys outside of KINDS that name a component
 

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from titan_moe import runtime
-from titan_moe.commands import Parser
-from titan_moe.convert.hf import from_hf, to_hf
-from titan_moe.convert.megatron import MOE_NORM, from_megatron, to_megatron
-from titan_moe.dtypes import DTYPES
+from titan_moe.convert.hf.convert import from_hf, to_hf
+from titan_moe.convert.megatron.convert import MOE_NORM, from_megatron, to_megatron
+from titan_moe.runtime import command, world
+from titan_moe.runtime.command import Parser
+from titan_moe.runtime.dtypes import DTYPES
 
 NO_VERIFY = "leave out the comparison with the other library on a probe batch (it holds both models in memory)"
 
@@ -23,7 +23,7 @@ def convert_to_hf(args: list[str]) -> int:
     options = parser.parse_args(args)
     if not options.shard_gb > 0:
         raise ValueError(f"--shard_gb ({options.shard_gb}) must be above 0")
-    runtime.init_logging(runtime.read_world())
+    command.init_logging(world.read_world())
     to_hf(
         options.checkpoint,
         options.out_dir,
@@ -43,7 +43,7 @@ def convert_from_hf(args: list[str]) -> int:
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     parser.add_trust()
     options = parser.parse_args(args)
-    runtime.init_logging(runtime.read_world())
+    command.init_logging(world.read_world())
     trusted = options.trust_components
     from_hf(options.hf_dir, options.out_checkpoint, verify=not options.no_verify, trust_components=trusted)
     return 0
@@ -58,7 +58,7 @@ def convert_to_megatron(args: list[str]) -> int:
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     parser.add_trust()
     options = parser.parse_args(args)
-    runtime.init_logging(runtime.read_world())
+    command.init_logging(world.read_world())
     to_megatron(
         options.checkpoint,
         options.out_dir,
@@ -78,7 +78,7 @@ def convert_from_megatron(args: list[str]) -> int:
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     parser.add_trust()
     options = parser.parse_args(args)
-    runtime.init_logging(runtime.read_world())
+    command.init_logging(world.read_world())
     from_megatron(
         options.megatron_dir,
         options.out_checkpoint,

@@ -19,11 +19,11 @@ from titan_moe.checkpoint.lazy import Lazy, LazyTensors, read_lazily
 from titan_moe.checkpoint.state import read_common
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_saved, to_toml
-from titan_moe.convert.architectures import moe_layers
-from titan_moe.convert.output import new_checkpoint
+from titan_moe.convert.hf.architectures import moe_layers
+from titan_moe.convert.new_folder import new_checkpoint
 from titan_moe.data.tokenizer_files import read_tokenizer_files
 from titan_moe.model.transformer import fill_normal
-from titan_moe.world import seed_of
+from titan_moe.runtime.world import seed_of
 
 logger = logging.getLogger(__name__)
 MATRICES = ("w1", "w2", "w3")
@@ -101,7 +101,7 @@ def similarity(tensors: LazyTensors, layer: int) -> Tensor:
     return product / norm / norm.unsqueeze(1)
 
 
-def operate(
+def change_experts(
     checkpoint: Path,
     out: Path,
     plans: Callable[[LazyTensors], list[Plan]],

@@ -6,18 +6,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from titan_moe import runtime
 from titan_moe.checkpoint import load_model, resolve_checkpoint
 from titan_moe.checkpoint.lazy import LazyTensors
 from titan_moe.checkpoint.store import read_config
-from titan_moe.commands import Parser
-from titan_moe.convert.architectures import moe_layers
+from titan_moe.convert.hf.architectures import moe_layers
 from titan_moe.convert.surgery import (
     Plan,
     add_experts,
+    change_experts,
     keep,
     merge_experts,
-    operate,
     prune_experts,
     revive_experts,
     similarity,
@@ -26,6 +24,8 @@ from titan_moe.convert.surgery import (
 from titan_moe.data.build import token_bytes
 from titan_moe.data.tokenizer import load_tokenizer
 from titan_moe.evaluate import evaluation_config, validation_batches
+from titan_moe.runtime import command, world
+from titan_moe.runtime.command import Parser
 from titan_moe.step import evaluate
 
 VERBS = {
@@ -54,7 +54,7 @@ def surgery(args: list[str]) -> int:
     parser.epilog = "Further --section.key value change the configuration, for example --moe.top_k 4."
     options, overrides = parser.parse_known_args(args)
     _check(options)
-    runtime.init_logging(runtime.read_world())
+    command.init_logging(world.read_world())
     if options.verb == "upcycle":
         overrides = ["--moe.num_experts", str(options.num_experts), *overrides]
         granularity, noise = options.granularity, options.noise
@@ -67,7 +67,7 @@ def surgery(args: list[str]) -> int:
             trust_components=options.trust_components,
         )
     else:
-        operate(options.checkpoint, options.out, _planner(options), overrides, options.trust_components)
+        change_experts(options.checkpoint, options.out, _planner(options), overrides, options.trust_components)
     return 0
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from titan_moe.checkpoint.store import read_model
 from titan_moe.config import Config
-from titan_moe.convert.read_config import read_json
-from titan_moe.convert.safetensors import weight_files
+from titan_moe.convert.hf.read_config import read_json
+from titan_moe.convert.hf.safetensors import weight_files
 
 logger = logging.getLogger(__name__)
 TOLERANCE = 1e-3  # of a logit, relative to the largest: fp32 in another order of operations is below 1e-5
@@ -62,7 +62,7 @@ def compare(ours: Forward, theirs: Forward, vocab_size: int) -> Comparison:
     return Comparison(difference, logits_BSV.abs().max().item(), share)
 
 
-def check(found: Comparison, library: str) -> None:
+def check_equal(found: Comparison, library: str) -> None:
     """Say what the comparison found; ValueError where the models differ."""
     text = (
         f"largest logit difference to {library} {found.logit_difference:.2e} (largest logit "
@@ -131,7 +131,7 @@ def check_against_transformers(step_folder: Path, hf_folder: Path, config: Confi
         if found[what]:
             raise ValueError(f"the check of the conversion failed: transformers finds {what}: {sorted(found[what])[0]}")
     model = rounded_model(step_folder, config, dtype)
-    check(compare(our_forward(model), hf_forward(theirs.eval()), config.model.vocab_size), "transformers")
+    check_equal(compare(our_forward(model), hf_forward(theirs.eval()), config.model.vocab_size), "transformers")
 
 
 def check_against_megatron(step_folder: Path, folder: Path, config: Config, arguments: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def check_against_megatron(step_folder: Path, folder: Path, config: Config, argu
     model = read_model(step_folder, config)
     sizes = {"tied": config.model.tie_embeddings, "theta": config.model.rope_theta}
     given = {"folder": str(folder), "arguments": arguments, "vocab_size": config.model.vocab_size, **sizes}
-    check(compare(our_forward(model), megatron_forward(given), config.model.vocab_size), "Megatron-core")
+    check_equal(compare(our_forward(model), megatron_forward(given), config.model.vocab_size), "Megatron-core")
 
 
 def megatron_forward(given: dict[str, Any]) -> Forward:
@@ -155,7 +155,7 @@ def megatron_forward(given: dict[str, Any]) -> Forward:
         with tempfile.TemporaryDirectory() as name:
             want, result = Path(name) / "given", Path(name) / "result"
             torch.save({**given, "tokens": tokens_BS}, want)
-            command = [sys.executable, "-m", "titan_moe.convert.megatron_model", str(want), str(result)]
+            command = [sys.executable, "-m", "titan_moe.convert.megatron.model", str(want), str(result)]
             ended = subprocess.run(command, capture_output=True, text=True, check=False)
             if ended.returncode:
                 last = (ended.stderr.strip().splitlines() or [f"exit code {ended.returncode}"])[-1]

@@ -117,7 +117,9 @@ def build_data(
     tokens = STREAM_VALIDATION_TOKENS if validation_steps < 0 else tokens
     show = progress and is_main
     want = _Wanted(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show)
-    made = in_turn(partial(_prepare_stream if is_streamed(dataset) else _prepare_files, want), is_main, barrier)
+    made = main_process_first(
+        partial(_prepare_stream if is_streamed(dataset) else _prepare_files, want), is_main, barrier
+    )
 
     where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     batch = {**where, "seed": seed, "local_batch_size": local_batch_size}
@@ -160,7 +162,7 @@ def build_validation(
         made = load_tokenizer(tokenizer, endpoint)
         return build_cache(corpus, made, cache_folder, progress=progress and is_main)
 
-    file = in_turn(work, is_main, barrier).validation
+    file = main_process_first(work, is_main, barrier).validation
     _check_length(file, seq_len, "data.path")
     where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     batches = partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **where)
@@ -182,16 +184,16 @@ def resolve_batch_sizes(global_batch_size: int, local_batch_size: int, dp_degree
     Raises ValueError where they don't divide.
     """
     local = max(1, global_batch_size // dp_degree) if local_batch_size == -1 else local_batch_size
-    together = local * dp_degree
-    size = together if global_batch_size == -1 else global_batch_size
-    if local < 1 or size < 1 or size % together:
+    sequences_per_pass = local * dp_degree
+    size = sequences_per_pass if global_batch_size == -1 else global_batch_size
+    if local < 1 or size < 1 or size % sequences_per_pass:
         factors = [] if local_batch_size == -1 else [f"training.local_batch_size ({local_batch_size})"]
         text = " x ".join([*factors, f"{dp_degree} data-parallel ranks"])
         raise ValueError(f"training.global_batch_size ({global_batch_size}) must be a multiple of {text}")
     return size, local
 
 
-def in_turn(work: Callable[[], T], is_main: bool, barrier: Callable[[], object] | None) -> T:
+def main_process_first(work: Callable[[], T], is_main: bool, barrier: Callable[[], object] | None) -> T:
     """Do idempotent work in every process, the main one first; when it fails, the others go on and fail alike."""
     if barrier is not None and not is_main:
         barrier()

@@ -30,10 +30,10 @@ from titan_moe.data.processes import available_cpus, run_parallel
 from titan_moe.data.sources import Shard, texts
 from titan_moe.data.storage import DamagedError, locked, made_anew, read_sealed, storage_errors, write_sealed
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
-from titan_moe.files import crc32_of, new_file, remove_leftovers, write_atomic
+from titan_moe.runtime.files import crc32_of, new_file, remove_leftovers, write_atomic
 
 SPLITS = ("train", "validation")
-COUNTS = ("num_tokens", "num_documents", "num_bytes", "num_nulls")
+COUNT_NAMES = ("num_tokens", "num_documents", "num_bytes", "num_nulls")
 META, CHECKED = "meta.json", "checked.json"
 LARGE_BYTES = 4 << 30  # from here on reading all of it takes a while, and is said
 PIECE_BYTES = 16 << 20  # what one checksum is of in a cache from before there were any
@@ -197,7 +197,7 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
             for job in jobs:
                 with open(f"{job.output}.{name}.bin", "rb") as part:
                     shutil.copyfileobj(part, file, 1 << 22)
-    totals = {key: {name: sum(result[key][name] for result in results) for name in SPLITS} for key in COUNTS}
+    totals = {key: {name: sum(result[key][name] for result in results) for name in SPLITS} for key in COUNT_NAMES}
     checksums = {name: [result["checksums"][name] for result in results] for name in SPLITS}
     write_sealed(home / META, {"dtype": tokenizer.dtype.name, **totals, "checksums": checksums})
     shutil.rmtree(parts, ignore_errors=True)
@@ -246,7 +246,7 @@ def tokenize_shard(job: _Job) -> Iterator[int]:
     """Tokenize one shard into its part files, yielding the bytes of text done; runs in a worker process."""
     tokenizer = _load_tokenizer(job.tokenizer)
     held_out = _load_held_out(job.split) if job.split else frozenset()
-    counts = {key: dict.fromkeys(SPLITS, 0) for key in COUNTS}
+    counts = {key: dict.fromkeys(SPLITS, 0) for key in COUNT_NAMES}
     sizes, crcs, done = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), 0
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(new_file(Path(f"{job.output}.{name}.bin"))) for name in SPLITS}

@@ -119,12 +119,13 @@ def window_loader(
     batches: WindowBatches, num_workers: int, device: torch.device, state: dict[str, Any]
 ) -> StatefulDataLoader:
     """Make the loader that goes on after `state["sequences"]` sequences; what lies before them is not read."""
-    together = batches.dp_degree * batches.local_batch_size
-    first, rest = divmod(state.get("sequences", 0), together)
+    sequences_per_pass = batches.dp_degree * batches.local_batch_size
+    first, rest = divmod(state.get("sequences", 0), sequences_per_pass)
     if rest:
         raise ValueError(
             f"the saved data position ({state['sequences']} sequences) is no multiple of local_batch_size x "
-            f"data-parallel ranks ({together}): resume with the batch size and number of processes of the saved run"
+            f"data-parallel ranks ({sequences_per_pass}): resume with the batch size and number of processes of the "
+            "saved run"
         )
     return make_loader(batches, num_workers, device, sampler=itertools.count(first))
 

@@ -10,7 +10,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from titan_moe.files import crc32_of, crc32_of_json, new_file, warn_once, write_atomic
+from titan_moe.runtime.files import crc32_of, crc32_of_json, new_file, warn_once, write_atomic
 
 log = logging.getLogger(__name__)
 

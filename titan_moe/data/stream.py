@@ -109,9 +109,11 @@ class LaneBatches(IterableDataset):
     ) -> None:
         self.dataset, self.tokenizer_files, self.split = dataset, tokenizer_files, split
         self.seq_len, self.seed, self.global_batch_size, self.state = seq_len, seed, global_batch_size, state
-        together = local_batch_size * dp_degree
+        sequences_per_pass = local_batch_size * dp_degree
         own = range(dp_rank * local_batch_size, (dp_rank + 1) * local_batch_size)
-        self.micro_batches = [[first + lane for lane in own] for first in range(0, global_batch_size, together)]
+        self.micro_batches = [
+            [first + lane for lane in own] for first in range(0, global_batch_size, sequences_per_pass)
+        ]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         """Yield tokens, labels and the state after the batch: its lanes, the cursor, the sequences so far."""
@@ -125,8 +127,8 @@ class LaneBatches(IterableDataset):
             Cursor(**self.state.get("cursor", {})),
             lambda text: bool(text) and side(text.encode(), self.split, held_out) == "train",
         )
-        together = self.global_batch_size // len(self.micro_batches)
-        for index in count(self.state["sequences"] // together):
+        sequences_per_pass = self.global_batch_size // len(self.micro_batches)
+        for index in count(self.state["sequences"] // sequences_per_pass):
             group = self.micro_batches[index % len(self.micro_batches)]
             while not all(lanes[lane].ready(self.seq_len + 1, tokenizer.encode_document) for lane in group):
                 cursor, texts = next(blocks)
@@ -137,7 +139,7 @@ class LaneBatches(IterableDataset):
             while len(cursors) > 1 and cursors[1].document <= oldest:
                 cursors.popleft()
             places = {str(lane): [lanes[lane].document, lanes[lane].offset] for lane in group}
-            after = {"sequences": (index + 1) * together, "lanes": places, "cursor": cursors[0]._asdict()}
+            after = {"sequences": (index + 1) * sequences_per_pass, "lanes": places, "cursor": cursors[0]._asdict()}
             yield tokens, labels, after
 
     def _deal(self, cursor: Cursor, texts: list[str], lanes: dict[int, _Lane]) -> None:

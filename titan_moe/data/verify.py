@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from titan_moe.commands import Parser
 from titan_moe.data.cache import META, open_cache
 from titan_moe.data.storage import DamagedError, check_file
-from titan_moe.runtime import user_cache_folder
+from titan_moe.runtime.command import Parser
+from titan_moe.runtime.machine import user_cache_folder
 
 
 def verify_data(args: list[str]) -> int:

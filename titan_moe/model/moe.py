@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from titan_moe.model import fused
 from titan_moe.model.dispatch import Dispatcher, local
-from titan_moe.model.grouped import PRODUCTS, Precision, grouped_mm
+from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.routing import Router, Routing
 from titan_moe.model.share import WHOLE, Share, project
 

@@ -17,7 +17,7 @@ from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, so
 from titan_moe.model.moe import FeedForward, MoE
 from titan_moe.model.routing import Router, Routing
 from titan_moe.model.wrappers import plain_name
-from titan_moe.world import seed_of
+from titan_moe.runtime.world import seed_of
 
 Want = Literal["logits", "loss", "score", "routings"]
 

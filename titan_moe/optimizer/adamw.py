@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_moe.dtensor import local, rows
 from titan_moe.optimizer.load_lr import Group, next_factors
 from titan_moe.optimizer.transform import fused_adamw, step_adamw
+from titan_moe.runtime.dtensor import local, rows
 
 
 class AdamW(torch.optim.AdamW):

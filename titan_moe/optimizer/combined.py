@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from titan_moe.dtensor import local
 from titan_moe.optimizer.load_lr import Group, load_groups, scale_steps, step_by_load
 from titan_moe.optimizer.matrix import MatrixOptimizer
+from titan_moe.runtime.dtensor import local
 
 
 class Combined(Optimizer):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from titan_moe.dtensor import local, rows
 from titan_moe.norms import norms
 from titan_moe.optimizer.groups import group_of, layer_indices
+from titan_moe.runtime.dtensor import local, rows
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

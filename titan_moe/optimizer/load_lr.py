@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from titan_moe.dtensor import local, rows
+from titan_moe.runtime.dtensor import local, rows
 
 Group = dict[str, Any]  # of torch.optim: "params" and their settings
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from titan_moe.dtensor import gathered, local, own_part, rows, sharded_like
 from titan_moe.optimizer.load_lr import Group, next_factors
 from titan_moe.optimizer.transform import State, Tick, Transform, adam, fused_sgd, make_adamw_states, step_adamw
+from titan_moe.runtime.dtensor import gathered, local, own_part, rows, sharded_like
 
 NO_MATRICES = ("embedding", "norm")  # groups that are updated by AdamW whatever the shape
 # Elements of a stacked parameter whose rows are updated together on a CPU. Temporaries of more are handed back to the

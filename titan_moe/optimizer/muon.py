@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from titan_moe.dtypes import DTYPES
 from titan_moe.norms import matrix_norms
 from titan_moe.optimizer.transform import State, Tick, Transform, momentum
+from titan_moe.runtime.dtypes import DTYPES
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic; steepest at zero, with no fixed point at one
 SMALLEST_NORM = 1e-7

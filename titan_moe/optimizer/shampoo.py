@@ -19,10 +19,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from titan_moe.dtypes import DTYPES
 from titan_moe.optimizer.factors import init_factor, init_root, refresh_root
 from titan_moe.optimizer.layouts import block_layout, strip_layout
 from titan_moe.optimizer.transform import State, Tick, Transform, adam, momentum
+from titan_moe.runtime.dtypes import DTYPES
 
 Grafting = Literal["adamw", "none"]
 

@@ -17,11 +17,11 @@ Shapes: R rows (experts), M x N a matrix, B blocks of a region, H x W a block, S
 import torch
 from torch import Tensor
 
-from titan_moe.dtypes import DTYPES
 from titan_moe.optimizer.blocks import Region, from_blocks, to_blocks
 from titan_moe.optimizer.factors import Factor, Side, has_evidence, init_factor, mean_factor
 from titan_moe.optimizer.layouts import block_layout, factors_by_region
 from titan_moe.optimizer.transform import State, Tick, Transform, adam
+from titan_moe.runtime.dtypes import DTYPES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EVIDENT = 1e-5  # a part of a gradient that is smaller than this may be the round-off of the whole in fp32

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe.dtensor import local
+from titan_moe.runtime.dtensor import local
 
 State = dict[str, Tensor]
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from titan_moe.dtensor import local
 from titan_moe.norms import norms
-from titan_moe.world import all_reduce_sum, world_size
+from titan_moe.runtime.dtensor import local
+from titan_moe.runtime.world import all_reduce_sum, world_size
 
 
 def _num_copies(tensor: Tensor) -> int:

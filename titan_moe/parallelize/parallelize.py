@@ -12,7 +12,6 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPM
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._triton import has_triton
 
-from titan_moe.compat import MESH_BY_PARAMETER, ShardPlacementResult
 from titan_moe.model.attention import Attention
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
@@ -21,7 +20,8 @@ from titan_moe.parallelize.expert import share_out_experts
 from titan_moe.parallelize.mesh import Meshes
 from titan_moe.parallelize.sequence import attend_to_all, rope_of_part
 from titan_moe.parallelize.tensor import share_out_matrices
-from titan_moe.runtime import c_compiler
+from titan_moe.runtime.compat import MESH_BY_PARAMETER, ShardPlacementResult
+from titan_moe.runtime.machine import c_compiler
 
 Reshard = Literal["default", "always", "never"]  # torchtitan's names
 

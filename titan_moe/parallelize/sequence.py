@@ -17,9 +17,9 @@ from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
-from titan_moe.compat import all_gather_single
 from titan_moe.model.attention import Attend, Rope, rope_cos_sin
 from titan_moe.parallelize.mesh import Degrees
+from titan_moe.runtime.compat import all_gather_single
 
 
 def own_chunks(process: int, processes: int) -> tuple[int, int]:

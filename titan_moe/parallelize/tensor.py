@@ -12,10 +12,10 @@ from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from titan_moe.compat import all_gather_single, reduce_scatter_single
 from titan_moe.model.attention import Attention
 from titan_moe.model.moe import FeedForward
 from titan_moe.model.share import Share
+from titan_moe.runtime.compat import all_gather_single, reduce_scatter_single
 
 SHARED_DIMS = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1}  # of a (out, in) matrix: heads, width
 

@@ -9,10 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from titan_moe import runtime
-from titan_moe.commands import Parser
-from titan_moe.files import write_atomic
-from titan_moe.runtime import StopRequest
+from titan_moe.runtime import command, files, world
+from titan_moe.runtime.command import Parser, StopRequest
+from titan_moe.runtime.files import write_atomic
 from titan_moe.study.grid import Run, point_text, runs_of
 from titan_moe.study.progress import counts, progress, statuses
 from titan_moe.study.reuse import reuse
@@ -21,7 +20,7 @@ from titan_moe.study.runs import changes, is_going
 from titan_moe.study.spec import Study, load_study
 
 if TYPE_CHECKING:
-    from titan_moe.study.report import Written
+    from titan_moe.study.report.page import Written
 
 MARKER = "study.txt"  # what makes a folder that of a study
 PACKAGES = ("rich", "scipy", "jinja2", "matplotlib")
@@ -72,15 +71,15 @@ def main(args: list[str]) -> int:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise ValueError(f"a study needs {', '.join(missing)}: pip install 'titan_moe[study]'")
-    runtime.init_logging(runtime.read_world())
+    command.init_logging(world.read_world())
     if options.compare:
         if overrides:
             raise ValueError(f"{overrides[0]}: a comparison trains nothing, so it has no configuration to change")
-        from titan_moe.study.compare import compare
+        from titan_moe.study.report.compare import compare
 
         return compare(options.compare, Path(options.dump_folder or "outputs/compare"), options.watch)
     study = load_study(options.study, overrides, options.dump_folder)
-    return conduct(study, runs_of(study), options)
+    return run_study(study, runs_of(study), options)
 
 
 def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -95,10 +94,10 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return words, overrides
 
 
-def conduct(study: Study, runs: Sequence[Run], options: argparse.Namespace) -> int:
+def run_study(study: Study, runs: Sequence[Run], options: argparse.Namespace) -> int:
     """Run what is left of a study and report on it."""
     claim_folder(study)
-    put_aside(study, runs, force=options.force)
+    move_runs_of_another_base(study, runs, force=options.force)
     if options.reuse:
         print(f"{reuse(runs, options.reuse)} runs are taken from {', '.join(options.reuse)}")
     found = statuses(runs)
@@ -169,7 +168,7 @@ def closing(study: Study, runs: Sequence[Run], stopped: int) -> int:
         if one.state in ("failed", "interrupted"):
             print(f"{one.state:<12} {point_text(run.point)}, seed {run.seed}: {one.message}\n{'':12} {run.folder}")
     if stopped:
-        print(f"stopped by {runtime.signal_name(stopped)}: the same command goes on from here")
+        print(f"stopped by {command.signal_name(stopped)}: the same command goes on from here")
         return 128 + stopped
     if any(one.state == "failed" for one in found):
         print("the same command with --resume tries failed runs again")
@@ -178,7 +177,7 @@ def closing(study: Study, runs: Sequence[Run], stopped: int) -> int:
 
 def write_report(study: Study, runs: Sequence[Run], refresh: float | None = None) -> "Written":
     """Write results.jsonl, report.html and the figures of a study."""
-    from titan_moe.study.report import study_report
+    from titan_moe.study.report.page import study_report
 
     return study_report(study, runs, refresh)
 
@@ -186,7 +185,7 @@ def write_report(study: Study, runs: Sequence[Run], refresh: float | None = None
 def claim_folder(study: Study) -> None:
     """Take the study's folder, or raise ValueError where it holds something else."""
     folder, marker = study.folder, study.folder / MARKER
-    runtime.check_writable(folder)
+    files.check_writable(folder)
     if marker.exists():
         name = marker.read_text(encoding="utf-8").strip()
         if name != study.name:
@@ -198,7 +197,7 @@ def claim_folder(study: Study) -> None:
     write_atomic(marker, study.name + "\n")
 
 
-def put_aside(study: Study, runs: Sequence[Run], *, force: bool) -> None:
+def move_runs_of_another_base(study: Study, runs: Sequence[Run], *, force: bool) -> None:
     """Find runs that were trained with another base; with `force` move them to `replaced/`, else raise ValueError."""
     stale = [(run, found) for run in runs if (found := changes(run))]
     if not stale:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from titan_moe.config import read_saved, to_toml
-from titan_moe.files import remove_leftovers, temporary_path
+from titan_moe.runtime.files import remove_leftovers, temporary_path
 from titan_moe.study.grid import Run, without_job
 from titan_moe.study.runs import LOCK, POINT, prepare, status
 

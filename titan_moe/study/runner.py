@@ -12,10 +12,10 @@ from typing import NamedTuple, TextIO
 
 import torch
 
-from titan_moe import runtime
-from titan_moe.files import write_atomic
-from titan_moe.lock import try_lock
-from titan_moe.runtime import StopRequest
+from titan_moe.runtime import machine
+from titan_moe.runtime.command import StopRequest
+from titan_moe.runtime.files import write_atomic
+from titan_moe.runtime.lock import try_lock
 from titan_moe.study.grid import Run
 from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, is_going, prepare, status
 
@@ -67,7 +67,7 @@ def environment(pool: Pool, slot: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // (pool.jobs * pool.nproc))
     first = slot * pool.nproc
     devices = range(first, first + pool.nproc) if torch.cuda.device_count() else ()
-    return runtime.worker_environment(threads=threads, devices=devices)
+    return machine.worker_environment(threads=threads, devices=devices)
 
 
 def run_all(
@@ -90,7 +90,7 @@ def run_all(
     try:
         while (queue and not stop.signal) or active:
             while queue and free and not stop.signal:
-                worker = start(queue.popleft(), pool, free[0], command)
+                worker = start_run(queue.popleft(), pool, free[0], command)
                 if worker is not None:
                     active.append(worker)
                     free.remove(worker.slot)
@@ -111,7 +111,7 @@ def run_all(
     return stop.signal
 
 
-def start(run: Run, pool: Pool, slot: int, command: Command) -> Worker | None:
+def start_run(run: Run, pool: Pool, slot: int, command: Command) -> Worker | None:
     """Start a training, None where another process works on the run.
 
     The process inherits the lock on its folder: were this program to die, the lock would still end with the training.

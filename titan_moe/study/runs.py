@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from titan_moe.config import read_saved, to_toml
 from titan_moe.config.differences import differences
-from titan_moe.files import write_atomic
-from titan_moe.lock import RUN_LOCK, is_locked
-from titan_moe.sinks import last_records, parse_record
+from titan_moe.runtime.files import write_atomic
+from titan_moe.runtime.lock import RUN_LOCK, is_locked
+from titan_moe.sinks.files import last_records, parse_record
 from titan_moe.study.grid import Run, point_text, without_job
-from titan_moe.study.measures import CURVES
+from titan_moe.study.report.measures import CURVES
 
 POINT, LOG, EXIT_CODE, METRICS, LOCK = "point.toml", "log.txt", "exit_code", "metrics.jsonl", ".lock"
 TOKENS = "train/num_tokens"  # tokens seen so far, over the steps

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_moe.files import write_atomic
+from titan_moe.runtime.files import write_atomic
 from titan_moe.study.grid import Run
 from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, prepare
 from titan_moe.study.spec import Study

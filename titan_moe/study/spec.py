@@ -15,7 +15,7 @@ from pydantic import AfterValidator, PositiveInt
 
 from titan_moe.config.layers import Layer, command_line_layer, file_layers
 from titan_moe.config.schema import check_value, key_error, unknown_key
-from titan_moe.study.measures import CURVES, MEASURES
+from titan_moe.study.report.measures import CURVES, MEASURES
 
 TABLES = ("study", "config", "axes", "points")
 Settings = Mapping[str, Any]  # section -> key -> value, as in a configuration file

@@ -1,0 +1,41 @@
+"""The weights of a finished run in the type they will be used in, beside the checkpoints that training goes on from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titan_moe.checkpoint.folder import CheckpointError, run_on_all_ranks
+from titan_moe.checkpoint.state import State, state_to_save
+from titan_moe.checkpoint.store import content_of, save_content
+from titan_moe.runtime.dtensor import local
+
+
+def save_weights(
+    folder: Path, step: int, *, model: nn.Module, dtype: torch.dtype, extra: dict[str, Any], files: Mapping[str, str]
+) -> Path:
+    """Save the weights in `dtype`, the selection bias as it is, as `folder/step-N` in place of other steps there.
+
+    Call it on every rank. `extra`, `files` and errors as in `save_checkpoint`; a value that `dtype` cannot hold is a
+    CheckpointError that names its tensor.
+    """
+    made: dict[str, Tensor] = {}
+
+    def convert() -> None:
+        for name, tensor in state_to_save(model, None).tensors.items():
+            made[name] = tensor if name.endswith(".expert_bias") else _cast(name, tensor, dtype)
+
+    run_on_all_ranks(convert)
+    content = content_of(State(made, {}), None, extra=extra, files=files)
+    return save_content(folder, step, content, keep_latest_k=1)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.to(dtype)
+    own, before = (local(value) for value in (cast, tensor))
+    if bool((own.isinf() & before.isfinite()).any()):
+        what = str(dtype).removeprefix("torch.")
+        raise CheckpointError(f"{name} holds values that {what} cannot: set checkpoint.export_dtype to another type")
+    return cast

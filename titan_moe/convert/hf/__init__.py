@@ -1,0 +1,1 @@
+"""Hugging Face's format: folders of safetensors with config.json, both ways."""

@@ -1,0 +1,202 @@
+"""To and from Hugging Face: a folder with config.json, safetensors, tokenizer files and a model card.
+
+Tensors are read, changed and written one at a time: memory is that of the largest, not of the model.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titan_moe.build import build_model
+from titan_moe.checkpoint import resolve_checkpoint
+from titan_moe.checkpoint.lazy import Lazy, LazyTensors, cast, read_lazily, stacked, unstacked
+from titan_moe.checkpoint.store import read_config
+from titan_moe.config import Config, load_config, load_saved, to_toml
+from titan_moe.convert.hf.architectures import Architecture, architecture_of, hf_config
+from titan_moe.convert.hf.card import model_card
+from titan_moe.convert.hf.read_config import arguments_of, read_json
+from titan_moe.convert.hf.safetensors import read_folder, write_shards
+from titan_moe.convert.hf.tensor_map import FP32, Pair, TensorMap, tensor_map
+from titan_moe.convert.hf.tokenizer import exported_files, imported_files
+from titan_moe.convert.new_folder import new_checkpoint, new_folder
+from titan_moe.convert.verify import check_against_transformers
+from titan_moe.data.tokenizer_files import to_text
+from titan_moe.runtime.dtypes import DTYPES
+
+logger = logging.getLogger(__name__)
+OUR_CONFIG = "titan_moe.toml"  # the run's configuration, which config.json has no place for
+IGNORED = (".rotary_emb.inv_freq",)  # follow from the configuration
+
+
+def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors of a model of `config`."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
+
+
+def model_tensors(step_folder: Path) -> LazyTensors:
+    """The model's tensors of a checkpoint, by their names in the model."""
+    found = read_lazily(step_folder)
+    return {name.removeprefix("model."): t for name, t in found.items() if name.startswith("model.")}
+
+
+def to_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    dtype: str = "",
+    shard_bytes: int = 5 * 10**9,
+    verify: bool = True,
+    trust_components: Sequence[str] = (),
+) -> None:
+    """Write the model of a checkpoint as the folder `out` of a Hugging Face model.
+
+    `dtype` of DTYPES, empty: the checkpoint's; `trust_components` as in `load_model`. Raises ValueError for models that
+    no architecture there represents, and when the check finds other logits; then nothing is left.
+    """
+    step_folder = resolve_checkpoint(checkpoint)
+    config = read_config(step_folder, trust_components)
+    architecture = architecture_of(config)
+    ours = model_tensors(step_folder)
+    made = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in ours))
+    dtype = dtype or str(ours["tok_embeddings.weight"].dtype).removeprefix("torch.")
+    theirs = exported(made, ours, DTYPES[dtype], architecture)
+    with new_folder(out) as folder:
+        write_shards(folder, theirs, shard_bytes)
+        files, special_ids = exported_files(step_folder, config)
+        files["config.json"] = to_text(hf_config(config, architecture, dtype=dtype, special_ids=special_ids))
+        for name, content in files.items():
+            (folder / name).write_text(content, encoding="utf-8")
+        (folder / OUR_CONFIG).write_text(to_toml(config), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(step_folder, config, architecture.model_type), encoding="utf-8")
+        if verify:
+            check_against_transformers(step_folder, folder, config, DTYPES[dtype])
+    logger.info("wrote %s (%s, %s)", out, architecture.model_type, dtype)
+
+
+def exported(made: TensorMap, ours: LazyTensors, dtype: torch.dtype, architecture: Architecture) -> LazyTensors:
+    """The tensors of the other side, in the order of the map."""
+    for name in made.blank:
+        if bool(ours[name].load().any()):
+            raise ValueError(
+                f"{name} is not 0, but {architecture.model_type} has no selection bias: of the routers with loss_free "
+                "only 'sigmoid' has a counterpart in Hugging Face"
+            )
+    theirs: LazyTensors = {}
+    for pair in made.pairs:
+        parts = unstacked(ours[pair.ours]) if pair.by_row else [ours[pair.ours]]
+        theirs |= {name: _scaled(part, pair.scale) for name, part in zip(pair.theirs, parts, strict=True)}
+    theirs |= {name: _zero(shape) for name, shape in made.zeros.items()}
+    theirs |= {name: ours[source] for name, source in made.copies.items()}
+    return {name: t if name.endswith(FP32) else cast(t, dtype, name) for name, t in theirs.items()}
+
+
+def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: Sequence[str] = ()) -> None:
+    """Write the Hugging Face model in the folder `source` as a checkpoint: `out` is a dump folder, or `.../step-N`.
+
+    Weights become float32. `trust_components` as in `load_model`, for the configuration that `to_hf` leaves in the
+    folder. Raises ValueError that says what of the model cannot be represented; then nothing is left.
+    """
+    if not source.is_dir():
+        raise ValueError(f"{source} is not a folder: give one that holds config.json and safetensors")
+    theirs = read_folder(source)
+    config = _config_of(source, read_json(source / "config.json"), theirs, trust_components)
+    files = {"config.toml": to_toml(config), **imported_files(source)}
+    architecture = architecture_of(config)
+    shapes = shapes_of(config)
+    made = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in shapes))
+    ours = imported(made, theirs, shapes, source)
+    tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
+    with new_checkpoint(out, 0, tensors, files=files) as made_folder:
+        if verify:
+            check_against_transformers(made_folder, source, config, theirs["model.embed_tokens.weight"].dtype)
+    logger.info("wrote %s", out)
+
+
+def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_components: Sequence[str]) -> Config:
+    """Our configuration: of the run if the folder holds it, with what config.json says of the model."""
+    arguments = arguments_of(source, values)
+    shared = [name for name in theirs if ".mlp.shared_expert" in name and name.endswith("down_proj.weight")]
+    if shared and not any(bool(theirs[name].load().any()) for name in shared):
+        arguments["moe.num_shared_experts"] = 0
+    own = source / OUR_CONFIG
+    if own.exists():
+        run = load_saved(own, trust_components=trust_components)
+        arguments = _like_the_run(arguments, run, values["model_type"])
+    else:
+        arguments |= {"training.seq_len": min(values.get("max_position_embeddings", 2048), 4096)}
+        arguments |= {"training.mixed_precision_param": "float32"}
+        if (source / "tokenizer.json").exists():
+            arguments["data.tokenizer"] = str(source / "tokenizer.json")
+        if values["model_type"] == "glm4_moe":
+            arguments["balancer.loss_free"] = True
+    words: list[str] = []
+    for key, value in arguments.items():
+        words += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
+    try:
+        return load_saved(own, words, trust_components=trust_components) if own.exists() else load_config(words)
+    except ValueError as error:
+        raise ValueError(f"{source / 'config.json'}: {error}") from error
+
+
+def _like_the_run(arguments: dict[str, Any], run: Config, model_type: str) -> dict[str, Any]:
+    """Leave out what says the same in other words than the run's configuration, so that this comes back as it was."""
+    kept = dict(arguments)
+    if kept["model.num_kv_heads"] == (run.model.num_kv_heads or run.model.num_heads):
+        del kept["model.num_kv_heads"]
+    if model_type == "mixtral":  # has no dense width
+        del kept["model.ffn_dim"]
+    if model_type == "glm4_moe" and run.model.tie_embeddings:
+        kept["model.tie_embeddings"] = True  # is written untied with a copy, which `imported` compares
+    if run.router.name == "switch" and kept.get("router.name") == "softmax_topk":
+        del kept["router.name"]
+    return kept
+
+
+def imported(made: TensorMap, theirs: LazyTensors, shapes: dict[str, tuple[int, ...]], source: Path) -> LazyTensors:
+    """Our tensors in fp32; ValueError where theirs are missing, left over, of another shape, or not 0 as is needed."""
+    wanted = [name for pair in made.pairs for name in pair.theirs]
+    if missing := [name for name in wanted if name not in theirs]:
+        raise ValueError(f"{source} lacks {_listed(missing)}")
+    known = {*wanted, *made.zeros, *made.copies}
+    if "lm_head.weight" not in known and "tok_embeddings.weight" in shapes:
+        made.copies["lm_head.weight"] = "tok_embeddings.weight"  # some write it although it is tied
+        known.add("lm_head.weight")
+    if left := [name for name in theirs if name not in known and not name.endswith(IGNORED)]:
+        raise ValueError(f"{source} holds tensors that a model of ours has no place for: {_listed(left)}")
+    for name in made.zeros:
+        if name in theirs and bool(theirs[name].load().any()):
+            raise ValueError(f"{source}: {name} is not 0, which a model of ours cannot represent")
+    ours = {pair.ours: _import(pair, theirs) for pair in made.pairs}
+    for name, copied in made.copies.items():
+        if name in theirs and not torch.equal(theirs[name].load().float(), ours[copied].load()):
+            raise ValueError(f"{source}: {name} differs from the embeddings, but the two are tied")
+    ours |= {name: _zero(shapes[name]) for name in made.blank}
+    for name, shape in shapes.items():
+        if ours[name].shape != shape:
+            raise ValueError(f"{source}: {name} is of shape {ours[name].shape}, config.json makes it {shape}")
+    return {name: ours[name] for name in shapes}
+
+
+def _import(pair: Pair, theirs: LazyTensors) -> Lazy:
+    parts = [theirs[name] for name in pair.theirs]
+    odd = next((name for name in pair.theirs if theirs[name].shape != parts[0].shape), None)
+    if odd:
+        raise ValueError(f"{odd} is of shape {theirs[odd].shape}, {pair.theirs[0]} of {parts[0].shape}")
+    whole = stacked(parts) if pair.by_row else parts[0]
+    return _scaled(cast(whole, torch.float32, pair.ours), 1 / pair.scale)
+
+
+def _scaled(tensor: Lazy, scale: float) -> Lazy:
+    return tensor if scale == 1 else tensor.map(lambda value: value * scale)
+
+
+def _zero(shape: tuple[int, ...]) -> Lazy:
+    return Lazy(shape, torch.float32, lambda: torch.zeros(shape))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

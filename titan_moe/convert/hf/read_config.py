@@ -1,0 +1,179 @@
+"""A config.json of Hugging Face as our configuration, or an error that says what of it we cannot represent."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from titan_moe.convert.hf.architectures import NAMES
+
+# What transformers takes where a config.json is silent.
+_EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False, "num_experts_per_tok": 4}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    "qwen3": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "head_dim": 128},
+    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2, "num_local_experts": 8},
+    "qwen2_moe": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, **_EXPERTS},
+    "qwen3_moe": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, **_EXPERTS, "num_experts_per_tok": 8},
+    "glm4_moe": {
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "n_group": 1,
+        "topk_group": 1,
+        "use_qk_norm": False,
+    },
+}
+# Why a model type that looks like ours is not.
+UNLIKE = {"olmoe": "its QK-norm is over all heads together, that of a model of ours over each head"}
+# What a model of ours always is; of a key that is absent transformers takes the same.
+REQUIRED = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "quantization_config": (None,),
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, ValueError in one line for what is wrong."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: not the folder of a Hugging Face model") from None
+    except (ValueError, RecursionError) as error:  # also of a number of 5000 digits
+        raise ValueError(f"{path} is not JSON ({' '.join(str(error).split())})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
+
+
+def arguments_of(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Our keys, dotted, for a config.json; ValueError names what cannot be represented."""
+    kind = values.get("model_type")
+    where = folder / "config.json"
+    if kind not in NAMES:
+        why = f": {UNLIKE[kind]}" if kind in UNLIKE else ""
+        raise ValueError(f"{where}: model_type = {kind!r} cannot be read{why}; {', '.join(NAMES)} can")
+    values = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
+    try:
+        _check(where, kind, values)
+        return _model(where, values) | _moe(where, kind, values)
+    except KeyError as error:
+        raise ValueError(f"{where} lacks {error.args[0]}") from None
+
+
+def _check(where: Path, kind: str, values: dict[str, Any]) -> None:
+    for key, allowed in REQUIRED.items():
+        if values.get(key) not in allowed:
+            raise _unlike(where, key, values[key], f"only {allowed[0]} can be")
+    if kind == "mixtral" and values.get("sliding_window"):
+        raise _unlike(where, "sliding_window", values["sliding_window"], "attention is over the whole context")
+    if any(layer != "full_attention" for layer in values.get("layer_types") or ()):
+        raise _unlike(where, "layer_types", values["layer_types"], "attention is over the whole context")
+    rope = _rope(values)
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    if scaling != "default":
+        raise _unlike(where, "rope scaling", scaling, "positions are rotated without scaling")
+    part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    if part != 1.0:
+        raise _unlike(where, "partial_rotary_factor", part, "all channels of a head are rotated")
+    head_dim = values["hidden_size"] // values["num_attention_heads"]
+    if values.get("head_dim", head_dim) != head_dim:
+        raise _unlike(where, "head_dim", values["head_dim"], f"it is hidden_size / num_attention_heads ({head_dim})")
+
+
+def _unlike(where: Path, key: str, value: Any, ours: str) -> ValueError:
+    return ValueError(f"{where}: {key} = {value!r} cannot be represented: {ours}")
+
+
+def _rope(values: dict[str, Any]) -> dict[str, Any]:
+    return {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+
+
+def _model(where: Path, values: dict[str, Any]) -> dict[str, Any]:
+    heads = values["num_attention_heads"]
+    return {
+        "model.dim": values["hidden_size"],
+        "model.num_layers": values["num_hidden_layers"],
+        "model.num_heads": heads,
+        "model.num_kv_heads": values.get("num_key_value_heads", heads),
+        "model.ffn_dim": values["intermediate_size"],
+        "model.vocab_size": values["vocab_size"],
+        "model.rope_theta": float(_rope(values).get("rope_theta", values["rope_theta"])),
+        "model.norm_eps": values["rms_norm_eps"],
+        "model.tie_embeddings": values.get("tie_word_embeddings", False),
+        "model.qk_norm": values["model_type"] in ("qwen3", "qwen3_moe") or values.get("use_qk_norm", False),
+    }
+
+
+def _moe(where: Path, kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    if kind in ("llama", "qwen3"):
+        return {"moe.num_experts": 0}
+    arguments: dict[str, Any] = {
+        "moe.top_k": values["num_experts_per_tok"],
+        "moe.first_dense_layers": 0,
+        "moe.layer_freq": 1,
+        "moe.num_shared_experts": 0,
+        "router.temperature": 1.0,
+    }
+    if kind == "mixtral":
+        return arguments | {
+            "moe.num_experts": values["num_local_experts"],
+            "moe.expert_dim": values["intermediate_size"],
+            "router.name": "topk_softmax",
+        }
+    arguments["moe.expert_dim"] = values["moe_intermediate_size"]
+    if kind == "glm4_moe":
+        return arguments | _glm4_moe(where, values)
+    first, freq = _progression(where, values)
+    arguments |= {
+        "moe.num_experts": values.get("num_experts", values.get("num_local_experts")),
+        "moe.first_dense_layers": first,
+        "moe.layer_freq": freq,
+        "router.name": "topk_softmax" if values["norm_topk_prob"] else "softmax_topk",
+    }
+    if kind == "qwen2_moe":
+        arguments["moe.num_shared_experts"] = _shared(where, values["shared_expert_intermediate_size"], values)
+    return arguments
+
+
+def _glm4_moe(where: Path, values: dict[str, Any]) -> dict[str, Any]:
+    groups, kept, top_k = values["n_group"], values["topk_group"], values["num_experts_per_tok"]
+    if groups > 1 and max(1, top_k // kept) != 2:
+        raise _unlike(where, "topk_group", kept, f"num_experts_per_tok / topk_group ({top_k} / {kept}) must be 2")
+    return {
+        "moe.num_experts": values.get("n_routed_experts", values.get("num_local_experts")),
+        "moe.first_dense_layers": values["first_k_dense_replace"],
+        "moe.num_shared_experts": values.get("n_shared_experts", 1),
+        "router.name": "sigmoid",
+        "router.norm_topk": values["norm_topk_prob"],
+        "router.score_scale": float(values["routed_scaling_factor"]),
+        "router.num_groups": groups,
+        "router.topk_groups": kept,
+    }
+
+
+def _shared(where: Path, width: int, values: dict[str, Any]) -> int:
+    expert = values["moe_intermediate_size"]
+    if width % expert:
+        raise _unlike(
+            where, "shared_expert_intermediate_size", width, f"it is a multiple of moe_intermediate_size ({expert})"
+        )
+    return width // expert
+
+
+def _progression(where: Path, values: dict[str, Any]) -> tuple[int, int]:
+    """First and step of the layers with experts."""
+    count, step = values["num_hidden_layers"], values["decoder_sparse_step"]
+    dense = values["mlp_only_layers"] or []
+    layers = [i for i in range(count) if i not in dense and (i + 1) % step == 0]
+    if not layers:
+        raise ValueError(f"{where}: mlp_only_layers and decoder_sparse_step leave no layer with experts")
+    freq = layers[1] - layers[0] if len(layers) > 1 else 1 if layers == [count - 1] else count
+    if layers != list(range(layers[0], count, freq)):
+        raise _unlike(where, "mlp_only_layers", dense, f"experts would be in layers {layers}, not in every n-th")
+    return layers[0], freq

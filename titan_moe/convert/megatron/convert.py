@@ -1,0 +1,331 @@
+"""To and from Megatron-core's `torch_dist` checkpoints, which are ones of torch.distributed under other names.
+
+Layers of one kind are stacked there along a leading dimension of layers, else numbered. The norm before a MoE layer's
+experts has two names, by the spec of the layer: of torch's own modules (`local`) or of the Transformer Engine (`te`).
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titan_moe.checkpoint import resolve_checkpoint
+from titan_moe.checkpoint.folder import run_on_all_ranks
+from titan_moe.checkpoint.lazy import (
+    Lazy,
+    LazyTensors,
+    check_sums,
+    joined,
+    narrowed,
+    read_lazily,
+    sharded,
+    unstacked,
+    write_lazily,
+)
+from titan_moe.checkpoint.store import read_config
+from titan_moe.config import Config, load_config, load_saved, to_toml
+from titan_moe.convert.hf.architectures import moe_layers
+from titan_moe.convert.hf.convert import OUR_CONFIG, model_tensors, shapes_of
+from titan_moe.convert.new_folder import new_checkpoint, new_folder
+from titan_moe.convert.verify import check_against_megatron
+
+logger = logging.getLogger(__name__)
+MOE_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "te": "pre_mlp_layernorm.weight"}
+OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")  # not the model's
+
+
+class Part(NamedTuple):
+    """One tensor of a layer there and ours that it holds; `join` and `split` go between them."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    join: Callable[[list[Lazy]], Lazy] = lambda parts: parts[0]
+    split: Callable[[Lazy], list[Lazy]] = lambda whole: [whole]
+
+
+def to_megatron(
+    checkpoint: Path, out: Path, *, spec: str = "te", verify: bool = True, trust_components: Sequence[str] = ()
+) -> None:
+    """Write the model of a checkpoint as the `torch_dist` folder `out`; `spec` of MOE_NORM.
+
+    transformer_config.json has the arguments of Megatron's TransformerConfig that make it compute the same. Raises
+    ValueError where none do, and when the check finds other logits; then nothing is left. What was written is read
+    back and compared bit for bit. `trust_components` as in `load_model`.
+    """
+    step_folder = resolve_checkpoint(checkpoint)
+    config = read_config(step_folder, trust_components)
+    arguments = transformer_config(config)
+    ours = model_tensors(step_folder)
+    if config.router.name != "sigmoid":
+        for name in [name for name in ours if name.endswith("expert_bias")]:
+            if bool(ours.pop(name).load().any()):
+                raise ValueError(f"{name} is not 0: Megatron-core has a selection bias only with router.name 'sigmoid'")
+    temperature = config.router.arguments.get("temperature", 1.0)
+    if config.moe.num_experts and temperature != 1:
+        routers = {name: t.map(lambda w: w / temperature) for name, t in ours.items() if ".router." in name}
+        ours |= routers
+    with new_folder(out) as folder:
+        run_on_all_ranks(lambda: write_lazily(folder, _theirs(config, ours, spec)))  # for its errors
+        write_backend(folder)
+        _write_json(folder / "transformer_config.json", arguments)
+        (folder / OUR_CONFIG).write_text(to_toml(config), encoding="utf-8")
+        for name, again in _ours(config, read_lazily(folder), folder).items():
+            if _digest(again) != _digest(ours[name]):  # so that one of the two is in memory at a time
+                raise ValueError(f"the check of the conversion failed: {name} is not what was written")
+        if verify:
+            check_against_megatron(step_folder, folder, config, arguments)
+    logger.info("wrote %s; every tensor reads back with the same bits", out)
+
+
+def write_backend(folder: Path) -> None:
+    """Write what Megatron's loader wants in a `torch_dist` folder beside the tensors."""
+    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / "common.pt")
+    backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    _write_json(folder / "metadata.json", {**backends, "common_backend": "torch", "common_backend_version": 1})
+
+
+def from_megatron(
+    source: Path, out: Path, *, config_file: str = "", verify: bool = True, trust_components: Sequence[str] = ()
+) -> None:
+    """Write the model of a `torch_dist` folder as a checkpoint of weights, `out` a dump folder or `.../step-N`.
+
+    Megatron's folders don't say which model they hold: `config_file` does, or the file that `to_megatron` left there.
+    Both spellings of the MoE layers' norm are read; optimizer states and the like are left aside. `trust_components` as
+    in `load_model`; a `config_file` of one's own needs none.
+    """
+    own = source / OUR_CONFIG
+    if not config_file and not own.exists():
+        raise ValueError(f"{source} does not say which model it holds: give --job.config_file FILE, in our format")
+    theirs = read_lazily(source)
+    if verify:
+        check_sums(source)
+    words: list[str] = []
+
+    def configuration() -> Config:
+        if config_file:
+            return load_config(["--job.config_file", config_file, *words])
+        return load_saved(own, words, trust_components=trust_components)
+
+    if not configuration().model.vocab_size and "embedding.word_embeddings.weight" in theirs:
+        words += ["--model.vocab_size", str(theirs["embedding.word_embeddings.weight"].shape[0])]
+    if not config_file and configuration().moe.num_experts:
+        words += ["--router.temperature", "1.0"]  # it was divided into the router's weight
+    config = configuration()
+    arguments = transformer_config(config)
+    ours = _ours(config, theirs, source)
+    tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
+    with new_checkpoint(out, 0, tensors, files={"config.toml": to_toml(config)}) as made_folder:
+        if verify:
+            check_against_megatron(made_folder, source, config, arguments)
+    logger.info("wrote %s", out)
+
+
+def transformer_config(config: Config) -> dict[str, Any]:
+    """Arguments of megatron.core's TransformerConfig for this model; ValueError where it has no such router."""
+    model, moe = config.model, config.moe
+    arguments: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.dim,
+        "num_attention_heads": model.num_heads,
+        "num_query_groups": model.num_kv_heads or model.num_heads,
+        "ffn_hidden_size": model.ffn_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_eps,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "qk_layernorm": model.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    if not moe.num_experts:
+        return arguments
+    arguments |= {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.expert_dim,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        **_router(config),
+    }
+    if moe.num_shared_experts:
+        arguments["moe_shared_expert_intermediate_size"] = moe.num_shared_experts * moe.expert_dim
+    if not _is_uniform(config):
+        arguments["moe_layer_freq"] = [int(layer in moe_layers(config)) for layer in range(model.num_layers)]
+    return arguments
+
+
+def _router(config: Config) -> dict[str, Any]:
+    name, arguments, top_k = config.router.name, config.router.arguments, config.moe.top_k
+    found: dict[str, Any]
+    if name in ("softmax_topk", "switch"):
+        found = {"moe_router_pre_softmax": True}
+    elif name == "topk_softmax" and top_k > 1:
+        found = {"moe_router_pre_softmax": False}
+    elif name == "sigmoid" and arguments["norm_topk"] == (top_k > 1):
+        found = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+        if arguments["score_scale"] != 1:
+            found["moe_router_topk_scaling_factor"] = arguments["score_scale"]
+    else:
+        why = f", norm_topk = {arguments['norm_topk']}" if name == "sigmoid" else ""
+        raise ValueError(f"router.name = {name!r} with moe.top_k = {top_k}{why} has no counterpart in Megatron-core")
+    if (groups := arguments.get("num_groups", 1)) > 1:
+        found |= {"moe_router_num_groups": groups, "moe_router_group_topk": arguments["topk_groups"]}
+    return found
+
+
+def _is_uniform(config: Config) -> bool:
+    return len(moe_layers(config)) in (0, config.model.num_layers)
+
+
+def _parts(config: Config, layer: int, norm: str, has_bias: bool) -> list[Part]:
+    """The tensors of a layer there; `norm` is the name of the one before a MoE layer's experts."""
+    ours = f"layers.{layer}."
+    heads, groups = config.model.num_heads, config.model.num_kv_heads or config.model.num_heads
+    qkv = tuple(f"{ours}attention.{w}.weight" for w in ("wq", "wk", "wv"))
+    join, split = _qkv(config.model.dim // heads, heads // groups, groups)
+    parts = [
+        Part("self_attention.linear_qkv.layer_norm_weight", (f"{ours}attention_norm.weight",)),
+        Part("self_attention.linear_proj.weight", (f"{ours}attention.wo.weight",)),
+        Part("self_attention.linear_qkv.weight", qkv, join, split),
+    ]
+    if config.model.qk_norm:
+        parts += [Part(f"self_attention.{n}_layernorm.weight", (f"{ours}attention.{n}_norm.weight",)) for n in "qk"]
+    if layer not in moe_layers(config):
+        norm_part = Part("mlp.linear_fc1.layer_norm_weight", (f"{ours}ffn_norm.weight",))
+        return [*parts, norm_part, *_swiglu("mlp.", f"{ours}feed_forward.", ".weight")]
+    parts += [
+        Part(norm, (f"{ours}ffn_norm.weight",)),
+        Part("mlp.router.weight", (f"{ours}moe.router.weight",)),
+        *_swiglu("mlp.experts.experts.", f"{ours}moe.experts.", ""),
+    ]
+    if has_bias:
+        parts.append(Part("mlp.router.expert_bias", (f"{ours}moe.expert_bias",)))
+    if config.moe.num_shared_experts:
+        parts += _swiglu("mlp.shared_experts.", f"{ours}moe.shared_experts.", ".weight")
+    return parts
+
+
+def _swiglu(theirs: str, ours: str, suffix: str) -> list[Part]:
+    """The gate and the up projection are one matrix there, the gate first."""
+
+    def split(whole: Lazy) -> list[Lazy]:
+        half = whole.shape[-2] // 2
+        return [narrowed(whole, len(whole.shape) - 2, start, half) for start in (0, half)]
+
+    gate_up = Part(
+        f"{theirs}linear_fc1.weight",
+        (f"{ours}w1{suffix}", f"{ours}w3{suffix}"),
+        lambda parts: joined(parts, len(parts[0].shape) - 2),
+        split,
+    )
+    return [gate_up, Part(f"{theirs}linear_fc2.weight", (f"{ours}w2{suffix}",))]
+
+
+def _qkv(head_dim: int, queries: int, groups: int) -> tuple[Callable[[list[Lazy]], Lazy], Callable[[Lazy], list[Lazy]]]:
+    """One matrix there: for each group of heads its queries, its key, its value."""
+    sizes = [queries * head_dim, head_dim, head_dim]
+
+    def join(parts: list[Lazy]) -> Lazy:
+        def load() -> Tensor:
+            return torch.cat([part.load().unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+
+        return Lazy((groups * sum(sizes), parts[0].shape[1]), parts[0].dtype, load)
+
+    def split(whole: Lazy) -> list[Lazy]:
+        def take(index: int) -> Callable[[], Tensor]:
+            def load() -> Tensor:
+                grouped = whole.load().unflatten(0, (groups, -1))
+                return grouped.split(sizes, 1)[index].flatten(0, 1).contiguous()
+
+            return load
+
+        return [Lazy((groups * size, whole.shape[1]), whole.dtype, take(i)) for i, size in enumerate(sizes)]
+
+    return join, split
+
+
+def _outer(config: Config) -> dict[str, str]:
+    """The tensors outside of layers: theirs -> ours."""
+    names = {
+        "embedding.word_embeddings.weight": "tok_embeddings.weight",
+        "decoder.final_layernorm.weight": "norm.weight",
+    }
+    return names if config.model.tie_embeddings else {**names, "output_layer.weight": "output.weight"}
+
+
+def _theirs(config: Config, ours: LazyTensors, spec: str) -> LazyTensors:
+    """Our tensors under their names."""
+    made = {theirs: ours[name] for theirs, name in _outer(config).items()}
+    has_bias = any(name.endswith("expert_bias") for name in ours)
+    layers = [
+        {
+            part.theirs: part.join([ours[name] for name in part.ours])
+            for part in _parts(config, i, MOE_NORM[spec], has_bias)
+        }
+        for i in range(config.model.num_layers)
+    ]
+    if config.router.name == "sigmoid" and not has_bias:
+        for i in moe_layers(config):
+            layers[i]["mlp.router.expert_bias"] = _zeros((config.moe.num_experts,))
+    if _is_uniform(config):
+        return made | {f"decoder.layers.{name}": sharded([layer[name] for layer in layers]) for name in layers[0]}
+    return made | {f"decoder.layers.{i}.{name}": t for i, layer in enumerate(layers) for name, t in layer.items()}
+
+
+def _ours(config: Config, theirs: LazyTensors, source: Path) -> LazyTensors:
+    """Their tensors under our names; ValueError for what is missing, left over or of another shape."""
+    shapes = shapes_of(config)
+    has_bias = any(name.endswith("expert_bias") for name in shapes)
+    left = {name: tensor for name, tensor in theirs.items() if not name.startswith(OTHER_STATE)}
+    is_stacked = not any(name.startswith("decoder.layers.0.") for name in left)
+    layers: dict[str, list[Lazy]] = {}
+
+    def take(name: str, layer: int | None = None) -> Lazy:
+        key = name if layer is None else f"decoder.layers.{name}" if is_stacked else f"decoder.layers.{layer}.{name}"
+        if key not in theirs:
+            raise ValueError(f"{source} lacks {key}")
+        left.pop(key, None)
+        if layer is None or not is_stacked:
+            return theirs[key]
+        if theirs[key].shape[0] != config.model.num_layers:
+            raise ValueError(
+                f"{source}: {key} is of {theirs[key].shape[0]} layers, model.num_layers is {config.model.num_layers}"
+            )
+        return layers.setdefault(key, unstacked(theirs[key]))[layer]
+
+    ours = {name: take(their_name) for their_name, name in _outer(config).items()}
+    for layer in range(config.model.num_layers):
+        prefix = "decoder.layers." if is_stacked else f"decoder.layers.{layer}."
+        norm = next((norm for norm in MOE_NORM.values() if prefix + norm in theirs), MOE_NORM["te"])
+        for part in _parts(config, layer, norm, has_bias and config.router.name == "sigmoid"):
+            ours |= dict(zip(part.ours, part.split(take(part.theirs, layer)), strict=True))
+    ours |= {name: _zeros(shapes[name]) for name in shapes if name.endswith("expert_bias") and name not in ours}
+    if not has_bias:
+        for name in [name for name in left if name.endswith("mlp.router.expert_bias")]:
+            if bool(left.pop(name).load().any()):
+                raise ValueError(f"{source}: {name} is not 0: the configuration needs [balancer.loss_free]")
+    if left:
+        raise ValueError(f"{source} holds tensors that the model has no place for: {', '.join(sorted(left)[:3])}")
+    for name, shape in shapes.items():
+        if ours[name].shape != shape:
+            raise ValueError(f"{source}: {name} is of shape {ours[name].shape} there, {shape} in the configuration")
+    return {name: ours[name] for name in shapes}
+
+
+def _digest(tensor: Lazy) -> bytes:
+    data: Any = tensor.load().contiguous().flatten().view(torch.uint8).numpy()
+    buffer: Any = memoryview(data)
+    return hashlib.blake2b(buffer).digest()
+
+
+def _zeros(shape: tuple[int, ...]) -> Lazy:
+    return Lazy(shape, torch.float32, lambda: torch.zeros(shape))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

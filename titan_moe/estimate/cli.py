@@ -1,0 +1,376 @@
+"""What a run would take: `python -m titan_moe.estimate --job.config_file FILE --world_size N [...]`."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from titan_moe.build import build_model, degrees_of, with_vocab_size
+from titan_moe.config import Config, load_config
+from titan_moe.config.sections import ActivationCheckpoint, Training
+from titan_moe.data.build import resolve_batch_sizes
+from titan_moe.estimate.simulate import Simulation, fake_world, simulate
+from titan_moe.estimate.step_time import MEASURED_ON, StepTime, step_time
+from titan_moe.job import compiles
+from titan_moe.metrics import flops_per_token
+from titan_moe.parallelize.mesh import Degrees
+from titan_moe.records import count_active
+from titan_moe.runtime.machine import GPUS
+
+# What allocations may fill: the rest is left to CUDA, NCCL's buffers and fragmentation. A rule of thumb, not measured.
+USABLE = 0.9
+GIB = 2**30
+MAXVIOS = (0.0, 0.5, 1.0, 2.0)
+KNOWN_VOCABULARIES = {"gpt2": 50257, "openai-community/gpt2": 50257, "bytes": 257}
+USAGE = f"""usage: python -m titan_moe.estimate --job.config_file FILE --world_size N [--gpu NAME] [...]
+
+Memory, communication, operations and time of a rank and step, without the hardware: the sharded model
+and one step are run on fake tensors in a fake world of N ranks.
+
+  --world_size N     number of processes, one per GPU (also --world-size)
+  --gpu NAME         {", ".join(GPUS)} (H100)
+  --section.key      as for training
+"""
+
+
+class Case(NamedTuple):
+    """A configuration in a world."""
+
+    config: Config
+    degrees: Degrees
+    accumulation: int  # micro-batches of a step
+    note: str = ""
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the world."""
+        return self.degrees.replicate * self.degrees.per_replica
+
+
+def main(args: list[str]) -> int:
+    """Print the estimate; exit code 0 whatever the verdict."""
+    if "-h" in args or "--help" in args:
+        print(USAGE, end="")
+        return 0
+    world, args = take_option(args, ("--world_size", "--world-size"))
+    gpu, args = take_option(args, ("--gpu",))
+    gpu = gpu or "H100"
+    if not world.isdecimal() or int(world) < 1:
+        raise ValueError(f"--world_size ({world or 'not given'}) must be a number of processes, at least 1")
+    if gpu not in GPUS:
+        raise ValueError(f"--gpu {gpu}: unknown; it is one of {', '.join(GPUS)}")
+    config = load_config(args)
+    config = with_vocab_size(config, vocabulary(config))
+    case = in_world(config, int(world))
+    with fake_world(int(world)):
+        result = run(case)
+        few = case._replace(accumulation=min(2, case.accumulation))  # enough for the peak
+        fullest = run(few, excess=1.0) if case.degrees.expert > 1 else result
+        lines = [*describe_run(case), *describe_memory(case, result, fullest), *describe_work(case, result)]
+        print("\n".join([*lines, *describe_time(case, result, gpu)]))
+        print("\n".join([*verdict(case, result, gpu), *describe_batch(case, result, gpu)]))
+    return 0
+
+
+def take_option(args: list[str], names: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Take `--name VALUE` or `--name=VALUE` out of the arguments; an empty value where it is not there."""
+    for i, arg in enumerate(args):
+        name, equals, value = arg.partition("=")
+        if name in names and equals:
+            return value, args[:i] + args[i + 1 :]
+        if name in names and i + 1 < len(args):
+            return args[i + 1], args[:i] + args[i + 2 :]
+    return "", args
+
+
+def vocabulary(config: Config) -> int:
+    """The tokenizer's number of tokens, from its name or file; nothing is downloaded or trained."""
+    name = config.data.tokenizer
+    if config.model.vocab_size:
+        return config.model.vocab_size
+    if name in KNOWN_VOCABULARIES:
+        return KNOWN_VOCABULARIES[name]
+    if name.startswith("bpe:") and name[4:].isdecimal():
+        return int(name[4:])
+    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
+    if path.is_file():
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        added = [token["id"] for token in tokenizer.get("added_tokens", [])]
+        return max([*tokenizer["model"]["vocab"].values(), *added]) + 1
+    raise ValueError(
+        f"data.tokenizer ({name}) says nothing on the size of the vocabulary without downloading it: "
+        "give --model.vocab_size"
+    )
+
+
+def in_world(config: Config, world_size: int) -> Case:
+    """Fit a configuration to a number of processes as training does; ValueError for degrees that do not fit."""
+    training, degrees = config.training, degrees_of(config, world_size)
+    if training.local_batch_size == -1:
+        _, own = resolve_batch_sizes(training.global_batch_size, -1, degrees.data)
+        config = dataclasses.replace(config, training=dataclasses.replace(training, local_batch_size=own))
+        training = config.training
+    sequences_per_pass, wanted = training.local_batch_size * degrees.data, training.global_batch_size
+    if wanted == -1 or wanted % sequences_per_pass == 0:
+        return Case(config, degrees, max(1, wanted // sequences_per_pass))
+    note = (
+        f"training.global_batch_size ({wanted}) is no multiple of {training.local_batch_size} x {degrees.data} "
+        f"sequences: training would refuse it, this is for {sequences_per_pass}"
+    )
+    return Case(config, degrees, 1, note)
+
+
+def run(case: Case, excess: float = 0.0) -> Simulation:
+    """Simulate a case; ValueError for a component that reads tensors on the host, which has none here."""
+    try:
+        return simulate(case.config, case.degrees, micro_batches=case.accumulation, excess=excess)
+    except DataDependentOutputException as error:
+        config = case.config
+        raise ValueError(
+            f"a step with router.name = {config.router.name!r} and optimizer.name = {config.optimizer.name!r} reads a "
+            f"tensor's value on the host ({error.func}), which no estimate can know: estimate with other ones"
+        ) from error
+
+
+def describe_run(case: Case) -> Iterator[str]:
+    """What is estimated."""
+    config, degrees = case.config, case.degrees
+    with torch.device("meta"):
+        total = sum(p.numel() for p in build_model(config).parameters())
+    yield f"model: {total:,} parameters, {active_parameters(config):,} active a token"
+    axes = f"replicas x shards {degrees.replicate} x {degrees.shard}, expert parallelism {degrees.expert}"
+    own = "of a rank"
+    if degrees.per_sequence > 1:
+        axes += f", context x tensor parallelism {degrees.context} x {degrees.tensor}"
+        own = f"of {degrees.per_sequence} ranks together"
+    yield (
+        f"world: {case.ranks} ranks, {axes}; {own} {case.accumulation} x "
+        f"{config.training.local_batch_size} sequences of {config.training.seq_len} tokens; "
+        f"checkpointing {config.activation_checkpoint.mode}"
+    )
+    if case.note:
+        yield f"note: {case.note}"
+
+
+def describe_memory(case: Case, result: Simulation, fullest: Simulation) -> Iterator[str]:
+    """The parts of the peak, and what uneven load adds to it."""
+    parts = {
+        "parameters": result.parameters,
+        "gradients": result.gradients,
+        "optimizer state": result.optimizer_state,
+        "gathered parameters": result.gathered,
+        "activations": result.activations,
+    }
+    yield "memory of a rank at its peak, GiB"
+    for name, size in parts.items():
+        yield f"  {name:22}{size / GIB:10.3f}"
+    yield f"  {'all':22}{result.peak / GIB:10.3f}"
+    if not case.config.moe.num_experts:
+        return
+    if case.degrees.expert == 1:
+        yield f"  dispatch: {result.expert_rows:,} rows a MoE layer whatever the MaxVio: ranks keep their tokens"
+        return
+    yield "  by MaxVio, where all experts of one rank are as full as the fullest:"
+    for value in MAXVIOS:
+        rows = result.expert_rows + value * (fullest.expert_rows - result.expert_rows)
+        yield f"    {value:4.1f}  {rows:10,.0f} rows a MoE layer {at_maxvio(result, fullest, value) / GIB:10.3f}"
+
+
+def at_maxvio(result: Simulation, fullest: Simulation, value: float) -> float:
+    """Peak bytes at a MaxVio: buffers grow with their rows, so from 0 and 1 follows the rest."""
+    return result.peak + value * (fullest.peak - result.peak)
+
+
+def describe_work(case: Case, result: Simulation) -> Iterator[str]:
+    """Communication and operations."""
+    yield "sent by a rank in a step, GiB, by collective and axis (ranks)"
+    for (name, axis), (calls, size) in sorted(result.traffic.items()):
+        yield f"  {name:20}{axis:22}{calls:6} calls{size / GIB:12.4f}"
+    tokens = step_tokens(case) / case.ranks
+    yield (
+        f"operations of a rank in a step: {result.flops / 1e12:.3f} TFLOP, "
+        f"{result.flops / tokens / 1e9:.3f} GFLOP a token, with what checkpointing makes again"
+    )
+
+
+def step_tokens(case: Case) -> int:
+    """Tokens of a step, of all ranks."""
+    training = case.config.training
+    return case.accumulation * training.local_batch_size * case.degrees.data * training.seq_len
+
+
+def active_parameters(config: Config) -> int:
+    """Parameters in a token's matrix products."""
+    with torch.device("meta"):
+        return count_active(config, build_model(config))
+
+
+def is_compiled(config: Config) -> bool:
+    """Whether a GPU would run compiled layers."""
+    return compiles(config, torch.device("cuda"))
+
+
+def predict(case: Case, result: Simulation, gpu: str) -> StepTime:
+    """Time of a step on a GPU."""
+    return step_time(result.work, result.groups, GPUS[gpu], compiled=is_compiled(case.config))
+
+
+def describe_time(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
+    """The parts of a step's time, and what follows for the run: throughput, MFU and hours."""
+    config, time = case.config, predict(case, result, gpu)
+    yield f"time of a step on {article(gpu)} {gpu}, ms"
+    for name, seconds in time.device.items():
+        yield f"  {name:28}{1000 * seconds:10.1f}"
+    yield f"  {'all on the device':28}{1000 * sum(time.device.values()):10.1f}"
+    yield f"  {'launches on the host':28}{1000 * time.host:10.1f}   of {time.operators:,} operators"
+
+    # Operations as training's own MFU counts them, not those of the simulation, which has recomputation in it.
+    model, speed = config.model, step_tokens(case) / time.seconds
+    flops = flops_per_token(
+        active_parameters(config), num_layers=model.num_layers, dim=model.dim, seq_len=config.training.seq_len
+    )
+    mfu, steps = speed * flops / (GPUS[gpu].bf16 * case.ranks), config.training.steps
+    yield (
+        f"prediction: about {1000 * time.seconds:,.0f} ms a step, {short(speed)} tokens/s, MFU {100 * mfu:.0f} %, "
+        f"{duration(steps * time.seconds)} for {steps:,} steps on {case.ranks:,} {gpu}, "
+        f"{'compiled' if is_compiled(config) else 'eager'}, without validation and checkpoints"
+    )
+    if gpu != MEASURED_ON:
+        yield (
+            f"note: nothing was measured on {article(gpu)} {gpu}: scaled from an {MEASURED_ON} by the data sheets' "
+            "peak and bandwidth"
+        )
+    if case.ranks > 1:
+        yield "note: communication was not measured: its bytes over the data sheets' NVLink and network"
+    others = sorted(optimizer_names(config) - {"adamw"})
+    if others:
+        yield (
+            f"note: the time of the update by {', '.join(others)} is a lower bound: products of small matrices are "
+            "slower than counted, and decompositions are not counted"
+        )
+
+
+def optimizer_names(config: Config) -> set[str]:
+    """The optimizers in use."""
+    groups = [group["name"] for group in config.optimizer.groups.values() if "name" in group]
+    return {config.optimizer.name, *groups}
+
+
+def article(gpu: str) -> str:
+    """The one that goes before the name of a GPU."""
+    return "an" if gpu[0] in "AH" else "a"
+
+
+def short(number: float) -> str:
+    """Three digits or so: 178k, 1.42M."""
+    return f"{number / 1e6:.3g}M" if number >= 999.5e3 else f"{number / 1e3:.3g}k"
+
+
+def duration(seconds: float) -> str:
+    """In hours, or in minutes where it is less than a tenth of one."""
+    return f"{seconds / 3600:,.1f} h" if seconds >= 360 else f"{seconds / 60:.1f} min"
+
+
+def describe_batch(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
+    """The largest micro-batch that fits, of those that make the same step; with recomputation where that is faster."""
+    config, usable = case.config, USABLE * GPUS[gpu].memory * GIB
+    whole = case.accumulation * config.training.local_batch_size
+    states = result.parameters + result.gradients + result.optimizer_state
+
+    # To make activations again costs time, and pays only where it makes room for fewer micro-batches.
+    found = [largest_that_fits(case, usable, states, {config.training.local_batch_size: result})]
+    reaches_all = found[0] is not None and found[0][0].accumulation == 1
+    if config.activation_checkpoint.mode == "none" and not reaches_all:
+        config = dataclasses.replace(config, activation_checkpoint=ActivationCheckpoint(mode="selective"))
+        found.append(largest_that_fits(case._replace(config=config), usable, states, {}))
+    times = [(predict(*pair, gpu).seconds, *pair) for pair in found if pair is not None]
+    if not times:
+        return
+    seconds, best, _ = min(times, key=lambda entry: entry[0])
+
+    size, mode = best.config.training.local_batch_size, best.config.activation_checkpoint.mode
+    words = f"largest training.local_batch_size that fits: {size} of the {whole} sequences of a rank's step"
+    if mode != case.config.activation_checkpoint.mode:
+        words += f", with activation_checkpoint.mode = {mode}"
+    if best == case:
+        yield f"{words}, as it is"
+        return
+    fits = result.peak <= usable
+    now = f" where it is {1000 * predict(case, result, gpu).seconds:,.0f} ms now" if fits else ""
+    micro_batches = "1 micro-batch" if best.accumulation == 1 else f"{best.accumulation} micro-batches"
+    yield f"{words}: {micro_batches}, about {1000 * seconds:,.0f} ms a step{now}"
+
+
+def largest_that_fits(
+    case: Case, usable: float, states: int, known: dict[int, Simulation]
+) -> tuple[Case, Simulation] | None:
+    """The largest micro-batch whose peak is at most `usable` bytes, among the divisors of a rank's part of the step.
+
+    The whole is tried first, as it often fits. As peaks grow about linearly, from the bytes of the `states` on, the
+    next to try is the largest that should fit between what does and what does not, until none is left that should.
+    `known` are simulations by size. None where not even one sequence fits.
+    """
+    whole = case.accumulation * case.config.training.local_batch_size
+    sizes = [size for size in range(1, whole + 1) if whole % size == 0]
+    best, (low, low_peak), size = None, (0, states), whole
+    high, high_peak = whole + 1, float("inf")
+    while size:
+        other = with_batch(case, size)
+        result = known.get(size) or run(other)
+        if result.peak <= usable:
+            best, low, low_peak = (other, result), size, result.peak
+        else:
+            high, high_peak = size, result.peak
+        should_fit = low + (high - low) * (usable - low_peak) / (high_peak - low_peak)
+        between = [size for size in sizes if low < size < high]
+        untried = between[:1] if best is None else []  # before giving up
+        size = max([size for size in between if size <= should_fit] or untried, default=0)
+    return best
+
+
+def with_batch(case: Case, size: int) -> Case:
+    """The same step in micro-batches of another size, which divides a rank's part of it."""
+    training: Training = dataclasses.replace(case.config.training, local_batch_size=size)
+    accumulation = case.accumulation * case.config.training.local_batch_size // size
+    return case._replace(config=dataclasses.replace(case.config, training=training), accumulation=accumulation)
+
+
+def verdict(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
+    """Whether it fits the GPU, and what would make it fit."""
+    memory = GPUS[gpu].memory
+    usable = USABLE * memory
+    limit = f"{usable:.1f} of {memory:.1f} GiB"
+    if result.peak / GIB <= usable:
+        yield f"verdict: fits {article(gpu)} {gpu}: {result.peak / GIB:.1f} GiB, {limit} are counted on"
+        return
+    yield f"verdict: does not fit {article(gpu)} {gpu}: {result.peak / GIB:.1f} GiB are more than {limit}"
+    for change, other in knobs(case):
+        peak = run(other).peak / GIB
+        if peak <= usable:
+            yield f"it would with {change}: {peak:.1f} GiB"
+            return
+        yield f"  not with {change}: {peak:.1f} GiB"
+    yield f"none of these makes it fit: take more than {case.ranks} ranks, or a smaller model"
+
+
+def knobs(case: Case) -> Iterator[tuple[str, Case]]:
+    """Changes that save memory, one after the other and on top of each other, the cheapest first."""
+    config, words = case.config, ""
+    for mode in ("selective", "full"):
+        if config.activation_checkpoint.mode in ("none", "selective") and config.activation_checkpoint.mode != mode:
+            config = dataclasses.replace(config, activation_checkpoint=ActivationCheckpoint(mode=mode))
+            words = f"activation_checkpoint.mode = {mode}"
+            yield words, case._replace(config=config)
+    case = with_batch(case._replace(config=config), 1)
+    if config.training.local_batch_size > 1:
+        words = ", ".join(filter(None, [words, "training.local_batch_size = 1"]))
+        yield words, case
+    if case.degrees.replicate > 1:
+        degrees = case.degrees._replace(replicate=1, shard=case.degrees.data)
+        if degrees.expert == 1 or config.moe.num_experts % degrees.per_replica == 0:
+            words = ", ".join(filter(None, [words, "parallelism.data_parallel_replicate_degree = 1"]))
+            yield words, case._replace(degrees=degrees)

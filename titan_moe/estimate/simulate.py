@@ -1,0 +1,498 @@
+"""One training step of a rank of a world that does not exist: fake tensors, a fake process group, nothing allocated.
+
+The model is the one that a run builds and the step is `train_step`; what is counted are the bytes of every storage
+while it is alive, the bytes of every collective by axis, the operations of every matrix product, and the bytes that
+every other operator reads and writes.
+"""
+
+import dataclasses
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.optim import Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+
+from titan_moe import step
+from titan_moe.build import build_balancers, build_optimizer, build_sharded
+from titan_moe.config import Config
+from titan_moe.model import cross_entropy
+from titan_moe.model.moe import MoE
+from titan_moe.model.routing.common import capacity_of, exact_factor
+from titan_moe.optimizer import matrix
+from titan_moe.optimizer.combined import may_step
+from titan_moe.parallelize.expert import all_to_all
+from titan_moe.parallelize.grad import Squares
+from titan_moe.parallelize.mesh import Degrees, build_mesh
+from titan_moe.runtime.dtensor import local
+from titan_moe.step import train_step
+
+aten, c10d = torch.ops.aten, torch.ops.c10d
+FIRST, LATER = 1, 10_007  # steps of an optimizer: one in which state is made, and one as most are
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, q, k, v)
+
+
+# torch counts a CPU's attention from 2.15 on, and takes no second formula.
+for operator, formula in (
+    (aten._scaled_dot_product_flash_attention_for_cpu, _attention_flops),
+    (aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward_flops),
+):
+    if operator not in flop_registry:
+        register_flop_formula(operator)(formula)
+
+
+class Traffic(NamedTuple):
+    """A collective's calls in a step, and the bytes that a rank sends in them (a ring's, where there is a choice)."""
+
+    calls: int
+    bytes: int
+
+
+# What a step does, by kind: ("flops", kind) of matrix products, ("bytes", kind) that operators read and write,
+# ("operators", kind) that launch something; by collective and axis ("calls", name, axis), ("sent", name, axis), and
+# ("waited", name, axis): the bytes of these that are activations, which what follows waits for.
+# Kinds are attention, grouped, head, dense and fp32 of products, and of other operators layers, loss (whatever has the
+# vocabulary as one of its sizes), copies (FSDP's) and update (everything after the last backward).
+Work = Counter[tuple[str, ...]]
+
+
+class Simulation(NamedTuple):
+    """What a step of rank 0 takes; bytes, each part as it is at the moment of the peak."""
+
+    parameters: int
+    gradients: int
+    optimizer_state: int
+    gathered: int  # unsharded parameters and the buffers of their collectives
+    activations: int  # and every other tensor
+    expert_rows: int  # received for this rank's experts in a MoE layer
+    work: Work  # of the whole step
+    groups: dict[str, tuple[int, ...]]  # the ranks of each axis that something is sent over
+
+    @property
+    def peak(self) -> int:
+        """All parts together."""
+        return self.parameters + self.gradients + self.optimizer_state + self.gathered + self.activations
+
+    @property
+    def traffic(self) -> dict[tuple[str, str], Traffic]:
+        """By collective and axis."""
+        names = [key[1:] for key in self.work if key[0] == "calls"]
+        return {
+            (name, axis): Traffic(self.work["calls", name, axis], self.work["sent", name, axis]) for name, axis in names
+        }
+
+    @property
+    def flops(self) -> int:
+        """Of matrix products and attention, recomputation included."""
+        return sum(count for key, count in self.work.items() if key[0] == "flops")
+
+
+class Meter(TorchDispatchMode):
+    """Counts what passes: storages from their first operation to their end, collectives, operations."""
+
+    def __init__(self, fake: FakeTensorMode, vocab_sizes: Set[int]) -> None:
+        super().__init__()
+        self.fake, self.vocab_sizes = fake, vocab_sizes
+        self.live: Counter[str] = Counter()
+        self.at_peak: Counter[str] = Counter()
+        self.before_update: Counter[str] = Counter()  # at the peak of forward and backward
+        self.sizes: dict[int, tuple[str, int, Any]] = {}  # by identity: kind, bytes, reference
+        self.passes: list[Work] = [Counter()]  # before the model's first forward, from there to its second, ...
+        self.groups: dict[str, tuple[int, ...]] = {}
+        self.paused = False
+        self.step = 0  # of the optimizer, from the end of backward on
+        self.counts_work = True
+
+    def track(self, tensor: Tensor, kind: str) -> None:
+        """Count a tensor's storage, if it is not counted yet."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key not in self.sizes:
+            reference = weakref.ref(storage, lambda _: self._forget(key))
+            self.sizes[key] = (kind, storage.nbytes(), reference)
+            self._add(kind, storage.nbytes())
+
+    def _add(self, kind: str, size: int) -> None:
+        self.live[kind] += size
+        if self.live.total() > self.at_peak.total():
+            self.at_peak = Counter(self.live)
+
+    def _forget(self, key: int) -> None:
+        kind, size, _ = self.sizes.pop(key)
+        self.live[kind] -= size
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Note what FSDP does to the storages of gathered parameters."""
+        if id(storage) in self.sizes:
+            _, size, reference = self.sizes[id(storage)]
+            self.live[self.sizes[id(storage)][0]] -= size
+            self.sizes[id(storage)] = ("gathered", storage.nbytes(), reference)
+            self._add("gathered", storage.nbytes())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count it."""
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # what it does to its local tensor comes here again
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # a tensor's device is asked for more often than anything else happens
+            return func(*args, **kwargs)
+        if self.step and func is aten._local_scalar_dense.default:
+            # What optimizers read on the host: that a norm is finite, which row is rank 0's first, their step's number.
+            return {torch.bool: True, torch.int64: 0}.get(args[0].dtype, self.step)
+        result = args[0] if func is torch.ops._c10d_functional.wait_tensor.default else func(*args, **kwargs)
+        if self.paused:
+            return result
+        if func in collective_ops - sync_ops:
+            self._note_traffic(func, result, args, kwargs)
+        elif self.counts_work:
+            self._note_work(func, result, args, kwargs)
+        if func is c10d._reduce_scatter_base_.default:
+            self.retag(args[0], "gradients")
+        if func.namespace == "fsdp":
+            for tensor in kwargs.get("out", ()):
+                self.retag(tensor, "gathered")
+        kind = "gathered" if func.namespace in ("fsdp", "c10d") else "activations"
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.fake:
+                self.track(tensor, kind)
+        return result
+
+    def _note_work(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        size = bytes_moved(func, result, args, kwargs)
+        if size is None:
+            return
+        work, formula = self.passes[-1], flop_registry.get(func._overloadpacket)
+        kind = self._kind(func, result, args, is_product=formula is not None)
+        work["operators", kind] += 1
+        work["bytes", kind] += size
+        if formula is not None:
+            work["flops", kind] += formula(*args, **kwargs, out_val=result)
+
+    def _kind(self, func: Any, result: Any, args: Any, *, is_product: bool) -> str:
+        tensors = _tensors((args, result))
+        has_vocabulary = any(not self.vocab_sizes.isdisjoint(tensor.shape) for tensor in tensors)
+        name = func._overloadpacket.__name__
+        if not is_product:
+            if self.step:
+                return "update"
+            if has_vocabulary:
+                return "loss"
+            largest = max(tensors, key=torch.Tensor.numel)
+            is_copy = self.sizes.get(id(largest.untyped_storage()), ("",))[0] in ("parameters", "gathered", "gradients")
+            return "copies" if is_copy or func.namespace in ("fsdp", "c10d") else "layers"
+        if tensors[0].dtype == torch.float32:
+            return "fp32"
+        if "scaled_dot_product" in name:
+            return "attention"
+        return "grouped" if "grouped" in name else "head" if has_vocabulary else "dense"
+
+    def retag(self, tensor: Tensor, kind: str) -> None:
+        """Count a tensor's storage as another kind from here on."""
+        self.track(tensor, kind)
+        key = id(tensor.untyped_storage())
+        old, size, reference = self.sizes[key]
+        self.live[old] -= size
+        self.live[kind] += size
+        self.sizes[key] = (kind, size, reference)
+
+    def _note_traffic(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        group = CollectiveOp.get_process_group(func, args)
+        size = group.size()
+        name = func._overloadpacket.__name__.strip("_").removesuffix("_base").removesuffix("_into_tensor")
+        name = {"allgather": "all_gather", "allreduce": "all_reduce", "reduce_scatter_tensor": "reduce_scatter"}.get(
+            name, name
+        )
+        passes = 2 if name == "all_reduce" else 1  # a ring reduces, then gathers
+        tensors = _tensors((args, kwargs, result))
+        whole = max(tensor.numel() * tensor.element_size() for tensor in tensors)  # gathered, or before the scatter
+        sent = passes * whole * (size - 1) // size
+        axis = f"{group.group_desc.removeprefix('mesh_')} ({size})"
+        self.groups[axis] = tuple(dist.get_process_group_ranks(group))
+        self.passes[-1] += Counter({("calls", name, axis): 1, ("sent", name, axis): sent})
+        if func.namespace == "_c10d_functional":
+            self.passes[-1]["waited", name, axis] += sent
+
+
+# They make no kernel run: memory without contents, and what only Python or the profiler sees.
+FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense")
+# They read as many rows of their first tensor as they give, however large it is.
+GATHERS = ("embedding", "index", "index_select", "gather")
+OVERWRITE = ("copy_", "fill_", "zero_")
+
+
+def bytes_moved(func: Any, result: Any, args: Any, kwargs: Any) -> int | None:
+    """Bytes that an operator reads and writes, each tensor once; None where nothing runs on the device, as for views.
+
+    What it allocates inside is not seen, nor what stays in a cache from the operator before.
+    """
+    name = func._overloadpacket.__name__
+    if name in FREE or func.namespace == "profiler":
+        return None
+    names, written = arguments_of(func)
+    tensors = {key: _tensors(value) for key, value in (dict(zip(names, args, strict=False)) | kwargs).items()}
+    own = {leaf.untyped_storage()._cdata for leaves in tensors.values() for leaf in leaves}
+    made = [leaf for leaf in _tensors(result) if leaf.untyped_storage()._cdata not in own]
+    if not made and not written:
+        return None
+
+    total = sum(map(_bytes, made))
+    for position, (key, leaves) in enumerate(tensors.items()):
+        size = sum(map(_bytes, leaves))
+        is_read = not (written.get(key, False) or (name in OVERWRITE and position == 0))
+        if name in GATHERS and position == 0:
+            size = min(size, total)
+        total += size * (is_read + (key in written))
+    return total
+
+
+@cache
+def arguments_of(func: Any) -> tuple[list[str], dict[str, bool]]:
+    """An operator's arguments, and of those that it changes whether they are for its results alone, as `out`."""
+    arguments = func._schema.arguments
+    written = [argument for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write]
+    return [argument.name for argument in arguments], {argument.name: argument.kwarg_only for argument in written}
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of what a tensor looks at: less than its shape says where it is expanded."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+@contextmanager
+def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
+    """Tell the meter of storages that change their size, of tensors that are made only to know their shapes, and of
+    the end of backward: optimizers of matrices look from there on at numbers, which are not there.
+    """
+    resize, propagate = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
+    squares = step.grad_squares
+
+    def resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
+        result = resize(storage, size)
+        meter.resized(storage)
+        return result
+
+    def propagate_unseen(*args: Any) -> Any:
+        meter.paused = True
+        try:
+            return propagate(*args)
+        finally:
+            meter.paused = False
+
+    def squares_and_answer(*args: Any) -> Squares:
+        meter.step = FIRST
+        return squares(*args)
+
+    step.grad_squares = squares_and_answer  # pyrefly: ignore
+    torch.UntypedStorage.resize_ = resize_and_tell  # pyrefly: ignore
+    ShardingPropagator._propagate_tensor_meta_non_cached = propagate_unseen  # pyrefly: ignore
+    try:
+        yield
+    finally:
+        step.grad_squares = squares
+        torch.UntypedStorage.resize_ = resize
+        ShardingPropagator._propagate_tensor_meta_non_cached = propagate
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Run what a CPU runs otherwise as a GPU does.
+
+    An RMSNorm is one operator there and ten on a CPU: LayerNorm's stands for it, which reads, writes and keeps as much.
+    Products in bf16 can give fp32, chunks of the loss are larger, and all rows of a stacked matrix are updated at once.
+    """
+    rms_norm, elements, add_product = F.rms_norm, matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
+    chunk_tokens = cross_entropy.CPU_CHUNK_TOKENS
+
+    def one_operator(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+        return F.layer_norm(x, shape, weight, eps=1e-5 if eps is None else eps)
+
+    def add_in_fp32(sum_VD: Tensor | None, a_VC: Tensor, b_CD: Tensor) -> Tensor:
+        is_fp32 = a_VC.dtype == torch.float32
+        product_VD = torch.mm(a_VC, b_CD) if is_fp32 else torch.mm(a_VC, b_CD, out_dtype=torch.float32)
+        return product_VD if sum_VD is None else sum_VD.add_(product_VD)
+
+    F.rms_norm = one_operator  # pyrefly: ignore
+    cross_entropy._add_product = add_in_fp32
+    cross_entropy.CPU_CHUNK_TOKENS = cross_entropy.GPU_CHUNK_TOKENS  # pyrefly: ignore
+    matrix.CPU_ELEMENTS_PER_UPDATE = sys.maxsize
+    try:
+        yield
+    finally:
+        F.rms_norm, cross_entropy._add_product = rms_norm, add_product  # pyrefly: ignore
+        matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy.CPU_CHUNK_TOKENS = elements, chunk_tokens
+
+
+@contextmanager
+def _moments(meter: Meter, model: torch.nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Tell the meter where forward passes and the update begin, and run the update twice.
+
+    The first step of an optimizer makes its state, and what is due now and then; the work that counts is a later one's.
+    """
+
+    def start_forward(*_: Any) -> None:
+        meter.passes.append(Counter())
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                meter.retag(local(parameter.grad), "gradients")
+
+    def start_update(*_: Any) -> None:
+        if meter.step == FIRST:
+            meter.before_update, meter.at_peak = meter.at_peak, Counter(meter.live)
+            meter.counts_work = False
+
+    def update_again(*_: Any) -> None:
+        if meter.step == FIRST:
+            meter.step, meter.counts_work = LATER, True
+            may_step(optimizer, torch.ones((), dtype=torch.bool))  # so that nothing looks at them once more
+            optimizer.step()
+
+    handles = [
+        model.register_forward_pre_hook(start_forward),
+        optimizer.register_step_pre_hook(start_update),
+        optimizer.register_step_post_hook(update_again),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def fake_world(world_size: int) -> Iterator[None]:
+    """A process group of `world_size` ranks of which this process is rank 0 and the others do not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess: float = 0.0) -> Simulation:
+    """Run one step of rank 0 in a `fake_world`; the vocabulary's size must be known.
+
+    Of many micro-batches three are run, as the first and the last may gather and reduce and the others are all alike.
+    `excess` is how much more than its even share of rows this rank's experts receive: at a MaxVio of v at most v, where
+    each of them is the fullest.
+    """
+    # The split sizes of dispatch are read on the host in a real step: here they are told.
+    training, simulated = config.training, min(micro_batches, 3)
+    mesh = build_mesh(device=torch.device("cpu"), **degrees._asdict())
+    model = build_sharded(config, mesh, compile_blocks=False)
+    own_length = training.seq_len // degrees.per_sequence
+    rows = rows_sent(config, training.local_batch_size * own_length)
+    received = -(-int(rows * (1 + excess)) // degrees.expert) * degrees.expert
+    if mesh.ep is not None:
+        fix_split_sizes(model, mesh.ep, rows, received)
+
+    # From here on nothing is allocated, and every operator passes the meter.
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        model.to_empty(device="cpu")
+        optimizer, balancers = build_optimizer(without_load_lr(config), model), build_balancers(config)
+        tokens = torch.zeros(training.local_batch_size, own_length, dtype=torch.int64)
+        vocabulary = config.model.vocab_size
+        meter = Meter(fake, {vocabulary, vocabulary // degrees.tensor})
+        parameters = _local_bytes(model.parameters())
+        for tensor in (*model.parameters(), *model.buffers()):
+            meter.track(local(tensor), "parameters")
+        with meter, _what_no_mode_sees(meter), _as_on_a_gpu(), _moments(meter, model, optimizer):
+            train_step(
+                model,
+                [(tokens, tokens)] * simulated,
+                optimizer,
+                balancers,
+                model.expert_biases(),
+                max_norm=training.max_norm,
+                sequence_group=mesh.sequence_group,
+            )
+        state = _local_bytes(leaf for s in optimizer.state.values() for leaf in tree_leaves(s))
+
+    # The state is made in this first step; from the second on it is there in forward and backward, too.
+    peak = meter.before_update + Counter(optimizer_state=state)
+    if meter.at_peak.total() > peak.total():  # in the optimizer's step
+        peak = meter.at_peak + Counter(optimizer_state=state, activations=-state)
+    return Simulation(
+        parameters=parameters,
+        gradients=peak["gradients"],
+        optimizer_state=state,
+        gathered=peak["gathered"],
+        activations=peak["activations"],
+        expert_rows=received,
+        work=whole_step(meter.passes, simulated, micro_batches),
+        groups=meter.groups,
+    )
+
+
+def whole_step(passes: list[Work], simulated: int, micro_batches: int) -> Work:
+    """Work of a step from that of its simulated passes: the second of three stands for all that were not simulated.
+
+    The passes are what comes before the first forward, then a pass for each micro-batch; where a balancer wants to know
+    the whole batch's load before, there is a forward pass of each micro-batch ahead of these.
+    """
+    work: Work = sum(passes, start=Counter())
+    for one_of_many in passes[2::simulated]:
+        for key, count in one_of_many.items():
+            work[key] += (micro_batches - simulated) * count
+    return work
+
+
+def rows_sent(config: Config, num_tokens: int) -> int:
+    """Rows that a rank's tokens of a micro-batch become in a MoE layer, where as many are kept as can be."""
+    moe, factor = config.moe, config.router.arguments.get("capacity_factor")
+    choices = num_tokens * moe.top_k
+    if not factor:
+        return choices
+    room = moe.num_experts * capacity_of(num_tokens, moe.top_k, moe.num_experts, exact_factor(factor))
+    return room if config.router.name == "expert_choice" else min(choices, room)
+
+
+def without_load_lr(config: Config) -> Config:
+    """Without rates by load, which on a CPU are read on the host; their state is a few numbers for each expert."""
+    groups = dict(config.optimizer.groups)
+    expert = {key: value for key, value in groups.pop("expert", {}).items() if not key.startswith("load_lr")}
+    groups |= {"expert": expert} if expert else {}
+    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, groups=groups))
+
+
+def fix_split_sizes(model: torch.nn.Module, mesh: DeviceMesh, rows: int, received: int) -> None:
+    """Tell dispatchers how many rows go where, which in a real step the host reads from the device."""
+    sent = [rows // mesh.size()] * mesh.size()
+    sent[0] += rows - sum(sent)
+    splits = sent, [received // mesh.size()] * mesh.size()
+    dispatcher = all_to_all(mesh, read=lambda *_: splits)
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            layer.dispatcher = dispatcher
+
+
+def _local_bytes(tensors: Any) -> int:
+    parts = [local(tensor) for tensor in tensors if isinstance(tensor, Tensor)]
+    return sum(part.numel() * part.element_size() for part in parts)

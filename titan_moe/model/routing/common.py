@@ -1,0 +1,218 @@
+"""What routers share: the Routing they return, selection with bias and groups, noise, and capacity.
+
+Shapes: T tokens, E experts, K top_k, N = T * K choices.
+"""
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+DropPolicy = Literal["position", "score"]
+Factor = tuple[int, int]  # numerator, denominator
+
+
+class Routing(NamedTuple):
+    """What a router decided for T tokens. Everything about balance is a function of it."""
+
+    router_logits: Tensor  # (T, E) fp32, before temperature, noise and bias
+    scores: Tensor  # (T, E) fp32, sums to 1 over experts: the probabilities that balance losses use
+    topk_scores: Tensor  # (T, K) fp32, the weights that combine the experts' outputs; 0 where a choice is not kept
+    topk_experts: Tensor  # (T, K) int64; E where a token has no K-th expert (only where experts choose tokens)
+    tokens_per_expert: Tensor  # (E,) int64, the load: what was chosen, before any drops
+    selection: Tensor | None = None  # (T, E) fp32, what the choice compared before the bias; no gradient
+    kept: Tensor | None = None  # (T, K) bool, the choices that are computed; None: all of them
+    capacity: int | None = None  # the most tokens that an expert computes, where `kept` is given
+
+
+Router = Callable[[Tensor, Tensor | None], Routing]
+
+
+class Options(NamedTuple):
+    """The arguments that all routers have in which a token chooses its experts."""
+
+    top_k: int
+    temperature: float
+    num_groups: int
+    topk_groups: int
+    jitter: float
+    noise_std: float
+    capacity_factor: Factor = (0, 1)
+    drop_policy: DropPolicy = "position"
+
+    def check(self) -> None:
+        """Raise ValueError for values that no number of experts makes right."""
+        check_top_k(self.top_k, self.temperature)
+        if self.num_groups < 1 or not 1 <= self.topk_groups <= self.num_groups:
+            raise ValueError(
+                f"router.topk_groups ({self.topk_groups}) must be from 1 to router.num_groups ({self.num_groups})"
+            )
+        if not 0 <= self.jitter < 1 or self.noise_std < 0:
+            raise ValueError(
+                f"router.jitter ({self.jitter}) must be at least 0 and below 1, and router.noise_std "
+                f"({self.noise_std}) at least 0"
+            )
+
+
+def check_top_k(top_k: int, temperature: float) -> None:
+    """Raise ValueError unless there is something to choose and to divide by."""
+    if top_k < 1:
+        raise ValueError(f"router top_k ({top_k}) must be at least 1")
+    if not temperature > 0:
+        raise ValueError(f"router temperature ({temperature}) must be above 0")
+
+
+def scaled_logits(logits_TE: Tensor, options: Options) -> Tensor:
+    """The noisy logits over the temperature; without noise where no gradient is recorded, as in evaluation.
+
+    `jitter` multiplies each logit by a uniform number of [1 - jitter, 1 + jitter]. Switch (section 2.4) and ST-MoE
+    multiply the router's *input* by such numbers; ours is that jitter on its output. `noise_std` adds a normal number
+    of that standard deviation: Shazeer et al. (2017), equation 4, with the constant in place of their softplus(x W),
+    so there is no noise matrix to learn, and their load loss, which is made for it, is not here. Both act on choice,
+    weights and probabilities alike. The numbers come from the device's generator, which activation checkpointing
+    rewinds and the trainer seeds at every step by seed, step and rank: recomputed and resumed steps draw the same.
+    """
+    z_TE = logits_TE
+    if torch.is_grad_enabled():
+        if options.jitter:
+            z_TE = z_TE * (1 + options.jitter * (2 * torch.rand_like(z_TE) - 1))
+        if options.noise_std:
+            z_TE = z_TE + options.noise_std * torch.randn_like(z_TE)
+    return z_TE if options.temperature == 1 else z_TE / options.temperature
+
+
+def select(selection_TE: Tensor, expert_bias_E: Tensor | None, options: Options) -> Tensor:
+    """The (T, K) indices of the largest selection scores after the bias; carries no gradient."""
+    num_experts = selection_TE.shape[-1]
+    if options.top_k > num_experts:
+        raise ValueError(f"router top_k ({options.top_k}) must be at most num_experts ({num_experts})")
+    selection_TE = selection_TE.detach()
+    if expert_bias_E is not None:
+        selection_TE = selection_TE + expert_bias_E.float()
+    if options.num_groups > 1:
+        selection_TE = limit_groups(selection_TE, options)
+    return selection_TE.topk(options.top_k, dim=-1).indices
+
+
+def limit_groups(selection_TE: Tensor, options: Options) -> Tensor:
+    """-inf outside each token's best `topk_groups` of `num_groups` groups of adjacent experts.
+
+    A group counts the sum of its top_k / topk_groups (rounded down, at least one) largest scores. Source: DeepSeek-V3
+    (2024), section 2.1.2, node-limited routing; Megatron-core's `group_limited_topk`. Raises ValueError when the
+    groups don't divide the experts or the chosen ones hold fewer than top_k.
+    """
+    T, E = selection_TE.shape
+    groups, kept = options.num_groups, options.topk_groups
+    if E % groups:
+        raise ValueError(f"router.num_groups ({groups}) must divide moe.num_experts ({E})")
+    if kept * (E // groups) < options.top_k:
+        raise ValueError(
+            f"router.topk_groups ({kept}) of router.num_groups ({groups}) hold {kept * (E // groups)} experts, fewer "
+            f"than moe.top_k ({options.top_k})"
+        )
+    grouped_TGE = selection_TE.view(T, groups, -1)
+    best = min(max(1, options.top_k // kept), E // groups)
+    value_TG = grouped_TGE.topk(best, dim=-1).values.sum(-1)
+    chosen_TKG = value_TG.topk(kept, dim=-1).indices.unsqueeze(-1) == torch.arange(groups, device=value_TG.device)
+    return grouped_TGE.masked_fill(~chosen_TKG.any(1).unsqueeze(-1), -math.inf).view(T, E)
+
+
+def normalized(scores: Tensor) -> Tensor:
+    """Scores divided by their sum over the last dimension + 1e-20."""
+    return scores / (scores.sum(-1, keepdim=True) + 1e-20)
+
+
+def make_routing(
+    logits_TE: Tensor,
+    scores_TE: Tensor,
+    topk_scores_TK: Tensor,
+    topk_experts_TK: Tensor,
+    selection_TE: Tensor | None = None,
+) -> Routing:
+    """A Routing with its counts; a scatter because bincount has a data-dependent shape."""
+    ids_N = topk_experts_TK.flatten()
+    counts_E = ids_N.new_zeros(logits_TE.shape[-1]).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    selection_TE = None if selection_TE is None else selection_TE.detach()
+    return Routing(logits_TE, scores_TE, topk_scores_TK, topk_experts_TK, counts_E, selection_TE)
+
+
+def drop_over_capacity(routing: Routing, options: Options) -> Routing:
+    """Drop the choices for which an expert has no room, when there is a capacity factor and gradients are recorded.
+
+    An expert computes ceil(T * K / E * capacity_factor) tokens of a forward pass on one rank. By `position` the first
+    ones, all first choices before all second ones (GShard, algorithm 1; Switch, section 2.2); by `score` those with the
+    largest probability of the expert (batch-prioritised routing, Riquelme et al. 2021; Megatron-core's `probs`). The
+    weights of what is kept don't change, a token without any expert passes by the residual alone. Evaluation drops
+    nothing: what a token gets there must not depend on the others of its batch.
+    """
+    if options.capacity_factor[0] == 0 or not torch.is_grad_enabled():
+        return routing
+    ids_TK = routing.topk_experts
+    T, K = ids_TK.shape
+    E = routing.scores.shape[-1]
+    capacity = capacity_of(T, K, E, options.capacity_factor)
+    if options.drop_policy == "score":
+        order_N = routing.scores.detach().gather(-1, ids_TK).flatten().argsort(descending=True, stable=True)
+    else:
+        order_N = torch.arange(T * K, device=ids_TK.device).view(T, K).t().flatten()
+    kept_TK = rank_in_expert(ids_TK.flatten(), order_N, routing.tokens_per_expert).view(T, K) < capacity
+    return Routing(  # not _replace, which torch.compile can't give out of a graph in torch 2.11
+        router_logits=routing.router_logits,
+        scores=routing.scores,
+        topk_scores=routing.topk_scores * kept_TK,
+        topk_experts=ids_TK,
+        tokens_per_expert=routing.tokens_per_expert,
+        selection=routing.selection,
+        kept=kept_TK,
+        capacity=capacity,
+    )
+
+
+def exact_factor(capacity_factor: float) -> Factor:
+    """The fraction that a factor stands for, with a denominator of a million at most: (11, 10) for 1.1.
+
+    Only 0 becomes 0. Raises ValueError for a negative or infinite factor.
+    """
+    if not 0 <= capacity_factor < math.inf:
+        raise ValueError(f"router.capacity_factor ({capacity_factor}) must be a finite number, at least 0")
+    fraction = Fraction(capacity_factor).limit_denominator(1_000_000)
+    return (fraction or Fraction(capacity_factor > 0, 1_000_000)).as_integer_ratio()
+
+
+def capacity_of(num_tokens: int, top_k: int, num_experts: int, factor: Factor) -> int:
+    """The most tokens that an expert has room for: ceil(num_tokens * top_k / num_experts * factor), or all of them.
+
+    In integers: 1.1 times 100 is 110, where floating point has 110.00000000000001, and Megatron-core so 111.
+    """
+    numerator, denominator = factor
+    if numerator * top_k >= denominator * num_experts:
+        return num_tokens
+    return -(-num_tokens * top_k * numerator // (num_experts * denominator))
+
+
+def rank_in_expert(expert_N: Tensor, order_N: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
+    """How many entries of the same expert come before each entry, in the order given: (N,) int64."""
+    sorted_N = order_N[expert_N[order_N].argsort(stable=True)]  # by expert, then by the order
+    start_E = tokens_per_expert_E.cumsum(0) - tokens_per_expert_E
+    rank_N = torch.arange(expert_N.numel(), device=expert_N.device) - start_E[expert_N[sorted_N]]
+    return rank_N[sorted_N.argsort()]  # not a scatter: inductor 2.13 reads a fused scatter's output before it writes it
+
+
+def force_balanced(router: Router) -> Router:
+    """A router that deals the experts out in turn, for measuring speed at perfect balance (a debugging aid).
+
+    Choice k of token t is expert (t * K + k) mod E, whatever the logits; its weight is the given router's score there.
+    """
+
+    def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None) -> Routing:
+        routing = router(router_logits_TE, expert_bias_E)
+        ids_TK = routing.topk_experts
+        slots_N = torch.arange(ids_TK.numel(), device=ids_TK.device)
+        dealt_TK = (slots_N % routing.scores.shape[-1]).view_as(ids_TK)
+        dealt_scores_TK = routing.scores.gather(-1, dealt_TK)
+        return make_routing(routing.router_logits, routing.scores, dealt_scores_TK, dealt_TK, routing.selection)
+
+    return route

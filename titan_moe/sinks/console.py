@@ -1,0 +1,120 @@
+"""What a terminal shows of a run while it trains, and when it is over."""
+
+import math
+import os
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from titan_moe.sinks.sink import Record, Sink
+
+
+def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextIO | None = None) -> Sink:
+    """Show progress on `stream` (standard output): a bar on a terminal, else a line for each `log_freq`-th step.
+
+    Give it every record; it also shows the first and the last step, and each validation as a line of its own.
+    """
+    out = stream or sys.stdout
+    bar: Any = None
+    began: tuple[int, float] | None = None
+
+    def write(record: Record) -> None:
+        nonlocal bar, began
+        step = record["step"]
+        if began is None:
+            began = (max(step - 1, 0), time.monotonic() - record.get("step_seconds", 0.0))
+            if is_terminal:
+                from tqdm import tqdm
+
+                layout = "step {n_fmt}/{total_fmt} {bar} {desc}  {remaining} left"
+                bar = tqdm(total=total_steps, initial=began[0], file=out, bar_format=layout, dynamic_ncols=True)
+        line = f"step {step:>{len(str(total_steps))}}/{total_steps}"
+        if record["kind"] != "train":
+            line = f"{line}  {record['kind']}  {_columns(record)}"
+        elif bar is not None:
+            bar.set_description_str(_short(record), refresh=False)
+            bar.update(step - bar.n)
+            return
+        elif step % log_freq and step != total_steps and step != began[0] + 1:
+            return
+        else:
+            seconds = (time.monotonic() - began[1]) / (step - began[0]) * (total_steps - step)
+            line = f"{line}  {_columns(record)}  left {clock(seconds)}"
+        if bar is not None:
+            bar.write(line, file=out)
+        else:
+            print(line, file=out, flush=True)
+
+    def close() -> None:
+        if bar is not None:
+            bar.close()
+
+    return Sink(write, close, "the console")
+
+
+def summary(
+    validation: Record | None, *, checkpoint: Path | None, tensorboard: Path | None, prompt: str = "The "
+) -> str:
+    """What to say when a run is over: its last validation, where things are, the commands that use them."""
+    python = _python()
+    lines = []
+    if validation is not None:
+        lines += [f"validation   {_short(validation)}  (step {validation['step']})"]
+    if tensorboard is not None:
+        lines += [
+            f"curves       {tensorboard}",
+            f"  {python} -m tensorboard.main --logdir {shlex.quote(str(tensorboard))}",
+        ]
+    if checkpoint is not None:
+        command = f"--checkpoint {shlex.quote(str(checkpoint))} --prompt {shlex.quote(prompt)}"
+        lines += [f"checkpoint   {checkpoint}", f"  {python} -m titan_moe.generate {command}"]
+    return "\n".join(lines)
+
+
+def _python() -> str:
+    """How to call this Python from this folder, as short as works."""
+    found = shutil.which("python")
+    if found and os.path.realpath(Path(found).parent) == os.path.realpath(Path(sys.executable).parent):
+        return "python"
+    relative = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if relative.startswith("..") else relative)
+
+
+def _watched(record: Record) -> dict[str, float]:
+    """The numbers that people watch; those that a record lacks are left out."""
+    loss = record["loss"]
+    found = {
+        "loss": loss,
+        "perplexity": record.get("perplexity", math.exp(min(loss, 700.0))),
+        "accuracy": record.get("accuracy"),
+        "MaxVio": record.get("maxvio_batch", record.get("maxvio_global")),
+        "tokens/s": record.get("tokens_per_second"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+_WIDE = {"loss": "7.4f", "perplexity": "9.2f", "accuracy": "6.2%", "MaxVio": "6.3f", "tokens/s": "9,.0f"}
+
+
+def _columns(record: Record) -> str:
+    """Watched numbers, aligned below those of other records."""
+    return "  ".join(f"{name} {value:{_WIDE[name]}}" for name, value in _watched(record).items())
+
+
+def _short(record: Record) -> str:
+    """Watched numbers for a line that also has a bar."""
+    watched = _watched(record)
+    texts = [f"loss {watched['loss']:.4f}", f"ppl {watched['perplexity']:.4g}"]
+    texts += [f"{name} {watched[name]:{_WIDE[name]}}" for name in ("accuracy", "MaxVio") if name in watched]
+    if "tokens/s" in watched:
+        texts.append(f"{watched['tokens/s'] / 1000:.3g}k tok/s")
+    return "  ".join(" ".join(text.split()) for text in texts)
+
+
+def clock(seconds: float) -> str:
+    """Hours:minutes:seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,93 @@
+"""Where numbers go: the sinks, each a place for records.
+
+A record is one flat dictionary of a step: `step`, `kind` ('train' or 'validation') and numbers; it may carry `load`, an
+(L, E) array of tokens per expert. Only the main rank has sinks. Slow packages are imported where they are used.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
+Record = Mapping[str, Any]
+_PER_LAYER = re.compile(r".*/layer_\d+")
+
+
+class Sink(NamedTuple):
+    """A place for records. If `write` raises OSError, that record is late or lost, and the next one may succeed.
+
+    `sync` waits until what was written is on the disk, where a power cut cannot take it.
+    """
+
+    write: Callable[[Record], None]
+    close: Callable[[], None]
+    name: str
+    sync: Callable[[], None] = lambda: None
+
+
+def fan_out(*sinks: Sink) -> Sink:
+    """One sink that writes to all. A full disk or a closed pipe stops none of the others and no training: it warns."""
+    failing: set[str] = set()
+    gone: set[str] = set()  # a closed pipe stays closed
+
+    def attempt(sink: Sink, task: Callable[[], None]) -> None:
+        if sink.name in gone:
+            return
+        try:
+            task()
+        except OSError as error:
+            if sink.name not in failing:
+                logger.error("CANNOT WRITE TO %s (%s): training goes on without it", sink.name, error)
+            failing.add(sink.name)
+            if isinstance(error, BrokenPipeError):
+                gone.add(sink.name)
+        else:
+            if sink.name in failing:
+                logger.warning("%s can be written again", sink.name)
+            failing.discard(sink.name)
+
+    def write(record: Record) -> None:
+        for sink in sinks:
+            attempt(sink, lambda sink=sink: sink.write(record))
+
+    def close() -> None:
+        for sink in sinks:
+            attempt(sink, sink.close)
+
+    def sync() -> None:
+        for sink in sinks:
+            try:  # no `attempt`: a full disk refuses writes and syncs what it has
+                sink.sync()
+            except OSError as error:
+                logger.error("CANNOT SYNC %s (%s): a power cut may take its last lines", sink.name, error)
+
+    return Sink(write, close, ", ".join(sink.name for sink in sinks), sync)
+
+
+def last_validation() -> tuple[Sink, Callable[[], Record | None]]:
+    """A sink that keeps the last validation that it is given, and the function that tells it."""
+    kept: list[Record] = []
+
+    def write(record: Record) -> None:
+        if record["kind"] == "validation":
+            kept[:] = [record]
+
+    return Sink(write, lambda: None, "the summary"), lambda: kept[0] if kept else None
+
+
+def scalars(record: Record) -> dict[str, Any]:
+    """The record without its arrays; zero-dimensional ones become numbers."""
+    plain = {key: value.item() if getattr(value, "ndim", None) == 0 else value for key, value in record.items()}
+    return {key: value for key, value in plain.items() if isinstance(value, (str, int, float))}
+
+
+def tagged(record: Record) -> dict[str, float]:
+    """Numbers by their name in TensorBoard and wandb."""
+    kind = record["kind"]
+    numbers = {key: value for key, value in scalars(record).items() if key not in {"step", "kind"}}
+    return {
+        f"{kind}{'_per_layer' if _PER_LAYER.fullmatch(key) else ''}/{key}": value
+        for key, value in numbers.items()
+        if not isinstance(value, str)
+    }

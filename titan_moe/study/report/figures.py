@@ -1,0 +1,326 @@
+"""The figures that a study's axes suggest: U-curves, heatmaps, dots and bars with intervals, paired differences."""
+
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from titan_moe.study.grid import Point, value_text
+from titan_moe.study.report.analysis import (
+    AxisInfo,
+    Interval,
+    Standing,
+    Summary,
+    by_seed,
+    contains_zero,
+    counted_results,
+    interval,
+    number_text,
+    seed_differences,
+    short_name,
+    standing,
+)
+from titan_moe.study.report.likeness import unlike
+from titan_moe.study.report.measures import MEASURES
+from titan_moe.study.report.theme import INK, LIGHT, colour, dashes, marker, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class Panel(NamedTuple):
+    """A figure with its name (of the files) and what it shows."""
+
+    name: str
+    caption: str
+    figure: "Figure"
+
+
+def measure_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measure: str) -> list[Panel]:
+    """How a measure depends on the axes: one numeric axis gives a curve, two a heatmap too, names give rows."""
+    found = [summary for summary in summaries if summary.is_ranked and measure in summary.measures]
+    if len(found) < 2 or not axes:
+        return []
+    numeric = [axis for axis in axes if axis.is_numeric]
+    panels = []
+    x = max(numeric, key=lambda axis: len(axis.values), default=None)
+    if len(axes) <= 2 and x is not None and len(x.values) > 2:
+        hue = next((axis for axis in axes if axis is not x), None)
+        text = _caption(found, measure, x.label, "ringed")
+        panels.append(Panel(f"{measure}_by_{_in_a_name(x.id)}", text, u_curve(found, x, hue, measure)))
+    if len(axes) == 2 and len(numeric) == 2:
+        figure = heatmap(found, axes[0], axes[1], measure)
+        text = f"{MEASURES[measure].label} by {axes[0].label} and {axes[1].label}: mean over {_seeds(found)}"
+        panels.append(Panel(f"{measure}_heatmap", text + _mark_text(found, measure, "framed"), figure))
+    if not panels:
+        text = _caption(found, measure, "point", "orange")
+        panels.append(Panel(f"{measure}_by_point", text, dots_in_rows(found, axes, measure)))
+    return panels
+
+
+def _in_a_name(axis: str) -> str:
+    """The id of an axis as part of the names of files; in a comparison it is a key of anyone's configuration."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", axis)
+
+
+def _caption(found: Sequence[Summary], measure: str, axis: str, mark: str) -> str:
+    text = f"{MEASURES[measure].label} by {axis}: mean over {_seeds(found)}"
+    if any(len(summary.counted) > 1 for summary in found):
+        text += " with its 95 % interval; small dots are single seeds"
+    return text + _mark_text(found, measure, mark)
+
+
+def _seeds(found: Sequence[Summary]) -> str:
+    """How many seeds the points of a figure have, and that one has no interval."""
+    least, most = (choose(len(summary.counted) for summary in found) for choose in (min, max))
+    if most == 1:
+        return "one seed, so that there is no interval"
+    return f"{most} seeds" if least == most else f"{least} to {most} seeds"
+
+
+def _mark_text(found: Sequence[Summary], measure: str, mark: str) -> str:
+    """What a caption says of the points that are marked, or why there are none."""
+    if reason := unlike(counted_results(found), measure):
+        return f"; not ranked: {reason}"
+    place = standing(found, measure)
+    if not _marked(found, place) or place is None:
+        return ""
+    if place.is_clear:
+        return f"; {mark}: better than every other by its paired interval"
+    return f"; {mark}: the best mean and all that are level with it by their paired intervals"
+
+
+def _marked(found: Sequence[Summary], place: Standing | None) -> Sequence[Summary]:
+    """The points to mark: none where all are level, which the title says."""
+    return () if place is None or len(place.marked) == len(found) else place.marked
+
+
+def _title(found: Sequence[Summary], place: Standing | None, measure: str, where: str = "") -> str:
+    """Which point is best, or how many are level with the best mean."""
+    if place is None:
+        return ""
+    value = number_text(measure, place.lead.measures[measure])[0]
+    word = "lowest" if MEASURES[measure].better == "lower" else "highest"
+    if place.is_clear:
+        return f"best{where}: {value}"
+    if len(place.level) == len(found) - 1:
+        return f"all level ({word} mean {value})"
+    return f"{word}{where}: {value}" + (f", level with {len(place.level)}" if place.level else ", not known to be best")
+
+
+def _measure_label(measure: str) -> str:
+    shown = MEASURES[measure]
+    return f"{shown.label} ({shown.unit})" if shown.unit else shown.label
+
+
+def u_curve(found: Sequence[Summary], x: AxisInfo, hue: AxisInfo | None, measure: str) -> "Figure":
+    """A measure over a numeric axis, a line for each value of `hue`; the best point is named, or those level ringed."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = new_figure(3.3 + (0.2 * math.ceil(len(hue.values) / 2) + 0.2 if hue else 0.0))
+    axes = figure.add_subplot()
+    place = standing(found, measure)
+    for index, group in enumerate(hue.values if hue else (None,)):
+        members = [s for s in found if hue is None or s.point[hue.id] == group]
+        members.sort(key=lambda s: s.point[x.id])
+        if not members:
+            continue
+        points = [s.point[x.id] for s in members]
+        means = [s.measures[measure].mean for s in members]
+        halves = [0.0 if math.isnan(s.measures[measure].half) else s.measures[measure].half for s in members]
+        look: dict[str, Any] = {"color": colour(index), "linestyle": dashes(index), "marker": marker(index)}
+        aside = 0.0 if hue is None else 2.5 * (index - (len(hue.values) - 1) / 2)  # points, so that intervals part
+        where = axes.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
+        look["transform"] = where
+        label = None if group is None else value_text(group)
+        axes.errorbar(points, means, yerr=halves if any(halves) else None, capsize=3, elinewidth=1, label=label, **look)
+        seeds = [(s.point[x.id], value) for s in members for value in by_seed(s, measure).values() if s.counted[1:]]
+        if seeds:
+            dots: dict[str, Any] = {"markersize": 4, "alpha": 0.5, "color": colour(index), "transform": where}
+            axes.plot(*zip(*seeds, strict=True), ".", **dots)
+        # matplotlib takes no limits from what has a transform of its own
+        ends = [(p, m + side * h) for p, m, h in zip(points, means, halves, strict=True) for side in (-1, 1)]
+        axes.update_datalim([*ends, *seeds])
+        for summary in [s for s in _marked(found, place) if any(s is member for member in members)]:
+            ring: dict[str, Any] = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK}
+            axes.plot(summary.point[x.id], summary.measures[measure].mean, "o", transform=where, **ring)
+    if place is not None:
+        values = [place.lead.point[axis.id] for axis in (x, hue) if axis is not None]
+        axes.set_title(_title(found, place, measure, f" at {', '.join(map(value_text, values))}"))
+    _numeric_scale(axes, x.values)
+    axes.set_xlabel(x.label)
+    axes.set_ylabel(_measure_label(measure))
+    _percent(axes.yaxis, measure)
+    if hue:
+        figure.legend(loc="outside lower center", ncols=min(4, len(hue.values)), title=hue.label)
+    return figure
+
+
+def _numeric_scale(axes: "Axes", values: Sequence[float]) -> None:
+    """Scale the x axis to its values, by logarithm where they span a factor of 20, and label those that have room."""
+    from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+    positive = [value for value in values if value > 0]
+    wide = bool(positive) and max(positive) / min(positive) >= 20
+    if wide and min(values) > 0:
+        axes.set_xscale("log")
+    elif wide and min(values) == 0:
+        axes.set_xscale("symlog", linthresh=min(positive), linscale=0.6)
+    axes.autoscale_view()  # with the margins of this scale
+    axes.xaxis.set_minor_locator(NullLocator())
+    places = axes.transData.transform([(value, axes.get_ylim()[0]) for value in values])[:, 0]
+    span = places.max() - places.min()
+    places = (places - places.min()) / (span or 1.0)
+    texts = [value_text(value) for value in values]
+    halves = [0.012 * len(text) + 0.012 for text in texts]  # of the width of the axes
+    labelled: list[int] = []
+    for index in (0, len(values) - 1, *range(1, len(values) - 1)):  # the ends have precedence
+        if all(abs(places[index] - places[i]) >= halves[index] + halves[i] for i in labelled):
+            labelled.append(index)
+    labels = [text if index in labelled else "" for index, text in enumerate(texts)]
+    axes.xaxis.set_major_locator(FixedLocator(list(values)))
+    axes.xaxis.set_major_formatter(FixedFormatter(labels))
+
+
+def _percent(axis: Any, measure: str) -> None:
+    if MEASURES[measure].digits.endswith("%"):
+        from matplotlib.ticker import PercentFormatter
+
+        axis.set_major_formatter(PercentFormatter(1.0))
+
+
+def heatmap(found: Sequence[Summary], y: AxisInfo, x: AxisInfo, measure: str) -> "Figure":
+    """A measure over two axes: a cell for each pair of values, better is lighter, the best is framed."""
+    grid_YX = np.full((len(y.values), len(x.values)), np.nan)
+    for summary in found:
+        place = y.values.index(summary.point[y.id]), x.values.index(summary.point[x.id])
+        grid_YX[place] = summary.measures[measure].mean
+    figure = new_figure(0.42 * len(y.values) + 1.45)
+    axes = figure.add_subplot()
+    lower = MEASURES[measure].better == "lower"
+    low, high = float(np.nanmin(grid_YX)), float(np.nanmax(grid_YX))
+    span = high - low or 1.0
+    colours: dict[str, Any] = {"cmap": "cividis_r" if lower else "cividis", "vmin": low, "vmax": low + span}
+    axes.pcolormesh(grid_YX, edgecolors="white", linewidth=1, **colours)
+    place = standing(found, measure)
+    for (row, column), value in np.ndenumerate(grid_YX):
+        if math.isnan(value):
+            continue
+        share = (high - value if lower else value - low) / span
+        text = format(value, MEASURES[measure].digits)
+        ink = "#000000" if share > 0.55 else "#ffffff"
+        size = 8.5 if len(x.values) <= 6 else 7
+        axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=size)
+    for summary in _marked(found, place):
+        from matplotlib.patches import Rectangle
+
+        corner = x.values.index(summary.point[x.id]), y.values.index(summary.point[y.id])
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=colour(1), linewidth=2.5, clip_on=False))
+    axes.set_xticks(np.arange(len(x.values)) + 0.5, [value_text(v) for v in x.values])
+    axes.set_yticks(np.arange(len(y.values)) + 0.5, [value_text(v) for v in y.values])
+    axes.set_xlabel(x.label)
+    axes.set_ylabel(y.label)
+    axes.set_title("\n".join(filter(None, [_measure_label(measure), _title(found, place, measure)])))
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return figure
+
+
+def dots_in_rows(found: Sequence[Summary], axes_info: Sequence[AxisInfo], measure: str) -> "Figure":
+    """A row for each point: a bar where the size counts from zero, else a dot, with its interval and its seeds."""
+    shown = MEASURES[measure]
+    names = ["\n".join(textwrap.wrap(short_name(s.point, axes_info), 26)) for s in found]
+    lines = sum(name.count("\n") + 1 for name in names)
+    figure = new_figure(0.19 * lines + 0.16 * len(found) + 0.75)
+    axes = figure.add_subplot()
+    place = standing(found, measure)
+    marked = _marked(found, place)
+    for row, summary in enumerate(found):
+        mean, half, _ = summary.measures[measure]
+        is_marked = any(summary is one for one in marked)
+        tone = colour(1) if is_marked else colour(0)
+        if shown.from_zero:
+            axes.barh(row, mean, height=0.6, color=tone, alpha=0.85)
+        error = None if math.isnan(half) else half
+        axes.errorbar(
+            mean,
+            row,
+            xerr=error,
+            color=INK if shown.from_zero else tone,
+            marker="none" if shown.from_zero else "D" if is_marked else "o",
+            capsize=3,
+            elinewidth=1.2,
+        )
+        seeds = list(by_seed(summary, measure).values())
+        if len(seeds) > 1:
+            axes.plot(seeds, [row + 0.22] * len(seeds), ".", color=INK, markersize=4, alpha=0.5)
+    axes.set_yticks(range(len(found)), names)
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    if shown.from_zero:
+        axes.set_xlim(left=0)
+    else:
+        axes.margins(x=0.08)
+    axes.set_title(_title(found, place, measure), loc="right")
+    axes.set_xlabel(_measure_label(measure))
+    axes.grid(visible=False, axis="y")
+    axes.locator_params(axis="x", nbins=5)
+    _percent(axes.xaxis, measure)
+    return figure
+
+
+def difference_panels(
+    summaries: Sequence[Summary], baseline: Point, axes: Sequence[AxisInfo], measure: str
+) -> list[Panel]:
+    """How far each point is from the baseline, by seed; none where it or all others have nothing to compare."""
+    found = [summary for summary in summaries if summary.is_ranked and measure in summary.measures]
+    base = next((summary for summary in found if summary.point == baseline), None)
+    if base is None or unlike(counted_results(found), measure):
+        return []
+    pairs = [(s, list(seed_differences(s, base, measure).values())) for s in found if s is not base]
+    pairs = [(summary, values) for summary, values in pairs if values]
+    if not pairs:
+        return []
+    counts = sorted({len(values) for _, values in pairs})
+    seeds = "one seed" if counts == [1] else f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
+    text = f"{MEASURES[measure].label}, less that of the baseline ({short_name(baseline, axes)}) with the same seed: "
+    if counts == [1]:
+        text += "one seed, so that there is no interval"
+    else:
+        many = f"; each of the {len(pairs)} intervals is by itself, they do not hold all at once" if pairs[1:] else ""
+        text += f"mean over {seeds} with its 95 % interval, grey where that contains 0 or there is none; "
+        text += f"small dots are single seeds{many}"
+    return [Panel(f"{measure}_difference", text, differences(pairs, axes, measure))]
+
+
+def differences(
+    pairs: Sequence[tuple[Summary, Sequence[float]]], axes_info: Sequence[AxisInfo], measure: str
+) -> "Figure":
+    """A row for each point: its differences to the baseline by seed, their mean and its interval."""
+    alike = len({len(values) for _, values in pairs}) == 1
+    texts = [short_name(s.point, axes_info) + ("" if alike else f" ({len(values)} seeds)") for s, values in pairs]
+    names = ["\n".join(textwrap.wrap(text, 26)) for text in texts]
+    lines = sum(name.count("\n") + 1 for name in names)
+    figure = new_figure(0.19 * lines + 0.16 * len(pairs) + 0.75)
+    axes = figure.add_subplot()
+    axes.axvline(0, color=INK, linewidth=0.8)
+    for row, (_, values) in enumerate(pairs):
+        found: Interval = interval(values)
+        tone = LIGHT[6] if contains_zero(found) else colour(0)
+        error = None if math.isnan(found.half) else found.half
+        axes.errorbar(found.mean, row, xerr=error, color=tone, marker="o", capsize=3, elinewidth=1.2)
+        if len(values) > 1:
+            axes.plot(values, [row + 0.22] * len(values), ".", color=INK, markersize=4, alpha=0.5)
+    axes.set_yticks(range(len(pairs)), names)
+    axes.set_ylim(len(pairs) - 0.4, -0.6)
+    axes.margins(x=0.08)
+    points = " (percentage points)" if MEASURES[measure].digits.endswith("%") else ""
+    axes.set_xlabel(f"difference in {_measure_label(measure)}{points}")
+    axes.grid(visible=False, axis="y")
+    axes.locator_params(axis="x", nbins=5)
+    _percent(axes.xaxis, measure)
+    return figure

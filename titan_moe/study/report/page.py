@@ -1,0 +1,321 @@
+"""The report: results.jsonl, table.md, figures as PNG and SVG, and report.html, one file that needs nothing else."""
+
+import datetime
+import math
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titan_moe.config import to_toml
+from titan_moe.config.differences import flatten
+from titan_moe.markdown import plain
+from titan_moe.runtime.files import write_atomic
+from titan_moe.study.grid import Point, Run, baseline_of, expand, value_text
+from titan_moe.study.progress import counts
+from titan_moe.study.report import theme
+from titan_moe.study.report.analysis import (
+    AxisInfo,
+    Entry,
+    Standing,
+    Summary,
+    at_common_length,
+    axes_of,
+    compared,
+    counted_results,
+    number_text,
+    paired_difference,
+    read_entries,
+    short_name,
+    standing,
+    summarize,
+)
+from titan_moe.study.report.curves import curve_panels, load_panel
+from titan_moe.study.report.figures import Panel, difference_panels, measure_panels
+from titan_moe.study.report.findings import Finding, baseline_note, comparisons, headline, notes
+from titan_moe.study.report.likeness import lengths, short_version
+from titan_moe.study.report.measures import COLUMNS, MEASURES
+from titan_moe.study.runs import write_results
+from titan_moe.study.spec import Study
+
+
+class Page(NamedTuple):
+    """What a report is about."""
+
+    title: str
+    mirrors: str
+    description: str
+    labels: Mapping[str, str]  # axis id -> its name
+    report: Sequence[str]  # measures to draw against the axes
+    curves: Sequence[str]
+    baseline: Point  # the one that the others are compared with
+    about: Sequence[str] = ()  # more sentences on the runs
+
+
+class Written(NamedTuple):
+    """A report that was written, and what it found, a sentence each."""
+
+    path: Path
+    findings: Sequence[str]
+
+
+class Block(NamedTuple):
+    """A table with what it shows: all runs as they are, or as they were when all had seen as many tokens."""
+
+    title: str
+    table: "Table"
+    finding: Finding | None
+    comparisons: str
+
+
+def study_report(study: Study, runs: Sequence[Run], refresh: float | None = None) -> Written:
+    """Write the report of a study into its folder; with `refresh` the page loads itself anew after these seconds."""
+    section = study.section
+    given = flatten(study.config[-1].table)
+    changed = [f"{key} = {' '.join(found.words)}" for key, found in given.items() if key != "data.cache_folder"]
+    page = Page(
+        section.title or study.name,
+        section.mirrors,
+        section.description,
+        {axis.id: axis.label for axis in study.axes},
+        section.report,
+        section.curves,
+        baseline_of(study, expand(study)),
+        [f"Set on the command line, for every run: {', '.join(changed)}."] if changed else [],
+    )
+    return write_report(page, runs, study.folder, refresh)
+
+
+def write_report(page: Page, runs: Sequence[Run], folder: Path, refresh: float | None = None) -> Written:
+    """Write everything that a report consists of."""
+    entries = read_entries(runs)
+    summaries = summarize(entries)
+    axes = axes_of(page.labels, runs)
+    common = at_common_length(summaries)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_results(folder / "results.jsonl", [entry.result for entry in entries])
+    blocks = [block("Table", summaries, axes, page.report)]
+    if common is not None:
+        blocks.append(block(f"At {common[0]:,} tokens, the most that all have seen", common[1], axes, page.report))
+    missing = baseline_note(common[1] if common else summaries, page.baseline, axes)
+    warnings = [*page.about, *notes(summaries, axes), *missing]
+    write_atomic(folder / "table.md", markdown(blocks, warnings))
+    with theme.style():
+        sections = draw(page, summaries, common, axes, folder / "figures")
+    context = {
+        "page": page,
+        "blocks": blocks,
+        "notes": warnings,
+        "legend": LEGEND,
+        "sections": sections,
+        "points": [point_context(summary, axes) for summary in summaries],
+        "unfinished": [e for e in entries if e.status.state != "finished"],
+        "counts": counts([entry.status for entry in entries]),
+        "length": length_text(summaries),
+        "machines": sorted({str(e.result["device"]) for e in entries if e.result["device"]}),
+        "commits": sorted({short_version(e.result["git_commit"]) for e in entries if e.result["git_commit"]}),
+        "time": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "refresh": refresh,
+        "colours": list(zip(theme.LIGHT, theme.DARK, strict=True)),
+    }
+    write_atomic(folder / "report.html", render(context))
+    said = [one.finding.text for one in blocks[-1:] if one.finding] + [one.comparisons for one in blocks[-1:]]
+    return Written(folder / "report.html", [*filter(None, said), *warnings])
+
+
+def length_text(summaries: Sequence[Summary]) -> str:
+    """How long the compared runs are, where they are alike in it."""
+    found = lengths(counted_results(compared(summaries)))
+    return f"{found[0]} a run" if len(found) == 1 else ""
+
+
+def block(title: str, summaries: Sequence[Summary], axes: Sequence[AxisInfo], report: Sequence[str]) -> Block:
+    """The table of some points and what it says."""
+    columns = [
+        c for c in dict.fromkeys((*COLUMNS, *report)) if any(c in {*s.measures, *s.nonfinite} for s in summaries)
+    ]
+    if all(s.measures.get("loss") == s.measures.get("best_loss") for s in summaries) and "best_loss" in columns:
+        columns.remove("best_loss")
+    places = {measure: standing(summaries, measure) for measure in columns}
+    return Block(title, table(summaries, axes, places), headline(summaries, axes), comparisons(places.get("loss")))
+
+
+def render(context: Mapping[str, Any]) -> str:
+    """Fill in the page's template."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = files("titan_moe.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(context)
+
+
+def draw(
+    page: Page,
+    summaries: Sequence[Summary],
+    common: tuple[int, Sequence[Summary]] | None,
+    axes: Sequence[AxisInfo],
+    folder: Path,
+) -> list[dict[str, Any]]:
+    """Draw all figures into `folder` and give them, embedded, by section; files of figures no longer drawn go."""
+    tokens, ranked = common or (0, summaries)
+    when = f", at {tokens:,} tokens" if common else ""
+    panels = {
+        f"Results{when}": [panel for measure in page.report for panel in measure_panels(ranked, axes, measure)],
+        f"Differences to the baseline{when}": [
+            panel for measure in page.report for panel in difference_panels(ranked, page.baseline, axes, measure)
+        ],
+        "Curves": curve_panels(summaries, axes, page.curves),
+        "Load of the experts": load_panel(summaries, axes),
+    }
+    folder.mkdir(exist_ok=True)
+    kept = set()
+    sections = []
+    for title, found in panels.items():
+        shown = []
+        for panel in found:
+            svg = theme.save_figure(panel.figure, folder, panel.name)
+            kept |= {f"{panel.name}.png", f"{panel.name}.svg"}
+            shown.append({"caption": panel.caption, "name": panel.name, "svg": embed(panel, svg)})
+        if shown:
+            sections.append({"title": title, "panels": shown})
+    for path in folder.iterdir():
+        if path.name not in kept and path.suffix in (".png", ".svg"):
+            path.unlink()
+    return sections
+
+
+def embed(panel: Panel, svg: str) -> Any:
+    """The panel's SVG, marked as safe to stand in a page: text in it was escaped by matplotlib."""
+    from markupsafe import Markup, escape
+
+    return Markup(theme.embedded(svg, panel.name, str(escape(panel.caption))))
+
+
+BEST, LEVEL = "★", "≈"
+
+
+class Cell(NamedTuple):
+    """A cell of the table."""
+
+    text: str
+    half: str = ""  # half the width of the interval
+    mark: str = ""  # BEST, LEVEL, or nothing
+    is_number: bool = True
+
+
+class Table(NamedTuple):
+    """The table of a report: a row for each point."""
+
+    head: Sequence[tuple[str, str]]  # title, unit
+    rows: Sequence[tuple[bool, Sequence[Cell]]]  # whether its numbers are compared, its cells
+
+
+def table(summaries: Sequence[Summary], axes: Sequence[AxisInfo], places: Mapping[str, Standing | None]) -> Table:
+    """The axes, how many seeds and how long, each measure with its interval, how far the loss is from the lowest.
+
+    Marks say what the paired intervals do: one best point, or all that are level with the best mean.
+    """
+    lead = places.get("loss")
+    differ = len(lengths(counted_results([s for s in summaries if s.counted]))) > 1
+    head = [(axis.label, "") for axis in axes] or [("point", "")]
+    head += [("seeds", ""), *([("steps", ""), ("tokens", "")] if differ else [])]
+    for measure in places:
+        head.append((MEASURES[measure].label, MEASURES[measure].unit))
+        head += [("loss above the lowest", "paired by seed")] if lead and measure == "loss" else []
+    rows = []
+    for summary in summaries:
+        cells = [Cell(value_text(summary.point[axis.id]), is_number=axis.is_numeric) for axis in axes]
+        cells = cells or [Cell(summary.name, is_number=False)]
+        cells.append(Cell(seeds_cell(summary)))
+        if differ:
+            cells += [Cell(range_text(summary, key)) for key in ("step", "num_tokens")]
+        for measure, place in places.items():
+            cells.append(measure_cell(summary, measure, place))
+            cells += [difference(summary, lead.lead)] if lead and measure == "loss" else []
+        rows.append((summary.is_ranked, cells))
+    return Table(head, rows)
+
+
+def measure_cell(summary: Summary, measure: str, place: Standing | None) -> Cell:
+    """The mean of a measure with its interval and its mark; of how many runs it is no number, where it is none."""
+    found = summary.measures.get(measure)
+    if found is None:
+        bad = summary.nonfinite.get(measure)
+        return Cell(f"NaN in {bad} of {len(summary.counted)}" if bad else "-")
+    is_marked = place is not None and any(summary is one for one in place.marked)
+    mark = "" if place is None or not is_marked else BEST if place.is_clear else LEVEL
+    return Cell(*number_text(measure, found), mark)
+
+
+def seeds_cell(summary: Summary) -> str:
+    """How many runs of a point count, of how many; how far it is where none has finished."""
+    if not summary.is_ranked:
+        steps = [entry.status.step for entry in summary.entries]
+        return f"at step {max(steps)}" if max(steps) else "none"
+    count = len(summary.counted)
+    return f"{count} of {len(summary.entries)}" if summary.left_out else str(count)
+
+
+def range_text(summary: Summary, key: str) -> str:
+    """A length of a point's runs, from the least to the most."""
+    found = sorted({entry.result[key] for entry in summary.counted if entry.result.get(key) is not None})
+    return " to ".join(f"{value:,}" for value in dict.fromkeys((found[0], found[-1]))) if found else "-"
+
+
+def difference(summary: Summary, lead: Summary) -> Cell:
+    """How far the loss of a point is above the lowest, paired by seed."""
+    if summary is lead:
+        return Cell("0")
+    found = paired_difference(summary, lead, "loss") if summary.is_ranked else None
+    if found is None:
+        return Cell("-")
+    return Cell(format(found.mean, "+.4f"), "" if math.isnan(found.half) else format(found.half, ".4f"))
+
+
+LEGEND = (
+    f"Means over seeds; ± is half of the 95 % t-interval of the mean, which needs two seeds. {BEST}: better than every "
+    f"other point by the paired 95 % interval of their difference. {LEVEL}: the best mean of the column, and all that "
+    "are level with it: the paired interval contains 0. No mark: behind, or not to be told."
+)
+
+
+def markdown(blocks: Sequence[Block], warnings: Sequence[str]) -> str:
+    """The tables as Markdown, with what they say; the best of each column is bold, where there is one."""
+
+    def text(cell: Cell) -> str:
+        shown = plain(f"{cell.text} ± {cell.half}" if cell.half else cell.text)
+        return f"**{shown}**" if cell.mark == BEST else f"{shown} {cell.mark}".rstrip()
+
+    parts = []
+    for made in blocks:
+        lines = [f"{plain(made.title)}:", ""] if len(blocks) > 1 else []
+        lines.append(
+            "| " + " | ".join(plain(f"{title} ({unit})" if unit else title) for title, unit in made.table.head) + " |"
+        )
+        lines.append("|" + "---|" * len(made.table.head))
+        lines += ["| " + " | ".join(text(cell) for cell in cells) + " |" for _, cells in made.table.rows]
+        said = " ".join(filter(None, [made.finding.text if made.finding else "", made.comparisons]))
+        parts.append("\n".join([*lines, *(["", plain(said)] if said else [])]))
+    parts.append(LEGEND.replace(f"{BEST}:", "Bold:"))
+    parts += ["\n".join(f"- {plain(note)}" for note in warnings)] if warnings else []
+    return "\n\n".join(parts) + "\n"
+
+
+def point_context(summary: Summary, axes: Sequence[AxisInfo]) -> dict[str, Any]:
+    """A point with its runs, for the list of configurations."""
+    return {"name": short_name(summary.point, axes), "runs": [run_context(entry) for entry in summary.entries]}
+
+
+def run_context(entry: Entry) -> dict[str, Any]:
+    """A run with its configuration in full: as it ran where it has begun, else as it will."""
+    written = entry.run.folder / "config.toml"
+    config = written.read_text(encoding="utf-8") if written.exists() else to_toml(entry.run.config)
+    loss = entry.result.get("loss")
+    return {
+        "seed": entry.run.seed,
+        "state": entry.status.state,
+        "message": entry.status.message,
+        "loss": None if loss is None else format(loss, ".4f"),
+        "folder": str(entry.run.folder),
+        "config": config,
+    }
