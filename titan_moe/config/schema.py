@@ -91,10 +91,12 @@ def check_value(annotation: Any, value: Any, origin: str, key: str) -> Any:
     """
     if isinstance(value, dict) and origin == COMMAND_LINE:
         raise key_error(origin, f"{key}.{next(iter(value))}", f"{key} is a value, not a table")
+
+    # A value of TOML has a type already, and a wrong one is a mistake; a word is read as whatever is asked for.
     strict = not isinstance(value, Words)
     read = _from_words(annotation, value, key) if isinstance(value, Words) else value
     if isinstance(read, list) and tuple in [get_origin(a) or a for a in _alternatives(annotation)]:
-        read = tuple(read)
+        read = tuple(read)  # neither TOML nor words have any
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(strict=strict, arbitrary_types_allowed=True))
         checked = adapter.validate_python(read)
@@ -102,6 +104,8 @@ def check_value(annotation: Any, value: Any, origin: str, key: str) -> Any:
         raise key_error(origin, key, _one_line(error), value) from None
     except PydanticUserError as error:
         raise key_error(origin, key, f"its type {type_text(annotation)} cannot be read from a file", value) from error
+
+    # What Python can hold and a tensor, a kernel's argument or the name of a file cannot.
     for item in checked if isinstance(checked, (list, tuple)) else [checked]:
         if isinstance(item, float) and math.isnan(item):
             raise key_error(origin, key, "must be a number", value)
@@ -159,6 +163,8 @@ def parameters_of(kind: Kind, name: str, origin: str, key: str) -> dict[str, Par
     if kind.supplied and not kind.supplied.keys() & signature.parameters.keys():
         wanted = " or ".join(kind.supplied)
         raise key_error(origin, key, f"does not fit here: it must take {wanted}", name)
+
+    # Arguments are given by name. *args and **kwargs say nothing about theirs, so no key is taken for them.
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = {}
     for parameter in signature.parameters.values():
@@ -168,6 +174,8 @@ def parameters_of(kind: Kind, name: str, origin: str, key: str) -> dict[str, Par
             if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.default is REQUIRED:
                 raise key_error(origin, key, f"does not fit here: it takes {parameter.name} by position only", name)
             continue
+
+        # Without an annotation the default says the type; the ranges are those of this package's own builders.
         annotation = parameter.annotation
         if annotation is REQUIRED:
             annotation = Any if parameter.default in (REQUIRED, None) else type(parameter.default)
