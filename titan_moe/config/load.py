@@ -64,22 +64,26 @@ def merge_layers(layers: Iterable[Layer]) -> Config:
 
 def merge_unchecked(layers: Iterable[Layer]) -> Config:
     """As `merge_layers`, but what must hold between keys is not looked at."""
-    # The dataclasses have their own defaults. A component's are a layer, which a new name may take away again.
-    written = to_document(Config())
-    defaults = Layer("defaults", {section: table for section, table in written.items() if section in KINDS})
-
-    # What a layer changes is checked at once and not at the end: a mistake is one also where a later layer covers it.
+    # Defaults of a component are values as any other, which a new name may take away; dataclasses have their own.
     tables: Tables = {}
-    for layer in (defaults, *layers):
+    for section, content in to_document(Config()).items():
+        if section in KINDS:
+            tables = _merge(tables, section, content, "defaults")
+
+    # What a layer sets is checked at once and not at the end: a mistake is one also where a later layer covers it.
+    for layer in layers:
         for section, content in layer.table.items():
             merged = _merge(tables, section, content, layer.origin)
-            changed = {path: _check(path, merged) for path in merged if merged[path] is not tables.get(path)}
+            changed = {path: _check(path, merged, tables) for path in merged if merged[path] is not tables.get(path)}
             tables = {**merged, **changed}
     return _make_config(tables)
 
 
 def _merge(tables: Tables, section: str, content: Any, origin: str) -> Tables:
-    """Lay a layer's section over the tables as it is written. A table that it does not touch stays the same object."""
+    """Give the tables with a layer's section laid over them. Tables that it does not touch stay the same objects.
+
+    Values stay as they are written, but for those that say what the others are for: a component's name, NAME = false.
+    """
     if section not in SECTIONS:
         raise unknown_key(origin, section, tuple(SECTIONS), "section", _all_keys(tables))
     if not isinstance(content, dict):
@@ -89,15 +93,17 @@ def _merge(tables: Tables, section: str, content: Any, origin: str) -> Tables:
         if table is None:
             merged.pop(path, None)
             continue
+        new = {key: Given(value, origin) for key, value in table.items()}
 
         # With a new name, what is there already was meant for another component. In [optimizer] that goes for its
         # groups too, but for those with a name of their own.
-        if "name" in table:
+        if "name" in new and section in KINDS and section != "balancer":
+            new["name"] = Given(check_value(str, table["name"], origin, f"{path}.name"), origin)
             for other, old in tables.items():
                 if other == path or (other.startswith(f"{path}.") and "name" not in old):
                     merged[other] = {key: Given(old[key].value, f"{origin} (inherited)", True) for key in old}
 
-        merged[path] = {**merged.get(path, {}), **{key: Given(value, origin) for key, value in table.items()}}
+        merged[path] = {**merged.get(path, {}), **new}
     return merged
 
 
@@ -105,7 +111,7 @@ def _split(section: str, content: dict[str, Any], origin: str) -> dict[str, dict
     """A section's own keys and the tables within it, by their paths; None for one that NAME = false takes away."""
     if section not in ("balancer", "optimizer"):
         return {section: content}
-    inner = [name for name in content if section == "balancer" or name in GROUP_PATTERNS]
+    inner = [name for name in (content if section == "balancer" else GROUP_PATTERNS) if name in content]
     own = {key: value for key, value in content.items() if key not in inner}
     found: dict[str, dict[str, Any] | None] = {section: own} if section == "optimizer" else {}
     for name in inner:
@@ -117,15 +123,18 @@ def _split(section: str, content: dict[str, Any], origin: str) -> dict[str, dict
     return found
 
 
-def _check(path: str, tables: Tables) -> Table:
-    """Give a table's values as the types that its keys have; what does not fit is a ValueError."""
-    annotations, checked = _annotations(path, tables), {}
+def _check(path: str, tables: Tables, before: Tables) -> Table:
+    """Give the values that are new in a table as the types that its keys have; ValueError for what does not fit."""
+    annotations, known, checked = _annotations(path, tables), before.get(path, {}), dict(tables[path])
     for key, given in tables[path].items():
         dotted = f"{path}.{key}"
+        if given is known.get(key):
+            continue
         if key not in annotations:
-            if given.inherited:  # the component that is named now goes without it
-                continue
-            raise _unknown(path, key, given, tables)
+            if not given.inherited:
+                raise _unknown(path, key, given, tables)
+            del checked[key]  # the component that is named now goes without it
+            continue
         if dotted == "job.config_file" and given.origin != COMMAND_LINE:
             message = 'is for the command line; a file inherits with base = "..."'
             raise key_error(given.origin, dotted, message, given.value)
@@ -155,7 +164,7 @@ def _named(path: str, tables: Tables) -> tuple[str, str, str]:
         return label, "configuration", path
     where = path if "name" in tables[path] else section  # a group that names no optimizer has that of [optimizer]
     given = tables[where]["name"]
-    return check_value(str, given.value, given.origin, f"{where}.name"), given.origin, f"{where}.name"
+    return given.value, given.origin, f"{where}.name"
 
 
 def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
