@@ -284,6 +284,9 @@ class Config:
 
 
 SECTIONS = get_type_hints(Config)
+
+# The sections whose keys are the arguments of builders. The ranges are for builders of the registries alone: what is
+# from outside may mean something else by `momentum`.
 KINDS = {
     "router": Kind(
         ROUTERS,
@@ -320,6 +323,7 @@ KINDS = {
         {"warmup_steps": _NOT_NEGATIVE, "min_lr_factor": _FACTOR, "decay_ratio": _FACTOR},
     ),
 }
+
 # What [optimizer.expert] takes besides, whatever the optimizer.
 _LOAD_LR_RANGES = {
     "load_lr_power": Field(allow_inf_nan=False),
