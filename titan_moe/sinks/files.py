@@ -65,7 +65,9 @@ def parse_record(line: bytes | str) -> dict[str, Any] | None:
 
 
 def last_records(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The last whole line of kind train and of kind validation, from the end of the file alone."""
+    """The last whole line of kind train and of kind validation, None where there is none in the last TAIL bytes."""
+    # A study's table asks every second, and files are long: only the end is read. The line that it begins in is not
+    # whole, and left out.
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -73,14 +75,16 @@ def last_records(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | No
             lines = file.read().split(b"\n")[1 if size > TAIL else 0 :]
     except FileNotFoundError:
         return None, None
-    found: dict[str, dict[str, Any]] = {}
+
+    # From the end, as long as one of the two kinds is missing: the last line may be torn.
+    last: dict[str, dict[str, Any]] = {}
     for line in reversed(lines):
         record = parse_record(line)
         if record is not None:
-            found.setdefault(record["kind"], record)
-        if len(found) == 2:
+            last.setdefault(record["kind"], record)
+        if len(last) == 2:
             break
-    return found.get("train"), found.get("validation")
+    return last.get("train"), last.get("validation")
 
 
 def has_record(path: Path, step: int, kind: str) -> bool:
@@ -132,6 +136,7 @@ def cut(path: Path, step: int) -> None:
 
 def sort_lines(path: Path, step: int) -> Lines:
     """Find the lines of a metrics.jsonl that are of steps up to `step`; none where there is no file."""
+    # Lines are known by their numbers: their text stays in the file, which may be larger than memory.
     lines = Lines([], set(), set())
     if not path.exists():
         return lines
@@ -147,7 +152,7 @@ def sort_lines(path: Path, step: int) -> Lines:
 
 
 def drop(path: Path, lines: Lines) -> None:
-    """Leave the kept lines alone in a metrics.jsonl."""
+    """Remove all but the kept lines from a metrics.jsonl, which is never half written."""
     with open(path, "rb") as file, new_file(path) as shorter:
         shorter.writelines(itertools.compress(file, lines.kept))
 
