@@ -97,7 +97,7 @@ def _check_experts(config: Config) -> None:
 
 
 def _check_experts_backend(config: Config) -> None:
-    """Find the backend here: one that is not there would be found when the model is built, on every rank."""
+    """Refuse a backend that is not there now, and not when each rank builds its model."""
     name = config.moe.experts_backend
     check_signature(name, find_component(EXPERTS_BACKENDS, name, "configuration", "moe.experts_backend"))
     if name != "grouped_mm" and "quantize.grouped_mm.float8" in config.quantize.converters:
