@@ -124,7 +124,7 @@ def open_cache(home: Path, *, check: bool = False) -> TokenCache | None:
     except (KeyError, TypeError) as error:
         raise DamagedError(f"{home / META} is damaged: {type(error).__name__}") from error
 
-    # Sizes are compared every time: they cost nothing, and show most of what goes wrong.
+    # Sizes are compared every time, because that costs nothing; checksums only when they have to be.
     for file, size in zip(files, sizes, strict=True):
         if not os.path.exists(file.path) or os.path.getsize(file.path) != size:  # lost in a power cut, or by hand
             raise DamagedError(f"{file.path} is damaged: it does not have its {size} bytes")

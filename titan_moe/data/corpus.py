@@ -81,7 +81,7 @@ def digest(content: object) -> str:
 
 def _hash_files(files: Sequence[str], folder: str) -> list[str]:
     """Return content hashes; those of big files are remembered by path, size, inode, mtime and ctime."""
-    # The cache of a run is named by the content of its files. To hash 100 GB at every start would take minutes.
+    # A cache is named by the content of its files, and to read all of a large corpus would delay every start.
     memo_path = Path(folder) / "file_hashes.json"
     memo: dict[str, str] = {}
     with storage_errors(folder), made_anew():

@@ -219,7 +219,7 @@ def _read_jsonl(piece: Piece) -> Iterator[str | None]:
         if line.isspace():
             continue
 
-        # One bad line ends the run, with its place: what it would have been is not known.
+        # A line that can't be read ends the run, with its place: left out, it would not be noticed.
         try:
             row = _decode_row(line)
         except json.JSONDecodeError as error:

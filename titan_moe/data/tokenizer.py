@@ -228,7 +228,7 @@ def load_tokenizer(name: str, endpoint: str = HUB_ENDPOINT, eot_token: str = "")
     The files beside a tokenizer.json say what ends a document, unless `eot_token` does. `bpe:N` has to be trained on
     data: `build_data` does that, and a checkpoint carries the result as tokenizer.json.
     """
-    # Names that are no place to look at.
+    # `bytes` and `bpe:N` name a tokenizer of this package, not a file.
     if name == "bytes":
         tokenizer = bytes_tokenizer()
         return tokenizer_from_files(tokenizer.files, "bytes", eot_token) if eot_token else tokenizer
