@@ -114,8 +114,8 @@ def outcome(
         "load": output.load,
         "maxvio": maxvio(output.load),
         "rates": rate_factors(output.load, torch.ones(output.load.shape), RATES)[0],
-        "router": (output.router_logit_norm, output.router_confidence, output.nonfinite),
-        "lost": (output.dropped_fraction, output.unrouted_fraction),
+        "routing": output.routing_means,
+        "nonfinite": output.nonfinite,
         "bias": [bias.clone() for bias in model.expert_biases()],
         "gradients": gradients,
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from titan_moe.optimizer.expert_stats import ExpertStats
 from titan_moe.optimizer.groups import group_of
 
+NOT_PER_LAYER = ("dropped_fraction", "unrouted_fraction")  # routing means that are recorded as means over layers alone
 _TINY = 1e-300  # what a mean load of 0 is taken for in a denominator
 
 
@@ -25,12 +26,9 @@ class StepOutput(NamedTuple):
     grad_norm: Tensor  # scalar, before clipping
     load: Tensor  # (L, E) int64
     num_tokens: Tensor  # scalar int64
+    routing_means: dict[str, Tensor]  # (L,) each, by name: means over tokens; none for a dense model
     load_factors: Tensor | None = None  # (L, E) of the experts' learning rates, None where loads do not set them
-    router_logit_norm: Tensor | None = None  # (L,) mean over tokens of the 2-norm of a token's router logits
-    router_confidence: Tensor | None = None  # (L,) mean over tokens of the largest routing probability
     expert_stats: ExpertStats | None = None  # where the step was asked to measure its experts
-    dropped_fraction: Tensor | None = None  # (L,) of the choices; None where none can be lost
-    unrouted_fraction: Tensor | None = None  # (L,) of the tokens, that no expert computed; None likewise
     nonfinite: Tensor | None = None  # (L,), above 0 where a router logit was NaN or infinite
     skipped: Tensor | None = None  # scalar bool: a number was NaN or infinite, and the step changed nothing
     nonfinite_gradients: Callable[[], list[str]] | None = None  # names of the parameters; waits for the device
@@ -109,14 +107,12 @@ def train_metrics(output: StepOutput) -> dict[str, Tensor]:
         "total_loss": output.total_loss,
         "grad_norm": output.grad_norm,
     }
+
+    # A dense model has neither loads nor routings.
     if output.load.numel():
         metrics |= load_metrics(output.load)
-    if output.router_logit_norm is not None and output.router_confidence is not None:
-        metrics |= per_layer("router_logit_norm", output.router_logit_norm)
-        metrics |= per_layer("router_confidence", output.router_confidence)
-    if output.dropped_fraction is not None and output.unrouted_fraction is not None:
-        metrics["dropped_fraction"] = output.dropped_fraction.mean()
-        metrics["unrouted_fraction"] = output.unrouted_fraction.mean()
+    for name, mean_L in output.routing_means.items():
+        metrics |= {name: mean_L.mean()} if name in NOT_PER_LAYER else per_layer(name, mean_L)
     return metrics
 
 
@@ -183,25 +179,27 @@ def to_numbers(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Numbers pass through float64, so float32 values and counts below 2^53 are exact; integer tensors give int.
     """
-    scalars: dict[torch.dtype, list[Tensor]] = {}
-    for value in (value for record in records for value in record.values()):
-        if isinstance(value, Tensor) and value.dim() == 0:
-            scalars.setdefault(value.dtype, []).append(value.detach())
+    scalars: dict[torch.dtype, dict[tuple[int, str], Tensor]] = {}  # of each dtype, by number of the record and key
+    for place, record in enumerate(records):
+        for key, value in record.items():
+            if isinstance(value, Tensor) and value.dim() == 0:
+                scalars.setdefault(value.dtype, {})[place, key] = value.detach()
 
-    # All of a type are put together before they are converted: a kernel for each of them would take longer than a step.
-    by_type = [torch.stack(values).to(torch.float64) for values in scalars.values()]
-    numbers = iter(torch.cat(by_type).tolist() if by_type else [])
-    read = {dtype: iter([next(numbers) for _ in values]) for dtype, values in scalars.items()}
+    # Those of a dtype are stacked before they are converted: a kernel for each of them would take longer than a step.
+    stacked = [torch.stack(list(values.values())).to(torch.float64) for values in scalars.values()]
+    numbers = torch.cat(stacked).tolist() if stacked else []
+    names = [name for values in scalars.values() for name in values]
+    number_of = dict(zip(names, numbers, strict=True))
 
-    def plain(value: Any) -> Any:
+    def on_host(place: int, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if value.dim() > 0:
             return value.cpu()
-        number = next(read[value.dtype])
+        number = number_of[place, key]
         return number if value.is_floating_point() else int(number)
 
-    return [{key: plain(value) for key, value in record.items()} for record in records]
+    return [{key: on_host(i, key, value) for key, value in record.items()} for i, record in enumerate(records)]
 
 
 def active_parameters(named_parameters: Iterable[tuple[str, Tensor]], num_experts: int, top_k: int) -> int:

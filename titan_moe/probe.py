@@ -29,11 +29,13 @@ def routing_choices(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     A token whose label does not count has NO_EXPERT, as has a choice that is not an expert.
     """
     _, routings = model(tokens, want="routings")
-    reshard(model)
+    reshard(model)  # no backward pass follows that would do it
+
+    # The same batch's choices are compared with these later: one that means nothing must look the same then.
     counts_T1 = (labels != IGNORE).view(-1, 1)
     choices = []
     for routing in routings:
-        is_expert_TK = counts_T1 & (routing.topk_experts < routing.scores.shape[-1])
+        is_expert_TK = counts_T1 & (routing.topk_experts < routing.scores.shape[-1])  # (T, K)
         choices.append(torch.where(is_expert_TK, routing.topk_experts, NO_EXPERT).to(torch.int16))
     return torch.stack(choices).cpu()
 
@@ -45,8 +47,11 @@ def of_whole_sequences(choices: Tensor, positions: Tensor, sequences: int, group
     """
     parts: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(parts, (positions, choices.unflatten(1, (sequences, -1))), group=group)
-    order = torch.cat([where for where, _ in parts]).argsort()
-    return torch.cat([own for _, own in parts], dim=2)[:, :, order].flatten(1, 2)
+
+    # A rank may have pieces of a sequence that are not neighbours: positions say where each token belongs.
+    order = torch.cat([part_positions for part_positions, _ in parts]).argsort()
+    choices = torch.cat([part for _, part in parts], dim=2)  # (L, B, S, K)
+    return choices[:, :, order].flatten(1, 2)
 
 
 def routing_drift(before: Tensor, after: Tensor) -> float:
@@ -69,9 +74,13 @@ def balance_tax(model: nn.Module, tokens: Tensor, labels: Tensor, repeats: int =
     alternate and the medians count, so it takes the time of 2 * (repeats + 1) micro-batches. Call it on every rank
     and between steps: gradients are discarded, random states are put back, and no weight is touched.
     """
+    # Only the routers differ between the two, so that all else costs both the same.
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     learned = [layer.route for layer in layers]
     forced = [_forced(route) for route in learned]
+
+    # Passes alternate, so that what else the machine does slows both down. Routers with noise draw random numbers,
+    # which training is to find as they were.
     device = tokens.device
     times: dict[bool, list[float]] = {False: [], True: []}
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -83,6 +92,8 @@ def balance_tax(model: nn.Module, tokens: Tensor, labels: Tensor, repeats: int =
         finally:
             _set_routes(layers, learned)
             model.zero_grad()
+
+    # The first pass of each warmed up: it made memory and kernels.
     return statistics.median(times[True][1:]) / statistics.median(times[False][1:])
 
 
@@ -108,11 +119,11 @@ def _set_routes(layers: Sequence[MoE], routes: Sequence[Router]) -> None:
 
 def _seconds(model: nn.Module, tokens: Tensor, labels: Tensor) -> float:
     """Time of forward, cross-entropy and backward."""
-    _wait(tokens.device)
+    _wait(tokens.device)  # a GPU may still be busy with earlier work
     begin = time.perf_counter()
     ce_sum, _ = model(tokens, labels)
     (ce_sum / labels.numel()).backward()
-    _wait(tokens.device)
+    _wait(tokens.device)  # the calls return before it has done what they ask for
     spent = time.perf_counter() - begin
     model.zero_grad()
     return spent

@@ -38,16 +38,16 @@ def train_record(
 
     The load (L, E) goes along for the heatmap, and for `flush` whether the step was skipped, and because of what.
     """
-    record: Record = {
-        "kind": "train",
-        **train_metrics(output),
-        **expert_metrics(output),
-    }
+    record: Record = {"kind": "train", **train_metrics(output), **expert_metrics(output)}
     if with_param_norm:
         record["param_norm"] = param_norm(model.parameters())
+
+    # lr/expert is the scheduled rate; where loads scale it, the smallest and largest applied are beside it.
     record |= {f"lr/{name}": lr for name, lr in lrs.items()}
-    if output.load_factors is not None:  # lr/expert is the scheduled rate, these are the smallest and largest applied
+    if output.load_factors is not None:
         record |= expert_lr_range(lrs["expert"], output.load_factors)
+
+    # Not for metrics.jsonl: the load becomes a heatmap, the rest says what was wrong with a step that was skipped.
     if output.load.numel():
         record["load"] = output.load
     own = {SKIPPED: output.skipped, NONFINITE: output.nonfinite, GRADIENTS: output.nonfinite_gradients}
@@ -60,6 +60,8 @@ def speed_record(
     """What a `train` line says of the step's cost, once its `seconds` are asked for; MFU where the peak is known."""
     record: Record = {"tokens_per_second": lambda: step_tokens / seconds(), "step_seconds": seconds}
     record["peak_memory_gib"] = machine.peak_memory_gib(rt.device)
+
+    # A share of the peak of all devices, which only GPUs that we know have.
     peak = machine.peak_flops(rt.device)
     if peak is not None:
         flops = flops_per_token(

@@ -3,15 +3,14 @@
 Shapes: B sequences, S positions, V vocabulary, L MoE layers, E experts.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from titan_moe.balancer import Balancer, token_entropy, token_z_loss
+from titan_moe.balancer import Balancer, Scope, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.routing import Routing
@@ -19,15 +18,18 @@ from titan_moe.optimizer.combined import clip_gradients, step_if_finite
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
-from titan_moe.runtime.world import all_reduce_sum
+from titan_moe.runtime.world import all_reduce_sum, world_size
 
 # Each balancer at coefficient 1, with its coefficient beside it: values are reported before their coefficients.
 Balancers = Mapping[str, tuple[float, Balancer]]
+MicroBatches = Sequence[tuple[Tensor, Tensor]]  # tokens and labels, (B, S) each
+Loads = Mapping[Scope, Sequence[Tensor]]  # of every layer, as `Balancer.loss` wants them
+Sums = dict[str, Tensor]  # what adds up over micro-batches and ranks, by name
 
 
 def train_step(
     model: nn.Module,
-    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    micro_batches: MicroBatches,
     optimizer: Optimizer,
     balancers: Balancers,
     expert_biases: Sequence[Tensor],
@@ -47,50 +49,62 @@ def train_step(
     sequences, where a rank has not all of them. A step with a loss, gradient norm or router logit that is NaN or
     infinite is `skipped`: weights, optimizer states and selection biases stay as they are.
     """
+    # The loss is divided by the tokens of the whole step, which the first backward has to know already.
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
-    scopes = {balancer.scope for _, balancer in balancers.values()}
-    whole_LE = route_ahead(model, micro_batches) if "global_batch_exact" in scopes else None
-    sums, loads, observations = [], [], []
+    count_loads = load_counter(balancers, model, micro_batches, sequence_group)
+    sums: Sums = {}
+
     for number, (tokens, labels) in enumerate(micro_batches, start=1):
+        # No state is written in forward: balance is a function of the routings that the model returns.
         set_last_micro_batch(model, number == len(micro_batches))
         ce_sum, routings = model(tokens, labels)
-        loads.append(stack_loads(routings, device=tokens.device, reduce="global_batch" in scopes))
-        observations.append(observe(routings, expert_biases, balancers))
         ce = ce_sum / num_tokens
-        own = own_loads(routings, scopes, tokens.shape[0], sequence_group)
-        scoped = scoped_loads(own, scopes, so_far_LE=loads, whole_LE=whole_LE)
-        balance = balance_losses(routings, balancers, scoped, num_tokens)
+        balance = balance_losses(balancers, routings, count_loads(routings, len(tokens)), num_tokens)
+
+        # Reported at coefficient 1, so that runs can be compared whatever their coefficients; trained on with them.
         trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
-        scalars = torch.stack([value.detach().float() for value in (loss, ce, *balance.values())])
-        sums.append(torch.cat([scalars, router_sums(routings, scalars)]))
-    totals = all_reduce_sum(sum_tensors(sums))
-    total_loss, ce, *balance_values = totals[: 2 + len(balance)].unbind()
-    load_LE = sum_tensors(loads)
-    if "global_batch" not in scopes:
-        all_reduce_sum(load_LE)  # one collective for all layers
 
+        # Users choose the names of balancers, so that theirs get a prefix: one may be called as any other entry.
+        values = {
+            "total_loss": loss,
+            "loss": ce,
+            **{f"balance/{name}": value for name, value in balance.items()},
+            **routing_sums(routings),
+            **observations(balancers, routings, expert_biases),
+            "load": stack_loads(routings, device=tokens.device),
+        }
+        sums = add(sums, values)
+
+    # The ranks meet here; from now on every number is the same on all of them.
+    sums = all_reduce_sums(sums)
+
+    # The norm is of all gradients, so a NaN or an infinity in any of them shows in it.
     squares = grad_squares(model.named_parameters())
-    norm = squares.norm()
-    clip_gradients(optimizer, norm, max_norm)
-    means = router_means(totals[2 + len(balance) :], load_LE)
-    finite = is_finite(total_loss, norm, means.get("nonfinite"))
+    grad_norm = squares.norm()
+    clip_gradients(optimizer, grad_norm, max_norm)
+    finite = is_finite(sums["total_loss"], grad_norm, sums.get("nonfinite"))
+
+    # What the update did to each expert shows only beside the weights of before.
     experts = expert_parameters(model.named_parameters()) if measure_experts else {}
     before = copies(experts)
-    load_factors = step_if_finite(optimizer, load_LE, finite)
+    load_factors = step_if_finite(optimizer, sums["load"], finite)
     optimizer.zero_grad()
-    update_expert_biases(expert_biases, load_LE, observations, balancers, progress, finite)
+
+    # The only write to model state outside the optimizer.
+    update_expert_biases(balancers, expert_biases, sums, progress, finite)
     return StepOutput(
-        loss=ce,
-        balance_losses=dict(zip(balance, balance_values, strict=True)),
-        total_loss=total_loss,
-        grad_norm=norm,
-        load=load_LE,
+        loss=sums["loss"],
+        balance_losses={name: sums[f"balance/{name}"] for name, (_, b) in balancers.items() if b.has_loss},
+        total_loss=sums["total_loss"],
+        grad_norm=grad_norm,
+        load=sums["load"],
         num_tokens=num_tokens,
+        routing_means=routing_means(sums),
         load_factors=load_factors,
-        **means,
-        expert_stats=measured(experts, before, optimizer) if experts else None,
+        expert_stats=global_expert_stats(experts, before, optimizer) if experts else None,
+        nonfinite=sums.get("nonfinite"),
         skipped=~finite,
         nonfinite_gradients=squares.nonfinite,
     )
@@ -103,65 +117,68 @@ def eval_step(model: nn.Module, tokens: Tensor, labels: Tensor, token_bytes: Ten
     `token_bytes` (V,) is the number of UTF-8 bytes of each token.
     """
     score, routings = model(tokens, labels, want="score")
-    counts = labels != IGNORE
-    counted = counts.any()  # a batch is real or a dummy that only keeps this rank in step with the others
+    counts = labels != IGNORE  # (B, S)
+
+    # A batch is real or a dummy that only keeps this rank in step with the others: its tokens are routed all the same.
+    is_real = counts.any()
     return EvalOutput(
         loss_sum=score.ce_sum.double(),
         num_correct=score.num_correct,
         num_tokens=counts.sum(),
         num_bytes=(token_bytes[labels.clamp(min=0)] * counts).sum(),
-        load=stack_loads(routings, device=tokens.device) * counted,
-        scores_sum=stack([r.scores.sum(0) for r in routings], score.ce_sum) * counted,
-        z_loss_sum=stack([token_z_loss(r).sum() for r in routings], score.ce_sum) * counted,
-        entropy_sum=stack([token_entropy(r).sum() for r in routings], score.ce_sum) * counted,
+        load=stack_loads(routings, device=tokens.device) * is_real,
+        scores_sum=stack([r.scores.sum(0) for r in routings], score.ce_sum) * is_real,
+        z_loss_sum=stack([token_z_loss(r).sum() for r in routings], score.ce_sum) * is_real,
+        entropy_sum=stack([token_entropy(r).sum() for r in routings], score.ce_sum) * is_real,
     )
 
 
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor) -> EvalOutput:
     """Sums over all validation batches of all ranks, each of which must have the same number of batches."""
-    outputs = [eval_step(model, tokens, labels, token_bytes) for tokens, labels in batches]
+    sums: Sums = {}
+    for tokens, labels in batches:
+        sums = add(sums, eval_step(model, tokens, labels, token_bytes)._asdict())
     reshard(model)
-    return EvalOutput(*(all_reduce_sum(sum_tensors(field)) for field in zip(*outputs, strict=True)))
+    return EvalOutput(**all_reduce_sums(sums))
+
+
+def load_counter(
+    balancers: Balancers, model: nn.Module, micro_batches: MicroBatches, sequence_group: dist.ProcessGroup | None
+) -> Callable[[Sequence[Routing], int], Loads]:
+    """Make the function that gives the loads of the scopes in use, for one micro-batch after the other.
+
+    It takes the micro-batch's routings and its number of sequences; all ranks call it alike.
+    """
+    scopes = {balancer.scope for _, balancer in balancers.values() if balancer.has_loss}
+    whole_LE = route_ahead(model, micro_batches) if "global_batch_exact" in scopes else None
+    so_far: list[Tensor] = []  # (L, E) of each micro-batch, over all ranks
+
+    def of_whole_sequences(loads: list[Tensor]) -> Sequence[Tensor]:
+        """Ranks that have parts of the same sequences count as one, so that the layout does not matter."""
+        return loads if sequence_group is None else all_reduce_sum(torch.stack(loads), sequence_group).unbind()
+
+    @torch.no_grad()
+    def count_loads(routings: Sequence[Routing], sequences: int) -> Loads:
+        loads: dict[Scope, Sequence[Tensor]] = {}
+        if "micro_batch" in scopes:
+            loads["micro_batch"] = of_whole_sequences([r.tokens_per_expert for r in routings])  # (E,)
+        if "sequence" in scopes:
+            loads["sequence"] = of_whole_sequences([sequence_load(r, sequences) for r in routings])  # (B, E)
+        if "global_batch" in scopes:
+            so_far.append(all_reduce_sum(torch.stack([r.tokens_per_expert for r in routings])))
+            loads["global_batch"] = sum_tensors(so_far).unbind()
+        if whole_LE is not None:
+            loads["global_batch_exact"] = whole_LE.unbind()
+        return loads
+
+    return count_loads
 
 
 @torch.no_grad()
-def route_ahead(model: nn.Module, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def route_ahead(model: nn.Module, micro_batches: MicroBatches) -> Tensor:
     """The load (L, E) of the whole step, all ranks, by a forward pass over all micro-batches before the real ones."""
     loads = [stack_loads(model(tokens, want="routings")[1], device=tokens.device) for tokens, _ in micro_batches]
     return all_reduce_sum(sum_tensors(loads))
-
-
-@torch.no_grad()
-def own_loads(
-    routings: Sequence[Routing], scopes: Iterable[str], sequences: int, group: dist.ProcessGroup | None
-) -> dict[str, Sequence[Tensor]]:
-    """The loads of this micro-batch of whole sequences, of every layer: `micro_batch` (E,), `sequence` (B, E)."""
-    loads: dict[str, Sequence[Tensor]] = {"micro_batch": [r.tokens_per_expert for r in routings]}
-    if "sequence" in scopes:
-        loads["sequence"] = [sequence_load(r, sequences) for r in routings]
-    if group is None or not routings:
-        return loads
-    stacked = {scope: torch.stack(list(own)) for scope, own in loads.items()}
-    return {scope: all_reduce_sum(load, group).unbind() for scope, load in stacked.items()}
-
-
-def scoped_loads(
-    own: Mapping[str, Sequence[Tensor]],
-    scopes: Iterable[str],
-    *,
-    so_far_LE: Sequence[Tensor],
-    whole_LE: Tensor | None,
-) -> dict[str, Sequence[Tensor]]:
-    """For each scope in use the load of every layer as `Balancer.loss` wants it; `own` are those of `own_loads`.
-
-    `so_far_LE` are the loads of this micro-batch and the ones before, of all ranks when `global_batch` is in use.
-    """
-    loads = dict(own)
-    if "global_batch" in scopes:
-        loads["global_batch"] = sum_tensors(so_far_LE).unbind()
-    if whole_LE is not None:
-        loads["global_batch_exact"] = whole_LE.unbind()
-    return loads
 
 
 def sequence_load(routing: Routing, sequences: int) -> Tensor:
@@ -171,117 +188,158 @@ def sequence_load(routing: Routing, sequences: int) -> Tensor:
     return counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))
 
 
-def balance_losses(
-    routings: Sequence[Routing], balancers: Balancers, loads: Mapping[str, Sequence[Tensor]], num_tokens: Tensor
-) -> dict[str, Tensor]:
-    """Each balancer's loss at coefficient 1, mean over layers, as this micro-batch's share of the step."""
+def balance_losses(balancers: Balancers, routings: Sequence[Routing], loads: Loads, num_tokens: Tensor) -> Sums:
+    """Each balancer's loss at coefficient 1, mean over layers, as this micro-batch's share of the step; fp32."""
     losses = {}
     for name, (_, balancer) in balancers.items():
         if balancer.has_loss:
             with torch.set_grad_enabled(balancer.train):
                 layers = zip(routings, loads[balancer.scope], strict=True)
-                losses[name] = sum_tensors([balancer.loss(r, load, num_tokens) for r, load in layers]) / len(routings)
+                total = sum_tensors([balancer.loss(r, load, num_tokens) for r, load in layers])
+                losses[name] = (total / len(routings)).float()
     return losses
 
 
 @torch.no_grad()
-def observe(routings: Sequence[Routing], expert_biases: Sequence[Tensor], balancers: Balancers) -> dict[str, Tensor]:
+def observations(balancers: Balancers, routings: Sequence[Routing], expert_biases: Sequence[Tensor]) -> Sums:
     """What the balancers' post steps want to know of this micro-batch beside its load, stacked over layers."""
     return {
-        name: torch.stack([balancer.observe(r, bias) for r, bias in zip(routings, expert_biases, strict=True)])
-        for name, (_, balancer) in balancers.items()
-        if balancer.observe is not None
+        f"observed/{name}": torch.stack([b.observe(r, bias) for r, bias in zip(routings, expert_biases, strict=True)])
+        for name, (_, b) in balancers.items()
+        if b.observe is not None
     }
 
 
 @torch.no_grad()
 def update_expert_biases(
-    expert_biases: Sequence[Tensor],
-    load_LE: Tensor,
-    observations: Sequence[Mapping[str, Tensor]],
     balancers: Balancers,
-    progress: float,
+    expert_biases: Sequence[Tensor],
+    sums: Sums,
+    progress: float = 0.0,
     finite: Tensor | None = None,
 ) -> None:
-    """Apply the balancers' post steps: the only write to model state outside the optimizer.
+    """Apply the balancers' post steps to the selection biases (E,) of all layers, in place.
 
-    `load_LE` is of all ranks, the `observations` are those of this rank's micro-batches. Where `finite`, a bool scalar,
-    is false, nothing changes.
+    `sums`, of all ranks, has the `load` (L, E) and the `observations`. Where `finite`, a bool scalar, is false, nothing
+    changes.
     """
-    post_steps = {name: b for name, (_, b) in balancers.items() if b.moves_bias}
+    post_steps = {name: balancer for name, (_, balancer) in balancers.items() if balancer.moves_bias}
     if not post_steps:
         return
+
+    # All layers at once, and one after the other where several balancers move the bias.
     bias_LE = before_LE = torch.stack(list(expert_biases))
     for name, balancer in post_steps.items():
-        seen = load_LE
-        if balancer.observe is not None:
-            seen = all_reduce_sum(sum_tensors([observed[name] for observed in observations]))
-        moved_LE, factor = balancer.post_step(seen, bias_LE), balancer.schedule(progress)
+        moved_LE = balancer.post_step(sums.get(f"observed/{name}", sums["load"]), bias_LE)
+        factor = balancer.schedule(progress)
         bias_LE = moved_LE if factor == 1 else torch.lerp(bias_LE, moved_LE, factor)
+
+    # The flag stays on the device, where a branch would make the host wait for it.
     if finite is not None:
         bias_LE = torch.where(finite, bias_LE, before_LE)
     torch._foreach_copy_(list(expert_biases), list(bias_LE.unbind()))
 
 
-def is_finite(total_loss: Tensor, norm: Tensor, nonfinite_L: Tensor | None) -> Tensor:
+def is_finite(total_loss: Tensor, grad_norm: Tensor, nonfinite_L: Tensor | None) -> Tensor:
     """Whether a step may change anything, a bool scalar that stays on the device; alike on all ranks.
 
     `nonfinite_L` is above 0 in layers with a router logit that is NaN or infinite: the choices there mean nothing.
     """
-    finite = total_loss.isfinite() & norm.isfinite()
+    finite = total_loss.isfinite() & grad_norm.isfinite()
     return finite if nonfinite_L is None else finite & (nonfinite_L == 0).all()
 
 
-def measured(experts: Mapping[nn.Parameter, int], before: Sequence[Tensor], optimizer: Optimizer) -> ExpertStats:
+def global_expert_stats(
+    experts: Mapping[nn.Parameter, int], before: Sequence[Tensor], optimizer: Optimizer
+) -> ExpertStats:
     """What the optimizer's step did to each expert, over all ranks; `before` are their parameters of before."""
     return expert_stats(experts, all_reduce_sum(expert_sums(experts, before, optimizer)), optimizer)
 
 
 @torch.no_grad()
-def router_sums(routings: Sequence[Routing], like: Tensor) -> Tensor:
-    """Sums over tokens, fp32, of all layers one after the other: what `router_means` makes means of.
+def routing_sums(routings: Sequence[Routing]) -> Sums:
+    """Sums over this micro-batch's tokens, fp32, (L,) each: what `routing_means` makes means of.
 
-    They are 2-norms of a token's logits, largest scores, ones, a flag (0 or 1, it stays on the device) whether any
-    logit is NaN or infinite; and where choices can be lost, lost choices and tokens that no expert computes.
+    Of router logits the 2-norms; of scores the largest; a flag, above 0 where a logit is NaN or infinite; and where
+    choices can be lost, how many were, and how many tokens no expert computes. Nothing for a dense model.
     """
-    norms = [torch.linalg.vector_norm(r.router_logits, dim=-1).sum() for r in routings]
-    confidences = [r.scores.amax(-1).sum() for r in routings]
-    counts = [like.new_full((), float(r.scores.shape[0])) for r in routings]
-    nonfinite = [(~r.router_logits.isfinite()).any().to(like) for r in routings]
-    kept = [(r, r.kept) for r in routings if r.kept is not None]
-    dropped = [((r.topk_experts < r.scores.shape[-1]) & ~k).sum().to(like) for r, k in kept]
-    unrouted = [(~k.any(-1)).sum().to(like) for _, k in kept]
-    sums = [*norms, *confidences, *counts, *nonfinite, *dropped, *unrouted]
-    return torch.stack(sums) if sums else like.new_zeros(0)
-
-
-def router_means(sums: Tensor, load_LE: Tensor) -> dict[str, Any]:
-    """The fields of a `StepOutput`, (L,) each, from `router_sums` of the whole step; none for a dense model."""
-    if not sums.numel():
+    if not routings:
         return {}
-    norm_L, confidence_L, tokens_L, nonfinite_L, *lost = sums.view(-1, load_LE.shape[0])
-    means = {
-        "router_logit_norm": norm_L / tokens_L,
-        "router_confidence": confidence_L / tokens_L,
-        "nonfinite": nonfinite_L,
+    sums = {
+        "router_logit_norm": torch.stack([torch.linalg.vector_norm(r.router_logits, dim=-1).sum() for r in routings]),
+        "router_confidence": torch.stack([r.scores.amax(-1).sum() for r in routings]),
+        "tokens": routings[0].scores.new_full((), float(routings[0].scores.shape[0])),  # every layer has all of them
+        "nonfinite": (~torch.stack([r.router_logits.isfinite().all() for r in routings])).float(),
     }
-    if lost:
-        dropped_L, unrouted_L = lost
-        means |= {"dropped_fraction": dropped_L / load_LE.sum(-1), "unrouted_fraction": unrouted_L / tokens_L}
+
+    # Counts become fp32 to travel with the other sums: exact up to 2^24.
+    kept = [(r, r.kept) for r in routings if r.kept is not None]
+    if kept:
+        dropped = [((r.topk_experts < r.scores.shape[-1]) & ~is_kept).sum() for r, is_kept in kept]
+        sums["dropped"] = torch.stack(dropped).float()
+        sums["unrouted"] = torch.stack([(~is_kept.any(-1)).sum() for _, is_kept in kept]).float()
+    return sums
+
+
+def routing_means(sums: Sums) -> dict[str, Tensor]:
+    """Means over the step's tokens, (L,) each, by their names in metrics.jsonl; none for a dense model."""
+    if "tokens" not in sums:
+        return {}
+    means = {name: sums[name] / sums["tokens"] for name in ("router_logit_norm", "router_confidence")}
+    if "dropped" in sums:
+        means["dropped_fraction"] = sums["dropped"] / sums["load"].sum(-1)
+        means["unrouted_fraction"] = sums["unrouted"] / sums["tokens"]
     return means
 
 
-def stack_loads(routings: Sequence[Routing], *, device: torch.device, reduce: bool = False) -> Tensor:
-    """Tokens per expert of all layers, (L, E) int64, of all ranks with `reduce`; (0,) for a dense model."""
+def stack_loads(routings: Sequence[Routing], *, device: torch.device) -> Tensor:
+    """Tokens per expert of all layers, (L, E) int64; (0,) for a dense model."""
     if not routings:
         return torch.zeros(0, dtype=torch.int64, device=device)
-    load_LE = torch.stack([r.tokens_per_expert for r in routings])
-    return all_reduce_sum(load_LE) if reduce else load_LE
+    return torch.stack([r.tokens_per_expert for r in routings])
 
 
 def stack(values: Sequence[Tensor], like: Tensor) -> Tensor:
     """Stack in float64; (0,) on the device of `like` where there is nothing to stack."""
     return torch.stack(list(values)).double() if values else like.new_zeros(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def add(sums: Sums, values: Sums) -> Sums:
+    """The sum of two that have the same names, entry by entry; `sums` may be empty, and is for the first micro-batch.
+
+    Micro-batches add up in order, so that resumed runs repeat it to the bit.
+    """
+    values = {name: value.detach() for name, value in values.items()}
+    if not sums:
+        return values
+
+    # One kernel for each dtype, not for each name: on a GPU the host would take longer for them than the device.
+    added: Sums = {}
+    for names in names_by_dtype(values):
+        results = torch._foreach_add([sums[name] for name in names], [values[name] for name in names])
+        added |= dict(zip(names, results, strict=True))
+    return added
+
+
+def all_reduce_sums(sums: Sums) -> Sums:
+    """Sum every entry over all ranks, with one collective for each dtype."""
+    if world_size() == 1:
+        return sums
+    reduced: Sums = {}
+    for names in names_by_dtype(sums):
+        flat = all_reduce_sum(torch.cat([sums[name].flatten() for name in names]))
+        parts = flat.split([sums[name].numel() for name in names])
+        reduced |= {name: part.view_as(sums[name]) for name, part in zip(names, parts, strict=True)}
+    return reduced
+
+
+def names_by_dtype(sums: Sums) -> list[list[str]]:
+    """The names of the entries of each dtype, in the order of their first."""
+    names: dict[torch.dtype, list[str]] = {}
+    for name, value in sums.items():
+        names.setdefault(value.dtype, []).append(name)
+    return list(names.values())
 
 
 def sum_tensors(tensors: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from titan_moe.model.routing import Routing
 from titan_moe.model.routing.common import make_routing, normalized
 from titan_moe.runtime.dtensor import local
 from titan_moe.runtime.world import all_reduce_sum
-from titan_moe.step import Balancers, sequence_load, update_expert_biases
+from titan_moe.step import Balancers, all_reduce_sums, sequence_load, update_expert_biases
 
 # By the number that the operator is given.
 _LAYERS: weakref.WeakValueDictionary[int, "Layer"] = weakref.WeakValueDictionary()
@@ -197,16 +197,17 @@ class Monitor:
     @torch.no_grad()
     def finish_step(self) -> None:
         """Take the counts of this optimizer step and set the bias for the next one; before torchtitan's own rule."""
-        self.load = all_reduce_sum(torch.stack([layer.load for layer in self.layers]))
+        sums = {"load": torch.stack([layer.load for layer in self.layers])}  # (L, E)
+        if self.own_bias_rule:
+            for name in self.layers[0].observed:
+                sums[f"observed/{name}"] = torch.stack([layer.observed[name] for layer in self.layers])
+        sums = all_reduce_sums(sums)
+        self.load = sums["load"]
         self._values = torch.stack([layer.values for layer in self.layers]).sum(0)
         if _step_tokens:
             self._tokens = _step_tokens.pop()
         if self.own_bias_rule:
-            biases = [layer.bias for layer in self.layers]
-            observations = [
-                {name: torch.stack([layer.observed[name] for layer in self.layers]) for name in self.layers[0].observed}
-            ]
-            update_expert_biases(biases, self.load, observations, self.balancers, 0.0)
+            update_expert_biases(self.balancers, [layer.bias for layer in self.layers], sums)
         for layer in self.layers:
             layer.load.zero_()
             layer.values.zero_()

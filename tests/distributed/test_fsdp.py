@@ -43,10 +43,11 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def summarize(model: Any, outputs: list[Any]) -> dict[str, Any]:
-    names = ("loss", "total_loss", "grad_norm", "load", "num_tokens", "router_logit_norm", "router_confidence")
+    names = ("loss", "total_loss", "grad_norm", "load", "num_tokens")
     parameters = {plain_name(name): full(value) for name, value in model.state_dict().items()}
     return {
         **{name: torch.stack([getattr(o, name) for o in outputs]) for name in names},
+        **{name: torch.stack([o.routing_means[name] for o in outputs]) for name in outputs[0].routing_means},
         "aux_loss": torch.stack([o.balance_losses["aux_loss"] for o in outputs]),
         "parameters": parameters,
         "param_norm": param_norm(model.parameters()),

@@ -60,7 +60,7 @@ def test_other_violations(load, smallest, average, variation):
 
 def step_output(load):
     one = torch.tensor(1.0)
-    return StepOutput(one, {"aux_loss": torch.tensor(0.25)}, 2 * one, 3 * one, load, torch.tensor(24))
+    return StepOutput(one, {"aux_loss": torch.tensor(0.25)}, 2 * one, 3 * one, load, torch.tensor(24), {})
 
 
 def test_train_metrics_have_the_names_of_the_contract():

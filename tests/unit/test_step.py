@@ -7,7 +7,7 @@ from tests.cases import ROUTER_CASES, WHOLE_BATCH, takes_bias
 from tests.tiny import SEQ, VOCAB, adamw, balancers, batch, steps, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.model.routing import ROUTERS
-from titan_moe.step import IGNORE, eval_step, evaluate, train_step
+from titan_moe.step import IGNORE, add, all_reduce_sums, eval_step, evaluate, train_step
 
 TOKEN_BYTES = torch.full((VOCAB,), 2)
 
@@ -35,8 +35,7 @@ def test_accumulation_changes_nothing(router):
     for a, b in zip(without_aux(whole, 1), without_aux(parts, 4), strict=True):
         assert torch.equal(a.load, b.load)
         torch.testing.assert_close((a.loss, a.total_loss, a.grad_norm), (b.loss, b.total_loss, b.grad_norm))
-        torch.testing.assert_close(a.router_logit_norm, b.router_logit_norm)
-        torch.testing.assert_close(a.router_confidence, b.router_confidence)
+        torch.testing.assert_close(a.routing_means, b.routing_means)
         assert a.num_tokens == b.num_tokens == 8 * SEQ
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -73,12 +72,56 @@ def test_one_step_by_hand():
     torch.testing.assert_close(output.grad_norm, norm)
     assert torch.equal(output.load, torch.stack([r.tokens_per_expert for r in routings]))
     norms = [r.router_logits.square().sum(-1).sqrt().mean().item() for r in routings]
-    assert output.router_logit_norm.tolist() == pytest.approx(norms)
-    assert output.router_confidence.tolist() == pytest.approx([r.scores.max(-1).values.mean().item() for r in routings])
+    assert output.routing_means["router_logit_norm"].tolist() == pytest.approx(norms)
+    confidences = [r.scores.max(-1).values.mean().item() for r in routings]
+    assert output.routing_means["router_confidence"].tolist() == pytest.approx(confidences)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     for bias, load in zip(model.expert_biases(), output.load, strict=True):
         torch.testing.assert_close(bias, 0.01 * torch.sign(load.float().mean() - load))
+
+
+def test_balancers_may_be_called_as_any_other_entry():
+    """The names are the user's, as in [balancer.tokens]."""
+    plain, named = fresh(), fresh()
+    odd = dict(zip(("load", "tokens", "observed/tokens"), balancers().values(), strict=True))
+    micro = list(zip(*(part.chunk(2) for part in batch(0)), strict=True))
+    outputs = [
+        train_step(model, micro, adamw(model), own, model.expert_biases(), max_norm=0.1)
+        for model, own in ((plain, balancers()), (named, odd))
+    ]
+    assert list(outputs[1].balance_losses) == ["load", "tokens"]
+    for name in ("loss", "total_loss", "grad_norm", "load"):
+        assert torch.equal(getattr(outputs[0], name), getattr(outputs[1], name)), name
+    assert list(outputs[0].balance_losses.values()) == list(outputs[1].balance_losses.values())
+    assert outputs[0].routing_means["router_confidence"].equal(outputs[1].routing_means["router_confidence"])
+    weights = [[*model.parameters(), *model.expert_biases()] for model in (plain, named)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_ranks_meet_once_for_each_dtype(monkeypatch):
+    """Entries keep names, shapes and dtypes, and what they were is not written over."""
+    calls = []
+
+    def on_two_ranks(flat):
+        calls.append(flat.dtype)
+        return flat.mul_(2)
+
+    monkeypatch.setattr("titan_moe.step.world_size", lambda: 2)
+    monkeypatch.setattr("titan_moe.step.all_reduce_sum", on_two_ranks)
+    scalar, load = torch.tensor(1.5), torch.arange(6).view(2, 3)
+    sums = {"loss": scalar, "load": load, "tokens": torch.ones(2), "nothing": torch.zeros(0, dtype=torch.int64)}
+    reduced = all_reduce_sums(sums)
+    assert calls == [torch.float32, torch.int64]
+    torch.testing.assert_close(reduced, {name: 2 * value for name, value in sums.items()}, rtol=0, atol=0)
+    assert load.sum() == 15
+
+
+def test_sums_of_micro_batches_are_new_tensors():
+    first = {"loss": torch.tensor(1.5, requires_grad=True), "load": torch.arange(3), "count": torch.tensor(2)}
+    want = {"loss": torch.tensor(3.0), "load": torch.tensor([0, 2, 4]), "count": torch.tensor(4)}
+    torch.testing.assert_close(add(add({}, first), first), want)
+    assert first["load"].tolist() == [0, 1, 2]
 
 
 def test_it_learns():
@@ -100,7 +143,7 @@ def test_dense_model():
     optimizer = torch.optim.AdamW(model.parameters())
     output = train_step(model, [batch(0)], optimizer, {}, model.expert_biases(), max_norm=1.0)
     assert output.load.numel() == 0
-    assert output.router_logit_norm is None
+    assert output.routing_means == {}
     assert output.balance_losses == {}
     evaluated = evaluate(model, [batch(1)], TOKEN_BYTES)
     assert evaluated.load.numel() == evaluated.scores_sum.numel() == 0
