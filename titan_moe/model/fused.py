@@ -124,7 +124,7 @@ def _sum_rows_on_cpu(y_ND: Tensor, row_TK: Tensor, kept_TK: Tensor | None, weigh
     if weights_TK is None or weights_TK.dtype == y_ND.dtype:
         return F.embedding_bag(row_TK, y_ND, mode="sum", per_sample_weights=weights_TK)  # (N, D) -> (T, D)
 
-    # Scores in fp32 with rows in bf16 are not rounded to bf16 for it: one choice of all tokens after the other.
+    # Beside rows in bf16, scores in fp32 are not rounded. One choice after the other, for all tokens at once.
     sum_TD = y_ND.new_zeros((row_TK.shape[0], y_ND.shape[1]), dtype=at_least_fp32(y_ND.dtype))
     for row_T, weight_T in zip(row_TK.unbind(1), weights_TK.unbind(1), strict=True):
         sum_TD.addcmul_(y_ND.index_select(0, row_T), weight_T.unsqueeze(-1))

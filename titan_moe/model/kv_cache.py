@@ -43,7 +43,7 @@ def extend(model: Transformer, cache: Cache, tokens_BT: Tensor, start_B: Tensor,
 
     `start_B` is the position of the first new token in each sequence. Keys and values are written into the cache.
     """
-    # A token sees the places up to its own. Places after it hold zeros, or nothing of this text.
+    # A token sees the places up to its own; those after it hold nothing of its text yet.
     T = tokens_BT.shape[1]
     position_BT = start_B.unsqueeze(1) + torch.arange(T, device=tokens_BT.device)
     cos, sin = (angle[position_BT].unsqueeze(1) for angle in cache.rope)  # (S, C / 2) -> (B, 1, T, C / 2)
