@@ -33,8 +33,9 @@ from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
-from titan_moe.parallelize.expert import share_out_experts
-from titan_moe.parallelize.mesh import Meshes, build_mesh
+from titan_moe.parallelize.context_parallel import own_positions
+from titan_moe.parallelize.expert_parallel import apply_ep
+from titan_moe.parallelize.mesh import Degrees, Meshes, build_mesh
 from titan_moe.parallelize.parallelize import parallelize
 from titan_moe.step import train_step
 
@@ -45,6 +46,8 @@ CASES: dict[str, tuple[int, int, dict[str, int]]] = {
     "8 experts, FSDP2 2": (8, 512, {"shard": 2}),
     "8 experts, EP 2": (8, 512, {"shard": 2, "expert": 2}),
     "64 experts, EP 2": (64, 256, {"shard": 2, "expert": 2}),
+    "dense, TP 2": (0, 512, {"shard": 1, "tensor": 2}),
+    "8 experts, TP 2": (8, 512, {"shard": 1, "tensor": 2}),
 }
 
 
@@ -96,10 +99,15 @@ def step(name: str, seed: int) -> None:
     """An optimizer step on this process's part of a random batch."""
     model, optimizer = build(name)
     tokens = torch.randint(0, VOCAB, (SEQUENCES, SEQ + 1), generator=torch.Generator().manual_seed(seed))
+    inputs, labels = tokens[:, :-1], tokens[:, 1:]  # (SEQUENCES, SEQ)
     if dist.is_initialized():
-        tokens = tokens.chunk(RANKS)[dist.get_rank()]
+        rank, degrees = dist.get_rank(), Degrees(**CASES[name][2])
+        inputs, labels = (part.chunk(degrees.data)[rank // degrees.per_sequence] for part in (inputs, labels))
+        positions = own_positions(SEQ, rank, degrees)
+        if positions is not None:
+            inputs, labels = inputs[:, positions], labels[:, positions]
     balancers = {"aux_loss": (0.1, BALANCERS["aux_loss"](coeff=1.0))} if CASES[name][0] else {}
-    train_step(model, [(tokens[:, :-1], tokens[:, 1:])], optimizer, balancers, model.expert_biases(), max_norm=1.0)
+    train_step(model, [(inputs, labels)], optimizer, balancers, model.expert_biases(), max_norm=1.0)
 
 
 class Sent(TorchDispatchMode):
@@ -146,7 +154,7 @@ def layer(name: str) -> MoE:
     for index, parameter in enumerate(moe.parameters()):
         nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(index))
     if mesh is not None and mesh.ep is not None:
-        share_out_experts(moe, mesh.ep)
+        apply_ep(moe, mesh.ep)
     return moe
 
 
@@ -219,10 +227,10 @@ def scaling(pipes: list[Connection], cases: list[str], rounds: int) -> None:
 
 
 def bytes_sent(pipes: list[Connection], cases: list[str], rounds: int) -> None:
-    """Print bytes that a rank sends in a step, by its tokens, against the least that the layout needs."""
+    """Print bytes that a rank sends in a step (not with TP), by its tokens, against the least that the layout needs."""
     print("| model | collective | bytes a token | least | ratio |\n|---|---|---|---|---|")
     tokens = SEQUENCES * SEQ // RANKS
-    for name in cases:
+    for name in (name for name in cases if "TP" not in name):
         num_experts, width, degrees = CASES[name]
         totals = [sum(ask(pipes, "count", name, seed), Counter()) for seed in range(rounds)]
         sent = {kind: sum(total[kind] for total in totals) / (rounds * RANKS * tokens) for kind in totals[0]}

@@ -14,8 +14,8 @@ from titan_moe.model.cross_entropy import Score
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.parallelize.context_parallel import own_positions
 from titan_moe.parallelize.mesh import Degrees
-from titan_moe.parallelize.sequence import own_positions
 from titan_moe.step import train_step
 
 VOCAB, SEQ = 64, 16

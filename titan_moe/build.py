@@ -19,10 +19,10 @@ from titan_moe.optimizer.combined import combine
 from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
+from titan_moe.parallelize.context_parallel import own_positions
+from titan_moe.parallelize.float8 import quantize
 from titan_moe.parallelize.mesh import Degrees, Meshes, resolve_degrees
 from titan_moe.parallelize.parallelize import cast_parameters, parallelize
-from titan_moe.parallelize.quantize import quantize
-from titan_moe.parallelize.sequence import own_positions
 from titan_moe.runtime import machine, world
 from titan_moe.runtime.compat import check_tensor_parallel
 from titan_moe.runtime.dtypes import DTYPES

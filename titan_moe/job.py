@@ -26,9 +26,9 @@ from titan_moe.data.build import Data, resolve_batch_sizes
 from titan_moe.model.experts_backend import check_experts_backend
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.schedule import Schedule
+from titan_moe.parallelize.float8 import check_quantize
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.parallelize.parallelize import missing_compiler
-from titan_moe.parallelize.quantize import check_quantize
 from titan_moe.records import log_parameters
 from titan_moe.runtime import files, machine, world
 from titan_moe.runtime.command import logger

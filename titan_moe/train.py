@@ -33,8 +33,8 @@ from titan_moe.dump_folder import FACTS, METRICS, check_same_run, sole_run, writ
 from titan_moe.job import Job, build_job, compiles, start_processes
 from titan_moe.metrics import StepOutput, eval_metrics
 from titan_moe.optimizer.build import set_lr
+from titan_moe.parallelize.context_parallel import own_positions
 from titan_moe.parallelize.grad import param_norm
-from titan_moe.parallelize.sequence import own_positions
 from titan_moe.probe import balance_tax, of_whole_sequences, rehearse, routing_choices, routing_drift
 from titan_moe.records import DivergedError, Record, Skips, flush, moe_layer_names, speed_record, train_record
 from titan_moe.runtime import command, world

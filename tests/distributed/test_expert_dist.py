@@ -24,7 +24,7 @@ from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.experts import Precision
 from titan_moe.model.moe import MoE, expert_swiglu, swiglu_of_both
 from titan_moe.model.routing import ROUTERS, Routing
-from titan_moe.parallelize.expert import all_to_all, share_out_experts
+from titan_moe.parallelize.expert_parallel import all_to_all, apply_ep
 
 E, D = 8, 3
 DOCS = Path(__file__).parents[2] / "docs" / "parallelism.md"
@@ -131,14 +131,14 @@ class Order(TorchDispatchMode):
 
 
 def whole_layer(mesh: DeviceMesh | None = None) -> MoE:
-    """A MoE layer with shared experts, the same everywhere, its experts shared out over `mesh`."""
+    """A MoE layer with shared experts, the same everywhere, its experts sharded over `mesh`."""
     route = ROUTERS["topk_softmax"](top_k=2)
     moe = MoE(route=route, dim=16, num_experts=E, expert_dim=24, num_shared_experts=1, expert_bias=True)
     generator = torch.Generator().manual_seed(0)
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=generator)
     if mesh is not None:
-        share_out_experts(moe, mesh)
+        apply_ep(moe, mesh)
     return moe
 
 

@@ -83,7 +83,7 @@ def test_two_ranks_equal_one() -> None:
             torch.testing.assert_close(own, {name: alone[name] for name in own}, rtol=1e-5, atol=1e-7)
 
 
-# Where a unit of FSDP2 has one mesh, as below torch 2.13, experts that are shared out are units of their own.
+# Where a unit of FSDP2 has one mesh, as below torch 2.13, experts are units of their own with expert parallelism.
 ONE_MESH: dict[str, dict[str, Any]] = {
     "ep2_fsdp2": {"expert": 2},
     "hsdp2_ep2": {"expert": 2, "replicate": 2},

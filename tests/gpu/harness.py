@@ -16,9 +16,9 @@ import torch.multiprocessing as mp
 from tests.tiny import SEQ, adamw, balancers, batch, own_part, tiny_model
 from titan_moe.metrics import StepOutput
 from titan_moe.model.transformer import Transformer
+from titan_moe.parallelize.float8 import quantize
 from titan_moe.parallelize.mesh import Degrees, Meshes
 from titan_moe.parallelize.parallelize import parallelize
-from titan_moe.parallelize.quantize import quantize
 from titan_moe.step import train_step
 
 DEVICE = "cuda"  # "cpu" tries out the tests themselves

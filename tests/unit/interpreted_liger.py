@@ -15,7 +15,7 @@ from tests.cases import Case
 from tests.tiny import steps, tiny_model
 from titan_moe.model.experts_backend import check_experts_backend, liger_experts, use_experts_backend
 from titan_moe.model.moe import expert_swiglu
-from titan_moe.parallelize.activation import checkpoint_block
+from titan_moe.parallelize.activation_checkpoint import checkpoint_block
 
 DIM, HIDDEN = 24, 40
 COUNTS = {

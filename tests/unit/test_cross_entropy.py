@@ -24,7 +24,7 @@ from titan_moe.model.cross_entropy import (
     score,
     softmax_,
 )
-from titan_moe.parallelize.quantize import GROUPED, quantize
+from titan_moe.parallelize.float8 import GROUPED, quantize
 from titan_moe.probe import balance_tax, routing_choices
 from titan_moe.step import eval_step, train_step
 

@@ -21,11 +21,11 @@ from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.parallelize import expert
-from titan_moe.parallelize.activation import checkpoint_block
+from titan_moe.parallelize import expert_parallel
+from titan_moe.parallelize.activation_checkpoint import checkpoint_block
+from titan_moe.parallelize.context_parallel import own_positions
 from titan_moe.parallelize.mesh import Degrees, build_mesh, resolve_degrees
 from titan_moe.parallelize.parallelize import move_for_inference, parallelize
-from titan_moe.parallelize.sequence import own_positions
 from titan_moe.records import train_record
 from titan_moe.runtime import dtensor
 from titan_moe.runtime.compat import MESH_BY_PARAMETER
@@ -210,7 +210,7 @@ def test_a_step_waits_for_the_device_only_where_it_must(checkpoint_mode: str, mo
     monkeypatch.setattr(dtensor, "compute_local_shape_and_global_offset", offsets_of_the_host)
     waits = [first_wait(checkpoint_mode, "adamw")]
     # 2 sequences of 16 tokens with 2 experts each, dealt out evenly
-    monkeypatch.setattr(expert, "read_splits", lambda sent, received: ([32, 32], [32, 32]))
+    monkeypatch.setattr(expert_parallel, "read_splits", lambda sent, received: ([32, 32], [32, 32]))
     fake_step(checkpoint_mode, "adamw")
     waits += [first_wait(checkpoint_mode, "muon")]
     assert waits == list(ALLOWED_TO_WAIT)

@@ -131,7 +131,7 @@ def _check_batches(config: Config) -> None:
 
 
 def _check_parts(config: Config) -> None:
-    """What tensor and context parallelism share out has to divide evenly."""
+    """What tensor and context parallelism cut has to divide evenly."""
     model, moe, training = config.model, config.moe, config.training
     tensor, context = config.parallelism.tensor_parallel_degree, config.parallelism.context_parallel_degree
     widths = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads or model.num_heads}

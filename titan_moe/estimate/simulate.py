@@ -37,7 +37,7 @@ from titan_moe.model.moe import MoE
 from titan_moe.model.routing.common import capacity_of, exact_factor
 from titan_moe.optimizer import matrix
 from titan_moe.optimizer.combined import may_step
-from titan_moe.parallelize.expert import all_to_all
+from titan_moe.parallelize.expert_parallel import all_to_all
 from titan_moe.parallelize.grad import Squares
 from titan_moe.parallelize.mesh import Degrees, build_mesh
 from titan_moe.runtime.dtensor import local

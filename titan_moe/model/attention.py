@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titan_moe.model.share import WHOLE, Share, project
-
 Rope = tuple[Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, S, C), k and v (B, G, S, C) -> (B, H, S, C)
 
@@ -57,7 +55,7 @@ def attend_to_past(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Softmax attention over the past; `qk_norm` puts an RMSNorm on each head's queries and keys before rotation.
 
-    `attend` and `share` are functions that parallelism replaces: over tokens, and over heads.
+    `attend` is a function that parallelism replaces.
     """
 
     def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, qk_norm: bool, norm_eps: float) -> None:
@@ -65,7 +63,6 @@ class Attention(nn.Module):
         self.head_dim = dim // num_heads
         self.grouped = num_kv_heads != num_heads
         self.attend: Attend = attend_to_past
-        self.share: Share = WHOLE
         self.wq = nn.Linear(dim, num_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
@@ -75,12 +72,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
         """(B, S, D) -> (B, S, D)."""
-        x_BSD = self.share.gather(x_BSD)
-        q_BSHC, k_BSGC, v_BSGC = (
-            project(w, x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv)
-        )
+        q_BSHC, k_BSGC, v_BSGC = (w(x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
         q_BHSC, k_BGSC = apply_rope(q_BSHC.transpose(1, 2), rope), apply_rope(k_BSGC.transpose(1, 2), rope)
         y_BHSC = self.attend(q_BHSC, k_BGSC, v_BSGC.transpose(1, 2))
-        return self.share.reduce(project(self.wo, y_BHSC.transpose(1, 2).flatten(2)))
+        return self.wo(y_BHSC.transpose(1, 2).flatten(2))

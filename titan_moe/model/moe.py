@@ -17,7 +17,6 @@ from titan_moe.model import fused
 from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.routing import Router, Routing
-from titan_moe.model.share import WHOLE, Share, project
 
 # (x_ND, w1, w2, w3, tokens_per_expert_E) -> y_ND: see `experts_backend`
 ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -119,26 +118,23 @@ def swiglu_of_both(x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Ten
 
 
 class FeedForward(nn.Module):
-    """Dense SwiGLU: w2(silu(w1 x) * w3 x), (B, S, D) -> (B, S, D); parallelism replaces `share`."""
+    """Dense SwiGLU: w2(silu(w1 x) * w3 x), (B, S, D) -> (B, S, D)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.share: Share = WHOLE
         self.w1 = nn.Linear(dim, hidden_dim, bias=False)
         self.w2 = nn.Linear(hidden_dim, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden_dim, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Apply to every token."""
-        x_BSD = self.share.gather(x_BSD)
-        h_BSF = F.silu(project(self.w1, x_BSD)) * project(self.w3, x_BSD)
-        return self.share.reduce(project(self.w2, h_BSF))
+        return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
 
 
 class Experts(nn.Module):
     """E SwiGLU networks as one tensor per matrix, the expert first: w1, w3 (E, F, D), w2 (E, D, F).
 
-    Where the experts are shared out over processes the tensors are DTensors, and this process computes its own.
+    With expert parallelism the tensors are DTensors, sharded on dim 0, and this rank computes its own experts.
     """
 
     def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:

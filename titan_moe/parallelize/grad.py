@@ -13,17 +13,17 @@ from titan_moe.runtime.world import all_reduce_sum, world_size
 
 
 def _num_copies(tensor: Tensor) -> int:
-    """How many processes hold the same part of `tensor` as this one does."""
+    """How many ranks hold the same part of `tensor` as this one does, itself included."""
     if not isinstance(tensor, DTensor):
         return world_size()
-    mesh, copies = tensor.device_mesh, 1
+    mesh, num_copies = tensor.device_mesh, 1
     for axis, placement in enumerate(tensor.placements):
-        copies *= mesh.size(axis) if isinstance(placement, Replicate) else 1
-    return copies
+        num_copies *= mesh.size(axis) if isinstance(placement, Replicate) else 1
+    return num_copies
 
 
 class Squares(NamedTuple):
-    """Of each of P tensors by name the sum of its squares, over all ranks and the same on each."""
+    """The sum of squares of each of P named tensors, over all ranks and the same on each."""
 
     places: dict[str, int]  # where a tensor's sum is in `values`, in the order in which the tensors were given
     values: Tensor  # (P,) float64
@@ -42,20 +42,23 @@ class Squares(NamedTuple):
 def square_sums(tensors: Mapping[str, Tensor]) -> Squares:
     """The sums of squares of tensors of any meshes.
 
-    Each rank sums the squares of its parts, over how many ranks hold the same, so that one collective does for all
-    meshes. The squares are in float64: the sum is right to 1e-6, and those of large fp32 norms don't overflow.
+    Squares are in float64: the sum is right to 1e-6, and those of large fp32 norms don't overflow.
     """
-    parts: dict[int, dict[str, Tensor]] = {}
+    # One sum over all ranks does for all meshes: ranks that hold the same part each give it divided by their number.
+    by_copies: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        parts.setdefault(_num_copies(tensor), {})[name] = local(tensor)
-    sums = [norms(list(part.values())).square() / n for n, part in parts.items()]
-    values = all_reduce_sum(torch.cat(sums))
-    summed = {name: place for place, name in enumerate(name for part in parts.values() for name in part)}
-    return Squares({name: summed[name] for name in tensors}, values)
+        by_copies.setdefault(_num_copies(tensor), {})[name] = local(tensor)
+    sums = [norms(list(parts.values())).square() / copies for copies, parts in by_copies.items()]
+    values_P = all_reduce_sum(torch.cat(sums))  # (P,)
+
+    # The groups have put the tensors into another order than that in which they were given.
+    names = [name for parts in by_copies.values() for name in parts]
+    place_of = {name: place for place, name in enumerate(names)}
+    return Squares({name: place_of[name] for name in tensors}, values_P)
 
 
 def grad_squares(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> Squares:
-    """Of the gradients that there are: their norm is the single process's whatever the layout, up to round-off."""
+    """Of all gradients that there are: their norm is a single process's whatever the layout, up to round-off."""
     return square_sums({name: p.grad for name, p in named_parameters if p.grad is not None})
 
 

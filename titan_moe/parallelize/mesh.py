@@ -1,9 +1,9 @@
 """Device meshes, from the degrees of [parallelism].
 
-Every process of a replica has tokens of its own: whole sequences with data parallelism, parts of them with context
-and tensor parallelism. So every parameter that is not shared out over an axis of its own is sharded over all
-processes of a replica. The same processes are seen as `efsdp` x `ep` for experts, which are shared out over `ep` and
-each share sharded over `efsdp`, and as `tfsdp` x `tp` for the matrices of attention and dense layers.
+Every rank of a replica has tokens of its own: whole sequences with data parallelism, parts of them with context and
+tensor parallelism. So a parameter that neither expert nor tensor parallelism cuts is sharded over all ranks of a
+replica. For those that are cut the same ranks are seen as two axes, one that cuts them and the rest, over which FSDP2
+shards what each rank has then: `efsdp` x `ep` for experts, `tfsdp` x `tp` for matrices of attention and dense layers.
 Neighbouring ranks are of one `tp`, then of one `cp` axis.
 """
 
@@ -40,21 +40,19 @@ class Degrees(NamedTuple):
 
 
 class Meshes(NamedTuple):
-    """The same processes as meshes, for parameters of different kinds and for parts of sequences."""
+    """The same ranks as meshes, for parameters of different kinds and for parts of sequences."""
 
-    dense: DeviceMesh  # dp_shard, or dp_replicate x dp_shard: all processes
-    ep: DeviceMesh | None = None  # ep, the axis that the experts are shared out over
-    efsdp: DeviceMesh | None = (
-        None  # efsdp, or dp_replicate x efsdp: the axes that a share of the experts is sharded over
-    )
-    tp: DeviceMesh | None = None  # tp, the axis that matrices are shared out over
-    tfsdp: DeviceMesh | None = None  # tfsdp, or dp_replicate x tfsdp: the axes that a share of them is sharded over
-    cp: DeviceMesh | None = None  # cp, the axis over which attention has to look at all of a sequence
-    sequence: DeviceMesh | None = None  # processes that have parts of the same sequences: cp x tp
+    dense: DeviceMesh  # dp_shard, or dp_replicate x dp_shard: all ranks
+    ep: DeviceMesh | None = None  # the axis over which experts are cut
+    efsdp: DeviceMesh | None = None  # efsdp, or dp_replicate x efsdp: over which FSDP2 shards them then
+    tp: DeviceMesh | None = None  # the axis over which matrices are cut
+    tfsdp: DeviceMesh | None = None  # tfsdp, or dp_replicate x tfsdp: over which FSDP2 shards them then
+    cp: DeviceMesh | None = None  # the axis over which attention has to look at all of a sequence
+    sequence: DeviceMesh | None = None  # ranks that have parts of the same sequences: cp x tp
 
     @property
     def sequence_group(self) -> dist.ProcessGroup | None:
-        """The processes that have parts of the same sequences; None where each has whole ones."""
+        """The ranks that have parts of the same sequences; None where each has whole ones."""
         return None if self.sequence is None else self.sequence.get_group()
 
 
@@ -76,12 +74,16 @@ def resolve_degrees(
     if shard == -1:
         shard = max(1, world_size // (replicate * context * tensor))
     degrees = Degrees(replicate, shard, expert, context, tensor)
+
+    # The product has no `ep`: it is made of ranks of the other axes.
     if replicate * degrees.per_replica != world_size:
         names = f"data_parallel_replicate_degree ({replicate}) x {_per_replica(degrees)}"
         raise ValueError(
             f"{names} must equal the number of processes ({world_size}): change the degrees or torchrun's "
             "--nproc_per_node"
         )
+
+    # Experts are cut twice on their first dim, by `ep` and by FSDP2, and must come out whole.
     if expert > 1:
         name, processes = f"parallelism.expert_parallel_degree ({expert})", _per_replica(degrees)
         if not num_experts:
@@ -112,22 +114,25 @@ def build_mesh(
     def mesh(**axes: int) -> DeviceMesh:
         return init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
-    def shared_out(axis: str, degree: int, rest: str) -> tuple[DeviceMesh, DeviceMesh]:
-        """`axis`, and the axes that what is shared out over it is sharded over."""
+    def cut_axis(axis: str, degree: int, rest: str) -> tuple[DeviceMesh, DeviceMesh]:
+        """The axis that cuts a kind of parameters, innermost; and the axes over which FSDP2 shards them then."""
+        axes = {rest: degrees.per_replica // degree, axis: degree}
         if replicate == 1:
-            both = mesh(**{rest: degrees.per_replica // degree, axis: degree})
+            both = mesh(**axes)
             return both[axis], both[rest]
-        both = mesh(dp_replicate=replicate, **{rest: degrees.per_replica // degree, axis: degree})
-        return both[axis], both["dp_replicate", rest]
+        all_three = mesh(dp_replicate=replicate, **axes)
+        return all_three[axis], all_three["dp_replicate", rest]
 
     degrees = Degrees(replicate, shard, expert, context, tensor)
-    shards = {"dp_shard": degrees.per_replica}
-    meshes = Meshes(mesh(**shards) if replicate == 1 else mesh(dp_replicate=replicate, **shards))
+    dense = {"dp_shard": degrees.per_replica}
+    meshes = Meshes(mesh(**dense) if replicate == 1 else mesh(dp_replicate=replicate, **dense))
     if expert > 1:
-        ep, efsdp = shared_out("ep", expert, "efsdp")
+        ep, efsdp = cut_axis("ep", expert, "efsdp")
         meshes = meshes._replace(ep=ep, efsdp=efsdp)
+
+    # Neighbours have parts of one sequence: `tp` is the innermost axis, `cp` the next.
     if tensor > 1:
-        tp, tfsdp = shared_out("tp", tensor, "tfsdp")
+        tp, tfsdp = cut_axis("tp", tensor, "tfsdp")
         meshes = meshes._replace(tp=tp, tfsdp=tfsdp, sequence=tp)
     if context > 1:
         cp = mesh(dp=degrees.data, cp=context, tp=tensor)["cp"]

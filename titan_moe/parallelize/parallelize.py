@@ -12,14 +12,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPM
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._triton import has_triton
 
-from titan_moe.model.attention import Attention
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
-from titan_moe.parallelize.activation import checkpoint_block
-from titan_moe.parallelize.expert import share_out_experts
+from titan_moe.parallelize.activation_checkpoint import checkpoint_block
+from titan_moe.parallelize.context_parallel import apply_cp, local_rope
+from titan_moe.parallelize.expert_parallel import apply_ep
 from titan_moe.parallelize.mesh import Meshes
-from titan_moe.parallelize.sequence import attend_to_all, rope_of_part
-from titan_moe.parallelize.tensor import share_out_matrices
+from titan_moe.parallelize.tensor_parallel import apply_tp
 from titan_moe.runtime.compat import MESH_BY_PARAMETER, ShardPlacementResult
 from titan_moe.runtime.machine import c_compiler
 
@@ -41,25 +40,50 @@ def parallelize(
 
     `seq_len`, of whole sequences, is needed with context parallelism.
     """
-    has_shares = mesh is not None and (mesh.ep is not None or mesh.tp is not None)
     if mesh is not None:
-        share_out(model, mesh, seq_len)
+        apply_model_parallel(model, mesh, seq_len)
+
+    # Checkpointing comes before compilation, which then sees what is saved and what computed again.
+    has_dtensors = mesh is not None and (mesh.ep is not None or mesh.tp is not None)
     for name, block in model.layers.named_children():
-        wrapped = checkpoint_block(block, checkpoint_mode, keep_random=compile_blocks and has_shares)
+        wrapped = checkpoint_block(block, checkpoint_mode, keep_random=compile_blocks and has_dtensors)
         model.layers.register_module(name, wrapped)
     if compile_blocks:
-        torch._dynamo.config.capture_scalar_outputs = True  # the split sizes of dispatch are numbers in the graph
-        # All layers are one piece of code to torch, which ends a run at its 9th graph of it: dense and MoE layers, with
-        # gradients and without, with another router to compare with, and of batches of one row, some or many are more.
-        torch._dynamo.config.recompile_limit = 64
-        whole = MESH_BY_PARAMETER or mesh is None or mesh.ep is None  # else FSDP2's hooks around experts break graphs
-        for name, block in model.layers.named_children():
-            model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=whole)))
-        if MESH_BY_PARAMETER or torch.cuda.is_available():  # the C++ of torch 2.11 for it is wrong
-            model.softmax_ = torch.compile(model.softmax_, fullgraph=True)
+        apply_compile(model, mesh)
+
+    # FSDP2 comes last, so that its hooks stay outside of the graphs.
     if mesh is not None:
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
-        shard(model, mesh, policy, reshard_after_forward)
+        apply_fsdp(model, mesh, policy, reshard_after_forward)
+
+
+def apply_model_parallel(model: Transformer, mesh: Meshes, seq_len: int) -> None:
+    """Apply context, tensor and expert parallelism, as far as the mesh has their axes."""
+    if mesh.sequence is not None:
+        model.rope = local_rope(cp=mesh.cp, tp=mesh.tp)
+    if mesh.cp is not None:
+        apply_cp(model, mesh.cp, seq_len)
+    if mesh.tp is not None:
+        apply_tp(model, mesh.tp)
+    if mesh.ep is not None:
+        apply_ep(model, mesh.ep)
+
+
+def apply_compile(model: Transformer, mesh: Meshes | None) -> None:
+    """Compile every layer into one graph, and the softmax of the loss."""
+    torch._dynamo.config.capture_scalar_outputs = True  # the split sizes of dispatch are numbers in the graph
+
+    # All layers are one piece of code to torch, which ends a run at its 9th graph of it. There are more: dense and MoE
+    # layers, with gradients and without, another router to compare with, batches of one row, some or many.
+    torch._dynamo.config.recompile_limit = 64
+
+    # Experts that are an FSDP2 unit of their own have hooks inside the layer, which break its graph.
+    is_one_graph = MESH_BY_PARAMETER or mesh is None or mesh.ep is None
+    for name, block in model.layers.named_children():
+        model.layers.register_module(name, cast(nn.Module, torch.compile(block, fullgraph=is_one_graph)))
+
+    if MESH_BY_PARAMETER or torch.cuda.is_available():  # the C++ of torch 2.11 for it is wrong
+        model.softmax_ = torch.compile(model.softmax_, fullgraph=True)
 
 
 def missing_compiler(device: torch.device) -> str | None:
@@ -77,46 +101,33 @@ def missing_compiler(device: torch.device) -> str | None:
     return None
 
 
-def share_out(model: Transformer, mesh: Meshes, seq_len: int) -> None:
-    """Give each process its part of sequences (CP, TP), of attention and dense layers (TP) and of experts (EP)."""
-    if mesh.sequence is not None:
-        model.rope = rope_of_part(cp=mesh.cp, tp=mesh.tp)
-    if mesh.cp is not None:
-        attend = attend_to_all(mesh.cp, seq_len)
-        for layer in model.modules():
-            if isinstance(layer, Attention):
-                layer.attend = attend
-    if mesh.tp is not None:
-        share_out_matrices(model, mesh.tp)
-    if mesh.ep is not None:
-        share_out_experts(model, mesh.ep)
-
-
-def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshard_after_forward: Reshard) -> None:
+def apply_fsdp(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshard_after_forward: Reshard) -> None:
     """Apply FSDP2 to every block and to the rest of the model.
 
-    A block is one unit, whose experts and matrices have meshes of their own where they are shared out; below torch
-    2.13 a unit has one mesh, and experts that are shared out are a unit of their own. Gradients are summed, not
-    averaged, over ranks: the loss is already divided by the step's global token count, so all gradients are right
-    whatever the layout. gloo has no pre-multiplied sum, hence the forced one.
+    A block is one unit, whose experts (EP) and matrices (TP) are sharded over meshes of their own; below torch 2.13 a
+    unit has one mesh, and experts over `ep` are a unit of their own. Gradients are summed, not averaged, over ranks:
+    the loss is already divided by the step's global token count, so all gradients are right whatever the layout.
 
     Between forward and backward the gathered parameters of blocks are freed; with `always` also those of the rest,
     which backward gathers again at once, with `never` none. To free them saves next to nothing where there is one
-    process to shard over, so that `default` is `never` there.
+    rank to shard over, so that `default` is `never` there.
     """
-    shards = mesh.dense["dp_shard"].size() if mesh.dense.ndim > 1 else mesh.dense.size()
-    if reshard_after_forward == "default" and shards == 1:
+    num_shards = mesh.dense["dp_shard"].size() if mesh.dense.ndim > 1 else mesh.dense.size()
+    if reshard_after_forward == "default" and num_shards == 1:
         reshard_after_forward = "never"
     model.keeps_gathered = reshard_after_forward == "never"
+
     # Activations come in the parameters' type already; the cast would only take the rotary angles out of fp32.
     block_policy = dataclasses.replace(policy, cast_forward_inputs=False)
-    frees = reshard_after_forward != "never"
+    frees_blocks = reshard_after_forward != "never"
+
+    # Inner units first: FSDP2 leaves out of a unit the parameters that belong to one already.
     if mesh.efsdp is not None and not MESH_BY_PARAMETER:
         for layer in model.modules():
             if isinstance(layer, MoE):
-                fully_shard(layer.experts, mesh=mesh.efsdp, mp_policy=block_policy, reshard_after_forward=frees)
+                fully_shard(layer.experts, mesh=mesh.efsdp, mp_policy=block_policy, reshard_after_forward=frees_blocks)
     placement = placements(model, mesh) if MESH_BY_PARAMETER else None
-    # One process that keeps all has nothing to send while it computes: one unit, whose hooks run once, spares the host.
+    # One rank that keeps all has nothing to send while it computes: one unit, whose hooks run once, spares the host.
     blocks = [] if mesh.dense.size() == 1 and model.keeps_gathered else model.layers.children()
     for block in blocks:
         fully_shard(
@@ -124,22 +135,25 @@ def shard(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, reshar
             mesh=mesh.dense,
             mp_policy=block_policy,
             shard_placement_fn=placement,
-            reshard_after_forward=frees,
+            reshard_after_forward=frees_blocks,
         )
     fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
+
+    # Sums, not averages. The plain sum is forced because gloo has none that multiplies first. A rank that is alone
+    # divides by nothing anyway, and with a factor it would take a pass for it.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
-            if mesh.dense.size() > 1:  # one process divides by nothing; with a factor it would, in a pass of its own
+            if mesh.dense.size() > 1:
                 module.set_gradient_divide_factor(1.0)
 
 
 def set_last_micro_batch(model: nn.Module, last: bool) -> None:
     """Say whether the next forward and backward are the step's last: FSDP2 puts off until then what can wait.
 
-    Replicas (HSDP) sum their gradients once a step. Where gathered parameters are kept until backward, they are kept
-    from one micro-batch to the next too, and gradients add up whole, in the type of their reduction, before this is
-    done once. It takes as much memory as all gradients do on one process; so the default reduces each micro-batch's.
+    Replicas (HSDP) sum their gradients once a step. A model that keeps gathered parameters until backward also keeps
+    them from one micro-batch to the next, adds up whole gradients, in the type of their reduction, and reduces them
+    once. That takes as much memory as all gradients do on one rank, so by default each micro-batch's are reduced.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -175,15 +189,17 @@ def reshard(model: nn.Module) -> None:
 
 
 def placements(model: nn.Module, mesh: Meshes) -> Callable[[nn.Parameter], Any] | None:
-    """Where FSDP2 shards what is shared out: over the axes that this leaves. The rest goes where it would anyway."""
+    """Where FSDP2 shards what `ep` and `tp` have sharded: over the axes that are left. The rest goes over all ranks."""
+    assert ShardPlacementResult is not None
     experts = {p for layer in model.modules() if isinstance(layer, MoE) for p in layer.experts.parameters()}
     matrices = {p for p in model.parameters() if isinstance(p, DTensor)} - experts
-    where: dict[nn.Parameter, Any] = {}
-    assert ShardPlacementResult is not None
-    for parameters, rest in ((experts, mesh.efsdp), (matrices, mesh.tfsdp)):
-        if rest is not None:
-            where |= dict.fromkeys(parameters, ShardPlacementResult(Shard(0), mesh_info(rest)))
-    return where.get if where else None
+
+    # dim 0 again, so that ranks have whole experts, as optimizers of matrices need them
+    by_parameter: dict[nn.Parameter, Any] = {}
+    for parameters, axes_left in ((experts, mesh.efsdp), (matrices, mesh.tfsdp)):
+        if axes_left is not None:
+            by_parameter |= dict.fromkeys(parameters, ShardPlacementResult(Shard(0), mesh_info(axes_left)))
+    return by_parameter.get if by_parameter else None
 
 
 def mesh_info(mesh: DeviceMesh) -> FSDPMeshInfo:

@@ -27,6 +27,7 @@ def quantize(model: Transformer, *, converters: Collection[Converter], recipe_na
     if LINEAR in converters:
         convert_linears(model, recipe_name, emulate)
     if GROUPED in converters:
+        # No conversion: experts keep their parameters, and their products take another precision.
         for name, layer in model.named_modules():
             if isinstance(layer, MoE):
                 for weight in layer.experts.parameters():
@@ -58,12 +59,14 @@ def check_quantize(
         raise ValueError(f"quantize.converters: {LINEAR} needs torchao: pip install 'titan_moe[float8]'")
     if not converters or emulate:
         return
+
+    # torch's scaled product runs from Ada (8.9) on, its scaled grouped product on Hopper (9.0) alone.
     capability: tuple[int, int] = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     if (GROUPED in converters and capability[0] != 9) or capability < (8, 9):
-        here = f"{torch.cuda.get_device_name(device)}" if device.type == "cuda" else "a CPU"
+        device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         raise ValueError(
-            f"quantize.converters = {list(converters)} needs a GPU with float8 products (H100, H200), this is {here}: "
-            "set it to [], or quantize.emulate = true to try out the numbers, slowly"
+            f"quantize.converters = {list(converters)} needs a GPU with float8 products (H100, H200), this is "
+            f"{device_name}: set it to [], or quantize.emulate = true to try out the numbers, slowly"
         )
     if param_dtype != torch.bfloat16:
         raise ValueError("quantize.converters needs training.mixed_precision_param = 'bfloat16': its kernels give that")
@@ -71,8 +74,8 @@ def check_quantize(
 
 def _check_multiple_of_16(name: str, shape: torch.Size, converter: str) -> None:
     if any(size % 16 for size in shape):
-        place, sizes = f"layers.{name.removeprefix('layers.')}", " x ".join(map(str, shape))
+        module, sizes = f"layers.{name.removeprefix('layers.')}", " x ".join(map(str, shape))
         raise ValueError(
-            f"quantize.converters: {converter} needs sizes in multiples of 16, but {place} is {sizes}: "
+            f"quantize.converters: {converter} needs sizes in multiples of 16, but {module} is {sizes}: "
             "change model.dim, model.ffn_dim or moe.expert_dim, or leave the converter out"
         )

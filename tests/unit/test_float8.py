@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.tiny import adamw, balancers, batch, tiny_model
 from titan_moe.model.experts import PRODUCTS, float8_grouped_mm, quantize_rows
 from titan_moe.model.moe import expert_swiglu
-from titan_moe.parallelize.quantize import check_quantize, quantize
+from titan_moe.parallelize.float8 import check_quantize, quantize
 from titan_moe.step import train_step
 
 BOTH = ("quantize.linear.float8", "quantize.grouped_mm.float8")

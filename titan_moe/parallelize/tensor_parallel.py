@@ -1,0 +1,67 @@
+"""Tensor parallelism: each rank of the `tp` axis has some heads of attention and a part of each dense layer's width.
+
+Between these layers each rank has its own part of every sequence, 1 / P of its tokens, so norms, routers, experts,
+embedding and logits see each token once, as they do with data parallelism. Before attention and dense layers the tokens
+of all P ranks are gathered. Each rank computes its heads, or its part of the width; the results are summed over ranks,
+and each rank keeps those of its own tokens (Korthikanti et al., 2022). Hooks on the layers do this: their forward is
+that of one process.
+
+Shapes: B batch, S the tokens of a sequence that this rank has, D dim, P ranks of the axis, I and O the width of a
+linear layer's input and output.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed._functional_collectives import wait_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from titan_moe.model.attention import Attention
+from titan_moe.model.moe import FeedForward
+from titan_moe.runtime.compat import all_gather_single, reduce_scatter_single
+
+SHARDED_DIMS = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1}  # of a (O, I) weight: heads, width
+
+
+class ShardedLinear(nn.Linear):
+    """A linear layer whose weight is a DTensor sharded on one dim."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply this rank's shard: (..., I) -> (..., O / P), or (..., I / P) -> its term (..., O) of a sum."""
+        assert isinstance(self.weight, DTensor)
+        return F.linear(x, self.weight.to_local())
+
+
+def apply_tp(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the weights of attention, dense layers and shared experts over `mesh`, and gather tokens around them."""
+    group = mesh.get_group()
+
+    # The collectives put ranks side by side on dim 0, so the sequence goes there and back. Both are differentiable, the
+    # gradient of one being the other. One pair of hooks for all layers, so that torch.compile sees the same code in
+    # each.
+
+    def gather_tokens(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x_SBD = args[0].transpose(0, 1).contiguous()
+        x_BSD = wait_tensor(all_gather_single(x_SBD, 0, group)).transpose(0, 1)  # (B, P S, D)
+        return (x_BSD, *args[1:])
+
+    def reduce_scatter_tokens(layer: nn.Module, args: tuple[Any, ...], y_BSD: Tensor) -> Tensor:
+        y_SBD = y_BSD.transpose(0, 1).contiguous()  # (P S, B, D)
+        return wait_tensor(reduce_scatter_single(y_SBD, "sum", 0, group)).transpose(0, 1)  # (B, S, D)
+
+    for layer in model.modules():
+        if isinstance(layer, Attention | FeedForward):
+            for name, linear in list(layer.named_children()):
+                if isinstance(linear, nn.Linear):
+                    layer.register_module(name, shard_linear(linear, mesh, SHARDED_DIMS[name]))
+            layer.register_forward_pre_hook(gather_tokens)
+            layer.register_forward_hook(reduce_scatter_tokens)
+
+
+def shard_linear(linear: nn.Linear, mesh: DeviceMesh, dim: int) -> ShardedLinear:
+    """The linear layer, without bias, with its weight sharded on `dim` over `mesh`; each rank must have it whole."""
+    sharded = ShardedLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+    sharded.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(dim)], src_data_rank=None))
+    return sharded
