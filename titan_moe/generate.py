@@ -22,17 +22,16 @@ CACHEABLE_ROUTERS = tuple(name for name in ROUTERS if name != "expert_choice")  
 
 
 def main(args: list[str]) -> int:
-    """Print each prompt with the model's continuation; return the exit code 0."""
+    """Print each prompt and what the model makes of it; return the exit code."""
     options, rt = parse(args), world.read_world()
     command.init_logging(rt)
 
-    # A checkpoint brings its own configuration and tokenizer along; nothing of them is asked for again.
+    # In the type that training computed in, which is the one that the weights have learned with.
     step_folder = resolve_checkpoint(options.checkpoint)
     model, config = load_model(step_folder, options.trust_components)
     tokenizer = load_tokenizer(str(step_folder / "tokenizer.json"))
     move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param])
 
-    # The context is what the model was trained on: positions after it are unknown to it.
     texts = generate(
         model,
         tokenizer,
@@ -65,9 +64,9 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_trust()
     options = parser.parse_args(args)
 
-    # Python keeps bytes that are not UTF-8 as halves of surrogate pairs, which no tokenizer takes.
+    # What argparse can't check; a mistake is told before a model is loaded.
     for prompt in options.prompt or ():
-        if any("\ud800" <= char <= "\udfff" for char in prompt):
+        if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python keeps bytes of other encodings
             raise ValueError(f"--prompt ({prompt!a}) must be UTF-8 text")
     for name, least in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if not getattr(options, name) >= least:  # so that nan is refused
@@ -88,35 +87,35 @@ def generate(
     seed: int,
     use_cache: bool = True,
 ) -> list[str]:
-    """Return each prompt with its continuation: up to `max_new_tokens` tokens, or until the text ends.
+    """Continue each prompt by up to `max_new_tokens` tokens, until an end of the text; prompts included.
 
-    Each token is drawn from the model's logits after the last `context` tokens (the paper, 3.1). With `use_cache` keys
-    and values are kept between tokens as long as a text fits into the context, which gives the same logits; after that
-    the whole context is evaluated for each token. A router that looks at all tokens at once needs `use_cache` off.
-    Texts do not depend on each other: prompt i draws by `seed` + i.
+    A token is the model's answer to the last `context` tokens, evaluated as a whole (the paper, 3.1). Keys and values
+    are kept between tokens with `use_cache`, which gives the same, as long as a text fits into the context; then, and
+    for routers that look at all tokens at once, the whole context is evaluated anew. Texts do not depend on each other:
+    prompt i draws by `seed` + i.
     """
-    # A generator for each prompt, so that a text is the same alone and among others.
+    # A generator for each text: what one draws does not depend on how many others there are.
     device = next(model.parameters()).device
     generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(prompts))]
     starts = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     texts = [list(start) for start in starts]
 
-    # The cache has room for the longest text, and never for more than the context, beyond which it is of no use.
-    room = min(context, max(map(len, starts)) + max_new_tokens)
-    cache = empty_cache(model, len(prompts), room) if use_cache else None
-    known = [0] * len(prompts)  # tokens of each text that the cache has
+    # Memory for the longest text, and never for more than a context, as that is all that the model looks at.
+    cache_length = min(context, max(map(len, starts)) + max_new_tokens)
+    cache = empty_cache(model, len(prompts), cache_length) if use_cache else None
+    cached = [0] * len(prompts)  # tokens of each text that the cache has
 
-    # Texts that have ended leave; the others go on without them.
+    # A text that ends leaves the batch; the others go on.
     running = list(range(len(prompts)))
     for _ in range(max_new_tokens):
-        for i, logits_V in zip(running, _next_logits(model, cache, texts, known, running, context), strict=True):
+        for i, logits_V in zip(running, _next_logits(model, cache, texts, cached, running, context), strict=True):
             token = int(sample(logits_V[: tokenizer.vocab_size].float(), temperature, top_k, generators[i]))
             texts[i].append(token)
         running = [i for i in running if texts[i][-1] not in tokenizer.eos_ids]
         if not running:
             break
 
-    # The prompt is given back as it was, because decoding its tokens may change it.
+    # The prompt is given back as it was written: its tokens may decode to another spelling of it.
     return [
         prompt + tokenizer.decode(text[len(start) :])
         for prompt, start, text in zip(prompts, starts, texts, strict=True)
@@ -124,28 +123,32 @@ def generate(
 
 
 def _next_logits(
-    model: Transformer, cache: Cache | None, texts: list[list[int]], known: list[int], running: list[int], context: int
+    model: Transformer, cache: Cache | None, texts: list[list[int]], cached: list[int], running: list[int], context: int
 ) -> list[Tensor]:
-    """Logits (V,) of the next token of each running text; brings the cache and `known` up to date."""
-    device = next(model.parameters()).device
-    logits: dict[int, Tensor] = {}
+    """Logits (V,) of the next token of each running text; `cached` says how many of its tokens are in the cache.
 
-    # Texts that lack one token in the cache are evaluated as one batch. Others lack a whole prompt, each of its own
-    # length, and come one by one.
+    The cache and `cached` are brought up to date with what this has computed.
+    """
+    device = next(model.parameters()).device
+    logits: dict[int, Tensor] = {}  # by the number of the text, (V,) each
+
+    # With the cache only new tokens are computed: all texts that have one new token in one batch, and others, which are
+    # prompts of any length, one by one.
     if cache is not None:
         fitting = [i for i in running if len(texts[i]) <= context]
-        single = [i for i in fitting if len(texts[i]) == known[i] + 1]
-        for rows in [[i] for i in fitting if i not in single] + ([single] if single else []):
-            new = torch.tensor([texts[i][known[i] :] for i in rows], device=device)
-            start = torch.tensor([known[i] for i in rows], device=device)
-            logits |= dict(zip(rows, extend(model, cache, new, start, torch.tensor(rows, device=device)), strict=True))
-            for i in rows:
-                known[i] = len(texts[i])
+        with_one_new = [i for i in fitting if len(texts[i]) == cached[i] + 1]
+        for batch in [[i] for i in fitting if i not in with_one_new] + ([with_one_new] if with_one_new else []):
+            tokens = torch.tensor([texts[i][cached[i] :] for i in batch], device=device)  # (B, T)
+            positions = torch.tensor([cached[i] for i in batch], device=device)  # (B,) of the first new token of each
+            rows = torch.tensor(batch, device=device)  # (B,) of the cache
+            logits |= dict(zip(batch, extend(model, cache, tokens, positions, rows), strict=True))
+            for i in batch:
+                cached[i] = len(texts[i])
 
-    # Once a text is longer than the context its first tokens fall away and all positions shift: nothing that was kept
-    # is of use any more.
+    # The rest is computed anew: all texts where there is no cache, and those longer than a context, whose tokens have
+    # other positions at each step, so that no cached key is right.
     for i in (i for i in running if i not in logits):
-        logits[i] = model(torch.tensor([texts[i][-context:]], device=device))[0][0, -1]  # (1, S, V) -> (V,)
+        logits[i] = model(torch.tensor([texts[i][-context:]], device=device))[0][0, -1]
     return [logits[i] for i in running]
 
 
