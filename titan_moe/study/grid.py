@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titan_moe.config import Config, merge_layers
-from titan_moe.config.layers import Layer, split_key
+from titan_moe.config.layers import Layer, insert
 from titan_moe.config.sections import Job
-from titan_moe.study.spec import Axis, Study
+from titan_moe.study.spec import Study
 
 Point = Mapping[str, Any]  # axis id -> value; of an axis with options the option's name
 LONGEST = 150  # characters of a folder's name; file systems allow 255 bytes
@@ -115,21 +115,11 @@ def resolve(study: Study, point: Point, seed: int, folder: Path) -> Config:
 def point_layers(study: Study, point: Point) -> Iterator[Layer]:
     """One layer of configuration for each axis of a point, whose errors name the axis."""
     for axis in study.axes:
-        yield Layer(f"{study.path}: axes.{axis.id}", settings(axis, point[axis.id]))
-
-
-def settings(axis: Axis, value: Any) -> dict[str, Any]:
-    """What an axis sets at one of its values, as a table of a configuration file."""
-    if axis.options:
-        return dict(axis.options[value])
-    document: dict[str, Any] = {}
-    for key in axis.keys:
-        *parents, last = split_key(key)
-        table = document
-        for parent in parents:
-            table = table.setdefault(parent, {})
-        table[last] = value
-    return document
+        origin, value = f"{study.path}: axes.{axis.id}", point[axis.id]
+        table = dict(axis.options[value]) if axis.options else {}
+        for key in axis.keys:
+            insert(table, key, value, origin)
+        yield Layer(origin, table)
 
 
 def without_job(config: Config) -> Config:
