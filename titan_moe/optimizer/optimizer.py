@@ -186,15 +186,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_group(self, group: Group, rule: Rule, load_LE: Tensor | None, scalars: Scalars) -> Tensor | None:
         """Update a group by its transform; returns the factors (L, E) of its rates if they go by load."""
-        others = [parameter for parameter in group["params"] if parameter.grad is not None]
-        matrices = []
-        if self._matrices:
-            matrices = [parameter for parameter in others if parameter in self._matrices]
-            others = [parameter for parameter in others if parameter not in self._matrices]
-        kernel = (transform_of(rule.make, group).kernel or transform_of(adamw, group).kernel) if others else None
+        # What is no matrix goes to a kernel in one call: that of the transform, or AdamW's.
+        by_kernel = [parameter for parameter in group["params"] if parameter.grad is not None]
+        matrices: list[Tensor] = []
+        if self._matrices:  # looking for each parameter takes the host longer than the rest of this
+            matrices = [parameter for parameter in by_kernel if parameter in self._matrices]
+            by_kernel = [parameter for parameter in by_kernel if parameter not in self._matrices]
+        kernel = (transform_of(rule.make, group).kernel or transform_of(adamw, group).kernel) if by_kernel else None
         if "load_lr" not in group:
             if kernel is not None:
-                step_by_kernel(kernel, group, others, self.state, scalars)
+                step_by_kernel(kernel, group, by_kernel, self.state, scalars)
             for parameter in matrices:
                 self._step_matrix(group, parameter)
             return None
@@ -206,7 +207,7 @@ class Optimizer(torch.optim.Optimizer):
             factor_E, alive_E = None, None
             if factor_LE is not None and load_LE is not None:
                 factor_E, alive_E = factor_LE[layer], load_LE[layer] > 0
-            own = [parameter for parameter in others if layers[parameter] == layer]
+            own = [parameter for parameter in by_kernel if layers[parameter] == layer]
             if own and kernel is not None:
                 step_experts_by_kernel(kernel, group, own, self.state, scalars, factor_E, alive_E)
             for parameter in matrices:
@@ -224,6 +225,8 @@ class Optimizer(torch.optim.Optimizer):
             state.update(fresh_state(transform, parameter))
         if group["lr"] == 0:
             return
+
+        # the clock is kept on the host, which decides what is due; rows count on the device, which knows the loads
         state["clock"] += 1
         state["step"] += 1 if alive_E is None else alive_E
 
@@ -237,6 +240,7 @@ class Optimizer(torch.optim.Optimizer):
         factor = None if factor_E is None else factor_E[mine]  # (R,)
         local_state = {name: local(value) for name, value in state.items() if name not in COUNTS}
 
+        # some rows at a time: what a transform makes on the way is then small enough to stay in the cache of a CPU
         for part in parts_of(whole, transform):
             tick = Tick(
                 step=int(state["clock"]),
