@@ -15,12 +15,12 @@ from torch import Tensor
 from titan_moe.checkpoint.export import EXPORT, has_export, save_weights
 from titan_moe.config import Config, help_text, load_config, to_toml
 from titan_moe.data.loader import merge_states
+from titan_moe.diagnostics import balance_tax
 from titan_moe.divergence import DivergedError, moe_layer_names, stop_if_diverged, stop_if_weights_diverged
 from titan_moe.dump_folder import FACTS, METRICS, sole_run, write_run_files
 from titan_moe.job import Job, build_job, start_processes
 from titan_moe.metrics import StepOutput, to_numbers
 from titan_moe.optimizer.build import set_lr
-from titan_moe.probe import balance_tax
 from titan_moe.records import Record, speed_record, train_record, write_record
 from titan_moe.resume import Progress, is_over, last_checkpoint, resume, set_later_aside, to_extra
 from titan_moe.runtime import command, world

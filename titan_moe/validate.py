@@ -5,12 +5,12 @@ from torch import Tensor
 
 from titan_moe.build import degrees_of
 from titan_moe.data.build import resolve_batch_sizes, token_bytes
+from titan_moe.diagnostics import of_whole_sequences, rehearse, routing_choices, routing_drift
 from titan_moe.divergence import SkippedSteps, stop_if_diverged
 from titan_moe.dump_folder import METRICS
 from titan_moe.job import Job, compiles
 from titan_moe.metrics import eval_metrics, to_numbers
 from titan_moe.parallelize.context_parallel import own_positions
-from titan_moe.probe import of_whole_sequences, rehearse, routing_choices, routing_drift
 from titan_moe.records import Record, write_record
 from titan_moe.resume import Progress
 from titan_moe.runtime import world
