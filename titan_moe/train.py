@@ -38,9 +38,12 @@ from titan_moe.validate import make_up_validation, validate
 
 def main(args: list[str]) -> int:
     """Train as the configuration says; return the exit code."""
+    # Help first: it is wanted most where the other arguments are wrong.
     if "-h" in args or "--help" in args:
         print(help_text())
         return 0
+
+    # The watch comes before any process group: connecting can hang as well.
     config, rt = load_config(args), world.read_world()
     command.init_logging(rt)
     watch = Watch(config.comm.init_timeout_seconds)
@@ -80,6 +83,8 @@ def train(job: Job, progress: Progress, watch: Watch) -> tuple[int, Mapping[str,
     validation_sink, get_validation = last_validation()
     sinks = open_sinks(job, last_step_kept, validation_sink)
 
+    # The export is of a finished run alone. However the run ends, sinks write what they have, and the collector of
+    # garbage, which `settle` told to leave things alone, looks at all of them again.
     try:
         stopped, progress = run_and_finish(job, sinks, progress, watch)
         if not stopped:
@@ -108,6 +113,7 @@ def run_and_finish(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> t
 
 def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, Progress]:
     """Train from where `progress` is to the end; the signal that stopped the run early, else 0, and how far it came."""
+    # What the loop reads or changes. Modules are looked up once: a walk through the model costs time at every step.
     config, rt, training, first_step = job.config, job.runtime, job.config.training, progress.step + 1
     batches, expert_biases, moe_layers = iter(job.data.train), job.model.expert_biases(), moe_layer_names(job.model)
     allowed = training.skip_nonfinite_steps
@@ -118,6 +124,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
     if progress.validation_due and config.validation.enable:
         progress = make_up_validation(job, sinks, progress)
 
+    # One round is one optimizer step and what is due after it, on all ranks alike.
     with trace(job) as trace_step:
         for step in range(first_step, training.steps + 1):
             # Waiting for data counts as time of the step, and is told apart from the rest of it.
@@ -245,6 +252,7 @@ def take_step(
     job: Job, step: int, micro_batches: Sequence[tuple[Tensor, Tensor]], expert_biases: Sequence[Tensor]
 ) -> StepOutput:
     """`train_step` with the parts of the run."""
+    # A step sees plain values and no configuration, so that a test, or somebody's own loop, can call it with others.
     training = job.config.training
     return train_step(
         job.model,
@@ -296,6 +304,7 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
     # Weights that are not finite would only replace others that are.
     stop_if_weights_diverged(job.model, progress.step)
 
+    # Ranks read different data, and a position of all of them holds for any number of ranks that goes on from here.
     config = job.config
     data_position = merge_states(world.all_gather(job.data.train.state_dict()))
     sinks.sync()
@@ -321,6 +330,7 @@ def checkpoint_files(job: Job) -> dict[str, str]:
 
 def export(job: Job, progress: Progress) -> None:
     """Write the weights of the finished run in checkpoint.export_dtype, where `has_export`."""
+    # Weights in training's own type are in the last checkpoint already: only a smaller type is worth a file.
     dtype = job.config.checkpoint.export_dtype
     if not has_export(job.config):
         return
