@@ -15,9 +15,9 @@ from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backen
 from titan_moe.model.routing import ROUTERS, force_balanced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.combined import combine
 from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.optimizer.optimizer import Optimizer, combine
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
 from titan_moe.parallelize.context_parallel import own_positions
 from titan_moe.parallelize.float8 import quantize
@@ -118,9 +118,7 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
     return balancers
 
 
-def build_optimizer(
-    config: Config, model: nn.Module, patterns: Mapping[str, str] = GROUP_PATTERNS
-) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str] = GROUP_PATTERNS) -> Optimizer:
     """Build the optimizer of [optimizer] over the model's parameter groups, with load-based rates if asked for.
 
     A group that names another optimizer gets from [optimizer] those arguments that this one takes. `patterns` tell

@@ -25,6 +25,7 @@ from titan_moe.config.sections import Training
 from titan_moe.data.build import Data, resolve_batch_sizes
 from titan_moe.model.experts_backend import check_experts_backend
 from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.float8 import check_quantize
 from titan_moe.parallelize.mesh import build_mesh
@@ -46,7 +47,7 @@ class Job(NamedTuple):
     runtime: Runtime
     data: Data
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     base_lrs: list[float]  # of the optimizer's groups, before the schedule
     schedule: Schedule
     balancers: Balancers

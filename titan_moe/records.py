@@ -15,7 +15,7 @@ from titan_moe.metrics import (
     train_metrics,
 )
 from titan_moe.model.transformer import Transformer
-from titan_moe.optimizer.combined import describe_group
+from titan_moe.optimizer.optimizer import describe_group
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.runtime import machine
 from titan_moe.runtime.command import logger

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from titan_moe.balancer import Balancer, Scope, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.routing import Routing
-from titan_moe.optimizer.combined import clip_gradients, step_if_finite
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
 from titan_moe.runtime.world import all_reduce_sum, world_size
@@ -83,13 +82,12 @@ def train_step(
     # The norm is of all gradients, so a NaN or an infinity in any of them shows in it.
     squares = grad_squares(model.named_parameters())
     grad_norm = squares.norm()
-    clip_gradients(optimizer, grad_norm, max_norm)
     finite = is_finite(sums["total_loss"], grad_norm, sums.get("nonfinite"))
 
     # What the update did to each expert shows only beside the weights of before.
     experts = expert_parameters(model.named_parameters()) if measure_experts else {}
     before = copies(experts)
-    load_factors = step_if_finite(optimizer, sums["load"], finite)
+    load_factors = optimizer.step(load=sums["load"], grad_norm=grad_norm, max_norm=max_norm, finite=finite)
     optimizer.zero_grad()
 
     # The only write to model state outside the optimizer.

@@ -34,6 +34,7 @@ from titan_moe.checkpoint import (
 from titan_moe.checkpoint import folder as checkpoint_folder
 from titan_moe.checkpoint.verify import verify_checkpoint
 from titan_moe.config import load_config, to_toml
+from titan_moe.optimizer.build import OPTIMIZERS
 
 
 class Tiny(nn.Module):
@@ -564,3 +565,23 @@ def test_a_thousand_files(tmp_path, trained):
     assert complete_steps(tmp_path) == [1]
     assert latest_complete(tmp_path) == path
     assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("options", [{}, {"maximize": True}])
+def test_a_checkpoint_of_torchs_adamw_is_one_of_ours(tmp_path, options):
+    """As AdamW was saved once, with settings that only torch's class has; not where one of them means another step."""
+    model, optimizer = make(**options)
+    train(model, optimizer, 2)
+    path = save(tmp_path, 2, model, optimizer)
+    again, theirs = make(seed=1)
+    ours = OPTIMIZERS["adamw"]([{"params": group["params"], "lr": 0.1} for group in theirs.param_groups])
+    if options:
+        with pytest.raises(ValueError, match="holds another optimizer: only there: maximize"):
+            load_checkpoint(path, model=again, optimizer=ours)
+        return
+    load_checkpoint(path, model=again, optimizer=ours)
+    torch.manual_seed(5)
+    expected = train(model, optimizer, 3)
+    torch.manual_seed(5)
+    assert train(again, ours, 3) == expected
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

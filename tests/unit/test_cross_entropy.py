@@ -25,6 +25,7 @@ from titan_moe.model.cross_entropy import (
     score,
     softmax_,
 )
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.float8 import GROUPED, quantize
 from titan_moe.step import eval_step, train_step
 
@@ -119,7 +120,7 @@ def test_steps_equal_those_with_whole_logits(tied: bool, float8: bool) -> None:
         tokens, labels = batch(0)
         labels[:3, ::2] = IGNORE
         micro = list(zip(tokens.chunk(2), labels.chunk(2), strict=True))
-        sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+        sgd = Optimizer.around(torch.optim.SGD(model.parameters(), lr=1.0))
         output = train_step(model, micro, sgd, balancers(), model.expert_biases(), max_norm=0.0)
         evaluated = eval_step(model, tokens, labels, TOKEN_BYTES)
         results.append(

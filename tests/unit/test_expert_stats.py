@@ -13,7 +13,7 @@ from titan_moe.metrics import expert_metrics, to_numbers, train_metrics
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.expert_stats import copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.groups import parameter_groups
-from titan_moe.optimizer.load_lr import expand_load_lr, step_by_load
+from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.sinks.files import jsonl
 from titan_moe.sinks.trackers import tensorboard
 from titan_moe.step import train_step
@@ -37,7 +37,7 @@ def test_signal_to_noise_of_known_gradients(steps, load_lr):
     for _ in range(steps):
         for parameter, signal in zip(named.values(), signals, strict=True):
             parameter.grad = signal + torch.randn_like(signal)
-        step_by_load(optimizer, torch.tensor([[1, 2, 3, 4]]))
+        optimizer.step(load=torch.tensor([[1, 2, 3, 4]]))
     experts = expert_parameters(named.items())
     stats = expert_stats(experts, expert_sums(experts, copies(experts), optimizer), optimizer)
     assert stats.gradient_snr[0, 0] < 0.2  # noise alone: Adam's first moment by itself would say 0.24 or more

@@ -1,6 +1,8 @@
 """Load-based learning rates against a plain loop in which every expert is a parameter of its own."""
 
 import copy
+import functools
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from titan_moe.config import help_text, load_config
 from titan_moe.metrics import expert_lr_range
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import layer_indices, parameter_groups
-from titan_moe.optimizer.load_lr import expand_load_lr, load_lr, rate_factors, scale_steps, step_by_load
+from titan_moe.optimizer.load_lr import expand_load_lr, load_lr, rate_factors
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.step import train_step
 
 TOP_K, STEPS, E, L = 2, 10, 4, 2
@@ -79,7 +82,6 @@ def test_equals_a_parameter_for_each_expert(name, options):
     weights, arguments = stacked(), {"lr": 0.01, "weight_decay": 0.1}
     (group,) = parameter_groups(weights.items(), {"expert": settings(**options)})
     optimizer = OPTIMIZERS[name]([group], **arguments)
-    scale_steps(optimizer)
 
     experts = {key: [nn.Parameter(w.detach().clone()) for w in value] for key, value in weights.items()}
     loops = {
@@ -102,7 +104,7 @@ def test_equals_a_parameter_for_each_expert(name, options):
                 expert.grad = row.clone()
                 if lr > 0:
                     loop.step()
-        applied = step_by_load(optimizer, load_LE)
+        applied = optimizer.step(load=load_LE)
         torch.testing.assert_close(applied, torch.tensor(factors), rtol=1e-6, atol=0)
         for key, weight in weights.items():
             torch.testing.assert_close(
@@ -115,8 +117,7 @@ def test_any_optimizer_can_be_scaled(options):
     """SGD with momentum knows nothing of loads: equal to a parameter for each expert, as long as none is dead."""
     weights = stacked()
     (group,) = parameter_groups(weights.items(), {"expert": settings(**options)})
-    optimizer = torch.optim.SGD([{**group, "weight_decay": 0.0}], lr=0.1, momentum=0.9)
-    scale_steps(optimizer)
+    optimizer = Optimizer.around(torch.optim.SGD([{**group, "weight_decay": 0.0}], lr=0.1, momentum=0.9))
     experts = {key: [nn.Parameter(w.detach().clone()) for w in value] for key, value in weights.items()}
     loops = {key: [torch.optim.SGD([p], lr=0.1, momentum=0.9) for p in experts[key]] for key in experts}
     averages = [[1.0] * E for _ in range(L)]
@@ -131,7 +132,7 @@ def test_any_optimizer_can_be_scaled(options):
                 loop.param_groups[0]["lr"] = 0.1 * factor
                 expert.grad = row.clone()
                 loop.step()
-        step_by_load(optimizer, load_LE)
+        optimizer.step(load=load_LE)
         for key, weight in weights.items():
             torch.testing.assert_close(
                 weight.detach(), torch.stack([p.detach() for p in experts[key]]), rtol=0, atol=1e-5
@@ -145,46 +146,63 @@ def test_scaled_steps_equal_adamws_own():
         (group,) = parameter_groups(ours.items(), {"expert": settings(**options)})
         (other,) = parameter_groups(theirs.items(), {"expert": settings(**options)})
         own = OPTIMIZERS["adamw"]([group], lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
-        wrapped = torch.optim.AdamW([other], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-        scale_steps(own)
-        scale_steps(wrapped)
+        adamw = torch.optim.AdamW([other], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        wrapped = Optimizer.around(adamw)
         for step in range(4):
             for number, (a, b) in enumerate(zip(ours.values(), theirs.values(), strict=True)):
                 a.grad = gradient(a.shape, step, number, torch.ones(E))
                 b.grad = a.grad.clone()
             for optimizer in (own, wrapped):
-                step_by_load(optimizer, LOADS + 1 + step)
+                optimizer.step(load=LOADS + 1 + step)
         for key, a in ours.items():
             torch.testing.assert_close(a, theirs[key], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_a_dead_expert_is_left_alone(wrapped):
-    """Whatever the floor: weights stay; AdamW's moments and step count too, so that it wakes as it fell asleep."""
+OUTSIDE = {
+    "AdamW, fused": functools.partial(torch.optim.AdamW, fused=True),
+    "NAdam": torch.optim.NAdam,
+    "RMSprop": functools.partial(torch.optim.RMSprop, momentum=0.9),
+    "SGD": functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+}
+SOON = {"precondition_frequency": 2, "statistics_every": 1}  # roots and bases are made while the expert is dead
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZER_NAMES, *OUTSIDE])
+def test_a_dead_expert_is_left_alone(name: str) -> None:
+    """Whatever the floor: its weights and all that is kept of it, so that it wakes as it fell asleep.
+
+    One count of steps for all experts, which optimizers from outside have, goes on.
+    """
+    builder = OUTSIDE.get(name) or OPTIMIZERS[name]
     weight = nn.Parameter(torch.randn(E, 3, 5))
-    groups = parameter_groups(
-        [("layers.0.moe.experts.w1", weight)], {"expert": settings(load_lr="ideal_normalized", load_lr_floor=0.5)}
-    )
-    optimizer = torch.optim.AdamW(groups, fused=True) if wrapped else OPTIMIZERS["adamw"](groups)
-    scale_steps(optimizer)
-    weight.grad = torch.randn_like(weight)
-    step_by_load(optimizer, torch.tensor([[3, 3, 1, 1]]))
-    before = copy.deepcopy({"weight": weight.detach(), **optimizer.state[weight]})
+    soon = {key: value for key, value in SOON.items() if key in inspect.signature(builder).parameters}
+    by_load = settings(load_lr="ideal_normalized", load_lr_floor=0.5)
+    groups = parameter_groups([("layers.0.moe.experts.w1", weight)], {"expert": by_load})
+    optimizer = Optimizer.around(builder(groups, **soon))
+    of_all = {"clock", "load_ema", "load_factor"} | ({"step", "mu_product"} if name in OUTSIDE else set())
+
+    def kept() -> dict[str, Tensor]:
+        state = {key: value for key, value in optimizer.state[weight].items() if key not in of_all}
+        return copy.deepcopy({"weight": weight.detach(), **{k: v for k, v in state.items() if v is not None}})
+
+    for _ in range(2):
+        weight.grad = torch.randn_like(weight)
+        optimizer.step(load=torch.tensor([[3, 3, 1, 1]]))
+    before = kept()
     for _ in range(3):
         weight.grad = torch.randn_like(weight)
         weight.grad[2] = 0
-        factors = step_by_load(optimizer, torch.tensor([[4, 3, 0, 1]]))
+        factors = optimizer.step(load=torch.tensor([[4, 3, 0, 1]]))
     assert factors is not None
     assert factors[0].tolist() == [2.0, 1.5, 0.0, 0.5]
-    after = {"weight": weight.detach(), **optimizer.state[weight]}
-    alive = [0, 1, 3]
-    assert torch.equal(after["weight"][2], before["weight"][2])
-    assert (after["weight"][alive] != before["weight"][alive]).any(-1).any(-1).all()
-    if not wrapped:
-        assert after["step"].tolist() == [4, 4, 1, 4]
-        for moment in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(after[moment][2], before[moment][2])
-            assert (after[moment][alive] != before[moment][alive]).any()
+    after = kept()
+    assert before.keys() == after.keys()
+    assert len(after) > 1
+    for key, value in after.items():
+        assert torch.equal(value[2], before[key][2]), key
+        assert (value[[0, 1, 3]] != before[key][[0, 1, 3]]).view(3, -1).any(-1).all(), key
+    if name not in OUTSIDE:
+        assert after["step"].tolist() == [5, 5, 2, 5]
 
 
 def test_decay_that_is_not_scaled_goes_on_for_a_dead_expert():
@@ -193,7 +211,7 @@ def test_decay_that_is_not_scaled_goes_on_for_a_dead_expert():
     groups = parameter_groups([("layers.0.moe.experts.w1", weight)], {"expert": options})
     optimizer = OPTIMIZERS["adamw"](groups, lr=0.1, weight_decay=0.5)
     weight.grad = torch.zeros_like(weight)
-    step_by_load(optimizer, torch.tensor([[2, 0]]))
+    optimizer.step(load=torch.tensor([[2, 0]]))
     assert weight.flatten().tolist() == pytest.approx([0.95, 0.95])
 
 
@@ -294,7 +312,7 @@ def test_built_from_the_configuration(tmp_path):
     _, plain = configured(tmp_path, "--optimizer.expert.load_lr=none")
     assert all("load_lr" not in key for group in plain.param_groups for key in group)
     _, outside = configured(tmp_path, "--optimizer.name=torch.optim:NAdam", "--optimizer.decoupled_weight_decay=true")
-    assert len(outside._optimizer_step_post_hooks) == 1
+    assert {type(rule) for rule in outside.rules} == {torch.optim.NAdam}
     assert "load_lr_floor = 0.0" in help_text()
 
 
@@ -311,9 +329,7 @@ def run(model: Any, optimizer: Any, steps: range, micro_batches: int = 1) -> lis
 def expert_optimizer(model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     options = {"load_lr": "batch_fraction", "load_lr_ema": 0.5, **options}
     groups = parameter_groups(model.named_parameters(), {"expert": settings(**options)})
-    optimizer = OPTIMIZERS["adamw"](groups, lr=1e-2)
-    scale_steps(optimizer)
-    return optimizer
+    return OPTIMIZERS["adamw"](groups, lr=1e-2)
 
 
 def test_accumulation_changes_nothing():

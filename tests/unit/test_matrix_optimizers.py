@@ -14,12 +14,11 @@ from tests.tiny import balancers, batch, tiny_model
 from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.config import load_config, to_toml
-from titan_moe.optimizer import layouts
+from titan_moe.optimizer import kronecker
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.combined import Combined, combine, describe_group, kind_of
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.optimizer.matrix import COUNTS, apply, parts_of
+from titan_moe.optimizer.optimizer import COUNTS, apply, combine, describe_group, kind_of, parts_of
 from titan_moe.optimizer.transform import momentum
 from titan_moe.step import train_step
 
@@ -123,7 +122,7 @@ def test_other_shapes_and_groups_are_adamws(name: str) -> None:
         optimizer.step()
         reference.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert describe_group(optimizer, groups[1]) == f"AdamW (no matrices for {name})"
+    assert describe_group(optimizer, optimizer.param_groups[1]) == f"AdamW (no matrices for {name})"
 
 
 @pytest.mark.parametrize("name", MATRIX)
@@ -149,7 +148,7 @@ def test_a_training_step_spares_them_the_look_at_their_gradients() -> None:
     )
     weight = model.layers[0].moe.experts.w2
     step = functools.partial(train_step, model, [batch(0)], optimizer, balancers(), model.expert_biases(), max_norm=1.0)
-    with mock.patch("titan_moe.optimizer.matrix.refuse_nonfinite") as again:
+    with mock.patch("titan_moe.optimizer.optimizer.refuse_nonfinite") as again:
         step()
     again.assert_not_called()  # the norm has told
     weight.grad = torch.full_like(weight, float("nan"))
@@ -190,7 +189,7 @@ def test_experts_are_updated_alike_however_many_at_a_time(
         (weight,) = optimizer.param_groups[0]["params"]
         weight.grad = gradient
         optimizer.step(load=load)
-        sizes.append(len(parts_of(weight, optimizer._transforms[weight])))
+        sizes.append(len(parts_of(weight, optimizer._matrices[weight])))
 
     for number in range(7):
         gradient = torch.randn(5, 4, 5)
@@ -198,7 +197,7 @@ def test_experts_are_updated_alike_however_many_at_a_time(
         gradient[1] *= number != 3
         step(all_at_once, gradient.clone(), load)
         with monkeypatch.context() as patch:
-            patch.setattr("titan_moe.optimizer.matrix.CPU_ELEMENTS_PER_UPDATE", together)
+            patch.setattr("titan_moe.optimizer.optimizer.CPU_ELEMENTS_PER_UPDATE", together)
             step(some, gradient.clone(), load)
     assert set(sizes) == {1, 5 if together == 1 else 2}
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
@@ -295,8 +294,8 @@ def test_round_off_stays_round_off(
     def other(x: Tensor) -> Tensor:
         return x * (1 + 1e-7 * torch.randn(x.shape, generator=noise))
 
-    exact = layouts.add_product
-    monkeypatch.setattr(layouts, "add_product", lambda factor, product, *rest: exact(factor, other(product), *rest))
+    exact = kronecker.add_product
+    monkeypatch.setattr(kronecker, "add_product", lambda factor, product, *rest: exact(factor, other(product), *rest))
     moved = moved_by(name, shape, [other(gradient) for gradient in gradients])
     assert not torch.equal(moved, want)
     assert (moved - want).norm() < 2e-4 * want.norm()
@@ -462,7 +461,6 @@ def configured(tmp_path: Any, *args: str) -> tuple[Any, Any, Any]:
 
 def test_groups_name_their_optimizers(tmp_path: Any) -> None:
     config, _, optimizer = configured(tmp_path)
-    assert isinstance(optimizer, Combined)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert {name: describe_group(optimizer, group) for name, group in groups.items()} == {
         "expert": "shampoo",
@@ -551,7 +549,7 @@ def test_resume_is_bit_for_bit(tmp_path: Any, args: list[str]) -> None:
 def test_metas_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "distributed_shampoo", None)
     with pytest.raises(ValueError, match=r"cannot be imported .*; pip install git\+https://.* name = 'shampoo'"):
-        OPTIMIZERS["distributed_shampoo"]([nn.Parameter(torch.ones(2, 2))])
+        OPTIMIZERS["distributed_shampoo"]([{"params": [nn.Parameter(torch.ones(2, 2))]}])
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_preconditioner_dim": 5}, {"exponent": 0.5}])

@@ -7,8 +7,8 @@ from torch import nn
 
 from tests.cases import OPTIMIZER_NAMES
 from titan_moe.optimizer.build import OPTIMIZERS, set_lr
-from titan_moe.optimizer.combined import clip_gradients, combine
 from titan_moe.optimizer.groups import group_of, parameter_groups
+from titan_moe.optimizer.optimizer import Optimizer, combine
 from titan_moe.optimizer.schedule import SCHEDULES
 
 
@@ -133,19 +133,21 @@ def test_clipping_equals_that_of_torch(max_norm: float, experts: str) -> None:
             a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(10 * step + index))
             b.grad = a.grad.clone()
         norm = torch.nn.utils.get_total_norm([p.grad for _, p in ours])
-        clip_gradients(built[0], norm, max_norm)
         if max_norm:
             torch.nn.utils.clip_grad_norm_([p for _, p in theirs], max_norm)
-        for optimizer in built:
-            optimizer.step()
+        built[0].step(grad_norm=norm, max_norm=max_norm)
+        built[1].step()
     for (name, a), (_, b) in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_clipping_ends_with_max_norm() -> None:
-    """A scale of an earlier step is not taken again."""
+def test_an_optimizer_from_outside_is_told_for_one_step() -> None:
+    """torch's fused ones have the scale and the flag from us; what calls them next finds neither."""
     parameters = named("norm.weight")
-    optimizer = OPTIMIZERS["adamw"](parameter_groups(parameters, {}), lr=1e-2)
-    for max_norm, want in ((0.1, 10.0), (0.0, None)):
-        clip_gradients(optimizer, torch.tensor(1.0), max_norm)
-        assert (optimizer.grad_scale if want is None else optimizer.grad_scale.item()) == (want and pytest.approx(want))
+    fused = torch.optim.Adam(parameter_groups(parameters, {}), lr=1e-2, fused=True)
+    seen = []
+    fused.register_step_pre_hook(lambda own, *_: seen.append((own.grad_scale.item(), own.found_inf.item())))
+    parameters[0][1].grad = torch.ones_like(parameters[0][1])
+    Optimizer.around(fused).step(grad_norm=torch.tensor(1.0), max_norm=0.1)
+    assert seen == [(pytest.approx(10.0), 0.0)]
+    assert fused.grad_scale is fused.found_inf is None

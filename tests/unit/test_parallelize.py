@@ -157,7 +157,7 @@ def test_models_are_evaluated_in_the_type_of_training_but_on_a_cpu() -> None:
 # The functions that may read a tensor's value on the host, which waits for the device, in a training step.
 ALLOWED_TO_WAIT = {
     "read_splits": "all-to-alls want their sizes on the host: once for each MoE layer and forward pass",
-    "may_step": "a NaN would stay in the factors of matrix optimizers: whether to step is known before they do",
+    "_is_refused": "a NaN would stay in factors of matrices: whether to step is known before",
 }
 
 

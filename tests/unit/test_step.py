@@ -7,6 +7,7 @@ from tests.cases import ROUTER_CASES, WHOLE_BATCH, takes_bias
 from tests.tiny import SEQ, VOCAB, adamw, balancers, batch, steps, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.model.routing import ROUTERS
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.step import IGNORE, add, all_reduce_sums, eval_step, evaluate, train_step
 
 TOKEN_BYTES = torch.full((VOCAB,), 2)
@@ -140,7 +141,7 @@ def test_ignored_labels_do_not_count():
 
 def test_dense_model():
     model = fresh(num_experts=0, router=None)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = Optimizer.around(torch.optim.AdamW(model.parameters()))
     output = train_step(model, [batch(0)], optimizer, {}, model.expert_biases(), max_norm=1.0)
     assert output.load.numel() == 0
     assert output.routing_means == {}
@@ -184,7 +185,7 @@ def test_no_host_synchronisation_in_the_step(case):
         own["quantile"] = (1.0, BALANCERS["loss_free"](rule="quantile"))
     with FakeTensorMode(), torch.device("cpu"):
         model = tiny_model(case)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        optimizer = Optimizer.around(torch.optim.AdamW(model.parameters(), fused=True))
         tokens = torch.zeros(4, SEQ, dtype=torch.int64)
         output = train_step(model, [(tokens, tokens)], optimizer, own, model.expert_biases(), max_norm=1.0)
         assert output.load.shape == (2, 4)

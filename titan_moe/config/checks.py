@@ -8,9 +8,9 @@ from titan_moe.config.sections import Config
 from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.optimizer.matrix import NO_MATRICES
-from titan_moe.optimizer.matrix_builders import DIRECTIONS
 from titan_moe.optimizer.schedule import SCHEDULES
 
 
@@ -198,7 +198,7 @@ def _check_optimizer(config: Config) -> None:
         raise ValueError("optimizer.lr = 0 trains nothing: it must be greater than 0 (a group's own lr may be 0)")
     for group in NO_MATRICES:
         name = config.optimizer.groups.get(group, {}).get("name")
-        if name in DIRECTIONS:
+        if name in OPTIMIZERS and name != "adamw":
             raise ValueError(
                 f"optimizer.{group}.name = {name!r}: it updates matrices, but the {group} group is always updated by "
                 "AdamW: leave the name out, or set it to 'adamw'"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from titan_moe.optimizer.load_lr import Group
-from titan_moe.optimizer.transform import State, Tick, Transform
+from titan_moe.optimizer.shampoo import Grafting
+from titan_moe.optimizer.transform import State, Tick, Transform, keep_dead_rows
 
 PACKAGE = "distributed_shampoo"
 
@@ -33,23 +33,60 @@ def load_package() -> Any:
     return package
 
 
-def meta_direction(group: Group) -> Transform:
-    """Meta's optimizer on the rows of one parameter.
+def distributed_shampoo(
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    epsilon: float = 1e-12,
+    exponent: float = 0.0,
+    grafting: Grafting = "adamw",
+    precondition_frequency: int = 100,
+    start_preconditioning_step: int = -1,
+    max_preconditioner_dim: int = 1024,
+    adamw_above: int = 8192,
+) -> Transform:
+    """Meta's Distributed Shampoo, each expert by itself; its package must be installed. Arguments are shampoo's.
+
+    `start_preconditioning_step` must be at least `precondition_frequency`.
 
     The state of a row is in the package's tensors, which it only ever changes in place. They are made to lie in the
     rows of the transform's state, so that this is sharded, saved and loaded as that of any other transform.
     """
+    package = load_package()
+    grafting_config = package.AdamPreconditionerConfig(beta2=beta2, epsilon=eps) if grafting == "adamw" else None
+    override = {2: exponent} if exponent else {}
     rows: list[nn.Parameter] = []
     optimizers: list[torch.optim.Optimizer] = []
 
+    def make(like: Tensor) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        """The package's optimizer on rows like those of (R, M, N), each a parameter of its own."""
+        with torch.enable_grad():
+            made = [nn.Parameter(torch.zeros_like(row, dtype=torch.float32)) for row in like]
+        optimizer = package.DistributedShampoo(
+            made,
+            lr=1.0,
+            betas=(beta1, beta2),
+            epsilon=epsilon,
+            weight_decay=0.0,
+            max_preconditioner_dim=max_preconditioner_dim,
+            precondition_frequency=precondition_frequency,
+            start_preconditioning_step=start_preconditioning_step,
+            grafting_config=grafting_config,
+            # its default of 1 would make a vector of a small matrix
+            distributed_config=package.SingleDeviceDistributedConfig(target_parameter_dimensionality=2),
+            preconditioner_config=package.RootInvShampooPreconditionerConfig(inverse_exponent_override=override),
+        )
+        return optimizer, made
+
     def init(weight: Tensor) -> State:
         one = torch.zeros((1, *weight.shape[1:]), device=weight.device)  # even where this rank has no row
-        (made,) = _tensors_of(*_make(one))
+        (made,) = _tensors_of(*make(one))
         return {name: tensor.expand(weight.shape[0], *tensor.shape).contiguous() for name, tensor in made.items()}
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
         if not rows:
-            optimizer, made = _make(gradient)
+            optimizer, made = make(gradient)
             rows.extend(made)
             optimizers.append(optimizer)
             for row, tensors in enumerate(_tensors_of(optimizer, made)):
@@ -57,19 +94,21 @@ def meta_direction(group: Group) -> Transform:
                     tensor.data = state[name][row]
             for row in rows:  # one count for all, which this does once only
                 optimizer.state[row]["step"].fill_(tick.step - 1)
+
+        # the package can't leave a row out: what it did to those without a token is taken back
+        before = {name: value.clone() for name, value in state.items()} if tick.alive is not None else {}
         for row, own in zip(rows, gradient, strict=True):
             row.grad = own.contiguous()
         optimizers[0].step()
-        direction = -torch.stack([row.detach() for row in rows])
+        if tick.alive is not None:
+            for name, old in before.items():
+                keep_dead_rows(state[name], old, tick.alive)
+
+        direction = -torch.stack([row.detach() for row in rows])  # (R, M, N)
         torch._foreach_zero_([row.detach() for row in rows])
         return direction
 
-    def _make(like: Tensor) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
-        with torch.enable_grad():
-            made = [nn.Parameter(torch.zeros_like(row, dtype=torch.float32)) for row in like]
-        return _build(made, group), made
-
-    return Transform(init, update, by_rows=False)
+    return Transform(init, update, by_rows=False, max_dim=adamw_above)
 
 
 def _tensors_of(optimizer: torch.optim.Optimizer, rows: list[nn.Parameter]) -> list[State]:
@@ -88,24 +127,3 @@ def _tensors_of(optimizer: torch.optim.Optimizer, rows: list[nn.Parameter]) -> l
                     own |= {f"{block}_{kind}_{i}": t for kind, tensors in factors for i, t in enumerate(tensors)}
         found.append(own)
     return found
-
-
-def _build(rows: list[nn.Parameter], group: Group) -> torch.optim.Optimizer:
-    package = load_package()
-    beta1, beta2 = group["betas"]
-    override = {2: group["exponent"]} if group["exponent"] else {}
-    grafting = package.AdamPreconditionerConfig(beta2=beta2, epsilon=group["eps"])
-    return package.DistributedShampoo(
-        rows,
-        lr=1.0,
-        betas=(beta1, beta2),
-        epsilon=group["epsilon"],
-        weight_decay=0.0,
-        max_preconditioner_dim=group["max_preconditioner_dim"],
-        precondition_frequency=group["precondition_frequency"],
-        start_preconditioning_step=group["start_preconditioning_step"],
-        grafting_config=grafting if group["grafting"] == "adamw" else None,
-        # its default of 1 would make a vector of a small matrix
-        distributed_config=package.SingleDeviceDistributedConfig(target_parameter_dimensionality=2),
-        preconditioner_config=package.RootInvShampooPreconditionerConfig(inverse_exponent_override=override),
-    )
