@@ -97,7 +97,7 @@ def log_parameters(config: Config, model: Transformer, optimizer: torch.optim.Op
     size = size_record(config, model)
     logger.info("model: %s parameters, %s active a token", f"{size['parameters']:,}", f"{size['active_parameters']:,}")
 
-    # A group that is empty, or has the decay of another one, is a mistake that shows here before hours are spent.
+    # A group with another rate or decay than was meant shows here, before hours are spent on it.
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         logger.info(

@@ -64,8 +64,8 @@ def resume(job: Job) -> Progress:
         check_same_run(job, None)
         return Progress()
 
-    # The folder's run is compared with this one before anything of it is loaded: weights of another model would fail
-    # with an error that tells nobody why.
+    # The folder's run is compared with this one before anything of it is loaded: weights that happen to fit would go on
+    # in another run, and nobody would notice.
     folder = job.folder / config.folder
     if config.load_step >= 0:
         step_folder = resolve_checkpoint(folder / f"step-{config.load_step}", "checkpoint.load_step")
