@@ -31,12 +31,15 @@ from titan_moe.runtime.world import Runtime
 
 def build_model(config: Config) -> Transformer:
     """Build the model of a config whose vocab_size is known, on the current default device (`meta`: no memory)."""
+    # The debug switch wraps the router here, so that no layer has to know of it.
     model, moe = config.model, config.moe
     router = None
     if moe.num_experts:
         router = find_component(ROUTERS, config.router.name)(top_k=moe.top_k, **config.router.arguments)
         if config.debug.force_balanced_routing:
             router = force_balanced(router)
+
+    # A selection bias that nothing moves would be zeros in every checkpoint, so it is there only for a balancer.
     return Transformer(
         vocab_size=model.vocab_size,
         dim=model.dim,
@@ -62,9 +65,12 @@ def build_model(config: Config) -> Transformer:
 
 def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) -> Transformer:
     """Build the model on the meta device and parallelize it over `mesh` (None: one process)."""
+    # Without memory: a model may be larger than a process, which will have its shards alone.
     training = config.training
     with torch.device("meta"):
         model = build_model(config)
+
+    # What changes parameters and their products comes first: `parallelize` cuts and compiles what it is given.
     cast_parameters(model, DTYPES[training.dtype])
     quantize(model, **dataclasses.asdict(config.quantize))
     use_experts_backend(model, find_component(EXPERTS_BACKENDS, config.moe.experts_backend))
@@ -83,6 +89,7 @@ def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) 
 
 def degrees_of(config: Config, world_size: int) -> Degrees:
     """The sizes of the axes in a world of that many processes; ValueError for degrees that do not fit it or torch."""
+    # torchtitan's names for the keys, the short ones of meshes from here on.
     parallel = config.parallelism
     degrees = resolve_degrees(
         world_size=world_size,
@@ -124,18 +131,27 @@ def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str
     A group that names another optimizer gets from [optimizer] those arguments that this one takes. `patterns` tell
     the groups of a model whose parameters have other names than ours.
     """
-    arguments = {group: dict(own) for group, own in config.optimizer.groups.items()}
-    names = {group: own.pop("name") for group, own in arguments.items() if "name" in own}
+    # A group's name says who updates it; all else are settings of the group, among them the rates by load, which every
+    # optimizer takes.
+    arguments = {group: dict(table) for group, table in config.optimizer.groups.items()}
+    names = {group: table.pop("name") for group, table in arguments.items() if "name" in table}
     if "expert" in arguments:
         arguments["expert"] = expand_load_lr(arguments["expert"], top_k=config.moe.top_k)
     groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), arguments, patterns)
 
     def build(name: str, members: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        builder, shared = find_component(OPTIMIZERS, name), config.optimizer.arguments
+        # What [optimizer] sets is meant for the optimizer named there. One that a group names takes what it knows of
+        # it, such as `lr`.
+        builder, given = find_component(OPTIMIZERS, name), config.optimizer.arguments
+        taken = inspect.signature(builder).parameters
         if name != config.optimizer.name:
-            taken = inspect.signature(builder).parameters
-            shared = {key: value for key, value in shared.items() if key in taken}
-        return builder(members, **shared)
+            given = {key: value for key, value in given.items() if key in taken}
+
+        # Settings that all of its groups have alike are its arguments too: an own optimizer for [optimizer.expert] may
+        # read them there, and need not know of torch's groups.
+        tables = [arguments.get(group["name"], {}) for group in members]
+        alike = {k: v for k, v in tables[0].items() if k in taken and all(table.get(k) == v for table in tables)}
+        return builder(members, **{**given, **alike})
 
     return combine(groups, {group["name"]: names.get(group["name"], config.optimizer.name) for group in groups}, build)
 
@@ -148,6 +164,8 @@ def build_schedule(config: Config) -> Schedule:
 
 def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     """Prepare the tokenizer and this rank's batches, of each sequence its part."""
+    # Ranks that share sequences are neighbours, and read the same ones at different positions. One process of each node
+    # fills the cache, for nodes need not have a disk in common.
     data, training = config.data, config.training
     return build_data(
         **data_arguments(config),
@@ -167,6 +185,7 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
 
 def data_arguments(config: Config) -> dict[str, Any]:
     """What of [data], [training] and [validation] says which tokens there are, as arguments of `build_data`."""
+    # Nothing of ranks is among them, so an evaluation by one process reads the same tokens as the run did.
     data, training, validation = config.data, config.training, config.validation
     return {
         "dataset": data.dataset,

@@ -54,14 +54,16 @@ def train_step(
     sums: Sums = {}
 
     for number, (tokens, labels) in enumerate(micro_batches, start=1):
-        # No state is written in forward: balance is a function of the routings that the model returns.
+        # Replicas need the sum of their gradients once a step: all but the last backward leave it out.
         set_last_micro_batch(model, number == len(micro_batches))
+
+        # No state is written in forward: balance is a function of the routings that the model returns.
         ce_sum, routings = model(tokens, labels)
         ce = ce_sum / num_tokens
         balance = balance_losses(balancers, routings, count_loads(routings, len(tokens)), num_tokens)
 
         # Reported at coefficient 1, so that runs can be compared whatever their coefficients; trained on with them.
-        trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
+        trained = [coeff * balance[name] for name, (coeff, b) in balancers.items() if name in balance and b.train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
 
@@ -147,6 +149,7 @@ def load_counter(
 
     It takes the micro-batch's routings and its number of sequences; all ranks call it alike.
     """
+    # Each scope costs collectives, or a pass over all micro-batches, so only those are counted that a loss asks for.
     scopes = {balancer.scope for _, balancer in balancers.values() if balancer.has_loss}
     whole_LE = route_ahead(model, micro_batches) if "global_batch_exact" in scopes else None
     so_far: list[Tensor] = []  # (L, E) of each micro-batch, over all ranks
@@ -157,11 +160,15 @@ def load_counter(
 
     @torch.no_grad()
     def count_loads(routings: Sequence[Routing], sequences: int) -> Loads:
+        # Of this micro-batch alone: (E,) of each layer, or (B, E) where each sequence is to be balanced for itself.
         loads: dict[Scope, Sequence[Tensor]] = {}
         if "micro_batch" in scopes:
             loads["micro_batch"] = of_whole_sequences([r.tokens_per_expert for r in routings])  # (E,)
         if "sequence" in scopes:
             loads["sequence"] = of_whole_sequences([sequence_load(r, sequences) for r in routings])  # (B, E)
+
+        # Of the whole step, (E,) of each layer: all that has been routed so far, as later micro-batches are not known.
+        # The exact load is that of the pass ahead.
         if "global_batch" in scopes:
             so_far.append(all_reduce_sum(torch.stack([r.tokens_per_expert for r in routings])))
             loads["global_batch"] = sum_tensors(so_far).unbind()
@@ -261,6 +268,7 @@ def routing_sums(routings: Sequence[Routing]) -> Sums:
     Of router logits the 2-norms; of scores the largest; a flag, above 0 where a logit is NaN or infinite; and where
     choices can be lost, how many were, and how many tokens no expert computes. Nothing for a dense model.
     """
+    # Sums and not means, as they add up over micro-batches and ranks. The flag is a sum as well: a single NaN shows.
     if not routings:
         return {}
     sums = {
@@ -271,11 +279,11 @@ def routing_sums(routings: Sequence[Routing]) -> Sums:
     }
 
     # Counts become fp32 to travel with the other sums: exact up to 2^24.
-    kept = [(r, r.kept) for r in routings if r.kept is not None]
-    if kept:
-        dropped = [((r.topk_experts < r.scores.shape[-1]) & ~is_kept).sum() for r, is_kept in kept]
+    limited = [(r, r.kept) for r in routings if r.kept is not None]
+    if limited:
+        dropped = [((r.topk_experts < r.scores.shape[-1]) & ~is_kept).sum() for r, is_kept in limited]
         sums["dropped"] = torch.stack(dropped).float()
-        sums["unrouted"] = torch.stack([(~is_kept.any(-1)).sum() for _, is_kept in kept]).float()
+        sums["unrouted"] = torch.stack([(~is_kept.any(-1)).sum() for _, is_kept in limited]).float()
     return sums
 
 

@@ -15,13 +15,13 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_fsdp import full
 from tests.tiny import balancers, batch, tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
+from titan_moe.diagnostics import balance_tax, routing_choices, routing_drift
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.parallelize.parallelize import parallelize
-from titan_moe.probe import balance_tax, routing_choices, routing_drift
 from titan_moe.step import train_step
 
 OPTIONS = {"load_lr": "ideal_normalized", "load_lr_ema": 0.5, "load_lr_power": 2.0, "load_lr_decay": False}

@@ -50,7 +50,7 @@ LAYERS = {
     "data": 2,
     "sinks": 2,
     "records": 2,
-    "probe": 2,
+    "diagnostics": 2,
     "estimate.simulate": 2,
     "estimate.step_time": 2,
     "train": 3,

@@ -16,6 +16,7 @@ from titan_moe.optimizer.schedule import SCHEDULES
 
 def check_config(config: Config) -> None:
     """Check every constraint between keys that needs no process group, no data and no model."""
+    # Sizes first: a router is tried on small tensors further down, and even these grow with moe.num_experts.
     _check_size(config)
     model = config.model
     check_attention(model.dim, model.num_heads, model.num_kv_heads or model.num_heads)
@@ -24,6 +25,8 @@ def check_config(config: Config) -> None:
         check_combinations(config)
     else:
         _check_dense(config)
+
+    # The rest goes for dense models too.
     _check_batches(config)
     _check_parts(config)
     _check_optimizer(config)
@@ -34,6 +37,7 @@ LARGEST = 2**44  # elements of a tensor: 64 TiB in fp32, above any machine and f
 
 def _check_size(config: Config) -> None:
     """Refuse a tensor that no machine holds, by the keys that make it: torch would say that some number overflows."""
+    # The product is what overflows: any of its keys may be the one with too many digits, so all are named.
     model, moe, training = config.model, config.moe, config.training
     sizes = {
         "model.vocab_size x model.dim": model.vocab_size * model.dim,
@@ -42,10 +46,12 @@ def _check_size(config: Config) -> None:
         "moe.num_experts x model.dim x moe.expert_dim": moe.num_experts * model.dim * moe.expert_dim,
         "moe.num_shared_experts x model.dim x moe.expert_dim": moe.num_shared_experts * model.dim * moe.expert_dim,
     }
-    if training.local_batch_size > 0:
+    if training.local_batch_size > 0:  # -1 follows from the number of ranks, which is not known yet
         sizes["training.local_batch_size x training.seq_len x model.dim"] = (
             training.local_batch_size * training.seq_len * model.dim
         )
+
+    # One message is enough: with the largest lowered, the next one has its turn.
     keys, size = max(sizes.items(), key=lambda item: item[1])
     if size > LARGEST:
         raise ValueError(f"a tensor would have {keys} = {size:.3g} elements: no machine holds that, lower these keys")
@@ -53,6 +59,7 @@ def _check_size(config: Config) -> None:
 
 def _check_dense(config: Config) -> None:
     """Refuse what is set for experts where there are none: it would do nothing."""
+    # A base file may have turned these on, so the message says which line takes them back.
     moe = config.moe
     if config.balancer:
         off = ", ".join(f"{name} = false" for name in config.balancer)
@@ -66,6 +73,8 @@ def _check_dense(config: Config) -> None:
                 f"moe.num_experts = 0 is a dense model, but [optimizer.{group}] is set: remove that table, "
                 f"or set {group} = false under [optimizer]"
             )
+
+    # Keys that only MoE layers, and measures of them, look at.
     if config.debug.force_balanced_routing:
         raise ValueError("debug.force_balanced_routing = true needs experts, but moe.num_experts is 0")
     if "quantize.grouped_mm.float8" in config.quantize.converters:
@@ -109,6 +118,7 @@ def _check_experts_backend(config: Config) -> None:
 
 def _check_balance_tax(config: Config) -> None:
     """The tax is the time of learned routing over that of balanced routing: the two must differ."""
+    # With a load that is even anyway it would measure nothing but noise around 1.
     freq = config.metrics.balance_tax_freq
     if freq and config.debug.force_balanced_routing:
         raise ValueError(
@@ -124,6 +134,8 @@ def _check_balance_tax(config: Config) -> None:
 
 def _check_batches(config: Config) -> None:
     """Batches come out even, and there is data to take them from."""
+    # Each -1 follows from the other number, so one of them has to be there. Ranks count too, but these are not known
+    # yet: `resolve_batch_sizes` checks the rest.
     training, data = config.training, config.data
     if training.global_batch_size == training.local_batch_size == -1:
         raise ValueError(
@@ -136,6 +148,7 @@ def _check_batches(config: Config) -> None:
             f"({training.global_batch_size})"
         )
 
+    # Said now and not by an empty validation after many steps, or by a reader without files.
     if config.validation.enable and data.validation_fraction == 0 and not data.validation_path:
         raise ValueError(
             "validation.enable = true needs data to validate on: set data.validation_fraction above 0 or "
@@ -180,6 +193,7 @@ def _check_parts(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     """Refuse settings of the optimizer that would be taken and do nothing."""
+    # The embedding and the norms stay with AdamW whatever their groups name: the user would think that they do not.
     if config.optimizer.arguments.get("lr") == 0:
         raise ValueError("optimizer.lr = 0 trains nothing: it must be greater than 0 (a group's own lr may be 0)")
     for group in NO_MATRICES:
@@ -201,7 +215,7 @@ def _check_optimizer(config: Config) -> None:
     expand_load_lr(expert, top_k=config.moe.top_k)
 
 
-EVEN = ("expert_choice", "base")  # the load of a forward pass is even whatever the logits
+ROUTERS_WITH_EVEN_LOAD = ("expert_choice", "base")  # the load of a forward pass is even whatever the logits
 
 
 def check_combinations(config: Config) -> None:
@@ -209,8 +223,8 @@ def check_combinations(config: Config) -> None:
     # Two tokens through the router, as a router itself refuses what does not fit it. Not for one from outside: it may
     # need more than zeros. Random numbers that it draws are not to change those of the run.
     router, arguments = config.router.name, config.router.arguments
-    known = {name: own for name, own in config.balancer.items() if name in BALANCERS}
-    biased = any(BALANCERS[name](**own).moves_bias for name, own in known.items())
+    known = {name: options for name, options in config.balancer.items() if name in BALANCERS}
+    biased = any(BALANCERS[name](**options).moves_bias for name, options in known.items())
     if router in ROUTERS:
         route = ROUTERS[router](top_k=config.moe.top_k, **arguments)
         with torch.random.fork_rng(devices=[]):
@@ -218,7 +232,7 @@ def check_combinations(config: Config) -> None:
 
     # What each of the two takes, but not together.
     aux = config.balancer.get("aux_loss")
-    if aux and router in EVEN:
+    if aux and router in ROUTERS_WITH_EVEN_LOAD:
         raise ValueError(
             f"balancer.aux_loss has no effect with router.name = {router!r}, whose load is even by construction: "
             "set aux_loss = false under [balancer]"
@@ -233,7 +247,7 @@ def check_combinations(config: Config) -> None:
             'balancer.loss_free.rule = "quantile" compares each expert with the top_k of all experts, but '
             f'router.num_groups ({arguments["num_groups"]}) limits the choice: take rule = "sign" or num_groups = 1'
         )
-    if config.debug.force_balanced_routing and router in EVEN:
+    if config.debug.force_balanced_routing and router in ROUTERS_WITH_EVEN_LOAD:
         raise ValueError(
             f"debug.force_balanced_routing = true deals experts out in turn, but router.name = {router!r} is even by "
             "construction: switch one of them off"
@@ -242,12 +256,13 @@ def check_combinations(config: Config) -> None:
 
 def cautions(config: Config) -> list[str]:
     """What to say once at the start of a run: choices that are sound only for some uses."""
+    # A schedule from outside may mean something else by `warmup_steps`, so it is not judged.
     said = []
     steps, warmup = config.training.steps, config.lr_scheduler.arguments.get("warmup_steps", 0)
     if config.lr_scheduler.name in SCHEDULES and warmup >= steps:
         said.append(
             f"lr_scheduler.warmup_steps ({warmup}) is not below training.steps ({steps}): learning rates rise until "
-            f"the run ends, to {steps / warmup:.2g} of what is set, and do not fall again"
+            f"the run ends, to {steps / warmup:.2g} of what is set, and do not fall again: lower warmup_steps"
         )
     if config.moe.num_experts == 0:
         return said

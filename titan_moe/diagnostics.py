@@ -62,6 +62,8 @@ def routing_drift(before: Tensor, after: Tensor) -> float:
     """
     if before.shape != after.shape:
         return math.nan
+
+    # Each choice of now is looked for among all K of before, whatever their order: (L, T, K, 1) and (L, T, 1, K).
     counts_LTK = after != NO_EXPERT
     kept_LTK = (after.unsqueeze(-1) == before.unsqueeze(-2)).any(-1)
     return ((counts_LTK & ~kept_LTK).sum() / counts_LTK.sum()).item()

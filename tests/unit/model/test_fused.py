@@ -14,7 +14,7 @@ from titan_moe.model import fused
 from titan_moe.model.dispatch import sort_choices
 from titan_moe.model.routing.token_choice import topk_softmax
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 needs_triton = pytest.mark.skipif(

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.unit.test_checkpoint import Tiny, flip_bit, make, train
-from tests.unit.test_convert import _logger_as_before, run  # noqa: F401
+from tests.unit.checkpoint.test_store import Tiny, flip_bit, make, train
+from tests.unit.convert.test_commands import _logger_as_before, run  # noqa: F401
 from titan_moe.checkpoint import complete_steps, load_checkpoint, load_weights, save_checkpoint, store
 from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
 from titan_moe.checkpoint.verify import verify_checkpoint

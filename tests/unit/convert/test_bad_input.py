@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.interop.models import configure, make_checkpoint
-from tests.unit.test_checkpoint import LimitedFileSize
-from tests.unit.test_convert import _logger_as_before, names, run  # noqa: F401
+from tests.unit.checkpoint.test_store import LimitedFileSize
+from tests.unit.convert.test_commands import _logger_as_before, names, run  # noqa: F401
 from titan_moe.config import to_toml
 from titan_moe.convert.cli import convert_from_hf, convert_from_megatron, convert_to_megatron
 from titan_moe.convert.hf.convert import to_hf

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.tiny import adamw, balancers, batch, steps, tiny_model
-from titan_moe import probe
+from titan_moe import diagnostics
 from titan_moe.config import load_config
+from titan_moe.diagnostics import NO_EXPERT, balance_tax, routing_choices, routing_drift
 from titan_moe.model.moe import MoE
 from titan_moe.model.routing import ROUTERS
 from titan_moe.parallelize.parallelize import parallelize
-from titan_moe.probe import NO_EXPERT, balance_tax, routing_choices, routing_drift
 from titan_moe.step import IGNORE, evaluate, train_step
 
 
@@ -64,7 +64,7 @@ def test_balance_tax_is_the_ratio_of_the_medians(monkeypatch):
         loads.append(model(tokens)[1][0].tokens_per_expert.unique().numel())
         return next(times)
 
-    monkeypatch.setattr(probe, "_seconds", seconds)
+    monkeypatch.setattr(diagnostics, "_seconds", seconds)
     assert balance_tax(model, *batch(0)) == 0.25
     assert loads[1::2] == [1] * 4  # every expert alike
     assert min(loads[::2]) > 1
@@ -80,12 +80,12 @@ def test_balance_tax_sees_a_slow_router(monkeypatch):
 
         return route
 
-    model, forced = fresh(), probe._forced
+    model, forced = fresh(), diagnostics._forced
     for module in model.modules():
         if isinstance(module, MoE):
             module.route = taking(4.0)
-    monkeypatch.setattr(probe, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-    monkeypatch.setattr(probe, "_forced", lambda route: forced(taking(1.0)))
+    monkeypatch.setattr(diagnostics, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(diagnostics, "_forced", lambda route: forced(taking(1.0)))
     assert balance_tax(model, *batch(0), repeats=1) == pytest.approx(0.25)
 
 
@@ -118,7 +118,7 @@ def test_routers_are_put_back_when_a_pass_fails(monkeypatch):
     def fail(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(probe, "_seconds", fail)
+    monkeypatch.setattr(diagnostics, "_seconds", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         balance_tax(model, *batch(0))
     assert [module.route for module in model.modules() if isinstance(module, MoE)] == before

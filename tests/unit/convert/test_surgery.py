@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.interop.models import configure, fill
-from tests.unit.test_convert import _logger_as_before, names, run  # noqa: F401
+from tests.unit.convert.test_commands import _logger_as_before, names, run  # noqa: F401
 from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from titan_moe.checkpoint.lazy import read_lazily

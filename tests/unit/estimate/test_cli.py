@@ -219,7 +219,7 @@ def test_errors() -> None:
         assert ended.code == 2
         assert part in ended.err
         assert len(ended.err.splitlines()) == 1
-    reads = [*MODEL, "--world_size", "2", "--router.name", "tests.unit.test_estimate:reads_on_the_host"]
+    reads = [*MODEL, "--world_size", "2", "--router.name", "tests.unit.estimate.test_cli:reads_on_the_host"]
     assert "reads a tensor's value on the host" in command("estimate.cli", reads).err
     assert take_option(["a", "--gpu", "H100", "b"], ("--gpu",)) == ("H100", ["a", "b"])
     assert vocabulary(load_config(["--data.tokenizer", "openai-community/gpt2"])) == 50257

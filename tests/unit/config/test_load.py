@@ -13,7 +13,7 @@ from titan_moe.config import cautions, find_component, help_text, load_config, t
 from titan_moe.config.schema import check_value, document
 from titan_moe.config.sections import KINDS, SECTIONS, Config
 
-TRAIN_CONFIGS = sorted(glob.glob(str(Path(__file__).parents[2] / "train_configs" / "*.toml")))
+TRAIN_CONFIGS = sorted(glob.glob(str(Path(__file__).parents[3] / "train_configs" / "*.toml")))
 Write = Callable[..., str]
 
 

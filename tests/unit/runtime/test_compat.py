@@ -49,7 +49,7 @@ def test_versions_that_are_not(monkeypatch: pytest.MonkeyPatch, version: str, fa
 
 
 def test_the_range_is_that_of_the_package() -> None:
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[3] / "pyproject.toml").read_text()
     (limits,) = re.findall(r'"torch>=(\d+)\.(\d+),<(\d+)\.(\d+)"', text)
     assert tuple(map(int, limits)) == compat.OLDEST + compat.FIRST_UNKNOWN
 

@@ -15,6 +15,7 @@ from tests.tiny import SEQ, VOCAB, adamw, balancers, batch, steps, tiny_model, w
 from titan_moe.balancer import BALANCERS
 from titan_moe.build import build_model, with_vocab_size
 from titan_moe.config import load_config
+from titan_moe.diagnostics import balance_tax, routing_choices
 from titan_moe.model.cross_entropy import (
     CPU_CHUNK_TOKENS,
     GPU_CHUNK_TOKENS,
@@ -26,7 +27,6 @@ from titan_moe.model.cross_entropy import (
 )
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.float8 import GROUPED, quantize
-from titan_moe.probe import balance_tax, routing_choices
 from titan_moe.step import eval_step, train_step
 
 T, D, V = 96, 16, 40

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.interop.models import configure, make_checkpoint
-from tests.unit.test_checkpoint import LimitedFileSize, flip_bit
+from tests.unit.checkpoint.test_store import LimitedFileSize, flip_bit
 from titan_moe.checkpoint import load_model
 from titan_moe.checkpoint.lazy import lazy, read_lazily, sharded, stacked, unstacked, write_lazily
 from titan_moe.convert.cli import convert_from_hf, convert_to_hf

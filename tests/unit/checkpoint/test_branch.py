@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.test_checkpoint import Tiny, flip_bit, make, save
+from tests.unit.checkpoint.test_store import Tiny, flip_bit, make, save
 from titan_moe.checkpoint import (
     CheckpointError,
     complete_steps,
