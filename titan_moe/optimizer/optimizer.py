@@ -170,8 +170,8 @@ class Optimizer(torch.optim.Optimizer):
                     self._matrices[parameter] = transform
                     matrices.setdefault(rule, []).append(parameter)
 
-        # Roots are the dearest work of a step. That of one rule's matrices, in whatever groups, is spread over the
-        # period, so that it does not all fall into one step; with period 0 it does.
+        # Roots and bases are the dearest work of a step. Those of one rule's matrices, in whatever groups, are spread
+        # over the period, so that they do not all fall into one step; with period 0 they do.
         for parameters in matrices.values():
             for number, parameter in enumerate(parameters):
                 self._offsets[parameter] = self._matrices[parameter].period * number // len(parameters)

@@ -2,9 +2,9 @@
 
 In each block the gradient is rotated, G' = Q_L^T G Q_R; Adam has its moments of G' and makes a direction a of them; the
 step is P = Q_L a Q_R^T. The factors see the gradient afterwards. Every `precondition_frequency` steps the bases Q
-follow the factors by one step of orthogonal iteration (their algorithm 4). The first step moves no weight: it only
-makes the bases, from the eigenvectors of its gradient's factors, as the authors' code does. In its own eigenbasis a
-gradient is diagonal, and Adam would enlarge the round-off beside the diagonal.
+follow the factors by one step of orthogonal iteration (their algorithm 4). The first step has no direction: it
+only makes the bases, from the eigenvectors of its gradient's factors, as the authors' code does. In its own eigenbasis
+a gradient is diagonal, and Adam would enlarge the round-off beside the diagonal.
 
 Factors have low rank while an expert has seen fewer tokens than its sides are long. The eigenvectors of the empty part
 are round-off, which differs between machines. Adam would carry it into the weights, because its step along a small
