@@ -27,13 +27,14 @@ def optimizer_of(
 ) -> Callable[..., Optimizer]:
     """Make the function that builds an optimizer from parameter groups, for a registry or a configuration.
 
-    Its keyword arguments are those of `common` and those of the transform's maker, with the defaults of `preset` where
-    they are there. A group may carry any of them as its own value. `name` is what checkpoints and logs say, by default
-    the maker's.
+    Its keyword arguments are those of `common` and of `make`, the transform's maker; `preset` replaces defaults. A
+    group may have its own value of each. `name` is what checkpoints and logs say, by default the maker's.
     """
+    # The signature is the schema of the configuration, so it is composed here: what all optimizers take, then what this
+    # one takes, whose defaults win.
     arguments = {**inspect.signature(common).parameters, **inspect.signature(make, eval_str=True).parameters}
     groups = inspect.Parameter("param_groups", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=list[Group])
-    changed = [own.replace(default=preset.get(own.name, own.default)) for own in arguments.values()]
+    changed = [argument.replace(default=preset.get(argument.name, argument.default)) for argument in arguments.values()]
     signature = inspect.Signature([groups, *changed], return_annotation=Optimizer)
     rule = Rule(name or make.__name__, make)
 
@@ -41,8 +42,7 @@ def optimizer_of(
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         param_groups, defaults = given.arguments.pop("param_groups"), given.arguments
-        beta1, beta2 = defaults.pop("beta1"), defaults.pop("beta2")
-        groups = with_betas(param_groups, beta1, beta2)
+        groups = with_betas(param_groups, defaults.pop("beta1"), defaults.pop("beta2"))
         return Optimizer(groups, [rule] * len(groups), defaults)
 
     build.__signature__ = signature  # pyrefly: ignore[missing-attribute]
@@ -54,8 +54,8 @@ def with_betas(param_groups: Sequence[Group], beta1: float, beta2: float) -> lis
     """The groups with `betas`, torch's name, from their own beta1 and beta2 or the given ones."""
     groups = []
     for group in param_groups:
-        own = {k: v for k, v in group.items() if k not in ("beta1", "beta2")}
-        groups.append({"betas": (group.get("beta1", beta1), group.get("beta2", beta2)), **own})
+        rest = {k: v for k, v in group.items() if k not in ("beta1", "beta2")}
+        groups.append({"betas": (group.get("beta1", beta1), group.get("beta2", beta2)), **rest})
     return groups
 
 

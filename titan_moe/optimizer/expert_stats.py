@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 
 from titan_moe.norms import norms
 from titan_moe.optimizer.groups import group_of, layer_indices
-from titan_moe.runtime.dtensor import local, rows
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from titan_moe.optimizer.transform import MOMENTS
+from titan_moe.runtime.dtensor import local, local_rows
 
 
 class ExpertStats(NamedTuple):
@@ -31,27 +30,30 @@ def expert_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> d
 
 
 def copies(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Copies of this rank's parts, to compare with after the step: 4 bytes more for each fp32 parameter until then."""
+    """Copies of this rank's parts, to compare with after the step: 4 bytes for each fp32 parameter until then."""
     return [local(parameter).clone() for parameter in parameters]
 
 
 @torch.no_grad()
 def expert_sums(experts: Mapping[nn.Parameter, int], before: Iterable[Tensor], optimizer: Optimizer) -> Tensor:
-    """Sums of squares over each expert's elements on this rank, (4, L, E) float64; add them up over ranks.
+    """Four sums over each expert's elements on this rank, (4, L, E) float64; add them up over ranks.
 
-    Of the update, of the parameters before it, of Adam's first moment, and the sum of its second moment. Where replicas
-    hold the same rows every sum counts them as often, and the ratios that `expert_stats` makes are the same.
+    They are the squares of the update, of the parameters before it and of Adam's first moment, and its second moment.
+    Replicas of a row are counted in every sum, so that they cancel in the ratios that `expert_stats` makes.
     """
+    # for all experts on every rank, with zeros for those that are elsewhere, so that ranks can add them up
     first = next(iter(experts))
     sums = torch.zeros(4, max(experts.values()) + 1, first.shape[0], dtype=torch.float64, device=first.device)
+
+    # an expert's parameters are several tensors, whose squares add up to those of the whole expert
     for (parameter, layer), old in zip(experts.items(), before, strict=True):
         terms = [_squares(local(parameter) - old), _squares(old)]
         state = optimizer.state.get(parameter, {})  # none before the first step
         if moments := [state[name] for name in MOMENTS if name in state]:
             mean, square = map(local, moments)
             terms += [_squares(mean), square.flatten(1).sum(1, dtype=torch.float64)]
-        for total, term_R in zip(sums, terms, strict=False):
-            total[layer, rows(parameter)] += term_R
+        for total, term_R in zip(sums, terms, strict=False):  # (L, E), (R,)
+            total[layer, local_rows(parameter)] += term_R
     return sums
 
 
@@ -75,15 +77,18 @@ def expert_stats(experts: Mapping[nn.Parameter, int], sums: Tensor, optimizer: O
     1 / (1 - beta1) steps, and sees gradients as the optimizer does, after clipping. The gradients of micro-batches
     would need no such supposition, but there is often one micro-batch alone, and they cost a copy each.
     """
-    update, size, mean, square = sums
+    update, size, mean, square = sums  # (L, E) each
     ratio = (update / size).sqrt()
-    first: dict[int, nn.Parameter] = {}
-    for parameter, layer in experts.items():
-        first.setdefault(layer, parameter)
-    states = [optimizer.state.get(first[layer], {}) for layer in sorted(first)]
-    group = next(group for group in optimizer.param_groups if any(p is first[0] for p in group["params"]))
+
+    # All parameters of a layer are updated together, so one of each layer tells how many steps its experts have taken.
+    # There are no moments before the first step, and none of an optimizer that does not keep them.
+    of_layer = {layer: parameter for parameter, layer in experts.items()}
+    states = [optimizer.state.get(of_layer[layer], {}) for layer in sorted(of_layer)]
+    group = next(group for group in optimizer.param_groups if any(p is of_layer[0] for p in group["params"]))
     if not all(name in state for state in states for name in (*MOMENTS, "step")) or "betas" not in group:
         return ExpertStats(None, ratio)
+
+    # after one step m is that step's gradient, of which alone no variance can be told
     beta1, beta2 = group["betas"]
     steps = torch.stack([state["step"].to(ratio).expand(ratio.shape[1]) for state in states])  # (L, E)
     mean = mean / (1 - beta1**steps).square()

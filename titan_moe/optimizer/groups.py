@@ -35,12 +35,12 @@ def parameter_groups(
     parameter the index of its MoE layer, the row of the step's load that it goes by.
     """
     groups: dict[str, dict[str, Any]] = {}
-    members: dict[str, list[str]] = {}
-    for name, parameter in named_parameters:
+    parameters = dict(named_parameters)
+    for name, parameter in parameters.items():
         kind = group_of(name, patterns)
-        group = groups.setdefault(kind, {"name": kind, "params": []})
-        group["params"].append(parameter)
-        members.setdefault(kind, []).append(name)
+        groups.setdefault(kind, {"name": kind, "params": []})["params"].append(parameter)
+
+    # nothing is silently ignored: settings of a group that the model does not have are an error
     for name, arguments in group_arguments.items():
         if name not in groups:
             raise ValueError(f"[optimizer.{name}] is set, but the model has no {name} parameters: remove that table")
@@ -48,7 +48,9 @@ def parameter_groups(
         if "load_lr" in arguments:
             if name != "expert":
                 raise ValueError(f"[optimizer.{name}] load_lr: only experts have a load, set it in [optimizer.expert]")
-            groups[name]["layers"] = layer_indices(members[name])
+            groups[name]["layers"] = layer_indices([key for key in parameters if group_of(key, patterns) == name])
+
+    # in the order of the patterns, so that the groups of all models are listed alike
     return [groups[name] for name in GROUP_PATTERNS if name in groups]
 
 

@@ -1,21 +1,21 @@
 """Kronecker factors of matrices, for Shampoo and SOAP: averages of G G^T and G^T G over steps, and their inverse roots.
 
-From the top: a matrix cut into blocks of a greatest size; a symmetric matrix as its lower triangle; a factor, its
-average and its root; and the two layouts, which say what factors a matrix has, what they average and how their roots
-are applied.
+In this order: how a matrix is cut into blocks; how a symmetric matrix is kept as its lower triangle; a factor, its
+average and its root; and the two layouts.
 
-Blocks: the matrix is cut in both dimensions, and each block has a left and a right factor of its own (Shi et al.,
-2023). Strips: all blocks in a row of blocks share their left factor, and all in a column their right one, which are
-then the diagonal blocks of the whole matrix' two factors. Strips are fewer, so that their roots and states cost
-little; each sees more of the gradient; and their products are long.
+A layout says which factors a matrix has, what they average and how their roots are applied. In that of blocks the
+matrix is cut in both dimensions, and each block has a left and a right factor of its own (Shi et al., 2023). In that of
+strips all blocks in one row of blocks share their left factor, and all in one column their right factor: these are the
+diagonal blocks of the whole matrix' two factors. Strips are fewer than blocks, so that their roots and states cost
+little; each sees more of the gradient; and their matrix products are long.
 
-In a state a factor is a packed triangle (R, B, P) by its name, `left_0`, with `count_left_0` (R, B): how many
-gradients it has seen. One whose product is exactly zero (an expert that got no token) is not counted and stays as it
-is: decaying it would not change its directions, but bias correction would take the lost weight for evidence, and
-after many such steps the factor would round to zero and its inverse root blow up.
+A state has each factor by its name, `left_0`, as a packed triangle (R, B, P), and with it `count_left_0` (R, B), the
+number of gradients that it has seen. A gradient of zeros (an expert that got no token) is not counted, and the factor
+stays as it is. Decaying it would not change its directions, but bias correction would take the lost weight for
+evidence, and after many such steps the factor would round to zero and its inverse root blow up.
 
 Shapes: R rows (experts), M x N a matrix, B blocks of a region or strips of one size, H x W a block, S the size of a
-side, P = S (S + 1) / 2 of a triangle.
+side, P = S (S + 1) / 2 numbers of a triangle.
 """
 
 import functools
@@ -32,7 +32,7 @@ Side = Literal["left", "right"]
 
 
 class Region(NamedTuple):
-    """Blocks of one size that lie side by side: where they are in the matrix, and the size of each."""
+    """Blocks of one size that lie side by side: their rows and columns of the matrix, and the size of each block."""
 
     rows: slice
     cols: slice
@@ -41,25 +41,25 @@ class Region(NamedTuple):
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks it has."""
+        """The number of blocks."""
         return (self.rows.stop - self.rows.start) // self.height * ((self.cols.stop - self.cols.start) // self.width)
 
 
 def cut(size: int, max_dim: int) -> list[tuple[slice, int]]:
-    """Cut a dimension as torch.split does: where the whole parts lie and their size, and the same of a remainder."""
+    """Cut a dimension as torch.split does: the range of all whole parts with their size, then that of a remainder."""
     whole = size // max_dim * max_dim
     parts = [(slice(0, whole), max_dim)] if whole else []
     return parts + ([(slice(whole, size), size - whole)] if whole < size else [])
 
 
 def regions(matrix: Sequence[int], max_dim: int) -> list[Region]:
-    """Cut both dimensions of a matrix of that shape: at most four regions, the last of remainders."""
+    """Cut both dimensions of a matrix of that shape: at most four regions, as each may have a remainder."""
     height, width = matrix
     return [Region(r, c, h, w) for r, h in cut(height, max_dim) for c, w in cut(width, max_dim)]
 
 
 def grid(x: Tensor, region: Region) -> Tensor:
-    """The blocks of a region of (R, M, N) where they lie, a view (R, rows of blocks, H, columns of blocks, W)."""
+    """A view of the blocks of a region of (R, M, N), (R, rows of blocks, H, columns of blocks, W)."""
     part = x[:, region.rows, region.cols]
     return part.unflatten(2, (-1, region.width)).unflatten(1, (-1, region.height))
 
@@ -70,14 +70,14 @@ def to_blocks(x: Tensor, region: Region) -> Tensor:
 
 
 def from_blocks(blocks: Tensor, region: Region, out: Tensor) -> None:
-    """Write (R * B, H, W) to its place in `out` (R, M, N)."""
-    target = grid(out, region).transpose(2, 3)
+    """Write (R * B, H, W) to the region's place in `out` (R, M, N)."""
+    target = grid(out, region).transpose(2, 3)  # (R, rows of blocks, columns of blocks, H, W)
     target.copy_(blocks.view(target.shape))
 
 
 @functools.lru_cache(maxsize=64)
 def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each element of the triangle is in the square, (P,), and each of the square in the triangle, (S * S,)."""
+    """Indices that pack and unpack: of the triangle's elements in the square (P,), and the reverse (S * S,)."""
     row, col = torch.tril_indices(size, size, device=device)
     square = torch.empty(size, size, dtype=torch.int32, device=device)
     square[row, col] = square[col, row] = torch.arange(len(row), dtype=torch.int32, device=device)
@@ -98,12 +98,12 @@ def unpack(triangle: Tensor, size: int) -> Tensor:
 
 def packed_diagonal(triangle: Tensor, size: int) -> Tensor:
     """(..., P) -> (..., S)."""
-    steps = torch.arange(1, size + 1, device=triangle.device)
-    return triangle.index_select(-1, steps * (steps + 1) // 2 - 1)
+    rows = torch.arange(1, size + 1, device=triangle.device)
+    return triangle.index_select(-1, rows * (rows + 1) // 2 - 1)  # each row of the triangle ends on the diagonal
 
 
 class Factor(NamedTuple):
-    """Factors of one size: their name in a state, how many to a matrix, and their size."""
+    """Factors of one size: their name in a state, how many a matrix has, and their size."""
 
     name: str
     number: int
@@ -125,12 +125,12 @@ def init_factor(factor: Factor, weight: Tensor) -> State:
 
 
 def add_product(factor: Factor, product: Tensor, state: State, beta2: float, tick: Tick) -> None:
-    """F <- beta2 F + (1 - beta2) product, (R, B, S, S) or any shape of as many numbers."""
+    """F <- beta2 F + (1 - beta2) product; `product` is (R, B, S, S), or has its first two dimensions in one."""
     average, count = state[factor.name], state[f"count_{factor.name}"]  # (R, B, P), (R, B)
     new = pack(product).float().view(average.shape)  # (R, B, P)
 
     # a product of zero is no evidence: it is neither averaged nor counted
-    seen = packed_diagonal(new, factor.size).sum(-1) > 0  # |G|^2
+    seen = packed_diagonal(new, factor.size).sum(-1) > 0  # (R, B), the trace is |G|^2
     if tick.alive is not None:
         seen &= tick.alive[:, None]
     average.lerp_(new, ((1 - beta2) * seen).unsqueeze(-1))
@@ -139,7 +139,9 @@ def add_product(factor: Factor, product: Tensor, state: State, beta2: float, tic
 
 def mean_factor(factor: Factor, state: State, beta2: float) -> Tensor:
     """The factor with its bias corrected, F / (1 - beta2^count), as squares (R, B, S, S)."""
-    weight = 1 - beta2 ** state[f"count_{factor.name}"]
+    weight = 1 - beta2 ** state[f"count_{factor.name}"]  # (R, B)
+
+    # one that has seen nothing is zero, and stays so
     packed = state[factor.name] / torch.where(weight > 0, weight, 1.0).unsqueeze(-1)
     return unpack(packed.flatten(0, 1), factor.size).unflatten(0, weight.shape)
 
@@ -159,7 +161,7 @@ def init_root(factor: Factor, weight: Tensor, dtype: torch.dtype) -> State:
 def refresh_root(
     factor: Factor, state: State, beta2: float, exponent: float, epsilon: float, alive: Tensor | None
 ) -> None:
-    """Compute the inverse root from the factor; without a gradient so far, or where not `alive` (R,), it stays."""
+    """Compute the inverse root from the factor; it stays where no gradient was seen or a row is not `alive` (R,)."""
     old, seen = state[f"root_{factor.name}"], has_evidence(factor, state, alive)
     new = pack(inverse_root(mean_factor(factor, state, beta2), exponent, epsilon, old.dtype))
     old.copy_(torch.where(seen.unsqueeze(-1), new.to(old.dtype), old))
@@ -172,28 +174,29 @@ def root_of(factor: Factor, state: State) -> Tensor:
 
 
 def inverse_root(factor: Tensor, exponent: float, epsilon: float, dtype: torch.dtype) -> Tensor:
-    """(A + epsilon I)^-exponent of symmetric (..., S, S); a smallest eigenvalue below epsilon is shifted to it.
+    """(A + epsilon I)^-exponent of symmetric (..., S, S); all eigenvalues are shifted if one is below epsilon.
 
-    `dtype` is of the products that A averages. An eigenvalue that may be the round-off of the largest is set to what
-    that can be, so that the root does not depend on the vectors of such eigenvalues, which are other on each machine.
+    An eigenvalue so small that it may be round-off is raised to the most that round-off can make. The root then does
+    not depend on its eigenvector, which differs between machines. `dtype` is that in which A's products were computed.
     """
     size = factor.shape[-1]
     identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
     values, vectors = torch.linalg.eigh(factor + epsilon * identity)
     values = values + (epsilon - values[..., :1]).clamp(min=0)
 
-    # Rounding S x S numbers adds eigenvalues of half a unit times their root mean square, which is at most the largest;
-    # adding them up and decomposing them in fp32 adds some sqrt(S) units of it.
+    # Two kinds of round-off, in units of the largest eigenvalue: rounding S x S numbers to `dtype` adds eigenvalues of
+    # half a unit times their root mean square, which is at most that; sums and eigh in fp32 add some sqrt(S) units.
     floor = max(torch.finfo(torch.float32).eps * size**0.5, torch.finfo(dtype).eps / 8)
     values = values.maximum((floor * values[..., -1:]).clamp(min=epsilon))
     return vectors * values.pow(-exponent).unsqueeze(-2) @ vectors.mT
 
 
 class Layout(NamedTuple):
-    """`factors(shape)` of a matrix M x N; `observe` adds a gradient (R, M, N) to the averages in a state.
+    """Which factors a matrix has, and how they are fed and applied; all tensors are (R, M, N) in fp32.
 
-    `precondition(x, direction, state, graft)` gives X_L x X_R from the roots in a state, with `graft` scaled to the
-    norm of `direction`, which it may overwrite; x, which may be the same tensor, and direction are (R, M, N) in fp32.
+    `factors(shape)` are those of a matrix M x N. `observe(gradient, state, tick)` adds a gradient to the averages in a
+    state. `precondition(x, direction, state, graft)` gives X_L x X_R from the roots in a state, with `graft` scaled
+    block by block to the norms of `direction`. It may overwrite direction, which may be the same tensor as x.
     """
 
     factors: Callable[[Sequence[int]], list[Factor]]
@@ -202,24 +205,24 @@ class Layout(NamedTuple):
 
 
 def block_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dtype) -> Layout:
-    """A factor for each side of each block; the norm of a step is grafted block by block."""
+    """A factor for each side of each block."""
 
     by_region = functools.partial(factors_by_region, max_dim=max_dim, one_sided=one_sided)
 
     def factors(shape: Sequence[int]) -> list[Factor]:
-        return [factor for _, found in by_region(shape) for factor in found.values()]
+        return [factor for _, sides in by_region(shape) for factor in sides.values()]
 
     def observe(gradient: Tensor, state: State, tick: Tick) -> None:
-        for region, found in by_region(gradient.shape[1:]):
+        for region, sides in by_region(gradient.shape[1:]):
             blocks = to_blocks(gradient, region).to(dtype)  # (R * B, H, W)
-            for side, factor in found.items():
-                product = blocks @ blocks.mT if side == "left" else blocks.mT @ blocks
+            for side, factor in sides.items():
+                product = blocks @ blocks.mT if side == "left" else blocks.mT @ blocks  # (R * B, S, S)
                 add_product(factor, product, state, beta2, tick)
 
     def precondition(x: Tensor, direction: Tensor, state: State, graft: bool) -> Tensor:
-        for region, found in by_region(x.shape[1:]):
+        for region, sides in by_region(x.shape[1:]):
             blocks = to_blocks(x, region).to(dtype)  # (R * B, H, W)
-            for side, factor in found.items():
+            for side, factor in sides.items():
                 root = root_of(factor, state).flatten(0, 1)  # (R * B, S, S)
                 blocks = root @ blocks if side == "left" else blocks @ root
             blocks = blocks.float()
@@ -236,77 +239,78 @@ def block_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dt
 
 
 def strip_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dtype) -> Layout:
-    """A factor for each strip of rows and of columns; the norm of a step is grafted block by block as there."""
+    """A factor for each strip of rows and each strip of columns."""
 
     def by_side(shape: Sequence[int]) -> dict[Side, list[tuple[slice, Factor]]]:
+        """On each side the strips of one size, and then those of a remainder: their range, and their factors."""
         lengths = {"left": shape[0], "right": shape[1]}
         return {
             side: [
-                (where, Factor(f"{side}_{i}", (where.stop - where.start) // size, size))
-                for i, (where, size) in enumerate(cut(lengths[side], max_dim))
+                (span, Factor(f"{side}_{i}", (span.stop - span.start) // size, size))
+                for i, (span, size) in enumerate(cut(lengths[side], max_dim))
             ]
             for side in kept_sides(*shape, one_sided=one_sided)
         }
 
     def factors(shape: Sequence[int]) -> list[Factor]:
-        return [factor for found in by_side(shape).values() for _, factor in found]
+        return [factor for spans in by_side(shape).values() for _, factor in spans]
 
     def observe(gradient: Tensor, state: State, tick: Tick) -> None:
         gradient = gradient.to(dtype)
-        for side, found in by_side(gradient.shape[1:]).items():
-            for where, factor in found:
-                # a strip is read where it lies: as one tensor of all strips the gradient would be copied
-                strips = strips_of(gradient, side, where, factor)
+        for side, spans in by_side(gradient.shape[1:]).items():
+            for span, factor in spans:
+                # a strip is read in its place: a tensor of all strips would be a copy of the gradient
+                strips = strips_of(gradient, side, span, factor)
                 products = [strip @ strip.mT if side == "left" else strip.mT @ strip for strip in strips]  # (R, S, S)
                 add_product(factor, torch.stack(products, dim=1), state, beta2, tick)
 
     def precondition(x: Tensor, direction: Tensor, state: State, graft: bool) -> Tensor:
         # from one buffer into another, so that no product writes over what the next strip reads
         result, sides = x.to(dtype), by_side(x.shape[1:])
-        for side in reversed(sides):  # the left one last, whose strips are whole rows
-            source, result = result, torch.empty_like(result)
-            for where, factor in sides[side]:
-                strips = (strips_of(y, side, where, factor) for y in (source, result, direction))
-                for root, old, new, own in zip(root_of(factor, state).unbind(1), *strips, strict=True):
+        for side in reversed(sides):  # the left one last: its strips are whole rows, which lie in one piece
+            source, result = result, torch.empty_like(result)  # (R, M, N)
+            for span, factor in sides[side]:
+                strips = (strips_of(y, side, span, factor) for y in (source, result, direction))
+                for root, old, new, grafted in zip(root_of(factor, state).unbind(1), *strips, strict=True):
                     torch.bmm(*((root, old) if side == "left" else (old, root)), out=new)
                     if graft and side == next(iter(sides)):
-                        take_norms(new, own, max_dim)  # now, while the strip is in the cache
+                        take_norms(new, grafted, max_dim)  # after the last root, while the strip is in the cache
         return result.float()
 
     return Layout(factors, observe, precondition)
 
 
-def strips_of(x: Tensor, side: Side, where: slice, factor: Factor) -> Sequence[Tensor]:
-    """Views of the strips of one size: of rows (R, S, N) on the left, of columns (R, M, S) on the right."""
+def strips_of(x: Tensor, side: Side, span: slice, factor: Factor) -> Sequence[Tensor]:
+    """Views of the strips of one size in a range: of rows (R, S, N) on the left, of columns (R, M, S) on the right."""
     dim = 1 if side == "left" else 2
-    return x.narrow(dim, where.start, where.stop - where.start).split(factor.size, dim)
+    return x.narrow(dim, span.start, span.stop - span.start).split(factor.size, dim)
 
 
 def factors_by_region(
     shape: Sequence[int], max_dim: int, *, one_sided: bool
 ) -> list[tuple[Region, dict[Side, Factor]]]:
     """The regions of a matrix cut into blocks, with the factors of each by side."""
-    found = []
+    factors = []
     for index, region in enumerate(regions(shape, max_dim)):
         sizes: dict[Side, int] = {"left": region.height, "right": region.width}
         sides = kept_sides(region.height, region.width, one_sided=one_sided)
-        found.append((region, {side: Factor(f"{side}_{index}", region.num_blocks, sizes[side]) for side in sides}))
-    return found
+        factors.append((region, {side: Factor(f"{side}_{index}", region.num_blocks, sizes[side]) for side in sides}))
+    return factors
 
 
 def take_norms(x: Tensor, other: Tensor, max_dim: int) -> None:
     """Scale each block of x (R, M, N) to the norm that it has in `other`."""
     for region in regions(x.shape[1:], max_dim):
-        scale = quotient(block_norms(other, region), block_norms(x, region))
+        scale = quotient(block_norms(other, region), block_norms(x, region))  # (R, rows of blocks, columns of blocks)
         grid(x, region).mul_(scale[:, :, None, :, None])
 
 
 def block_norms(x: Tensor, region: Region) -> Tensor:
     """Frobenius norms, in fp32, of the blocks of a region of (R, M, N): (R, rows of blocks, columns of blocks)."""
-    rows = torch.linalg.vector_norm(grid(x, region), dim=4, dtype=torch.float32)
-    return torch.linalg.vector_norm(rows, dim=2)
+    row_norms = torch.linalg.vector_norm(grid(x, region), dim=4, dtype=torch.float32)
+    return torch.linalg.vector_norm(row_norms, dim=2)
 
 
 def quotient(length: Tensor, norm: Tensor) -> Tensor:
-    """length / norm, and 0 where the norm is."""
+    """length / norm, and 0 where the norm is 0."""
     return torch.where(norm > 0, length / norm, 0.0)

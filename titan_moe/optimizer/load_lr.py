@@ -1,9 +1,9 @@
 """Learning rates of experts by their load (the paper, section 3.4.1), for any optimizer.
 
-A parameter group with the keys that `load_lr` makes gives every expert, a row of the stacked tensors (E, ...), a
-learning rate of its own: the group's scheduled rate times a factor that depends on how many tokens the expert got in
-the whole optimizer step, over all ranks and micro-batches. `optimizer.step(load=...)` takes these loads; how a rate
-reaches the rows of a tensor is in `titan_moe.optimizer.optimizer`.
+In a parameter group with the keys that `load_lr` makes, every expert, a row of the stacked tensors (E, ...), has a
+learning rate of its own: the group's scheduled rate times a factor. The factor depends on how many tokens the expert
+got in the whole optimizer step, over all ranks and micro-batches. `optimizer.step(load=...)` takes these loads; how a
+rate reaches the rows of a tensor is in `titan_moe.optimizer.optimizer`.
 
 Shapes: L MoE layers, E experts.
 """
@@ -40,6 +40,8 @@ def load_lr(
         raise ValueError(
             f"optimizer.expert.load_lr_floor ({load_lr_floor}) must be at most load_lr_ceiling ({load_lr_ceiling})"
         )
+
+    # the optimizer goes by the key `load_lr`: a group without it has one rate for all
     if load_lr == "none":
         return {}
     return {
@@ -61,13 +63,16 @@ def expand_load_lr(arguments: Group, *, top_k: int) -> Group:
 
 
 def rate_factors(load_LE: Tensor, ema_LE: Tensor, group: Group) -> tuple[Tensor, Tensor]:
-    """Factors of the experts' learning rates, (L, E) fp32, and the new average of their loads over the mean load.
+    """Factors of the experts' learning rates, (L, E) fp32, and the new average (L, E) of load / mean load.
 
     `group` has the settings of `load_lr`. In a layer where nothing was routed every factor is 0.
     """
+    # fp64 holds any sum of tokens exactly; a layer without a token has 0 / 0, which counts as balance
     load_LE = load_LE.to(torch.float64)
     ratio_LE = (load_LE / load_LE.mean(-1, keepdim=True)).nan_to_num(1.0).to(torch.float32)
     ema_LE = torch.lerp(ratio_LE, ema_LE, group["load_lr_ema"])
+
+    # load / all tokens is load / mean load times top_k / E, so that one average serves both
     fraction = group["load_lr_top_k"] / load_LE.shape[-1] if group["load_lr"] == "batch_fraction" else 1.0
     factor_LE = (ema_LE * fraction) ** group["load_lr_power"]
     factor_LE = factor_LE.clamp(group["load_lr_floor"], group["load_lr_ceiling"])
@@ -77,12 +82,12 @@ def rate_factors(load_LE: Tensor, ema_LE: Tensor, group: Group) -> tuple[Tensor,
 def keep_factors(
     states: Mapping[Tensor, dict[str, Tensor]], group: Group, load_LE: Tensor | None, skip: Tensor | None
 ) -> Tensor | None:
-    """The factors (L, E) of this step; they and the average are kept in the states of the group's parameters.
+    """Make the factors (L, E) of this step, and keep them and the average in the states of the group's parameters.
 
-    Without a load (torch makes the states of a checkpoint by such a step) there are none: None, all experts alike.
-    Where `skip`, an fp32 scalar, is 1 they stay as they are. The states, `load_ema` and `load_factor`, are (E,) and the
-    same on every rank, whatever the layout.
+    The states, `load_ema` and `load_factor`, are (E,) and the same on every rank, whatever the layout. Where `skip`, an
+    fp32 scalar, is 1, they stay as they are. Returns None without a load: all experts are alike then.
     """
+    # torch makes the states that a checkpoint is loaded into by a step that knows no load
     if load_LE is None:
         for parameter in group["params"]:
             ones_E = torch.ones(parameter.shape[0], device=parameter.device)
@@ -90,14 +95,16 @@ def keep_factors(
         return None
 
     # all parameters of a layer have the same: one of each is read
-    first = dict(zip(reversed(group["layers"]), reversed(group["params"]), strict=True))
+    of_layer = dict(zip(group["layers"], group["params"], strict=True))
     if "load_ema" in states[group["params"][0]]:
         before_LE, old_LE = (
-            torch.stack([states[first[layer]][name] for layer in sorted(first)]) for name in ("load_ema", "load_factor")
+            torch.stack([states[of_layer[layer]][name] for layer in sorted(of_layer)])
+            for name in ("load_ema", "load_factor")
         )
     else:
         before_LE = old_LE = torch.ones_like(load_LE, dtype=torch.float32)
 
+    # a step that is skipped leaves both as they were, by a choice on the device
     factor_LE, ema_LE = rate_factors(load_LE, before_LE, group)
     if skip is not None:
         ema_LE, factor_LE = (torch.where(skip > 0, *pair) for pair in ((before_LE, ema_LE), (old_LE, factor_LE)))

@@ -56,15 +56,14 @@ def distributed_shampoo(
     package = load_package()
     grafting_config = package.AdamPreconditionerConfig(beta2=beta2, epsilon=eps) if grafting == "adamw" else None
     override = {2: exponent} if exponent else {}
-    rows: list[nn.Parameter] = []
-    optimizers: list[torch.optim.Optimizer] = []
+    optimizers: list[torch.optim.Optimizer] = []  # the package's, once it is made at the first update
 
-    def make(like: Tensor) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    def make(like: Tensor) -> torch.optim.Optimizer:
         """The package's optimizer on rows like those of (R, M, N), each a parameter of its own."""
         with torch.enable_grad():
-            made = [nn.Parameter(torch.zeros_like(row, dtype=torch.float32)) for row in like]
-        optimizer = package.DistributedShampoo(
-            made,
+            rows = [nn.Parameter(torch.zeros_like(row, dtype=torch.float32)) for row in like]  # R of (M, N)
+        return package.DistributedShampoo(
+            rows,
             lr=1.0,
             betas=(beta1, beta2),
             epsilon=epsilon,
@@ -77,28 +76,28 @@ def distributed_shampoo(
             distributed_config=package.SingleDeviceDistributedConfig(target_parameter_dimensionality=2),
             preconditioner_config=package.RootInvShampooPreconditionerConfig(inverse_exponent_override=override),
         )
-        return optimizer, made
 
     def init(weight: Tensor) -> State:
         one = torch.zeros((1, *weight.shape[1:]), device=weight.device)  # even where this rank has no row
-        (made,) = _tensors_of(*make(one))
-        return {name: tensor.expand(weight.shape[0], *tensor.shape).contiguous() for name, tensor in made.items()}
+        (tensors,) = _tensors_of(make(one))
+        return {name: tensor.expand(weight.shape[0], *tensor.shape).contiguous() for name, tensor in tensors.items()}
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
-        if not rows:
-            optimizer, made = make(gradient)
-            rows.extend(made)
-            optimizers.append(optimizer)
-            for row, tensors in enumerate(_tensors_of(optimizer, made)):
+        # Its tensors are put into the rows of the state, which may be one that was loaded, and its count set to that of
+        # the steps before; afterwards it counts by itself.
+        if not optimizers:
+            optimizers.append(make(gradient))
+            for row, tensors in enumerate(_tensors_of(optimizers[0])):
                 for name, tensor in tensors.items():
                     tensor.data = state[name][row]
-            for row in rows:  # one count for all, which this does once only
-                optimizer.state[row]["step"].fill_(tick.step - 1)
+            for parameter in optimizers[0].param_groups[0]["params"]:
+                optimizers[0].state[parameter]["step"].fill_(tick.step - 1)
+        rows = optimizers[0].param_groups[0]["params"]
 
         # the package can't leave a row out: what it did to those without a token is taken back
         before = {name: value.clone() for name, value in state.items()} if tick.alive is not None else {}
-        for row, own in zip(rows, gradient, strict=True):
-            row.grad = own.contiguous()
+        for row, row_gradient in zip(rows, gradient, strict=True):
+            row.grad = row_gradient.contiguous()
         optimizers[0].step()
         if tick.alive is not None:
             for name, old in before.items():
@@ -111,19 +110,21 @@ def distributed_shampoo(
     return Transform(init, update, by_rows=False, max_dim=adamw_above)
 
 
-def _tensors_of(optimizer: torch.optim.Optimizer, rows: list[nn.Parameter]) -> list[State]:
-    """The package's own tensors of each row, by a name made of where they are in its state."""
-    found: list[State] = []
-    for row in rows:
-        own: State = {}
-        for block, state in optimizer.state[row].items():
+def _tensors_of(optimizer: torch.optim.Optimizer) -> list[State]:
+    """The package's own tensors of each row, by a name made of their place in its state."""
+    rows = []
+    for parameter in optimizer.param_groups[0]["params"]:
+        row: State = {}
+        for block, state in optimizer.state[parameter].items():
             if block == "step":
                 continue
+
+            # moments are tensors of a block; factors and their roots are in an object of the package's own
             for name, value in state.items():
                 if isinstance(value, Tensor):
-                    own[f"{block}_{name}"] = value
+                    row[f"{block}_{name}"] = value
                 else:
                     factors = [(kind, getattr(value, kind)) for kind in ("factor_matrices", "inv_factor_matrices")]
-                    own |= {f"{block}_{kind}_{i}": t for kind, tensors in factors for i, t in enumerate(tensors)}
-        found.append(own)
-    return found
+                    row |= {f"{block}_{kind}_{i}": t for kind, tensors in factors for i, t in enumerate(tensors)}
+        rows.append(row)
+    return rows

@@ -41,6 +41,8 @@ def muon(
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
         mean = average.update(gradient, state, tick)
         direction = gradient.lerp(mean, momentum) if nesterov else mean  # (R, M, N)
+
+        # all singular values are then one, so that the size of a step depends on the matrix' shape alone
         height, width = gradient.shape[1:]
         size = 0.2 * max(height, width) ** 0.5 if adjust_lr == "match_rms_adamw" else max(1, height / width) ** 0.5
         return orthogonalize(direction, ns_steps, DTYPES[matmul_dtype]).float() * size
@@ -52,11 +54,13 @@ def orthogonalize(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Bring the singular values of each matrix of (R, M, N) near one, in `dtype`; a zero matrix stays zero."""
     # on the shorter side the products of an iteration are smallest
     wide = x.to(dtype).mT if x.shape[1] > x.shape[2] else x.to(dtype)  # (R, min(M, N), max(M, N))
+
+    # the iteration converges from singular values of at most one, and the Frobenius norm is a bound of them
     norm_R11 = matrix_norms(wide).clamp(min=SMALLEST_NORM).view(-1, 1, 1)
     wide = wide / norm_R11.to(dtype)
     a, b, c = COEFFICIENTS
     for _ in range(steps):
-        gram = wide @ wide.mT
+        gram = wide @ wide.mT  # (R, min(M, N), min(M, N))
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         wide = torch.baddbmm(wide, polynomial, wide, beta=a)
     return wide.mT if x.shape[1] > x.shape[2] else wide

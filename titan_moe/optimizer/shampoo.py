@@ -12,7 +12,7 @@ per block of a matrix, with its gradient G, at its step t from 1,
 
 Blocks side by side may share factors (`titan_moe.optimizer.kronecker`): G is then a whole strip of the matrix.
 
-Shapes: R rows (experts), M x N a matrix, B blocks of a region, H x W a block, S the size of a side.
+Shapes: R rows (experts), M x N a matrix.
 """
 
 from typing import Literal
@@ -47,11 +47,11 @@ def shampoo(
     """Shampoo with AdamW's step size, each expert by itself; the paper's section 3.5 (Shi et al., 2023).
 
     Inverse roots (factor + epsilon)^-exponent are computed every `precondition_frequency` steps from
-    `start_preconditioning_step` on (-1: the first of these), before it the step is AdamW's; exponent 0 is 1/4, and 1/2
-    with `one_sided`, which keeps the factor of a matrix' shorter side alone. With `grafting` "none" the step is X_L m'
-    X_R itself, the roots being identities before the first. Factors see the gradients of the steps 1,
-    1 + statistics_every, ... Matrices are cut into blocks of at most `max_preconditioner_dim`, with factors of their
-    own, or with `share_factors` one for each row and each column of blocks; a matrix with a dimension above
+    `start_preconditioning_step` on (-1: the first of these); before it the step is AdamW's. Exponent 0 is 1/4, or 1/2
+    with `one_sided`, which keeps only the factor of a matrix' shorter side. With `grafting` "none" the step is
+    X_L m' X_R itself, with identities for roots until the first are computed. Factors see the gradients of steps 1,
+    1 + statistics_every, ... Matrices are cut into blocks of at most `max_preconditioner_dim`. Each block has factors
+    of its own, or with `share_factors` each row and each column of blocks has one. A matrix with a dimension above
     `adamw_above` is AdamW's. `stagger_roots` spreads the roots of different tensors evenly over the steps.
     """
     dtype = DTYPES[matmul_dtype]
@@ -69,6 +69,7 @@ def shampoo(
         return state
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
+        # step 1 is always seen, so that no root is made of nothing
         if (tick.step - 1) % statistics_every == 0:
             layout.observe(gradient, state, tick)
 

@@ -1,15 +1,16 @@
 """SOAP for each expert by itself: Adam in the eigenbasis of Shampoo's factors (Vyas et al., 2024, algorithm 3).
 
-Per block, G' = Q_L^T G Q_R, Adam's moments and direction a of G', P = Q_L a Q_R^T. The factors see the gradient
-afterwards, and every `precondition_frequency` steps the bases follow them by one step of orthogonal iteration (their
-algorithm 4). The first step only makes the bases, from the eigenvectors of its gradient's factors, as the authors' code
-does: in its own eigenbasis a gradient is diagonal, and Adam would enlarge the round-off beside the diagonal.
+In each block the gradient is rotated, G' = Q_L^T G Q_R; Adam has its moments of G' and makes a direction a of them; the
+step is P = Q_L a Q_R^T. The factors see the gradient afterwards. Every `precondition_frequency` steps the bases Q
+follow the factors by one step of orthogonal iteration (their algorithm 4). The first step has no direction: it
+only makes the bases, from the eigenvectors of its gradient's factors, as the authors' code does. In its own eigenbasis
+a gradient is diagonal, and Adam would enlarge the round-off beside the diagonal.
 
-Factors have low rank while an expert has seen fewer tokens than its sides are long. Eigenvectors of what is empty are
-round-off, other ones on each machine, and Adam, which takes as long a step along a small gradient as along a large one,
-would make a weight of them. So an eigenvector whose eigenvalue is round-off is not used: in its place the first basis
-takes fixed directions, made orthogonal to those that have evidence, and a later one the direction that was there
-before. A coordinate in which the gradient is nothing but the round-off of its rotation is not updated.
+Factors have low rank while an expert has seen fewer tokens than its sides are long. The eigenvectors of the empty part
+are round-off, which differs between machines. Adam would carry it into the weights, because its step along a small
+gradient is as long as along a large one. So an eigenvector whose eigenvalue is round-off is not used. In its place the
+first basis takes a fixed direction, made orthogonal to those with evidence, and a later basis keeps the direction it
+had before. A coordinate in which the gradient is only the round-off of its rotation is not updated.
 
 Shapes: R rows (experts), M x N a matrix, B blocks of a region, H x W a block, S the size of a side.
 """
@@ -29,10 +30,9 @@ from titan_moe.optimizer.kronecker import (
     mean_factor,
     to_blocks,
 )
-from titan_moe.optimizer.transform import MatmulDtype, State, Tick, Transform, adamw
+from titan_moe.optimizer.transform import MOMENTS, MatmulDtype, State, Tick, Transform, adamw
 from titan_moe.runtime.dtypes import DTYPES
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 EVIDENT = 1e-5  # a part of a gradient that is smaller than this may be the round-off of the whole in fp32
 
 
@@ -70,20 +70,19 @@ def soap(
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
         # the first gradient only makes the bases: in its own eigenbasis it is diagonal, and the rest is round-off
-        shape = gradient.shape[1:]
+        parts = factors_by_region(gradient.shape[1:], max_preconditioner_dim, one_sided=one_sided)
         if tick.step == 1:
             layout.observe(gradient, state, tick)
-            for region, factors in factors_by_region(shape, max_preconditioner_dim, one_sided=one_sided):
+            for region, factors in parts:
                 for side, factor in factors.items():
                     first_basis(side, factor, to_blocks(gradient, region), state)
             return torch.zeros_like(gradient)
 
-        # the moments of a row that had no token in the first step have missed nothing: they count for themselves
+        # Bias correction goes by what the moments have seen: not the first step, and of a row only those with tokens.
         state["moment_steps"] += 1 if tick.alive is None else tick.alive
 
         # Adam's step in the rotated coordinates, and back
-        parts = factors_by_region(shape, max_preconditioner_dim, one_sided=one_sided)
-        rotated = torch.empty_like(gradient)
+        rotated = torch.empty_like(gradient)  # (R, M, N)
         for region, factors in parts:
             from_blocks(rotate(to_blocks(gradient, region), factors, state, dtype), region, rotated)
         direction = base.update(rotated, state, tick._replace(steps=state["moment_steps"].clamp(min=1)))
@@ -119,7 +118,7 @@ def rotate(
 
 
 def without_round_off(direction: Tensor, square: Tensor) -> Tensor:
-    """Zero what blocks (R * B, H, W) of Adam's direction have where the gradient is the round-off of its rotation.
+    """Adam's direction in blocks (R * B, H, W), with 0 where the gradient may be only the round-off of its rotation.
 
     That is where its root mean square, by Adam's second moment `square`, is below EVIDENT of the whole block's.
     """
@@ -127,28 +126,30 @@ def without_round_off(direction: Tensor, square: Tensor) -> Tensor:
 
 
 def first_basis(side: Side, factor: Factor, blocks: Tensor, state: State) -> None:
-    """Make a side's basis the singular vectors of the first gradient, largest first, and fixed directions for the rest.
+    """Make a side's basis of the first gradient's singular vectors, largest first, and for the rest fixed directions.
 
-    `blocks` (R * B, H, W) are the gradient's; singular values up to EVIDENT of the largest are no evidence. In double
-    precision, once, because products in single precision would round all those below 0.001 of it away.
+    `blocks` (R * B, H, W) are the gradient's; singular values up to EVIDENT of the largest are no evidence.
     """
-    old = state[f"basis_{factor.name}"]
+    old = state[f"basis_{factor.name}"]  # (R, B, S, S)
+
+    # in double precision: products in single precision would lose all singular values below 0.001 of the largest
     exact = blocks.double()
     values, vectors = torch.linalg.eigh(exact @ exact.mT if side == "left" else exact.mT @ exact)
-    values, vectors = values.flip(-1), vectors.flip(-1)
+    values, vectors = values.flip(-1), vectors.flip(-1)  # (R * B, S), (R * B, S, S), largest first
 
-    # What the fixed directions leave beside the vectors depends on the space of these alone, and is well conditioned
-    # for any: random ones are never in it, as the axes would be where an input is always zero.
+    # What QR leaves of the fixed directions depends only on the space of the evident vectors, not on each of them.
+    # Random directions are never inside that space; an axis can be, where inputs are always zero.
     fixed = hashed_numbers(factor.size, vectors)  # (S, S)
     evident = (values > EVIDENT**2 * values[..., :1]).unsqueeze(-2)
     basis = torch.linalg.qr(torch.where(evident, vectors, fixed)).Q
 
+    # an expert without a token has no gradient to make a basis of, and keeps the identity
     seen = (state[f"count_{factor.name}"] > 0)[..., None, None]
     old.copy_(torch.where(seen, basis.view(old.shape), old))
 
 
 def hashed_numbers(size: int, like: Tensor) -> Tensor:
-    """(S, S) numbers of [-0.5, 0.5), the same on every device: a hash of their places, in integers, which are exact."""
+    """(S, S) numbers in [-0.5, 0.5), the same on every device: hashes of their indices by integers, which are exact."""
     number = torch.arange(size * size, device=like.device)
     for _ in range(2):
         number = ((number ^ (number >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
@@ -164,14 +165,15 @@ def turn_basis(
     The first moment is turned exactly. The second moment keeps its coordinates, which are put in the order of the
     basis' eigenvalue estimates. A block that has seen no gradient, or whose row is not `alive` (R,), stays as it is.
     """
-    old = state[f"basis_{factor.name}"]
-    new, order = iterate(mean_factor(factor, state, beta2), old, floor)
+    old = state[f"basis_{factor.name}"]  # (R, B, S, S)
+    new, order = iterate(mean_factor(factor, state, beta2), old, floor)  # (R, B, S, S), (R, B, S)
 
+    # by a choice and not by indices of what moves, whose number the host would have to wait for
     moves = has_evidence(factor, state, alive)  # (R, B)
     new = torch.where(moves[..., None, None], new, old)
     order = torch.where(moves.unsqueeze(-1), order, torch.arange(factor.size, device=old.device))
 
-    # what stays is not multiplied by Q^T Q, which is one to round-off only
+    # the moments move with the basis; what stays is not multiplied by Q^T Q, which is one to round-off only
     turn, chosen = (new.mT @ old).flatten(0, 1), order.flatten(0, 1)  # (R * B, S, S), (R * B, S)
     mean, square = (to_blocks(state[name], region) for name in MOMENTS)  # (R * B, H, W)
     if side == "left":
@@ -190,7 +192,8 @@ def iterate(factor: Tensor, basis: Tensor, floor: float) -> tuple[Tensor, Tensor
 
     Returns the new basis, and (..., S) which column of the old one each of its columns comes from.
     """
-    product = factor @ basis
+    # the largest eigenvalue estimates first: QR turns each column away from those before it, and leaves the first alone
+    product = factor @ basis  # (..., S, S)
     order = (basis * product).sum(-2).argsort(dim=-1, descending=True, stable=True)  # diag(Q^T F Q)
 
     # Where the factor has fewer directions than columns, a column adds round-off to those before it, and the basis

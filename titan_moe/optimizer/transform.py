@@ -1,4 +1,4 @@
-"""Transforms: what turns a gradient into the direction of an update. AdamW is one of them; momentum; torch's kernels.
+"""Transforms turn a gradient into the direction of an update. Here are the protocol, AdamW, momentum, torch's kernels.
 
 `titan_moe.optimizer.optimizer` does the rest: states, rates, shards, what is no matrix. The other transforms are in
 `shampoo`, `soap`, `muon` and `meta_shampoo`.
@@ -16,16 +16,20 @@ from torch import Tensor
 State = dict[str, Tensor]
 MatmulDtype = Literal["float32", "bfloat16"]
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's first and second, by torch's names
+
 
 class Tick(NamedTuple):
-    """Where a parameter is in time, and what a transform may ask for besides its gradient.
+    """How many steps a parameter has taken, and what else a transform may ask for besides its gradient.
 
     `step` counts from 1 and is known on the host, so that what happens every n-th step needs no synchronisation.
-    `steps` (R,) fp32 is each row's own count, this step included. `spare(gradient)` is contiguous memory of that
-    shape for the direction to be made in; it holds anything finite, and the next call gives it again. `weight()` is
-    the weight (R, M, N) before the step, to be read only; of a dense matrix that is sharded it costs a gather. `alive`
-    (R,) bool is None when every row takes part; the state of a row that does not must stay as it is, and its direction
-    is not used. `offset` is by how many steps this parameter's periodic work comes later, less than the `period`.
+    `steps` (R,) fp32 is each row's own count, this step included.
+    `spare(gradient)` is contiguous memory of the gradient's shape to make the direction in. It holds anything finite,
+    and the next call gives the same memory again.
+    `weight()` is the weight (R, M, N) before the step, read only; of a sharded dense matrix it costs a gather.
+    `alive` (R,) bool says which rows take part, None: all. The state of a row that does not must stay as it is, and its
+    direction is not used.
+    `offset`, less than the transform's `period`: this parameter's periodic work is so many steps later than usual.
     """
 
     step: int
@@ -39,8 +43,8 @@ class Tick(NamedTuple):
 class Step(Protocol):
     """W <- W - lr (direction + weight_decay W) in one pass over memory, for many tensors of any shape at once.
 
-    `tensors` are lists of weights, gradients and then each of the kernel's states. `steps` count this step already;
-    `skip`, an fp32 scalar, leaves everything as it is where it is 1; gradients are divided by `grad_scale`, in place.
+    `tensors` are lists of weights, gradients and then each of the kernel's states. `steps` count this step already.
+    Where `skip`, an fp32 scalar, is 1, nothing changes. Gradients are divided by `grad_scale`, in place.
     """
 
     def __call__(
@@ -57,7 +61,7 @@ class Step(Protocol):
 
 
 class Kernel(NamedTuple):
-    """The whole step of a transform that looks at each element by itself: shapes and shards do not matter to it.
+    """The whole step of a transform that treats each element by itself, so that shapes and shards do not matter.
 
     `states` are the names of what it keeps for each element, zero at first.
     """
@@ -70,13 +74,16 @@ class Transform(NamedTuple):
     """Two functions; the step is W <- W - lr (update(G, state, tick) + weight_decay W).
 
     `init(weight)` makes the state: contiguous tensors by name whose first dimension is that of `weight` (R, M, N), so
-    that they are sharded as it is; of a dense matrix' weight it sees the shape alone. `update(gradient, state, tick)`
-    gives the direction, (R, M, N) fp32 from such a gradient, contiguous as well, and writes the state in place, because
-    a copy of it would cost as much as the step. It does not know the learning rate: rates that differ by expert are
-    then exact for every transform. `by_rows`: it may be called for some rows at a time. A matrix with a dimension above
-    `max_dim` is AdamW's. The periodic work of a group's matrices is spread over `period` steps (0: it is not).
+    that they are sharded as it is. A dense matrix may be sharded otherwise: of its weight only the shape is given.
 
-    One that has a `kernel` is stepped by it, whatever a parameter's shape, and not by `init` and `update`.
+    `update(gradient, state, tick)` gives the direction for a gradient; both are (R, M, N), fp32 and contiguous. It
+    writes the state in place, because a copy would cost as much as the step. It does not know the learning rate, so
+    that rates that differ by expert are exact for every transform.
+
+    `by_rows`: update may be called for some rows at a time. A matrix with a dimension above `max_dim` is AdamW's. The
+    periodic work of a group's matrices is spread over `period` steps (0: it is not).
+
+    With a `kernel`, parameters of any shape are stepped by that, and not by `init` and `update`.
     """
 
     init: Callable[[Tensor], State]
@@ -97,13 +104,13 @@ def adamw(*, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8) -> Tran
     step = functools.partial(fused_adamw, betas=(beta1, beta2), eps=eps)
 
     def init(weight: Tensor) -> State:
-        return {name: weight.new_zeros(weight.shape, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
+        return {name: weight.new_zeros(weight.shape, dtype=torch.float32) for name in MOMENTS}
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
         # The kernel's step with learning rate and decay of -1 takes any finite weight to 0 plus the direction: one pass
         # over memory, where the formula by operators would take six.
         direction = tick.spare(gradient)  # (R, M, N)
-        tensors = [direction, gradient, state["exp_avg"], state["exp_avg_sq"]]
+        tensors = [direction, gradient, *(state[name] for name in MOMENTS)]
         if tick.alive is None:
             step([[tensor] for tensor in tensors], [tick.steps[0]], -1.0, -1.0)
             return direction
@@ -113,7 +120,7 @@ def adamw(*, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8) -> Tran
             step([[tensor[row]] for tensor in tensors], [tick.steps[row]], -1.0, -1.0, skip=dead)
         return direction
 
-    return Transform(init, update, kernel=Kernel(("exp_avg", "exp_avg_sq"), step))
+    return Transform(init, update, kernel=Kernel(MOMENTS, step))
 
 
 def momentum(beta: float, name: str = "exp_avg", *, correct_bias: bool = True) -> Transform:
@@ -123,7 +130,7 @@ def momentum(beta: float, name: str = "exp_avg", *, correct_bias: bool = True) -
         return {name: weight.new_zeros(weight.shape, dtype=torch.float32)}
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
-        average = state[name]
+        average = state[name]  # (R, M, N)
         if tick.alive is None:
             average.lerp_(gradient, 1 - beta)
         else:
@@ -150,6 +157,7 @@ def fused_adamw(
     grad_scale: Tensor | None = None,
 ) -> None:
     """Call torch's fused AdamW kernel: the `Step` whose states are the first and the second moments."""
+    # the empty list is amsgrad's; `found_inf` is torch's name of `skip`
     weights, gradients, exp_avgs, exp_avg_sqs = tensors
     torch._fused_adamw_(
         weights,
@@ -172,6 +180,7 @@ def fused_adamw(
 
 def fused_sgd(weight: Tensor, direction: Tensor, lr: float, weight_decay: float) -> None:
     """W <- W - lr (direction + weight_decay W) by torch's kernel, in one pass; both contiguous and of one dtype."""
+    # the empty list is of momenta, which transforms keep themselves
     torch._fused_sgd_(
         [weight],
         [direction],

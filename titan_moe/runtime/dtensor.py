@@ -11,12 +11,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def rows(tensor: Tensor) -> slice:
-    """The indices of dim 0 (experts) that this rank holds: all, unless the tensor is a DTensor sharded on dim 0."""
-    if isinstance(tensor, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-        return slice(offset[0], offset[0] + shape[0])
-    return slice(0, tensor.shape[0])
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
+    """Which indices of each dim of the whole tensor this rank holds; all of them of a plain tensor. No collective."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def local_rows(tensor: Tensor) -> slice:
+    """Which indices of dim 0 (experts) this rank holds."""
+    return local_slices(tensor)[0]
 
 
 def gathered(tensor: Tensor) -> Tensor:
@@ -25,17 +30,14 @@ def gathered(tensor: Tensor) -> Tensor:
 
 
 def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of `whole`, which every rank has, sharded as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return whole
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return whole[tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))]
+    """This rank's part, a view, of the tensor `whole` that every rank has, cut as `parameter` is."""
+    return whole[local_slices(parameter)]
 
 
 def sharded_like(rows: Tensor, parameter: DTensor) -> DTensor:
-    """The DTensor whose local part is `rows`, sharded on dim 0 as `parameter` is; no collective."""
+    """The DTensor whose local part is `rows` (R, ...), sharded on dim 0 as `parameter` is; no collective."""
     shape = torch.Size((parameter.shape[0], *rows.shape[1:]))
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, device="meta").stride()  # with neither, torch takes all shards to be of one size
     return DTensor.from_local(
         rows, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
     )
