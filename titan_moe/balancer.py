@@ -4,14 +4,17 @@ Shapes: T tokens, E experts, K top_k, G groups of tokens (the sequences of a mic
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titan_moe.model.routing import Routing
+from titan_moe.model.routing.common import asked_for
 
+State = Mapping[str, Tensor]  # what a balancer keeps, by name
+OFFERED = ("state", "step", "progress")  # to a post step, after load and bias
 Scope = Literal["micro_batch", "sequence", "global_batch", "global_batch_exact"]
 
 
@@ -32,14 +35,19 @@ class Balancer(NamedTuple):
     all ranks. A balancer that needs to know more than tokens per expert counts it by `observe(routing, expert_bias)`,
     integers whose sum over micro-batches and ranks `post_step` gets in the load's place. The step multiplies the
     change of the bias by `schedule(progress)`, progress from 0 to 1 at the run's end.
+
+    A post step that takes more by name gets it: `step`, the step's number from 1, `progress`, and `state`, tensors of
+    its own. `init(num_experts)` makes those of one layer, fp32, alike on all ranks; the post step has them with the
+    layers in front, (L, ...), and gives (bias, new state). They are in checkpoints, and a skipped step changes none.
     """
 
     loss: Callable[[Routing, Tensor, Tensor | int], Tensor]
-    post_step: Callable[[Tensor, Tensor], Tensor]
+    post_step: Callable[..., Tensor | tuple[Tensor, State]]
     scope: Scope = "micro_batch"
     train: bool = True
     observe: Callable[[Routing, Tensor], Tensor] | None = None
     schedule: Callable[[float], float] = _constant
+    init: Callable[[int], State] | None = None
 
     @property
     def has_loss(self) -> bool:
@@ -50,6 +58,17 @@ class Balancer(NamedTuple):
     def moves_bias(self) -> bool:
         """Whether its post step may change the bias."""
         return self.post_step is not keep_bias
+
+    def after_step(
+        self, load: Tensor, expert_bias: Tensor, state: State, *, step: int, progress: float
+    ) -> tuple[Tensor, State]:
+        """Bias and state after an optimizer step, by the post step: of that it is given what it takes."""
+        offered = dict(zip(OFFERED, (state, step, progress), strict=True))
+        asked = {name: offered[name] for name in asked_for(self.post_step, OFFERED)}
+        result = self.post_step(load, expert_bias, **asked)
+        moved, new_state = result if isinstance(result, tuple) else (result, state)
+        factor = self.schedule(progress)
+        return moved if factor == 1 else torch.lerp(expert_bias, moved, factor), new_state
 
 
 def keep_bias(load: Tensor, expert_bias: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from titan_moe.balancer import BALANCERS, Balancer
 from titan_moe.config import Config, find_component
 from titan_moe.data.build import Data, build_data
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
+from titan_moe.model.moe import InitState
 from titan_moe.model.routing import ROUTERS, force_balanced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
@@ -57,6 +58,7 @@ def build_model(config: Config) -> Transformer:
         router=router,
         loss_chunk_tokens=config.training.loss_chunk_tokens,
         expert_bias=has_expert_bias(config),
+        balancer_inits=balancer_inits(config),
     )
 
 
@@ -100,6 +102,12 @@ def degrees_of(config: Config, world_size: int) -> Degrees:
 def has_expert_bias(config: Config) -> bool:
     """Whether a balancer moves a selection bias, which is then a part of the model."""
     return any(balancer.moves_bias for _, balancer in build_balancers(config).values())
+
+
+def balancer_inits(config: Config) -> dict[str, InitState]:
+    """What makes the tensors that balancers keep of a MoE layer, by the balancers' names."""
+    balancers = {name: balancer for name, (_, balancer) in build_balancers(config).items()}
+    return {name: balancer.init for name, balancer in balancers.items() if balancer.init is not None}
 
 
 def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:

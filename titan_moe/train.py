@@ -229,7 +229,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
     config, rt, profiling = job.config, job.runtime, job.config.profiling
     stop, steps, batches = StopRequest(), config.training.steps, iter(job.data.train)
     timetable = Timetable(config.checkpoint.interval)
-    expert_biases = job.model.expert_biases()
+    expert_biases, balancer_states = job.model.expert_biases(), job.model.balancer_states()
     moe_layers = moe_layer_names(job.model)
     pending: list[Record] = []
     skips = Skips(config.training.skip_nonfinite_steps, *progress.skipped)
@@ -250,7 +250,9 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
                 job.balancers,
                 expert_biases,
                 max_norm=config.training.max_norm,
+                step=step,
                 progress=step / steps,
+                balancer_states=balancer_states,
                 measure_experts=is_due(step, config.metrics.expert_stats_freq),
                 sequence_group=job.sequence_group,
             )

@@ -19,7 +19,7 @@ from titan_moe.model.routing import Routing
 from titan_moe.model.routing.common import make_routing, normalized
 from titan_moe.runtime.dtensor import local
 from titan_moe.runtime.world import all_reduce_sum
-from titan_moe.step import Balancers, all_reduce_sums, sequence_load, update_expert_biases
+from titan_moe.step import Balancers, all_reduce_sums, sequence_load, update_balancers
 
 # By the number that the operator is given.
 _LAYERS: weakref.WeakValueDictionary[int, "Layer"] = weakref.WeakValueDictionary()
@@ -207,7 +207,7 @@ class Monitor:
         if _step_tokens:
             self._tokens = _step_tokens.pop()
         if self.own_bias_rule:
-            update_expert_biases(self.balancers, [layer.bias for layer in self.layers], sums)
+            update_balancers(self.balancers, [layer.bias for layer in self.layers], sums, states={})
         for layer in self.layers:
             layer.load.zero_()
             layer.values.zero_()

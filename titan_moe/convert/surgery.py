@@ -1,7 +1,8 @@
 """Expert surgery: checkpoints with other experts than they were trained with, optimizer state and bias carried along.
 
 Every operation on a model that has experts is a plan: of each expert of the new layer, which old ones it is made of. It
-is applied to all tensors that have a row for each expert: weights, router, bias, moments and step counts.
+is applied to all tensors that have a row for each expert: weights, router, bias, what balancers keep, moments and step
+counts.
 """
 
 import logging
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe.build import build_model, build_optimizer
+from titan_moe.build import balancer_inits, build_model, build_optimizer
 from titan_moe.checkpoint import resolve_checkpoint
 from titan_moe.checkpoint.folder import read_manifest
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors, read_lazily
@@ -22,7 +23,9 @@ from titan_moe.config import Config, load_saved, to_toml
 from titan_moe.convert.hf.architectures import moe_layers
 from titan_moe.convert.new_folder import new_checkpoint
 from titan_moe.data.tokenizer_files import read_tokenizer_files
+from titan_moe.model.moe import initial_state
 from titan_moe.model.transformer import fill_normal
+from titan_moe.model.wrappers import is_balancer_state
 from titan_moe.runtime.world import seed_of
 
 logger = logging.getLogger(__name__)
@@ -132,6 +135,7 @@ def change_experts(
             made[name] = tensor
         else:
             raise ValueError(f"{name} of shape {tensor.shape} has no row for each expert: it cannot be carried over")
+    made = _with_states(config, made)
     _check_shapes(config, made)
     _save(step_folder, out, config, made, read_common(step_folder)["optimizer"])
 
@@ -178,6 +182,7 @@ def upcycle(
             made[name] = tensor
     for layer in moe_layers(config):
         made |= _new_router(config, layer, granularity, seed)
+    made = _with_states(config, made)
     _check_shapes(config, made)
     values = read_common(step_folder)["optimizer"]
     _save(step_folder, out, config, made, _fresh_values(config) if values else values)
@@ -220,6 +225,16 @@ def _new_router(config: Config, layer: int, granularity: int, seed: int) -> Lazy
     return made
 
 
+def _with_states(config: Config, made: LazyTensors) -> LazyTensors:
+    """The tensors, and as at the start of a run what balancers of `config` keep that is not among them."""
+    fresh = {
+        f"model.layers.{layer}.moe.balancer_state.{name}": Lazy(tuple(value.shape), value.dtype, value.clone)
+        for layer in moe_layers(config)
+        for name, value in initial_state(balancer_inits(config), config.moe.num_experts).items()
+    }
+    return {**fresh, **made}
+
+
 def _check_upcycling(before: Config, config: Config, granularity: int) -> None:
     moe = config.moe
     if not moe.num_experts:
@@ -237,7 +252,8 @@ def _check_upcycling(before: Config, config: Config, granularity: int) -> None:
 
 def _replan(name: str, tensor: Lazy, plan: Plan) -> Lazy:
     """A tensor with a row for each old expert as one with a row for each new one."""
-    is_weight, is_counter = name.startswith("model."), name.startswith("optimizer.") and len(tensor.shape) == 1
+    is_weight = name.startswith("model.") and not is_balancer_state(name)
+    is_counter = name.startswith("optimizer.") and len(tensor.shape) == 1
 
     def load() -> Tensor:
         old = tensor.load()
@@ -262,7 +278,7 @@ def _add_noise(row: Tensor, noise: float, key: str) -> None:
 
 def _expert_tensor(name: str) -> int | None:
     """The layer whose experts a tensor has rows of, None where it has none."""
-    for part in (".moe.experts.", ".moe.router.", ".moe.expert_bias"):
+    for part in (".moe.experts.", ".moe.router.", ".moe.expert_bias", ".moe.balancer_state."):
         head, found, _ = name.partition(part)
         if found:
             return int(head.rpartition(".")[2])

@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, T = B * S tokens, D dim, F hidden width, E experts, K top_k, N = T * K rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.routing import Router, Routing
 
+# num_experts -> tensors that a balancer keeps of a layer, by name
+InitState = Callable[[int], Mapping[str, Tensor]]
 # (x_ND, w1, w2, w3, tokens_per_expert_E) -> y_ND: see `experts_backend`
 ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -153,11 +155,24 @@ class Experts(nn.Module):
         return expert_swiglu(x_ND, w1, w2, w3, tokens_per_expert_E, self.precision)
 
 
+def initial_state(balancer_inits: Mapping[str, InitState], num_experts: int) -> dict[str, Tensor]:
+    """What balancers keep of a layer at the start of a run, by the names of its buffers: `NAME/KEY`.
+
+    A buffer's name can have no dots: those of NAME are slashes here.
+    """
+    return {
+        f"{balancer}/{key}".replace(".", "/"): value.clone()  # the layer's own, whatever the balancer gives
+        for balancer, init in balancer_inits.items()
+        for key, value in init(num_experts).items()
+    }
+
+
 class MoE(nn.Module):
     """Mixture of Experts: each token goes to the experts its router chose, and to the shared experts if there are any.
 
     `route` and `dispatcher` are functions given from outside. The shared experts are one SwiGLU of their joint width,
-    which is the same function as their sum. `expert_bias` is an fp32 buffer that balancers write between steps.
+    which is the same function as their sum. `expert_bias` is an fp32 buffer that balancers write between steps, and
+    `balancer_state` holds those that they keep for themselves, made by `balancer_inits`.
     """
 
     def __init__(
@@ -169,16 +184,22 @@ class MoE(nn.Module):
         route: Router,
         num_shared_experts: int = 0,
         expert_bias: bool = False,
+        balancer_inits: Mapping[str, InitState] | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
-        self.route = route
+        self.route, self.num_experts = route, num_experts
         self.dispatcher = local() if dispatcher is None else dispatcher
         self.router = nn.Linear(dim, num_experts, bias=False)
         self.experts = Experts(num_experts, dim, expert_dim)
         self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32) if expert_bias else None)
+        self.balancer_inits = balancer_inits or {}
+        self.balancer_state = nn.Module() if self.balancer_inits else None
+        for name, value in initial_state(self.balancer_inits, num_experts).items():
+            assert self.balancer_state is not None
+            self.balancer_state.register_buffer(name, value)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         """(B, S, D) -> (B, S, D) and what the router decided for the T = B * S tokens."""

@@ -3,6 +3,8 @@
 Shapes: T tokens, E experts, K top_k, N = T * K choices.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -63,6 +65,24 @@ def check_top_k(top_k: int, temperature: float) -> None:
         raise ValueError(f"router top_k ({top_k}) must be at least 1")
     if not temperature > 0:
         raise ValueError(f"router temperature ({temperature}) must be above 0")
+
+
+@functools.cache
+def asked_for(function: Callable[..., object], offered: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of `offered` a router or a post step takes, by the names of its parameters after the first two.
+
+    Raises ValueError where it needs something else.
+    """
+    try:
+        _, _, *more = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C, or for fewer arguments
+        return ()
+    taken = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for parameter in more:
+        is_needed = parameter.kind in taken and parameter.default is inspect.Parameter.empty
+        if is_needed and parameter.name not in offered:
+            raise ValueError(f"takes {parameter.name!r}, which is not offered: {', '.join(offered)} are")
+    return tuple(parameter.name for parameter in more if parameter.kind in taken and parameter.name in offered)
 
 
 def scaled_logits(logits_TE: Tensor, options: Options) -> Tensor:
