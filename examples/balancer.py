@@ -1,4 +1,4 @@
-"""Balancers of one's own, `[balancer."examples.balancer:importance"]`: by a loss, by the selection bias, and with a state."""
+"""Balancers of one's own, `[balancer."examples.balancer:importance"]`: by a loss, by the bias, and with a state."""
 
 import torch
 from torch import Tensor

@@ -5,7 +5,7 @@ Shapes: T tokens, E experts, K top_k, G groups of tokens (the sequences of a mic
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,13 +59,16 @@ class Balancer(NamedTuple):
         """Whether its post step may change the bias."""
         return self.post_step is not keep_bias
 
+    def asked(self, state: State, step: int, progress: float) -> dict[str, Any]:
+        """What of these its post step takes, by name."""
+        offered = dict(zip(OFFERED, (state, step, progress), strict=True))
+        return {name: offered[name] for name in asked_for(self.post_step, OFFERED)}
+
     def after_step(
         self, load: Tensor, expert_bias: Tensor, state: State, *, step: int, progress: float
     ) -> tuple[Tensor, State]:
-        """Bias and state after an optimizer step, by the post step: of that it is given what it takes."""
-        offered = dict(zip(OFFERED, (state, step, progress), strict=True))
-        asked = {name: offered[name] for name in asked_for(self.post_step, OFFERED)}
-        result = self.post_step(load, expert_bias, **asked)
+        """Bias and state after an optimizer step: what the post step gives, and of the bias its schedule's part."""
+        result = self.post_step(load, expert_bias, **self.asked(state, step, progress))
         moved, new_state = result if isinstance(result, tuple) else (result, state)
         factor = self.schedule(progress)
         return moved if factor == 1 else torch.lerp(expert_bias, moved, factor), new_state
@@ -213,7 +216,8 @@ REACH = math.asinh(100 / SCALE)  # margins beyond 100 count as 100
 
 def margin_counts(routing: Routing, expert_bias_E: Tensor) -> Tensor:
     """(E, M + 1) int32: each expert's tokens by the bin of their margin, and last its tokens per expert."""
-    assert routing.selection is not None, "a router that takes a bias says what it selected by"
+    if routing.selection is None:
+        raise ValueError("balancer.loss_free.rule = 'quantile' needs a router whose Routing has a selection")
     T, E = routing.selection.shape
     biased_TE = routing.selection + expert_bias_E
     cutoff_T1 = biased_TE.topk(min(routing.topk_experts.shape[1] + 1, E)).values[:, -2:].mean(-1, keepdim=True)

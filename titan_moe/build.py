@@ -13,7 +13,7 @@ from titan_moe.config import Config, find_component
 from titan_moe.data.build import Data, build_data
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
 from titan_moe.model.moe import InitState
-from titan_moe.model.routing import ROUTERS, force_balanced
+from titan_moe.model.routing import ROUTERS, ParametricRouter, Router, force_balanced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.combined import combine
@@ -33,11 +33,6 @@ from titan_moe.runtime.world import Runtime
 def build_model(config: Config) -> Transformer:
     """Build the model of a config whose vocab_size is known, on the current default device (`meta`: no memory)."""
     model, moe = config.model, config.moe
-    router = None
-    if moe.num_experts:
-        router = find_component(ROUTERS, config.router.name)(top_k=moe.top_k, **config.router.arguments)
-        if config.debug.force_balanced_routing:
-            router = force_balanced(router)
     return Transformer(
         vocab_size=model.vocab_size,
         dim=model.dim,
@@ -55,11 +50,22 @@ def build_model(config: Config) -> Transformer:
         num_shared_experts=moe.num_shared_experts,
         first_dense_layers=moe.first_dense_layers,
         layer_freq=moe.layer_freq,
-        router=router,
+        router=build_router(config) if moe.num_experts else None,
         loss_chunk_tokens=config.training.loss_chunk_tokens,
         expert_bias=has_expert_bias(config),
         balancer_inits=balancer_inits(config),
     )
+
+
+def build_router(config: Config) -> Router | ParametricRouter:
+    """Build the router of [router]; ValueError where what it names gives none."""
+    router = find_component(ROUTERS, config.router.name)(top_k=config.moe.top_k, **config.router.arguments)
+    route, init = router if isinstance(router, ParametricRouter) else (router, None)
+    if not callable(route):
+        raise ValueError(f"router {config.router.name}: must give a function, gave {type(route).__name__}")
+    if config.debug.force_balanced_routing:
+        route = force_balanced(route)
+    return route if init is None else ParametricRouter(route, init)
 
 
 def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) -> Transformer:
@@ -123,6 +129,8 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
             balancers[name] = (1.0, builder(**arguments))
         else:
             balancers[name] = (arguments.get("coeff", default.default), builder(**{**arguments, "coeff": 1.0}))
+        if not isinstance(balancers[name][1], Balancer):
+            raise ValueError(f"balancer {name}: must give a Balancer, gave {type(balancers[name][1]).__name__}")
     return balancers
 
 

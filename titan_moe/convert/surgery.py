@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe.build import balancer_inits, build_model, build_optimizer
+from titan_moe.build import balancer_inits, build_model, build_optimizer, build_router
 from titan_moe.checkpoint import resolve_checkpoint
 from titan_moe.checkpoint.folder import read_manifest
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors, read_lazily
@@ -24,6 +24,7 @@ from titan_moe.convert.hf.architectures import moe_layers
 from titan_moe.convert.new_folder import new_checkpoint
 from titan_moe.data.tokenizer_files import read_tokenizer_files
 from titan_moe.model.moe import initial_state
+from titan_moe.model.routing import ParametricRouter
 from titan_moe.model.transformer import fill_normal
 from titan_moe.model.wrappers import is_balancer_state
 from titan_moe.runtime.world import seed_of
@@ -119,6 +120,7 @@ def change_experts(
     before = read_config(step_folder, trust_components)
     if not before.moe.num_experts:
         raise ValueError(f"{step_folder} is of a dense model: upcycle makes experts of it")
+    _refuse_own_router(before)
     tensors = read_lazily(step_folder)
     plan = dict(zip(moe_layers(before), plans(tensors), strict=True))
     num_experts = len(plan[moe_layers(before)[0]])
@@ -167,6 +169,7 @@ def upcycle(
     overrides = ["--moe.expert_dim", str(width), *overrides]
     config = _configured(step_folder, out, overrides, trust_components)
     _check_upcycling(before, config, granularity)
+    _refuse_own_router(config)
     tensors = read_lazily(step_folder)
     made: LazyTensors = {}
     carried = "load_lr" not in config.optimizer.groups.get("expert", {})  # its states differ: they begin anew
@@ -315,6 +318,15 @@ def _fresh_values(config: Config) -> dict[str, Any]:
         for parameter in group["params"]:
             values |= {f"optimizer.param_groups.{names[parameter]}.{key}": value for key, value in own.items()}
     return values
+
+
+def _refuse_own_router(config: Config) -> None:
+    """Raise ValueError for a router with parameters of its own: nothing says which have a row for each expert."""
+    if isinstance(build_router(config), ParametricRouter):
+        raise ValueError(
+            f"router.name = {config.router.name!r} has parameters of its own, and nothing says which of them have a "
+            "row for each expert: experts can be changed with routers that have one matrix"
+        )
 
 
 def _save(step_folder: Path, out: Path, config: Config, made: LazyTensors, values: dict[str, Any]) -> None:

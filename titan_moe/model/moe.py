@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from titan_moe.model import fused
 from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
-from titan_moe.model.routing import Router, Routing
+from titan_moe.model.routing import ParametricRouter, Router, Routing
+from titan_moe.model.routing.common import OFFERED, asked_for
 
 # num_experts -> tensors that a balancer keeps of a layer, by name
 InitState = Callable[[int], Mapping[str, Tensor]]
@@ -167,6 +169,11 @@ def initial_state(balancer_inits: Mapping[str, InitState], num_experts: int) -> 
     }
 
 
+def linear_router(dim: int, num_experts: int) -> nn.Module:
+    """The module whose logits nearly all routers go by."""
+    return nn.Linear(dim, num_experts, bias=False)
+
+
 class MoE(nn.Module):
     """Mixture of Experts: each token goes to the experts its router chose, and to the shared experts if there are any.
 
@@ -181,16 +188,20 @@ class MoE(nn.Module):
         dim: int,
         num_experts: int,
         expert_dim: int,
-        route: Router,
+        route: Router | ParametricRouter,
+        layer: int = 0,
         num_shared_experts: int = 0,
         expert_bias: bool = False,
         balancer_inits: Mapping[str, InitState] | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
-        self.route, self.num_experts = route, num_experts
+        self.num_experts, self.layer = num_experts, layer
+        self.has_own_router = isinstance(route, ParametricRouter)
+        self.route, init = route if isinstance(route, ParametricRouter) else (route, linear_router)
+        self.asked = asked_for(self.route, OFFERED)
         self.dispatcher = local() if dispatcher is None else dispatcher
-        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.router = init(dim, num_experts)
         self.experts = Experts(num_experts, dim, expert_dim)
         self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
         self.expert_bias: Tensor | None
@@ -204,11 +215,19 @@ class MoE(nn.Module):
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         """(B, S, D) -> (B, S, D) and what the router decided for the T = B * S tokens."""
         x_TD = x_BSD.flatten(0, 1)
-        # The logits in fp32: in bf16 near-ties between experts would be decided by rounding.
-        routing = self.route(F.linear(x_TD.float(), self.router.weight.float()), self.expert_bias)
+        # Of the layer a route is given what it takes: torch.compile makes a graph for each layer whose number is read.
+        asked = {name: x_TD if name == "x" else getattr(self, name) for name in self.asked}
+        routing = self.route(self.router_logits(x_TD), self.expert_bias, **asked)
         x_ND, tokens_per_expert_E, state = self.dispatcher.dispatch(x_TD, routing)
         # The shared experts need no rows from elsewhere: they are computed while these travel.
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         y_ND = self.experts(self.dispatcher.receive(x_ND, state), tokens_per_expert_E)
         y_BSD = self.dispatcher.combine(y_ND, routing.topk_scores, state).view_as(x_BSD)
         return (y_BSD if shared_BSD is None else y_BSD + shared_BSD), routing
+
+    def router_logits(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, E), in fp32: in bf16 near-ties between experts would be decided by rounding."""
+        if isinstance(self.router, nn.Linear) and not self.has_own_router:
+            return F.linear(x_TD.float(), self.router.weight.float())
+        parameters = {name: parameter.float() for name, parameter in self.router.named_parameters()}
+        return functional_call(self.router, parameters, (x_TD.float(),))

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from titan_moe.model.attention import Attention, Rope, check_attention, rope_cos_sin
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
 from titan_moe.model.moe import FeedForward, InitState, MoE, initial_state
-from titan_moe.model.routing import Router, Routing
+from titan_moe.model.routing import ParametricRouter, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
 
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
         num_shared_experts: int = 0,
         first_dense_layers: int = 0,
         layer_freq: int = 1,
-        router: Router | None = None,
+        router: Router | ParametricRouter | None = None,
         expert_bias: bool = False,
         balancer_inits: Mapping[str, InitState] | None = None,
         loss_chunk_tokens: int = 0,
@@ -108,6 +108,7 @@ class Transformer(nn.Module):
                 expert_dim=expert_dim,
                 num_shared_experts=num_shared_experts,
                 route=router,
+                layer=layer,
                 expert_bias=expert_bias,
                 balancer_inits=balancer_inits,
             )
@@ -176,17 +177,15 @@ class Transformer(nn.Module):
         """Fill every parameter: matrices normal(0, init_std), norms 1; selection biases 0.
 
         The matrices that write to the residual stream (wo, w2) have std init_std / sqrt(2 * num_layers), as GPT-2 has
-        them (Radford et al., 2019). Each parameter has a generator of its own, seeded by (seed, name), so its full
-        tensor is the same whatever the layout, the wrappers, or the other parameters are.
+        them (Radford et al., 2019). Of a router's own parameters vectors are 1, but for those called bias, which are 0.
+        Each parameter has a generator of its own, seeded by (seed, name), so its full tensor is the same whatever the
+        layout, the wrappers, or the other parameters are.
         """
         for wrapped_name, parameter in self.named_parameters():
             name = plain_name(wrapped_name)
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            residual = name.removesuffix(".weight").endswith((".wo", ".w2"))
+            residual = name.removesuffix(".weight").endswith((".wo", ".w2")) and ".router." not in name
             std = self.init_std / math.sqrt(2 * self.num_layers) if residual else self.init_std
-            fill_normal(parameter, std, f"{seed}/{name}")
+            fill(parameter, std, name, seed)
         for bias in self.expert_biases():
             bias.zero_()
         self.init_balancer_states()
@@ -221,6 +220,14 @@ def _check_positive(name: str, value: int, why: str) -> None:
 def _check_multiple_of_8(name: str, value: int) -> None:
     if value % 8:
         raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
+
+
+def fill(parameter: Tensor, std: float, name: str, seed: int) -> None:
+    """Fill a parameter: a vector with 1, or 0 if it is called bias, all others with normal numbers."""
+    if parameter.dim() == 1:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    else:
+        fill_normal(parameter, std, f"{seed}/{name}")
 
 
 def fill_normal(parameter: Tensor, std: float, key: str) -> None:
