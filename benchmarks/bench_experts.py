@@ -49,6 +49,7 @@ def one_pass(
 
 def milliseconds(run: Callable[[], None], device: torch.device) -> float:
     """Median of some runs, each by events on a GPU and by the clock on a CPU."""
+    # The first passes allocate, compile and tune.
     for _ in range(WARMUP):
         run()
     times = []
@@ -79,22 +80,25 @@ def time_backends(
     compiled: bool = False,
 ) -> dict[str, str]:
     """What each backend takes, by name: time, operations a second, peak of memory; or why it can't be used."""
-    found = {}
+    # A backend that cannot run is a line that says why: which ones can differs from machine to machine.
+    texts = {}
     for name, backend in EXPERTS_BACKENDS.items():
         try:
             check_experts_backend(name, device=device, param_dtype=dtype, deterministic=False)
         except ValueError as error:
-            found[name] = str(error)
+            texts[name] = str(error)
             continue
         called = torch.compile(backend, fullgraph=True) if compiled else backend
         run = one_pass(called, rows_of_experts(experts, rows, uneven), dim, hidden, dtype, device)
+
+        # 18: three products, forward and twice backward, of 2 operations.
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         taken = milliseconds(run, device)
-        found[name] = f"{taken:.3f} ms, {18 * rows * dim * hidden / taken / 1e9:.1f} TFLOP/s"
+        texts[name] = f"{taken:.3f} ms, {18 * rows * dim * hidden / taken / 1e9:.1f} TFLOP/s"
         if device.type == "cuda":
-            found[name] += f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
-    return found
+            texts[name] += f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    return texts
 
 
 def main() -> None:

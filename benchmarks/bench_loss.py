@@ -25,32 +25,35 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def whole(x_TD: Tensor, weight_VD: Tensor, labels: Tensor) -> Tensor:
-    """The plain way."""
+    """The loss on all logits at once."""
     return F.cross_entropy(F.linear(x_TD, weight_VD).float(), labels, reduction="sum")
 
 
 def losses(chunks: list[int], compiled: bool) -> dict[str, Loss]:
-    """What is compared, by name."""
-    found: dict[str, Loss] = {"whole logits": whole}
-    found |= {f"titan_moe, {n}": functools.partial(linear_cross_entropy, chunk_tokens=n) for n in chunks}
+    """The losses to compare, by name."""
+    cases: dict[str, Loss] = {"whole logits": whole}
+    cases |= {f"titan_moe, {n}": functools.partial(linear_cross_entropy, chunk_tokens=n) for n in chunks}
     if compiled:
         fast = torch.compile(softmax_, fullgraph=True)
-        found["whole logits, compiled"] = torch.compile(whole, fullgraph=True)
+        cases["whole logits, compiled"] = torch.compile(whole, fullgraph=True)
         for n in chunks:
-            found[f"titan_moe, {n}, compiled"] = functools.partial(linear_cross_entropy, chunk_tokens=n, softmax_=fast)
-    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13
+            cases[f"titan_moe, {n}, compiled"] = functools.partial(linear_cross_entropy, chunk_tokens=n, softmax_=fast)
+
+    # torch's own, where it has one: from 2.13 on.
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         theirs: Any = functools.partial(F.linear_cross_entropy, reduction="sum")
         options = torch.nn.LinearCrossEntropyOptions
-        found["torch, no options"] = theirs
-        found["torch, auto"] = functools.partial(theirs, options=options())
+        cases["torch, no options"] = theirs
+        cases["torch, auto"] = functools.partial(theirs, options=options())
         for n in chunks:
             accurate = options(batch_chunk_size=n, chunking_method=None, acc_policy="accurate")
-            found[f"torch, {n}, accurate"] = functools.partial(theirs, options=accurate)
-    return found
+            cases[f"torch, {n}, accurate"] = functools.partial(theirs, options=accurate)
+    return cases
 
 
 def measure(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor], rounds: int) -> tuple[float, float]:
     """(seconds, MiB) of a pass forward and backward."""
+    # On a CPU the processor's time, in which other programs have no part; a GPU is waited for.
     on_gpu = inputs[0].is_cuda
     clock = time.perf_counter if on_gpu else time.process_time
 
@@ -63,6 +66,8 @@ def measure(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor], rounds: int) -> t
 
     run()
     seconds = min(run() for _ in range(rounds))
+
+    # Memory in a pass of its own: the profiler, which alone sees a CPU's allocations, would slow the timed ones.
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -101,6 +106,7 @@ def main() -> None:
         leaves = [(part * 0.3).to(getattr(torch, dtype)).requires_grad_() for part in (x_TD, weight_VD)]
         inputs = (leaves[0], leaves[1], labels)
         exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
         # in parts, as float64 logits may not fit; sums of parts are exact enough
         want = torch.zeros((), dtype=torch.float64, device=given.device)
         for x, label in zip(exact[0].split(256), labels.split(256), strict=True):

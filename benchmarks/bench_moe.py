@@ -43,6 +43,7 @@ class Bench(NamedTuple):
 
 def build(model: nn.Module, dtype: str, train: bool = True) -> Bench:
     """A step on a fresh random batch; without `train`, forward and backward alone."""
+    # Blocks are compiled one by one, as training does it; transformers has them one level deeper.
     if dtype.endswith("compiled"):
         blocks: Any = getattr(model, "layers", None) or model.model.layers  # pyrefly: ignore
         for block in blocks:
@@ -89,10 +90,13 @@ def available(peer: str) -> bool:
 
 def measure_steps(model: str, dtype: str, peers: list[str], rounds: int) -> dict[str, tuple[float, float, float]]:
     """(median seconds, median ratio to the roof, peak GiB) of every peer."""
+    # All models are alive at once, so that all are timed in the same minutes.
     benches = {peer: build(PEERS[peer](*MODELS[model], DTYPES[dtype]), dtype) for peer in peers}
     for bench in benches.values():
         for _ in range(WARMUP):
             bench.step()
+
+    # Each peer's step stands between two of the roof: what slows the machine for a while slows both sides of a ratio.
     roof = benches["dense roof"].step
     times: dict[str, list[tuple[float, float]]] = {peer: [] for peer in peers}
     for _ in range(rounds):
@@ -115,6 +119,7 @@ def measure_steps(model: str, dtype: str, peers: list[str], rounds: int) -> dict
 
 def peak_memory(step: Callable[[], None], state_bytes: int) -> float:
     """GiB: what parameters and optimizer states keep, and the most that torch had allocated on top within one step."""
+    # The states are counted by their sizes and not seen here: they are allocated long before the step.
     if on_gpu():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -145,6 +150,8 @@ def growth_table(dtypes: list[str], rounds: int) -> None:
         torch.compiler.reset()
         models = {size: decoder(size, expert_dim).to(DTYPES[dtype]) for size in sizes}
         steps = {size: build(model, dtype, train=False).step for size, model in models.items()}
+
+        # A ratio is of two sizes in the same round; the table has the median of these, not a ratio of medians.
         for step in steps.values():
             for _ in range(WARMUP):
                 step()
@@ -170,6 +177,8 @@ def floor_table(models: list[str], dtypes: list[str], rounds: int) -> None:
             tasks = floor_tasks(*MODELS[model], DTYPES[dtype])
             for task in (roof, *tasks) * WARMUP:
                 task()
+
+            # The floor is the roof's step plus what products by expert and a larger update add in the same round.
             times = [[timed(roof), *map(timed, tasks)] for _ in range(rounds)]
             ratios = [
                 (separate / one, ours / theirs, (step + separate - one + ours - theirs) / step)
@@ -183,6 +192,7 @@ def floor_tasks(num_experts: int, expert_dim: int, dtype: torch.dtype) -> list[C
     """Make a step's feed-forward products as one product each and by expert, and AdamW on the dense and MoE models."""
 
     def products(groups: int, hidden: int) -> Callable[[], None]:
+        # As many rows in all, whatever the number of groups, and outputs that are made before: only products are timed.
         rows = BATCH * SEQ * TOP_K * expert_dim // hidden // groups
         x, h = torch.randn(groups, rows, DIM).to(dtype), torch.randn(groups, rows, hidden).to(dtype)
         weight = torch.randn(groups, hidden, DIM).to(dtype)
@@ -238,11 +248,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
+
+    # The command and the machine stand above the numbers, so that a table copied elsewhere can be repeated.
     torch.set_num_threads(1)
     torch.set_default_device(arguments.device)
     torch.manual_seed(0)
     print(f"`python {' '.join(sys.argv)}`\n\n{machine()}. Decoder: dim {DIM}, {LAYERS} layers,")
     print(f"vocabulary {VOCAB}, {BATCH} x {SEQ} tokens, top-{TOP_K}; medians of {arguments.rounds} rounds.\n")
+
     if arguments.mode == "growth":
         return growth_table(arguments.dtypes, arguments.rounds)
     if arguments.mode == "floor":

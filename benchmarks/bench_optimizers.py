@@ -69,6 +69,7 @@ class Side:
     """A model with an optimizer for its experts; the optimizer's clock is moved by hand."""
 
     def __init__(self, model: str, variant: str, device: torch.device) -> None:
+        # All sides have the same weights, so that they route alike and do the same products.
         dim, layers, heads, num_experts, expert_dim = MODELS[model]
         self.model = Transformer(
             vocab_size=VOCAB,
@@ -80,11 +81,13 @@ class Side:
             router=topk_softmax(top_k=TOP_K),
         ).to(device)
         self.model.init_weights(0)
+
+        # The variant has the experts alone; what AdamW does to the rest is the same for all.
         self.device = device
         self.name, self.arguments = VARIANTS[variant]
         groups = parameter_groups(self.model.named_parameters(), {"expert": self.arguments})
         names = {group["name"]: "adamw" for group in groups} | {"expert": self.name}
-        self.optimizer = combine(groups, names, lambda name, own: OPTIMIZERS[name](own, lr=1e-4))
+        self.optimizer = combine(groups, names, lambda name, chosen: OPTIMIZERS[name](chosen, lr=1e-4))
         self.marks: list[float] = []  # time before and after the last update
         for register in (self.optimizer.register_step_pre_hook, self.optimizer.register_step_post_hook):
             register(lambda *_: self.marks.append(clock(device)))
@@ -117,6 +120,7 @@ class Side:
 
     def skip_to(self, *, observing: bool, rooting: bool, before: int = 0) -> None:
         """Move to a late step that takes statistics or not, and computes roots or not, or to so many steps before."""
+        # With staggered roots each tensor has an offset of its own, and a step computes roots if any tensor is due.
         every, frequency = self.group.get("statistics_every", 1), self.group.get("precondition_frequency", 1)
         count = len(self.group["params"])
         offsets = {frequency * i // count if self.group.get("stagger_roots") else 0 for i in range(count)}
@@ -125,6 +129,7 @@ class Side:
             has_roots = any((step - offset) % frequency == 0 for offset in offsets)
             return ((step - 1) % every == 0) == (observing or every == 1) and has_roots == (rooting or frequency == 1)
 
+        # After some periods nothing is done for the first time.
         step = next(filter(fits, range(4 * frequency, 10**6)))
         for parameter in self.group["params"]:
             if "clock" in self.optimizer.state[parameter]:
@@ -158,6 +163,7 @@ def batch_of(tokens: int, generator: torch.Generator, device: torch.device) -> T
 
 def parts(side: Side, repeats: int = 3) -> dict[str, float]:
     """Milliseconds of statistics and roots, and bytes of the states over those of the parameters."""
+    # A first update makes the states.
     gradients = [1e-3 * torch.randn_like(p) for p in side.model.parameters()]
     side.update(gradients)
     settings, is_metas = dict(side.group), side.name == "distributed_shampoo"
@@ -175,16 +181,17 @@ def parts(side: Side, repeats: int = 3) -> dict[str, float]:
             times.append(1000 * side.update(gradients))
         return statistics.median(times)
 
+    # Statistics and roots cost what a step with them takes more than a plain one.
     plain = at(observing=False)
-    found = {"statistics": 0.0, "roots": 0.0}
+    costs = {"statistics": 0.0, "roots": 0.0}
     if "statistics_every" in settings:
-        found["statistics"] = at(observing=True) - plain
+        costs["statistics"] = at(observing=True) - plain
     if "precondition_frequency" in settings:
-        found["roots"] = at(observing=False, rooting=True) - plain
+        costs["roots"] = at(observing=False, rooting=True) - plain
     side.set(**settings)
     states = [v for p in side.model.parameters() for v in side.optimizer.state[p].values()]
-    found["state"] = sum(v.nbytes for v in states) / sum(p.nbytes for p in side.model.parameters())
-    return found
+    costs["state"] = sum(v.nbytes for v in states) / sum(p.nbytes for p in side.model.parameters())
+    return costs
 
 
 def ratios(model: str, variants: list[str], tokens: int, rounds: int, device: torch.device) -> None:
@@ -194,6 +201,8 @@ def ratios(model: str, variants: list[str], tokens: int, rounds: int, device: to
     # a whole step first: what it allocates decides how much freed memory the process keeps, as in training
     sides["adamw"].step(batch_of(tokens, generator, device))
     costs = {name: parts(side) for name, side in sides.items()}
+
+    # Each step is compared with the two of AdamW around it, on the same batch: what else the machine does hits all.
     steps: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     quotients: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
@@ -201,13 +210,14 @@ def ratios(model: str, variants: list[str], tokens: int, rounds: int, device: to
         before = sides["adamw"].step(batch)
         for name in variants:
             sides[name].skip_to(observing=False, rooting=False)
-            own = sides[name].step(batch)
+            times = sides[name].step(batch)
             after = sides["adamw"].step(batch)
             if number:  # the first round warms up
-                steps[name].append(own)
+                steps[name].append(times)
                 steps["adamw"].append(after)
-                quotients[name].append(own[0] / ((before[0] + after[0]) / 2))
+                quotients[name].append(times[0] / ((before[0] + after[0]) / 2))
             before = after
+
     step, update = (statistics.median(times) for times in zip(*steps["adamw"], strict=True))
     print(f"\n{model}, {tokens} tokens an update: AdamW's step takes {step:.3f} s, its update")
     print(f"{1000 * update:.0f} ms. State over parameters {costs['adamw']['state']:.2f}.\n")
@@ -218,7 +228,7 @@ def ratios(model: str, variants: list[str], tokens: int, rounds: int, device: to
         cost = costs[name]
         # a plain step holds statistics where they are taken at every step
         missing = (cost["roots"] * rooting + (cost["statistics"] * often if often < 1 else 0.0)) / 1000
-        plain = statistics.median(own for _, own in steps[name])
+        plain = statistics.median(update_seconds for _, update_seconds in steps[name])
         cells = [f"{statistics.median(quotients[name]) + missing / step:.3f}"]
         cells += [f"{1 + (plain + missing - update) / step:.3f}"]
         plain -= cost["statistics"] / 1000 if often == 1 else 0.0
@@ -230,12 +240,15 @@ def ratios(model: str, variants: list[str], tokens: int, rounds: int, device: to
 
 def jitter(model: str, variants: list[str], tokens: int, device: torch.device) -> None:
     """Print the slowest step of a period over the median, from the update's time of every step and a plain step's."""
+    # All but the update is the same in every step and for every variant, so it is measured once, without its noise.
     base = Side(model, "adamw", device)
     generator = torch.Generator().manual_seed(0)
     batches = [batch_of(tokens, generator, device) for _ in range(4)]
     gradients = [1e-3 * torch.randn_like(p) for p in base.model.parameters()]
     rest = statistics.median([base.step(batch)[0] for batch in batches][1:]) - base.update(gradients)
     print(f"\n{model}, {tokens} tokens an update, {1000 * rest:.0f} ms without the update\n")
+
+    # A whole period has every kind of step; it begins late, where all roots have been computed before.
     print("| experts | median step, ms | slowest | ratio |\n|---|---|---|---|")
     for name in variants:
         side = Side(model, name, device)
@@ -262,11 +275,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     arguments = parser.parse_args()
+
+    # The command and the machine stand above the numbers, so that a table copied elsewhere can be repeated.
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    where = "a CPU" if arguments.device.type == "cpu" else torch.cuda.get_device_name(arguments.device)
+    device = "a CPU" if arguments.device.type == "cpu" else torch.cuda.get_device_name(arguments.device)
     print(f"`python {' '.join(sys.argv)}`, {os.cpu_count()} cores, one thread, Python {platform.python_version()},")
-    print(f"{where}, torch {torch.__version__}, medians of {arguments.rounds} rounds")
+    print(f"{device}, torch {torch.__version__}, medians of {arguments.rounds} rounds")
     for tokens in arguments.tokens:
         if arguments.mode == "jitter":
             jitter(arguments.model, arguments.variants, tokens, arguments.device)

@@ -24,13 +24,13 @@ from torch import Tensor
 from titan_moe import step as step_module
 from titan_moe.balancer import BALANCERS
 from titan_moe.config import load_config
-from titan_moe.metrics import StepOutput
+from titan_moe.metrics import StepOutput, to_numbers
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr, step_by_load
-from titan_moe.records import flush, speed_record, train_record
+from titan_moe.records import speed_record, train_record, write_record
 from titan_moe.runtime.world import read_world
 from titan_moe.sinks.files import jsonl
 from titan_moe.sinks.sink import fan_out
@@ -50,6 +50,7 @@ class Side(NamedTuple):
 
 def build(name: str) -> Transformer:
     """Build the model with 4 layers of width 256."""
+    # The same weights each time: both sides of a comparison do the same products.
     num_experts, expert_dim = MODELS[name]
     model = Transformer(
         vocab_size=VOCAB,
@@ -76,6 +77,7 @@ def load_lr(name: str) -> tuple[Side, Side]:
     balancers = {name: (0.01, BALANCERS[name](coeff=1.0)) for name in ("aux_loss", "z_loss")}
 
     def side(**options: Any) -> Side:
+        # Uneven loads, so that the experts' rates differ.
         model = build(name)
         groups = parameter_groups(model.named_parameters(), {"expert": expand_load_lr(options, top_k=TOP_K)})
         optimizer = OPTIMIZERS["adamw"](groups, lr=1e-4)
@@ -100,12 +102,14 @@ def load_lr(name: str) -> tuple[Side, Side]:
 def metrics(name: str) -> tuple[Side, Side]:
     """Steps that measure nothing beside losses, norm and loads, and steps whose whole record is written."""
     balancers = {name: (0.01, BALANCERS[name](coeff=1.0)) for name in ("aux_loss", "z_loss")}
+    # Files are written to a disk, as in training.
     folder = tempfile.TemporaryDirectory()
     sink = fan_out(jsonl(Path(folder.name) / "metrics.jsonl", 0), tensorboard(Path(folder.name), 0))
     config = load_config(["--training.mixed_precision_param=float32"])
     runtime = read_world()
 
     def side(measure: bool) -> Side:
+        # What the step itself sums up for the record is part of the cost, so the plain side does without.
         model = build(name)
         optimizer = OPTIMIZERS["adamw"](parameter_groups(model.named_parameters(), {}), lr=1e-4)
         sums = step_module.routing_sums if measure else lambda routings: {}
@@ -114,7 +118,8 @@ def metrics(name: str) -> tuple[Side, Side]:
         def record() -> None:
             lrs = {group["name"]: group["lr"] for group in optimizer.param_groups}
             line = {"step": 1, "num_tokens": 1, "data_seconds": 0.0, **train_record(model, latest[-1], lrs)}
-            flush(sink, [line | speed_record(config, model, runtime, BATCH * SEQ, lambda: 1.0)])
+            line |= speed_record(config, model, runtime, BATCH * SEQ, lambda: 1.0)
+            write_record(sink, to_numbers([line])[0])
 
         def step(tokens: Tensor) -> None:
             with mock.patch.object(step_module, "routing_sums", sums):
@@ -146,14 +151,17 @@ def compare(plain: Side, feature: Side, pairs: int) -> dict[str, float]:
         tokens = torch.randint(0, VOCAB, (BATCH, SEQ + 1), generator=generator)
         return seconds(lambda: side.step(tokens))
 
+    # A feature's step between two plain ones: what slows the machine for a while slows both.
     for _ in range(WARMUP):
         timed(plain), timed(feature)
     before, ratios, steps = timed(plain), [], []
     for _ in range(pairs):
-        own, after = timed(feature), timed(plain)
-        ratios.append(own / ((before + after) / 2))
+        spent, after = timed(feature), timed(plain)
+        ratios.append(spent / ((before + after) / 2))
         steps.append((before + after) / 2)
         before = after
+
+    # Costs of a percent are less than the noise of whole steps: what the feature adds is also timed by itself.
     parts = [(plain.part(), feature.part()) for _ in range(2 * pairs)]
     step = statistics.median(steps)
     extra = statistics.median(b - a for a, b in parts)

@@ -88,6 +88,8 @@ def build(name: str) -> tuple[Transformer, torch.optim.Optimizer]:
             expert_dim=width,
             router=ROUTERS["topk_softmax"](top_k=TOP_K) if num_experts else None,
         )
+
+    # As a run builds it: sharded without memory, then allocated and filled.
     fp32 = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
     parallelize(model, mesh=meshes(name), **fp32, checkpoint_mode="none", compile_blocks=False)
     model.to_empty(device="cpu")
@@ -100,18 +102,21 @@ def step(name: str, seed: int) -> None:
     model, optimizer = build(name)
     tokens = torch.randint(0, VOCAB, (SEQUENCES, SEQ + 1), generator=torch.Generator().manual_seed(seed))
     inputs, labels = tokens[:, :-1], tokens[:, 1:]  # (SEQUENCES, SEQ)
+
+    # All processes draw the whole batch, and each takes the part that training's loader would give it.
     if dist.is_initialized():
         rank, degrees = dist.get_rank(), Degrees(**CASES[name][2])
         inputs, labels = (part.chunk(degrees.data)[rank // degrees.per_sequence] for part in (inputs, labels))
         positions = own_positions(SEQ, rank, degrees)
         if positions is not None:
             inputs, labels = inputs[:, positions], labels[:, positions]
+
     balancers = {"aux_loss": (0.1, BALANCERS["aux_loss"](coeff=1.0))} if CASES[name][0] else {}
     train_step(model, [(inputs, labels)], optimizer, balancers, model.expert_biases(), max_norm=1.0)
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes that leave this process in each kind of collective, one that sends nothing twice."""
+    """Count the bytes that leave this process in each kind of collective, sent as by a ring."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,8 +124,11 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, then do."""
+        # An operator of a DTensor runs one of its local tensor, which comes here again and is counted then.
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what it does to its local tensor comes here again
+            return NotImplemented
+
+        # Of an all-to-all both are counted: all that goes in, and what is not for this process itself.
         name = func._overloadpacket.__name__.strip("_")
         if func.namespace == "_c10d_functional" and name == "all_to_all_single":
             rows, _, splits, _ = args
@@ -160,6 +168,7 @@ def layer(name: str) -> MoE:
 
 def layer_times(name: str, seed: int) -> tuple[Spent, Spent]:
     """Forward and backward of a MoE layer, and of its dispatch and combine with experts that do nothing."""
+    # Both have the same tokens and the same routing, and each its backward.
     moe = layer(name)
     parts = RANKS if dist.is_initialized() else 1
     x_BSD = torch.randn(SEQUENCES // parts, SEQ, DIM, generator=torch.Generator().manual_seed(seed)).requires_grad_()
@@ -212,6 +221,7 @@ def scaling(pipes: list[Connection], cases: list[str], rounds: int) -> None:
         def alone(seed: int, name: str = name) -> Spent:
             return TASKS["step"](name, seed)
 
+        # The step of two processes stands between two of one: what slows the machine for a while slows both.
         for seed in range(WARMUP):
             alone(seed), ask(pipes, "step", name, seed)
         before, rows = alone(0), []
@@ -234,6 +244,9 @@ def bytes_sent(pipes: list[Connection], cases: list[str], rounds: int) -> None:
         num_experts, width, degrees = CASES[name]
         totals = [sum(ask(pipes, "count", name, seed), Counter()) for seed in range(rounds)]
         sent = {kind: sum(total[kind] for total in totals) / (rounds * RANKS * tokens) for kind in totals[0]}
+
+        # The least is what FSDP2 has to gather (layers twice, the root once) and to reduce, and what tokens have to
+        # travel.
         experts = 4 * LAYERS * 3 * num_experts * width * DIM
         layers, root = 4 * sum(p.numel() for p in build(name)[0].layers.parameters()), 4 * (VOCAB * DIM + DIM)
         travels = (RANKS - 1) / RANKS
@@ -256,6 +269,8 @@ def dispatch(pipes: list[Connection], cases: list[str], rounds: int) -> None:
     print("| layer | processes | layer, ms | share, wall | share, processor |\n|---|---|---|---|---|")
     for name in (name for name in cases if "EP" in name):
         times: dict[int, list[tuple[float, float, float]]] = {1: [], RANKS: []}
+
+        # One process is measured in the same round: its share says what dispatch takes without any sending.
         for seed in range(WARMUP + rounds):
             for processes, results in ((1, [layer_times(name, seed)]), (RANKS, ask(pipes, "layer", name, seed))):
                 whole, part = ([max(r[i].wall for r in results), sum(r[i].processor for r in results)] for i in (0, 1))
@@ -275,6 +290,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
+
+    # The processes of the group live for all modes. This one is not of the group: it measures one process alone.
     torch.set_num_threads(1)
     context = multiprocessing.get_context("spawn")
     ends = [context.Pipe() for _ in range(RANKS)]

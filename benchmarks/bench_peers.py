@@ -30,6 +30,7 @@ class Peer(nn.Module):
 
 def decoder(num_experts: int, expert_dim: int) -> Transformer:
     """Our decoder; without experts its feed-forward networks have the active width of the MoE model."""
+    # Other libraries' layers go into this decoder as well, so that only the layer differs.
     model = Transformer(
         vocab_size=VOCAB,
         dim=DIM,
@@ -69,6 +70,7 @@ def mixtral_config(num_experts: int, expert_dim: int) -> Any:
     """A transformers Mixtral of our shape with its grouped_mm experts."""
     from transformers import MixtralConfig
 
+    # Of its implementations those like ours: fused attention and grouped products.
     arguments: dict[str, Any] = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
     return MixtralConfig(
         vocab_size=VOCAB,
@@ -103,8 +105,9 @@ def transformers_model(num_experts: int, expert_dim: int, dtype: torch.dtype) ->
 
 def torchtitan_layer(num_experts: int, expert_dim: int, dtype: torch.dtype) -> nn.Module:
     """torchtitan 0.3's MoE layer in our decoder, in fp32 without its casts to bf16."""
+    # This module imports triton, which a CPU has not; one process does not use it.
     kernels = types.ModuleType("torchtitan.distributed.minimal_async_ep.kernels")
-    kernels.__getattr__ = lambda _: None  # pyrefly: ignore  # imports triton; not used on one process
+    kernels.__getattr__ = lambda _: None  # pyrefly: ignore
     sys.modules.setdefault(kernels.__name__, kernels)
     warnings.filterwarnings("ignore", "In CPU autocast")
     from torchtitan.models.common import config_utils  # pyrefly: ignore
@@ -120,6 +123,7 @@ def torchtitan_layer(num_experts: int, expert_dim: int, dtype: torch.dtype) -> n
     )
     config = config_utils.make_moe_config(num_experts=num_experts, router=router, routed_experts=routed_experts)
 
+    # Its experts cast to bf16 whatever the model's type, which would make it faster in fp32 than the others.
     def layer() -> nn.Module:
         moe = config.build()
         if dtype == torch.float32:

@@ -45,7 +45,7 @@ def library_rate(encode: Callable, texts: list[str]) -> float:
     """Tokens a processor second of `encode` on all the texts."""
     start, tokens = time.process_time(), 0
     for first in range(0, len(texts), BATCH):
-        tokens += sum(len(made.ids) for made in encode(texts[first : first + BATCH], add_special_tokens=False))
+        tokens += sum(len(encoding.ids) for encoding in encode(texts[first : first + BATCH], add_special_tokens=False))
     return tokens / (time.process_time() - start)
 
 

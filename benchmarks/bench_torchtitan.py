@@ -39,6 +39,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+
+    # torchtitan expects a GPU, and one trainer in a process: the first one makes the process group, others use it.
     cpu.prepare()
     from torchtitan.distributed import ParallelDims
     from torchtitan.trainer import Trainer
@@ -71,6 +73,7 @@ def step_of(options: argparse.Namespace, pieces: dict[str, Any]) -> Any:
     from torchtitan_patches import enable
     from torchtitan_patches.debug import debug_moe, small_model
 
+    # All variants have the same weights. Metrics are logged at every step, so that their cost shows.
     config = debug_moe()
     sizes = {"dim": options.dim, "expert_dim": 2 * options.dim, "num_layers": 4, "num_experts": 8, "top_k": 2}
     config.model_spec = small_model(**sizes)

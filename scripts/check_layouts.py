@@ -49,7 +49,8 @@ CASES = {  # processes, arguments
 
 
 def train(folder: Path, processes: int, words: str) -> tuple[float | None, str]:
-    """The last loss of a run, and nothing; or None, and the line that says what went wrong: all is on stderr then."""
+    """The last loss of a run and an empty text; or None and the line that says what went wrong."""
+    # The code of this checkout, whatever is installed; a layout that hangs ends at the limit.
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command = [*launch, "-m", "titan_moe.train", *COMMON, *shlex.split(words)]
     command += ["--data.path", str(folder.parent / "text.txt"), "--data.cache_folder", str(folder.parent / "cache")]
@@ -65,6 +66,8 @@ def train(folder: Path, processes: int, words: str) -> tuple[float | None, str]:
         )
     except subprocess.TimeoutExpired:
         return None, f"not done after {PATIENCE} s"
+
+    # A refusal is one line and enough; of a fault everything is shown, too.
     if ended.returncode:
         lines = ended.stderr.splitlines()
         refused = next((line for line in lines if line.startswith("error: ")), "")
@@ -89,10 +92,12 @@ def verdict(name: str, loss: float | None, text: str, expected: float | None) ->
 
 
 def main() -> int:
-    """Run all cases, or those that are named."""
+    """Run all cases, or those that are named; exit code 1 where one is wrong."""
     chosen = sys.argv[1:] or list(CASES)
     print(f"| torch {torch.__version__} | runs | last loss | seconds |\n|---|---|---|---|", flush=True)
     expected, wrong = None, False
+
+    # The package's own source is a text that every checkout has.
     with tempfile.TemporaryDirectory() as scratch:
         text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "titan_moe").rglob("*.py")))
         (Path(scratch) / "text.txt").write_text(text, encoding="utf-8")

@@ -41,6 +41,7 @@ def train(arguments: list[str], result: Path) -> None:
     from titan_moe.runtime import world
     from titan_moe.train import main as train_main
 
+    # The trace has the total after every allocation and free, of which the largest is the peak.
     count_frees_of_all_threads(Path(torch.__file__).parent / "lib" / "libc10.so")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         train_main(arguments)
@@ -69,23 +70,24 @@ def python(words: list[str]) -> str:
     ).stdout
 
 
-def measured(arguments: list[str], ranks: int, steps: int) -> float:
-    """Most bytes of torch's allocations at one time on rank 0, GiB."""
+def allocated(arguments: list[str], ranks: int, steps: int) -> float:
+    """The most that torch had allocated at one time on rank 0, GiB."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "peak"
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), __file__]
-        own = ["--training.steps", str(steps), "--job.dump_folder", folder]
-        python([*torchrun, "--train", str(result), *arguments, *own])
+        run_arguments = ["--training.steps", str(steps), "--job.dump_folder", folder]
+        python([*torchrun, "--train", str(result), *arguments, *run_arguments])
         return int(result.read_text()) / GIB
 
 
 def estimated(arguments: list[str], ranks: int) -> float:
-    """What the estimate says of the same, GiB."""
+    """The peak that the estimate gives for the same training, GiB."""
     lines = python(["-m", "titan_moe.estimate", "--world_size", str(ranks), *arguments]).splitlines()
     return next(float(line.split()[-1]) for line in lines if line.startswith("  all  "))
 
 
 def main() -> None:
+    # torchrun starts this file again, for each rank.
     if sys.argv[1:2] == ["--train"]:
         return train(sys.argv[3:], Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__)
@@ -98,7 +100,7 @@ def main() -> None:
         degrees = {"ranks": options.ranks, "half": options.ranks // 2}
         arguments = [*COMMON, *(word.format(**degrees) for word in LAYOUTS[name])]
         estimate = estimated(arguments, options.ranks)
-        real = measured(arguments, options.ranks, options.steps)
+        real = allocated(arguments, options.ranks, options.steps)
         print(f"{name:28}{estimate:12.3f}{real:12.3f}{estimate / real:8.3f}", flush=True)
     return None
 

@@ -1,7 +1,7 @@
-"""What the site of the docs has beside docs/: README and the like, a page for each module, the source of examples.
+"""A hook of mkdocs (mkdocs.yml) that adds to docs/ README and the like, a page for each module, and linked files.
 
-A hook of mkdocs (mkdocs.yml). On GitHub the pages of docs/ link to files beside that folder; here such a link goes to
-the page that stands for the file: of a module its functions and docstrings, of another file its text.
+On GitHub the pages of docs/ link to files outside of that folder. On the site such a link goes to a page for the file:
+of a module its functions and docstrings, of another file its text.
 """
 
 import os
@@ -27,6 +27,7 @@ def slug(heading: str, separator: str) -> str:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add a page for each module, and for each file outside of docs/ that a page links to."""
+    # Of each module a page with its docstrings, and one page that lists them all.
     modules = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     for path in modules:
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
@@ -34,9 +35,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     listed = "\n".join(f"- [{path.relative_to(ROOT)}]({page_of(path)[4:]})" for path in modules)
     files.append(File.generated(config, "api/index.md", content=f"# Modules\n\n{listed}\n"))
 
+    # Pages that stand in the repository's root.
     pages = {uri: ROOT / name for name, uri in PAGES.items()}
     for uri, path in pages.items():
         files.append(File.generated(config, uri, content=path.read_text(encoding="utf-8")))
+
+    # Other files get a page only where a page links to them.
     for page in [*pages.values(), *(ROOT / "docs").rglob("*.md")]:
         for _, link, _ in LINK.findall(page.read_text(encoding="utf-8")):
             target = target_of(page, link)
@@ -70,8 +74,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     if uri.startswith(("api/", "files/")):
         return markdown
-    made_of = {made: ROOT / name for name, made in PAGES.items()}
-    source = made_of.get(uri, ROOT / "docs" / uri)
+
+    # A link is relative to the file that has it, which for some pages is not in docs/.
+    sources = {page_uri: ROOT / name for name, page_uri in PAGES.items()}
+    source = sources.get(uri, ROOT / "docs" / uri)
 
     def turn(match: re.Match[str]) -> str:
         target = target_of(source, match[2])

@@ -56,11 +56,11 @@ TIMES = ("balance_tax", "seconds", "per_second", "mfu", "tflops", "memory", "gib
 
 def cases() -> dict[str, tuple[int, str]]:
     """Name of each case: its number of processes and its arguments."""
-    found = {name: (1 if name == "one" else 2, words) for name, words in LAYOUTS.items()}
-    found |= {name: (1, words) for name, words in (OPTIMIZERS | OTHERS).items()}
+    named = {name: (1 if name == "one" else 2, words) for name, words in LAYOUTS.items()}
+    named |= {name: (1, words) for name, words in (OPTIMIZERS | OTHERS).items()}
     for layout, names in ON_TWO.items():
-        found |= {f"{layout}+{name}": (2, f"{LAYOUTS[layout]} {(OPTIMIZERS | OTHERS)[name]}") for name in names}
-    return found
+        named |= {f"{layout}+{name}": (2, f"{LAYOUTS[layout]} {(OPTIMIZERS | OTHERS)[name]}") for name in names}
+    return named
 
 
 def train(checkout: Path, folder: Path, ranks: int, words: str) -> str:
@@ -88,6 +88,7 @@ def numbers(folder: Path) -> dict[str, object]:
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the run's last checkpoint, whole, by name."""
+    # Read by the sizes in the checkpoint, not into a model: either checkout's classes may differ.
     (step,) = sorted(folder.glob("checkpoint/step-*"))[-1:]
     reader = FileSystemReader(step)
     metadata = reader.read_metadata().state_dict_metadata
@@ -103,15 +104,15 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(before: Path, after: Path) -> list[str]:
-    """What differs between two runs, a line each; names of optimizer states that only one has come last."""
+    """A line for each difference between two runs; last come the names of tensors that only one of them has."""
     old, new = numbers(before), numbers(after)
-    found = [f"{name}: {old.get(name)} and {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
+    lines = [f"{name}: {old.get(name)} and {new.get(name)}" for name in old | new if old.get(name) != new.get(name)]
     first, second = tensors(before), tensors(after)
     for name in first.keys() & second.keys():
         if not torch.equal(first[name], second[name]):
-            found.append(f"tensor {name}")
+            lines.append(f"tensor {name}")
     alone = sorted(first.keys() ^ second.keys())
-    return found + [f"only in {'BEFORE' if name in first else 'AFTER'}: {name}" for name in alone]
+    return lines + [f"only in {'BEFORE' if name in first else 'AFTER'}: {name}" for name in alone]
 
 
 def main() -> int:
@@ -120,6 +121,8 @@ def main() -> int:
     parser.add_argument("after", type=Path)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=cases(), help=", ".join(cases()))
     arguments = parser.parse_args()
+
+    # Both runs are made here and now, on the same machine: bits of another one may differ.
     different = 0
     for name in arguments.only or cases():
         ranks, words = cases()[name]
@@ -127,10 +130,10 @@ def main() -> int:
             folders = [Path(temporary, "before"), Path(temporary, "after")]
             checkouts = [arguments.before.resolve(), arguments.after.resolve()]
             faults = [train(*pair, ranks, words) for pair in zip(checkouts, folders, strict=True)]
-            found = [text for text in faults if text] or differences(*folders)
-        print(f"{name}: {'equal to the bit' if not found else f'{len(found)} differences'}", flush=True)
-        print("".join(f"    {line}\n" for line in found[:12]), end="", flush=True)
-        different += bool(found)
+            lines = [text for text in faults if text] or differences(*folders)
+        print(f"{name}: {'equal to the bit' if not lines else f'{len(lines)} differences'}", flush=True)
+        print("".join(f"    {line}\n" for line in lines[:12]), end="", flush=True)
+        different += bool(lines)
     return 1 if different else 0
 
 

@@ -54,7 +54,7 @@ TINY = Sizes(dim=64, heads=4, layers=2, experts=4, width=64, vocab=512, sequence
 
 
 class Results(dict[str, Any]):
-    """What a part has found so far: on the disk at each new entry, so that a time limit costs the rest only."""
+    """The results of a part so far. Each new entry is written to the disk, so that a time limit costs only the rest."""
 
     def __init__(self, path: Path, tiny: bool) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Results(dict[str, Any]):
 
     @contextmanager
     def attempt(self, key: str) -> Iterator[None]:
-        """A case that fails costs its own line."""
+        """Record an error of the block as the result `key`, so that one case that fails does not cost the others."""
         try:
             yield
         except Exception as error:
@@ -75,12 +75,13 @@ class Results(dict[str, Any]):
             self[key] = f"failed: {type(error).__name__} {str(error).splitlines()[0][:90]}"
 
     def compile(self, function: Any) -> Any:
-        """Compile with shapes as they are; on a CPU only as far as a test of this script needs."""
+        """Compile for the shapes given; with `--tiny` by the eager backend, which is enough to try the script."""
         return torch.compile(function, dynamic=False, backend="eager" if self.tiny else "inductor")
 
 
 def milliseconds(task: Callable[[], Any], most_seconds: float = 3.0) -> float:
     """Median time of `task`, by events on a GPU."""
+    # The first calls allocate and compile. Slow tasks are repeated less often: all parts together have some minutes.
     for _ in range(3 if CUDA else 1):
         task()
     times: list[float] = []
@@ -133,6 +134,8 @@ def env(results: Results) -> None:
             results[name] = "missing"
     if not CUDA:
         return
+
+    # What this GPU reaches in a plain copy and a large product, to compare the other parts with.
     properties = torch.cuda.get_device_properties(0)
     results["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
     x = normal(1 << 30)
@@ -155,8 +158,9 @@ def tests(results: Results) -> None:
         results[f"bad {number}"] = line[:110]
 
 
-def arguments_of(results: Results, folder: str, **own: Any) -> list[str]:
-    """Command-line arguments of training moe8x on text that is always there."""
+def arguments_of(results: Results, folder: str, **changes: Any) -> list[str]:
+    """Command-line arguments of training moe8x on text that is always there; of `changes` the dots are `__`."""
+    # Python's own source needs no download. Its tokens are bytes, but the vocabulary keeps the recipe's size.
     sizes = results.sizes
     keys = {
         "job.dump_folder": folder,
@@ -174,21 +178,24 @@ def arguments_of(results: Results, folder: str, **own: Any) -> list[str]:
         keys |= {"model.dim": sizes.dim, "model.num_heads": sizes.heads, "model.num_layers": sizes.layers}
         keys |= {"moe.num_experts": sizes.experts, "moe.expert_dim": sizes.width, "training.steps": 4}
         keys |= {"training.seq_len": sizes.sequence, "training.global_batch_size": sizes.sequences}
-    keys |= {key.replace("__", "."): value for key, value in own.items()}
+    keys |= {key.replace("__", "."): value for key, value in changes.items()}
     config = ROOT / "train_configs" / "moe8x.toml"
     return ["--job.config_file", str(config), *(f"--{key}={value}" for key, value in keys.items())]
 
 
-def train(results: Results, name: str, **own: Any) -> None:
-    """The real command: of all steps after the first third the time, tokens/s and MFU."""
+def train(results: Results, name: str, **changes: Any) -> None:
+    """Run the training command; time, tokens/s and MFU are of all steps after the first third."""
+    # A process of its own, as users start it; its error becomes the result.
     folder = tempfile.mkdtemp()
-    command = [sys.executable, "-m", "titan_moe.train", *arguments_of(results, folder, **own)]
+    command = [sys.executable, "-m", "titan_moe.train", *arguments_of(results, folder, **changes)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     print(done.stdout[-6000:], done.stderr[-6000:])
     if done.returncode:
         tail = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
         results[name] = f"failed: {tail[-1][:160]}"
         return
+
+    # The first third warms up and compiles. MFU is scaled from that of the last step.
     lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if record["kind"] == "train"]
     early, late = records[: len(records) // 3], records[len(records) // 3 :]
@@ -203,12 +210,12 @@ def train(results: Results, name: str, **own: Any) -> None:
 
 
 def train_compiled(results: Results) -> None:
-    """As the recipe has it on a GPU."""
+    """Train as the recipe does on a GPU."""
     train(results, "learned balance", compile__enable="false" if results.tiny else "auto")
 
 
 def train_balanced(results: Results) -> None:
-    """With every expert as full as the others."""
+    """Train with every expert as full as the others."""
     train(
         results,
         "forced balance",
@@ -218,12 +225,12 @@ def train_balanced(results: Results) -> None:
 
 
 def train_eager(results: Results) -> None:
-    """Without torch.compile."""
+    """Train without torch.compile."""
     train(results, "eager", compile__enable="false", **({} if results.tiny else {"training__steps": 45}))
 
 
 def train_accumulated(results: Results) -> None:
-    """In several micro-batches, as smaller GPUs need it."""
+    """Train in several micro-batches, as smaller GPUs need it."""
     steps = {} if results.tiny else {"training__steps": 30}
     size = results.sizes.sequences // 4
     train(results, "4 micro-batches", training__local_batch_size=size, compile__enable="auto", **steps)
@@ -236,8 +243,9 @@ def profile(results: Results) -> None:
     from titan_moe.runtime.world import close_process_group, read_world
     from titan_moe.step import train_step
 
-    own = {"compile__enable": "false" if results.tiny else "auto"}
-    config, rt = load_config(arguments_of(results, tempfile.mkdtemp(), **own)), read_world()
+    # A real batch, once: what is profiled is the step, without data loading.
+    changes = {"compile__enable": "false" if results.tiny else "auto"}
+    config, rt = load_config(arguments_of(results, tempfile.mkdtemp(), **changes)), read_world()
     start_processes(config, rt)
     job = build_job(config, rt)
     tokens, labels = next(iter(job.data.train))
@@ -247,6 +255,7 @@ def profile(results: Results) -> None:
     def step() -> None:
         train_step(job.model, micro_batches, job.optimizer, job.balancers, biases, max_norm=1.0)
 
+    # The launch time tells whether host or device sets the pace: it is measured without waiting for the device.
     results["ms a step"] = round(milliseconds(step, 6.0), 1)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if CUDA:
@@ -256,6 +265,7 @@ def profile(results: Results) -> None:
         results["ms to launch a step"] = round(1000 * (time.perf_counter() - begin), 1)
         torch.cuda.synchronize()
         activities.append(torch.profiler.ProfilerActivity.CUDA)
+
     with torch.profiler.profile(activities=activities) as trace:
         step()
         if CUDA:
@@ -266,6 +276,7 @@ def profile(results: Results) -> None:
 
 def report_kernels(results: Results, trace: torch.profiler.profile) -> None:
     """The kernels of a trace by time (operators on a CPU), all in profile.txt and the first in the table."""
+    # Annotations have the time of all kernels within them, which would count twice.
     key = "self_device_time_total" if CUDA else "self_cpu_time_total"
     rows = [e for e in trace.key_averages() if not CUDA or e.device_type == torch.autograd.DeviceType.CUDA]
     rows = sorted((e for e in rows if getattr(e, key)), key=lambda e: -getattr(e, key))
@@ -283,6 +294,7 @@ def layers_of(sizes: Sizes) -> dict[str, Callable[[], nn.Module]]:
     from titan_moe.model.moe import FeedForward, MoE
     from titan_moe.model.routing import ROUTERS
 
+    # transformers with grouped products, as ours.
     def mixtral() -> nn.Module:
         from transformers import MixtralConfig
         from transformers.models.mixtral import modeling_mixtral
@@ -309,7 +321,8 @@ def filled(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def layer(results: Results) -> None:
-    """Forward and backward of a layer, and over the dense layer of the same active operations."""
+    """Forward and backward of a layer, as time and as ratio to the dense layer of the same active operations."""
+    # With four times the tokens, too, where launches weigh less.
     sizes = results.sizes
     for sequences, mode in ((sizes.sequences, "eager"), (sizes.sequences, "compiled"), (4 * sizes.sequences, "eager")):
         x = normal(sequences, sizes.sequence, sizes.dim, requires_grad=True)
@@ -327,6 +340,7 @@ def layer(results: Results) -> None:
                     module.zero_grad()
                     x.grad = None
 
+                # 18: three products, forward and twice backward, of 2 operations; each token is in two experts.
                 ms = milliseconds(run)
                 roof = ms if name == "dense roof" else roof
                 rate = 18 * tokens * 2 * sizes.width * sizes.dim / ms / 1e9
@@ -338,10 +352,11 @@ def experts(results: Results) -> None:
     """The experts alone, forward and backward, by each library that is installed."""
     from benchmarks.bench_experts import time_backends
 
+    # Two experts a token, spread evenly.
     sizes = results.sizes
     rows = 2 * sizes.sequences * sizes.sequence
     for compiled in (False,) if results.tiny else (False, True):
-        found = time_backends(
+        texts = time_backends(
             device=DEVICE,
             experts=sizes.experts,
             dim=sizes.dim,
@@ -349,7 +364,7 @@ def experts(results: Results) -> None:
             rows=rows,
             compiled=compiled,
         )
-        for name, text in found.items():
+        for name, text in texts.items():
             results[f"{name}{', compiled' if compiled else ''}"] = text
 
 
@@ -357,6 +372,7 @@ def head(results: Results) -> None:
     """Output head and cross-entropy, forward and backward, of the logits whole and in chunks."""
     from titan_moe.model.cross_entropy import linear_cross_entropy, softmax_
 
+    # Weights as small as a new model's.
     sizes = results.sizes
     tokens = sizes.sequences * sizes.sequence
     x, weight = normal(tokens, sizes.dim, requires_grad=True), normal(sizes.vocab, sizes.dim)
@@ -366,6 +382,7 @@ def head(results: Results) -> None:
     def whole(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, weight).float(), labels, reduction="sum")
 
+    # Larger chunks launch fewer kernels and take more memory.
     cases: dict[str, Callable[..., Tensor]] = {"whole": whole, "whole, compiled": results.compile(whole)}
     for chunk in (1024, 4096, 10240):
         options = {"chunk_tokens": chunk, "softmax_": results.compile(softmax_)}
@@ -382,13 +399,18 @@ def head(results: Results) -> None:
 
 
 def optimizers(results: Results) -> None:
-    """An update of moe8x' parameters, plain steps (a third of its layers, times three), and memory of the states."""
+    """Time of an update of moe8x' parameters in plain steps, and memory of the states.
+
+    A third of the layers is updated, and the numbers are tripled.
+    """
     from titan_moe.build import build_model, build_optimizer
     from titan_moe.config import load_config
     from titan_moe.optimizer.combined import may_step
 
     layers = results.sizes.layers if results.tiny else results.sizes.layers // 3
     scale = results.sizes.layers / layers
+
+    # The model is made once: only the optimizers of its experts differ, and an update's time not with the gradients.
     arguments = arguments_of(results, tempfile.mkdtemp(), model__num_layers=layers)
     with torch.device(DEVICE):
         model = build_model(load_config(arguments))
@@ -423,6 +445,7 @@ def float8(results: Results) -> None:
     from titan_moe.model.experts import float8_grouped_mm
     from titan_moe.model.moe import Experts
 
+    # The same weights in both precisions. A CPU has no float8 kernel, so it emulates.
     sizes = results.sizes
     rows = 2 * sizes.sequences * sizes.sequence
     counts = torch.full((sizes.experts,), rows // sizes.experts, device=DEVICE)
@@ -443,6 +466,8 @@ def float8(results: Results) -> None:
                 x.grad = None
 
             results[name] = f"{milliseconds(run):.3f} ms"
+
+    # Tests on CPUs rest on the emulation, so the kernel must give the same numbers.
     offs, w = counts.cumsum(0, dtype=torch.int32), experts.w1.detach().transpose(1, 2)
     exact = float8_grouped_mm(x.detach(), w, offs, emulate=True).float()
     got = float8_grouped_mm(x.detach(), w, offs, emulate=not CUDA).float()
@@ -467,7 +492,7 @@ PARTS: dict[str, tuple[Callable[[Results], None], int]] = {
 
 
 def run_part(name: str, limit: float, out: Path, tiny: bool) -> dict[str, Any]:
-    """Run a part in a process of its own; what it found, and how it ended."""
+    """Run a part in a process of its own; its results, how long it took, and how it failed."""
     path = out / f".{name}.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--part", name, "--out", str(out), *(["--tiny"] if tiny else [])]
@@ -488,18 +513,18 @@ def run_part(name: str, limit: float, out: Path, tiny: bool) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             code = "time limit"
-    found: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 1)}
-    found |= json.loads(path.read_text()) if path.exists() else {}
+    entries: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 1)}
+    entries |= json.loads(path.read_text()) if path.exists() else {}
     path.unlink(missing_ok=True)
-    return {**found, "failed": f"{code}: see log.txt"} if code else found
+    return {**entries, "failed": f"{code}: see log.txt"} if code else entries
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """All numbers, part by part."""
     lines = []
-    for name, found in results.items():
-        lines.append(f"{name} ({found.get('seconds', 0)} s)")
-        lines += [f"    {key:28} {value}" for key, value in found.items() if key != "seconds"]
+    for name, entries in results.items():
+        lines.append(f"{name} ({entries.get('seconds', 0)} s)")
+        lines += [f"    {key:28} {value}" for key, value in entries.items() if key != "seconds"]
     return "\n".join(lines)
 
 
@@ -514,9 +539,13 @@ def main() -> int:
     options = parser.parse_args()
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+
+    # With --part this is the process of one part, which `run_part` has started.
     if options.part:
         PARTS[options.part][0](Results(out / f".{options.part}.json", options.tiny))
         return 0
+
+    # Results are written after each part, so that a run that is cut off keeps what it has.
     begin, results = time.monotonic(), {}
     (out / "log.txt").write_text("")
     for name in options.parts:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.cases import ROUTER_CASES, WHOLE_BATCH, Case, build, cases, takes_bias, top_k_of
 from tests.tiny import batch, own_part, tiny_model
 from titan_moe.balancer import BALANCERS
-from titan_moe.config.combinations import check_combinations
+from titan_moe.config.checks import check_combinations
 from titan_moe.config.sections import Component, Config, Moe
 from titan_moe.metrics import maxvio
 from titan_moe.model.transformer import Transformer

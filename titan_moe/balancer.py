@@ -28,13 +28,13 @@ class Balancer(NamedTuple):
 
     `loss(routing, load, num_tokens)` is this micro-batch's share of the step's loss, a scalar: a mean over the
     tokens of the micro-batch times (its tokens / `num_tokens`, the tokens of the whole step), so that the shares of
-    micro-batches and ranks add up. `load` is tokens per expert, counted where `scope` says: (E,), and (B, E) for each
-    sequence with scope `sequence`. With `train` false the loss is evaluated and reported, but not trained on.
+    micro-batches and ranks add up. `load` is tokens per expert, counted over the tokens that `scope` says: (E,), or
+    (B, E) with scope `sequence`. With `train` false the loss is evaluated and reported, but not trained on.
 
     `post_step(load, expert_bias)` gives the bias after an optimizer step; the load (..., E) is of the whole step and
-    all ranks. A balancer that needs to know more than tokens per expert counts it by `observe(routing, expert_bias)`,
-    integers whose sum over micro-batches and ranks `post_step` gets in the load's place. The step multiplies the
-    change of the bias by `schedule(progress)`, progress from 0 to 1 at the run's end.
+    all ranks. A balancer that needs to know more than tokens per expert counts it by `observe(routing, expert_bias)`:
+    integers, whose sum over micro-batches and ranks `post_step` gets in place of the load. The step multiplies the
+    change of the bias by `schedule(progress)`; progress goes from 0 to 1, the end of the run.
 
     A post step that takes more by name gets it: `step`, the step's number from 1, `progress`, and `state`, tensors of
     its own. `init(num_experts)` makes those of one layer, fp32, alike on all ranks; the post step has them with the
@@ -111,12 +111,15 @@ def aux_loss(coeff: float = 0.1, scope: Scope = "micro_batch") -> Balancer:
     """
 
     def loss(routing: Routing, load: Tensor, num_tokens: Tensor | int) -> Tensor:
+        # m of each group of tokens. The load may be of more tokens than this micro-batch, so it is divided by its own
+        # sum; times K, because a token is counted once for each of its choices.
         T, E = routing.scores.shape
         load_GE = load.view(-1, E).to(routing.scores.dtype)
-        choices = routing.tokens_per_expert.sum() / T  # of a token: K
-        m_GE = choices * load_GE / load_GE.sum(-1, keepdim=True)
-        scores_GE = routing.scores.view(load_GE.shape[0], -1, E).sum(1)
-        # mean probability l times the share T / num_tokens of this micro-batch: the T cancels
+        choices_per_token = routing.tokens_per_expert.sum() / T  # K
+        m_GE = choices_per_token * load_GE / load_GE.sum(-1, keepdim=True)
+
+        # The mean probability l times this micro-batch's share T / num_tokens: the T cancels, a sum is left.
+        scores_GE = routing.scores.view(load_GE.shape[0], -1, E).sum(1)  # (T, E) -> (G, E)
         return coeff * (m_GE * scores_GE).sum() / num_tokens
 
     return Balancer(loss, keep_bias, scope=scope)
@@ -179,6 +182,7 @@ def loss_free(
     if rate is None:
         rate = 1.0 if rule == "quantile" else 0.001
 
+    # An expert with less than the mean load is made more attractive. The clamp avoids a division by a mean of 0.
     def post_step(load: Tensor, expert_bias: Tensor) -> Tensor:
         if rule == "quantile":
             change = quantile_shift(load)
@@ -189,9 +193,11 @@ def loss_free(
         expert_bias = expert_bias + rate * change
         return expert_bias - expert_bias.mean(-1, keepdim=True) if recenter else expert_bias
 
+    # 1 until the last part of the run, over which it falls linearly to 0.
     def schedule(progress: float) -> float:
         return min(1.0, (1 - progress) / decay_ratio) if decay_ratio else 1.0
 
+    # Only quantiles need to know by how much each token missed each expert.
     observe = margin_counts if rule == "quantile" else None
     return Balancer(no_loss, post_step, observe=observe, schedule=schedule)
 
@@ -215,26 +221,32 @@ REACH = math.asinh(100 / SCALE)  # margins beyond 100 count as 100
 
 
 def margin_counts(routing: Routing, expert_bias_E: Tensor) -> Tensor:
-    """(E, M + 1) int32: each expert's tokens by the bin of their margin, and last its tokens per expert."""
+    """(E, M + 1) int32: for each expert, how many tokens are in each bin of its margin, and last its load."""
     if routing.selection is None:
         raise ValueError("balancer.loss_free.rule = 'quantile' needs a router whose Routing has a selection")
     T, E = routing.selection.shape
     biased_TE = routing.selection + expert_bias_E
+
+    # With as many choices as experts there is no (K+1)-th score; the two smallest are taken then.
     cutoff_T1 = biased_TE.topk(min(routing.topk_experts.shape[1] + 1, E)).values[:, -2:].mean(-1, keepdim=True)
     position_TE = (torch.asinh((cutoff_T1 - biased_TE) / SCALE) / REACH + 1) * (BINS / 2)
     bin_TE = position_TE.nan_to_num().long().clamp(0, BINS - 1)
-    cell_N = (bin_TE + torch.arange(E, device=bin_TE.device) * BINS).flatten()
+
+    # One scatter for the histograms of all experts, side by side in one row. Integers add up to the same in any order.
+    cell_N = (bin_TE + torch.arange(E, device=bin_TE.device) * BINS).flatten()  # (T, E) -> (T * E,)
     counts_EM = torch.zeros(E * BINS, dtype=torch.int32, device=cell_N.device)
     counts_EM = counts_EM.scatter_add_(0, cell_N, counts_EM.new_ones(()).expand(T * E)).view(E, BINS)
     return torch.cat([counts_EM, routing.tokens_per_expert.int().unsqueeze(1)], dim=1)
 
 
 def quantile_shift(counts: Tensor) -> Tensor:
-    """The change of each expert's bias, (..., E), from `margin_counts` (..., E, M + 1) of a step: linear in a bin."""
+    """The change (..., E) of each expert's bias, from the `margin_counts` (..., E, M + 1) of a step."""
     counts_M, load = counts[..., :-1].long(), counts[..., -1].double()
     target = load.mean(-1, keepdim=True).unsqueeze(-1)  # an even share of the step's choices
     cumulative_M = counts_M.cumsum(-1)  # of integers: CUDA has no deterministic sum of this kind for floats
     bin_1 = (cumulative_M < target).sum(-1, keepdim=True).clamp(max=BINS - 1)
+
+    # Within the bin where the quantile lies tokens are taken to be spread evenly. Then back from bins to margins.
     inside = counts_M.gather(-1, bin_1)
     below = cumulative_M.gather(-1, bin_1) - inside
     position = (bin_1 + (target - below) / inside.clamp(min=1)).squeeze(-1)

@@ -1,6 +1,6 @@
-"""A dump folder is one run's: one process group at a time works in it, with the configuration that it was begun with.
+"""A dump folder belongs to one run: one process group at a time works in it, with the configuration that it began with.
 
-What the run had been so far stands in the checkpoint that it goes on from, or, before the first, in the folder itself.
+What the run was so far is read from the checkpoint that it goes on from, or, before the first one, from the folder.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ OF_FILES = (*OF_STREAMS, "data.validation_fraction", "data.validation_path")
 
 
 class Before(NamedTuple):
-    """What a run was when it last wrote; of what is not known, None or empty."""
+    """What a run was when it last wrote; what is not known is None."""
 
     folder: Path  # of the step, or the dump folder
     config: Config
@@ -49,10 +49,10 @@ def sole_run(folder: Path, rt: Runtime) -> Iterator[None]:
     """Keep other runs out of a dump folder; ValueError, on every rank alike, where one is in it."""
     with contextlib.ExitStack() as held:
 
-        def take() -> None:
+        def lock() -> None:
             held.enter_context(sole_process(folder / RUN_LOCK, f"job.dump_folder {folder}"))
 
-        world.on_main(take, rt)
+        world.on_main(lock, rt)
         yield
 
 
@@ -68,6 +68,7 @@ def _check(job: Job, step_folder: Path | None) -> None:
     allowed, metrics = job.config.job.allow_config_change, job.folder / METRICS
     if step_folder is None and not (metrics.exists() and metrics.stat().st_size):
         return
+
     try:
         before = _read_before(job, step_folder)
     except (ValueError, OSError) as error:  # no configuration there, or one with a key that has gone since
@@ -78,12 +79,15 @@ def _check(job: Job, step_folder: Path | None) -> None:
         return
     if before is None:
         return
+
+    # Keys that change what is trained count; not those of the layout, of logging, or of how long it goes on.
     changes = changes_since(job, before)
     if step_folder is not None:
         _refuse_another_model(job, before, changes)
     counting = {key: values for key, values in changes.items() if counts(key)}
     if "optimizer" in job.config.checkpoint.exclude:  # it asks for another one
         counting = {key: values for key, values in counting.items() if not key.startswith("optimizer.")}
+
     text = "; ".join(texts(counting))
     if counting and not allowed:
         raise ValueError(
@@ -96,11 +100,15 @@ def _check(job: Job, step_folder: Path | None) -> None:
 
 
 def _refuse_another_model(job: Job, before: Before, changes: Changes) -> None:
-    """Weights that mean nothing here are not loaded, whatever job.allow_config_change says."""
+    """Raise ValueError where the weights would mean nothing here, whatever job.allow_config_change says."""
+    # A selection bias is a part of the model, there if a balancer moves it. Only balancers of the registry and of this
+    # configuration are asked: another that a saved configuration names may be code that nobody here has chosen to run.
     another = {key: values for key, values in changes.items() if key in ANOTHER_MODEL}
-    known = before.config.balancer.keys() <= BALANCERS.keys() | job.config.balancer.keys()  # no other code is run
-    if known and _balancer_tensors(before.config) != _balancer_tensors(job.config):  # a part of the model
+    known = before.config.balancer.keys() <= BALANCERS.keys() | job.config.balancer.keys()
+    if known and _balancer_tensors(before.config) != _balancer_tensors(job.config):
         another |= {key: values for key, values in changes.items() if key.startswith("balancer.")}
+
+    # With another tokenizer the same ids are other words, though every shape may fit.
     tokens = {key: values for key, values in changes.items() if key.startswith((TOKENIZER, EOT))}
     if another:
         raise ValueError(
@@ -127,21 +135,26 @@ def changes_since(job: Job, before: Before) -> Changes:
     """What has changed in configuration, data and tokenizer, by key; of the two latter the content counts."""
     config, old = job.config, before.config
     changes = changed_meaning(old, config)
+
+    # -1 and the size that it stands for are the same batch.
     sizes = step_sequences(old, before.world_size), step_sequences(config, job.runtime.world_size)
-    if BATCH in changes and None not in sizes and sizes[0] == sizes[1]:  # -1, and what it stands for
+    if BATCH in changes and None not in sizes and sizes[0] == sizes[1]:
         del changes[BATCH]
 
+    # Files that have moved are the same data, and those that were edited are other data under the same names. What a
+    # stream gives is its owner's to revise.
     streamed = is_streamed(config.data.dataset) and is_streamed(old.data.dataset)
     covered, data = OF_STREAMS if streamed else OF_FILES, job.data.fingerprints["data"]
     if before.data == data:
         changes = {key: values for key, values in changes.items() if key not in covered}
-    elif before.data and not streamed and not changes.keys() & set(covered):  # a stream's revision is its owner's
+    elif before.data and not streamed and not changes.keys() & set(covered):
         changes["data.path (content)"] = (before.data, data)
 
+    # Likewise a tokenizer, whose end-of-text token may be named or not.
     tokenizer = job.data.tokenizer.fingerprint
     if before.tokenizer == tokenizer:
         changes.pop(TOKENIZER, None)
-        changes.pop(EOT, None)  # named or not, it is the same
+        changes.pop(EOT, None)
     elif before.tokenizer and not changes.keys() & {TOKENIZER, EOT}:
         changes[f"{TOKENIZER} (content)"] = (before.tokenizer, tokenizer)
     return changes
@@ -160,7 +173,7 @@ def step_sequences(config: Config, world_size: int | None) -> int | None:
 
 
 def _caution_batch(job: Job, before: Before) -> None:
-    """A batch that is left open follows the number of processes: allowed, but nobody should be surprised."""
+    """Warn of another batch size where the configuration leaves it to the number of processes: that is allowed."""
     sizes = step_sequences(before.config, before.world_size), step_sequences(job.config, job.runtime.world_size)
     if job.config.training.global_batch_size == -1 and None not in sizes and sizes[0] != sizes[1]:
         logger.warning(
@@ -172,6 +185,7 @@ def _caution_batch(job: Job, before: Before) -> None:
 
 def _read_before(job: Job, step_folder: Path | None) -> Before | None:
     """What `step_folder`, or without one the dump folder, says of the run; None if neither does."""
+    # A checkpoint's position in the data names the data and the tokenizer that it is a position in.
     if step_folder is not None:
         position = read_common(step_folder)["extra"].get("data", {})
         parts = position.get("fingerprint", "").rsplit("-", 2)  # of the data, of the tokenizer, seq_len
@@ -180,6 +194,7 @@ def _read_before(job: Job, step_folder: Path | None) -> Before | None:
             tokenizer = load_tokenizer(str(step_folder)).fingerprint  # as the library writes it today
         world_size = read_manifest(step_folder)["world_size"]
         return Before(step_folder, read_saved(step_folder / CONFIG), data, tokenizer, world_size)
+
     if not (job.folder / CONFIG).exists():
         return None
     facts = read_facts(job.folder)
@@ -196,23 +211,27 @@ def write_run_files(job: Job, step: int) -> None:
     """
     if not job.runtime.is_main:
         return
+
+    # What has changed since the last start, as far as that can be read: it is told, and keeps nobody from training.
     folder = job.folder
-    steps, _ = scan(folder / job.config.checkpoint.folder) if step else ({}, [])
+    step_folders, _ = scan(folder / job.config.checkpoint.folder) if step else ({}, [])
     try:
-        before = _read_before(job, steps.get(step))
+        before = _read_before(job, step_folders.get(step))
         changes = {} if before is None else changes_since(job, before)
     except (ValueError, OSError) as error:
         changes = {CONFIG: (str(error), None)}
+
     size = size_record(job.config, job.model)
     facts = {**machine.describe_machine(job.runtime), **size, **job.data.fingerprints}
     earlier = read_facts(folder)
     if not earlier and (folder / FACTS).exists():
         logger.warning("%s is damaged: it is put aside as %s.damaged, its history is lost", folder / FACTS, FACTS)
         os.replace(folder / FACTS, folder / f"{FACTS}.damaged")
+
     now = {"step": step, "changes": {key: [_plain(v) for v in values] for key, values in changes.items()}, **facts}
     write_atomic(folder / CONFIG, to_toml(job.config))
-    everything = {**facts, "history": [*earlier.get("history", []), now]}
-    write_atomic(folder / FACTS, json.dumps(everything, indent=1, allow_nan=False) + "\n")
+    with_history = {**facts, "history": [*earlier.get("history", []), now]}
+    write_atomic(folder / FACTS, json.dumps(with_history, indent=1, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:
@@ -245,13 +264,15 @@ def _is_history(history: Any) -> bool:
 def changes_on_the_way(folder: Path) -> list[tuple[int, Changes]]:
     """What the run of a dump folder or checkpoint changed of what it trains, and after which step, in order.
 
-    Starts that a later one has left behind, as it went on from their step or an earlier one, are not of its way.
+    Where a later start went on from the same step or an earlier one, a start has left nothing in the weights: it is not
+    among them.
     """
-    way: list[tuple[int, Changes]] = []
-    limit = math.inf
+    changes_by_step: list[tuple[int, Changes]] = []
+    next_step = math.inf  # that of the start that followed
     for start in reversed(read_facts(folder).get("history", [])):
         step = start.get("step", 0)
-        if step < limit:
-            limit = step
-            way.insert(0, (step, {k: tuple(v) for k, v in start.get("changes", {}).items() if counts(k)}))
-    return [(step, changes) for step, changes in way if step and changes]
+        if step < next_step:
+            next_step = step
+            changes = {key: tuple(values) for key, values in start.get("changes", {}).items() if counts(key)}
+            changes_by_step.insert(0, (step, changes))
+    return [(step, changes) for step, changes in changes_by_step if step and changes]

@@ -32,13 +32,17 @@ OVERRIDES = (  # what the command line may change: the rest belongs to the check
 
 
 def main(args: list[str]) -> int:
-    """Print one line for each number."""
+    """Evaluate the checkpoint and print one line for each number; return the exit code."""
     options, overrides = parse(args)
     rt = world.read_world()
     command.init_logging(rt)
+
+    # The configuration first: what the command line can't ask for is refused before gigabytes are read.
     step_folder = resolve_checkpoint(options.checkpoint)
     config, files = evaluation_config(step_folder, overrides, options.trust_components)
     model, _ = load_model(step_folder, options.trust_components)
+
+    # The tokenizer of the checkpoint, for others have other words at the same ids.
     tokenizer = str(step_folder / "tokenizer.json")
     output = evaluate(
         move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param]),
@@ -57,6 +61,8 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     place = "step folder, or dump folder (its latest complete step)"
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=place)
     parser.add_trust()
+
+    # Keys of the configuration are words that this parser does not know: it passes them on.
     parser.epilog = (
         "--data.path FILE ...: files to evaluate on, all of them; without it: the validation data of the run. "
         f"--section.key value, instead of the run's: {', '.join(OVERRIDES)}. "
@@ -72,10 +78,13 @@ def evaluation_config(
 
     `trust_components` as in `load_model`.
     """
+    # Who gives files wants all of them evaluated, not as many batches as the run looked at between steps.
     given = {arg[2:].partition("=")[0] for arg in overrides if arg.startswith("--")}
     with_all = ["--validation.steps", "-1"] if "data.path" in given and "validation.steps" not in given else []
     words = [*overrides, *with_all]
     config = load_saved(step_folder / "config.toml", words, trust_components=trust_components)
+
+    # Checked last: a key that does not exist at all has a better message by then.
     if useless := sorted(given.difference(OVERRIDES)):
         raise ValueError(f"--{useless[0]} changes nothing here: an evaluation takes {', '.join(OVERRIDES)}")
     return config, config.data.path if "data.path" in given else []
@@ -84,6 +93,8 @@ def evaluation_config(
 def validation_batches(config: Config, tokenizer: str, files: list[str], device: torch.device = CPU) -> Batches:
     """Iterate over `files`, or over the run's validation data where there are none, on `device`."""
     arguments = data_arguments(config)
+
+    # Files of one's own are validation data as a whole: nothing of them is held out or shuffled.
     if files:
         return build_validation(
             path=files,
@@ -94,10 +105,12 @@ def validation_batches(config: Config, tokenizer: str, files: list[str], device:
             cache_folder=arguments["cache_folder"],
             device=device,
         )()
-    made = build_data(**arguments, tokenizer=tokenizer, global_batch_size=1, local_batch_size=1, device=device)
-    if made.validation is None:
+
+    # The batches of training are not taken, so their size is any.
+    data = build_data(**arguments, tokenizer=tokenizer, global_batch_size=1, local_batch_size=1, device=device)
+    if data.validation is None:
         raise ValueError("the run held out no validation data: give files by --data.path")
-    return made.validation()
+    return data.validation()
 
 
 if __name__ == "__main__":

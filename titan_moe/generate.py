@@ -22,13 +22,16 @@ CACHEABLE_ROUTERS = tuple(name for name in ROUTERS if name != "expert_choice")  
 
 
 def main(args: list[str]) -> int:
-    """Print the prompt and what the model makes of it."""
+    """Print each prompt and what the model makes of it; return the exit code."""
     options, rt = parse(args), world.read_world()
     command.init_logging(rt)
+
+    # In the type that training computed in, which is the one that the weights have learned with.
     step_folder = resolve_checkpoint(options.checkpoint)
     model, config = load_model(step_folder, options.trust_components)
     tokenizer = load_tokenizer(str(step_folder / "tokenizer.json"))
     move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param])
+
     texts = generate(
         model,
         tokenizer,
@@ -60,6 +63,8 @@ def parse(args: list[str]) -> argparse.Namespace:
     parser.add_argument("--no_cache", action="store_true", help="compute the whole context anew for each token")
     parser.add_trust()
     options = parser.parse_args(args)
+
+    # What argparse can't check; a mistake is told before a model is loaded.
     for prompt in options.prompt or ():
         if any("\ud800" <= char <= "\udfff" for char in prompt):  # how Python keeps bytes of other encodings
             raise ValueError(f"--prompt ({prompt!a}) must be UTF-8 text")
@@ -89,21 +94,28 @@ def generate(
     for routers that look at all tokens at once, the whole context is evaluated anew. Texts do not depend on each other:
     prompt i draws by `seed` + i.
     """
+    # A generator for each text: what one draws does not depend on how many others there are.
     device = next(model.parameters()).device
     generators = [torch.Generator(device).manual_seed(seed + i) for i in range(len(prompts))]
     starts = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     texts = [list(start) for start in starts]
-    room = min(context, max(map(len, starts)) + max_new_tokens)
-    cache = empty_cache(model, len(prompts), room) if use_cache else None
-    known = [0] * len(prompts)  # tokens of each text that the cache has
+
+    # Memory for the longest text, and never for more than a context, as that is all that the model looks at.
+    cache_length = min(context, max(map(len, starts)) + max_new_tokens)
+    cache = empty_cache(model, len(prompts), cache_length) if use_cache else None
+    cached = [0] * len(prompts)  # tokens of each text that the cache has
+
+    # A text that ends leaves the batch; the others go on.
     running = list(range(len(prompts)))
     for _ in range(max_new_tokens):
-        for i, logits_V in zip(running, _next_logits(model, cache, texts, known, running, context), strict=True):
+        for i, logits_V in zip(running, _next_logits(model, cache, texts, cached, running, context), strict=True):
             token = int(sample(logits_V[: tokenizer.vocab_size].float(), temperature, top_k, generators[i]))
             texts[i].append(token)
         running = [i for i in running if texts[i][-1] not in tokenizer.eos_ids]
         if not running:
             break
+
+    # The prompt is given back as it was written: its tokens may decode to another spelling of it.
     return [
         prompt + tokenizer.decode(text[len(start) :])
         for prompt, start, text in zip(prompts, starts, texts, strict=True)
@@ -111,23 +123,33 @@ def generate(
 
 
 def _next_logits(
-    model: Transformer, cache: Cache | None, texts: list[list[int]], known: list[int], running: list[int], context: int
+    model: Transformer, cache: Cache | None, texts: list[list[int]], cached: list[int], running: list[int], context: int
 ) -> list[Tensor]:
-    """Logits (V,) of the next token of each running text; those that wait for one token in the cache go together."""
+    """Logits (V,) of the next token of each running text; `cached` says how many of its tokens are in the cache.
+
+    The cache and `cached` are brought up to date with what this has computed.
+    """
     device = next(model.parameters()).device
-    made: dict[int, Tensor] = {}
+    logits: dict[int, Tensor] = {}  # by the number of the text, (V,) each
+
+    # With the cache only new tokens are computed: all texts that have one new token in one batch, and others, which are
+    # prompts of any length, one by one.
     if cache is not None:
         fitting = [i for i in running if len(texts[i]) <= context]
-        single = [i for i in fitting if len(texts[i]) == known[i] + 1]
-        for rows in [[i] for i in fitting if i not in single] + ([single] if single else []):
-            new = torch.tensor([texts[i][known[i] :] for i in rows], device=device)
-            start = torch.tensor([known[i] for i in rows], device=device)
-            made |= dict(zip(rows, extend(model, cache, new, start, torch.tensor(rows, device=device)), strict=True))
-            for i in rows:
-                known[i] = len(texts[i])
-    for i in (i for i in running if i not in made):
-        made[i] = model(torch.tensor([texts[i][-context:]], device=device))[0][0, -1]
-    return [made[i] for i in running]
+        with_one_new = [i for i in fitting if len(texts[i]) == cached[i] + 1]
+        for batch in [[i] for i in fitting if i not in with_one_new] + ([with_one_new] if with_one_new else []):
+            tokens = torch.tensor([texts[i][cached[i] :] for i in batch], device=device)  # (B, T)
+            positions = torch.tensor([cached[i] for i in batch], device=device)  # (B,) of the first new token of each
+            rows = torch.tensor(batch, device=device)  # (B,) of the cache
+            logits |= dict(zip(batch, extend(model, cache, tokens, positions, rows), strict=True))
+            for i in batch:
+                cached[i] = len(texts[i])
+
+    # The rest is computed anew: all texts where there is no cache, and those longer than a context, whose tokens have
+    # other positions at each step, so that no cached key is right.
+    for i in (i for i in running if i not in logits):
+        logits[i] = model(torch.tensor([texts[i][-context:]], device=device))[0][0, -1]
+    return [logits[i] for i in running]
 
 
 def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
@@ -135,9 +157,9 @@ def sample(logits_V: Tensor, temperature: float, top_k: int, generator: torch.Ge
     if temperature == 0:
         return logits_V.argmax()
     if 0 < top_k < logits_V.numel():
-        kept = logits_V.topk(top_k)
-        choice = torch.multinomial((kept.values / temperature).softmax(-1), 1, generator=generator)
-        return kept.indices[choice].squeeze(0)
+        largest = logits_V.topk(top_k)
+        choice = torch.multinomial((largest.values / temperature).softmax(-1), 1, generator=generator)
+        return largest.indices[choice].squeeze(0)
     return torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator).squeeze(0)
 
 

@@ -59,6 +59,7 @@ class Job(NamedTuple):
 
 def start_processes(config: Config, rt: Runtime) -> None:
     """Start the process group; what can be refused is refused before any process group or file exists."""
+    # Each process by itself sees whether the layout, the device and the folder can do what is asked for.
     training = config.training
     check_gpu(rt, training)
     degrees = degrees_of(config, rt.world_size)
@@ -74,12 +75,15 @@ def start_processes(config: Config, rt: Runtime) -> None:
     files.check_writable(Path(config.job.dump_folder))
     if config.metrics.enable_wandb:
         check_wandb()
+
     if needs_mesh(config, rt):
         with connecting(f"connecting {rt.world_size} processes"):
             world.init_process_group(rt, config.comm.init_timeout_seconds)
         world.caution_restarts()
     if rt.device.type == "cpu":
         machine.return_large_buffers()
+
+    # The rest needs the others: ranks that differ would wait for each other, in different collectives, until the limit.
     check_same_on_all_ranks(config)
     check_own_gpu(rt)
     world.seed_everything(training.seed, deterministic=training.deterministic)
@@ -94,15 +98,23 @@ def build_job(config: Config, rt: Runtime) -> Job:
     """Build the run's parts, once `start_processes` has been called."""
     training = config.training
     degrees = degrees_of(config, rt.world_size)
-    sequences, own = resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
+    step_sequences, micro_batch_size = resolve_batch_sizes(
+        training.global_batch_size, training.local_batch_size, degrees.data
+    )
+
+    # The data comes first, for its tokenizer says how many embeddings the model has.
     data = load_data(config, rt, degrees)
     config = with_vocab_size(config, data.tokenizer.vocab_size)
+
+    # The model gets its memory once it is cut into shards: no rank ever holds the whole. Weights are drawn from the
+    # seed alone, so they are the same in every layout.
     with connecting("connecting the groups of the meshes"):
         mesh = build_mesh(device=rt.device, **degrees._asdict()) if needs_mesh(config, rt) else None
     model = build_sharded(config, mesh, compile_blocks=compiles(config, rt.device) and can_compile(rt))
     model.to_empty(device=rt.device)
     model.init_weights(training.seed)
     world.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
+
     optimizer = build_optimizer(config, model)
     log_parameters(config, model, optimizer)
     for caution in cautions(config):
@@ -117,7 +129,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
         schedule=build_schedule(config),
         balancers=build_balancers(config),
         saver=background_saver() if config.checkpoint.async_mode == "async" else foreground_saver(),
-        accumulation=sequences // (own * degrees.data),
+        accumulation=step_sequences // (micro_batch_size * degrees.data),
         sequence_group=None if mesh is None else mesh.sequence_group,
         folder=Path(config.job.dump_folder),
     )
@@ -133,12 +145,15 @@ def check_gpu(rt: Runtime, training: Training) -> None:
     """Raise ValueError where this node has more processes than GPUs, or its GPU no products in bfloat16."""
     if rt.device.type != "cuda":
         return
+
+    # Whatever has started the processes may not say how many they are: the local rank says how many at least.
     num_gpus, num_processes = torch.cuda.device_count(), max(rt.local_world_size, rt.local_rank + 1)
     if num_processes > num_gpus:
         raise ValueError(
             f"{num_processes} processes on a node where each sees {num_gpus} GPU(s): each needs one of its own: start "
             f"torchrun with --nproc_per_node {num_gpus}, or let CUDA_VISIBLE_DEVICES name more"
         )
+
     key = next((key for key in ("mixed_precision_param", "dtype") if getattr(training, key) == "bfloat16"), None)
     if key is not None and torch.cuda.get_device_capability(rt.device) < (8, 0):
         raise ValueError(
@@ -151,26 +166,28 @@ def check_own_gpu(rt: Runtime) -> None:
     """Raise ValueError, on every rank, where two ranks have the same GPU: NCCL would end with pages of text."""
     if rt.device.type != "cuda" or rt.world_size == 1:
         return
-    identity = str(torch.cuda.get_device_properties(rt.device).uuid)
-    ranks: dict[str, list[int]] = {}
-    for rank, gpu in enumerate(world.all_gather(identity)):
-        ranks.setdefault(gpu, []).append(rank)
-    shared = next((group for group in ranks.values() if len(group) > 1), None)
-    if shared is not None:
+
+    # The index of a GPU says nothing: each process counts those that CUDA_VISIBLE_DEVICES lets it see.
+    uuid = str(torch.cuda.get_device_properties(rt.device).uuid)
+    ranks_of_gpu: dict[str, list[int]] = {}
+    for rank, gpu in enumerate(world.all_gather(uuid)):
+        ranks_of_gpu.setdefault(gpu, []).append(rank)
+    sharing = next((ranks for ranks in ranks_of_gpu.values() if len(ranks) > 1), None)
+    if sharing is not None:
         raise ValueError(
-            f"ranks {shared} have the same GPU: each needs one of its own: start them by torchrun, or set LOCAL_RANK "
+            f"ranks {sharing} have the same GPU: each needs one of its own: start them by torchrun, or set LOCAL_RANK "
             "to another number for each process of a node"
         )
 
 
 def can_compile(rt: Runtime) -> bool:
     """Whether torch.compile can make code on all ranks; a warning where not, for the run goes on without."""
-    faults = world.all_gather(missing_compiler(rt.device))
-    rank = next((rank for rank, fault in enumerate(faults) if fault), None)
+    missing = world.all_gather(missing_compiler(rt.device))
+    rank = next((rank for rank, what in enumerate(missing) if what), None)
     if rank is None:
         return True
     if rt.is_main:
-        logger.warning("compile.enable: rank %d has %s: training goes on eager, which is slower", rank, faults[rank])
+        logger.warning("compile.enable: rank %d has %s: training goes on eager, which is slower", rank, missing[rank])
     return False
 
 
@@ -185,25 +202,26 @@ def check_same_on_all_ranks(config: Config) -> None:
         "version of torch": str(torch.__version__),
     }
     del mine["job.config_file"]  # where the configuration came from is not part of it
+
+    # There may be many ranks: they compare digests, and send each other the values only where these differ.
     digests = world.all_gather(hashlib.sha256(repr(mine).encode()).hexdigest())
-    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
-    if other is None:
+    other_rank = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other_rank is None:
         return
-    all_keys = world.all_gather(mine)  # only now: there may be many ranks
-    here, there = all_keys[0], all_keys[other]
-    name = next(name for name in (*here, *there) if here.get(name) != there.get(name))
+    all_keys = world.all_gather(mine)
+    first, other = all_keys[0], all_keys[other_rank]
+    name = next(name for name in (*first, *other) if first.get(name) != other.get(name))
     raise ValueError(
-        f"ranks have different configurations: {name} is {here.get(name, 'not set')} on rank 0 and "
-        f"{there.get(name, 'not set')} on rank {other}: give every rank the same file, arguments and versions"
+        f"ranks have different configurations: {name} is {first.get(name, 'not set')} on rank 0 and "
+        f"{other.get(name, 'not set')} on rank {other_rank}: give every rank the same file, arguments and versions"
     )
 
 
 def _keys(config: Config) -> dict[str, str]:
     """A configuration's values by the names that users give them: optimizer.lr, optimizer.expert.lr."""
-    found = flatten(dataclasses.asdict(config))
-    inner = ("arguments", "groups")
+    inner = ("arguments", "groups")  # fields of the dataclasses that no key of a file has
     return {
         ".".join(part for part in key.split(".") if part not in inner): repr(value)
-        for key, value in found.items()
+        for key, value in flatten(dataclasses.asdict(config)).items()
         if value != {}
     }

@@ -1,8 +1,6 @@
 """Records of a run: the flat dicts that sinks get, and what the user is told about the model at the start."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,12 +12,9 @@ from titan_moe.metrics import (
     expert_lr_range,
     expert_metrics,
     flops_per_token,
-    to_numbers,
     train_metrics,
 )
-from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
-from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.combined import describe_group
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.runtime import machine
@@ -28,7 +23,8 @@ from titan_moe.runtime.world import Runtime
 from titan_moe.sinks.sink import Sink
 
 Record = dict[str, Any]  # its tensors may still be on the device; functions give values that are known when it is done
-SKIPPED, NONFINITE, GRADIENTS = "skipped", "nonfinite", "nonfinite_gradients"  # never written
+SKIPPED, NONFINITE, GRADIENTS = "skipped", "nonfinite", "nonfinite_gradients"
+UNWRITTEN = (SKIPPED, NONFINITE, GRADIENTS)  # they are for `titan_moe.divergence` alone
 
 
 def train_record(
@@ -36,7 +32,8 @@ def train_record(
 ) -> Record:
     """What a `train` line says of the step itself; the parameters' norm reads all of them, for the record alone.
 
-    The load (L, E) goes along for the heatmap, and for `flush` whether the step was skipped, and because of what.
+    The load (L, E) goes along for the heatmap, and whether the step was skipped, and because of what, for
+    `titan_moe.divergence`.
     """
     record: Record = {"kind": "train", **train_metrics(output), **expert_metrics(output)}
     if with_param_norm:
@@ -82,80 +79,10 @@ def count_active(config: Config, model: Transformer) -> int:
     return active_parameters(parameters, config.moe.num_experts, config.moe.top_k)
 
 
-class DivergedError(ValueError):
-    """The run has to end, because of numbers that are NaN or infinite; `step` is where they were."""
-
-    def __init__(self, step: int, text: str) -> None:
-        super().__init__(f"step {step}: {text}")
-        self.step = step
-
-
-@dataclass
-class Skips:
-    """How many steps were skipped, and how many the last of them in a row; `allowed` in a row do not end the run."""
-
-    allowed: int = 0
-    total: int = 0
-    in_a_row: int = 0
-
-    def count(self, skipped: bool) -> None:
-        """Take the next step into account."""
-        self.total += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-
-
-def flush(sinks: Sink, pending: list[Record], moe_layers: Sequence[str] = (), skips: Skips | None = None) -> None:
-    """Bring the pending records to the host, all at once, and write them.
-
-    Raises DivergedError, on every rank alike, after the record of a step that was skipped where `skips` allow no more,
-    or of a validation whose loss is NaN or infinite. `moe_layers` are the names of the MoE layers.
-    """
-    skips = skips or Skips()
-    for record in to_numbers(pending):
-        skipped, nonfinite, gradients = (record.pop(name, None) for name in (SKIPPED, NONFINITE, GRADIENTS))
-        if record["kind"] == "train":
-            skips.count(bool(skipped))
-            if skips.allowed:
-                record["skipped_steps"] = skips.total
-        sinks.write({key: value() if callable(value) else value for key, value in record.items()})
-
-        if skipped:
-            routers = [name for name, bad in zip(moe_layers, nonfinite, strict=True) if bad] if moe_layers else []
-            judge_skip(record, routers, gradients() if gradients else [], skips)
-        elif not math.isfinite(record["loss"]):
-            text = f"{record['kind']} loss {record['loss']}: the run has diverged and stops"
-            raise DivergedError(record["step"], f"{text}: lower optimizer.lr, warm up longer")
-    pending.clear()
-
-
-def judge_skip(record: Record, routers: Sequence[str], gradients: Sequence[str], skips: Skips) -> None:
-    """Tell the user of a step that was skipped; raise DivergedError where it is one too many.
-
-    `routers` are the layers whose router logits were NaN or infinite, which shows where it began in the forward pass.
-    `gradients` are the parameters whose gradients were: the last of them is the first on the way back from the loss.
-    """
-    what = [f"NaN or infinite router logits in {', '.join(routers)}"] if routers else []
-    bad = [name for name in ("loss", "total_loss", "grad_norm") if not math.isfinite(record[name])]
-    what += [f"{name} {record[name]}" for name in bad]
-    if gradients:
-        others = f" and of {len(gradients) - 1} before it" if len(gradients) > 1 else ""
-        what.append(f"NaN or infinite gradient of {plain_name(gradients[-1])}{others}")
-    text = f"{', '.join(what)}: the step was skipped and changed nothing"
-    if skips.in_a_row <= skips.allowed:
-        logger.info("step %d: %s (%d in a row)", record["step"], text, skips.in_a_row)
-        return
-    if skips.allowed:
-        text += f", as {skips.in_a_row} in a row were, and training.skip_nonfinite_steps allows {skips.allowed}"
-    remedies = ["lower optimizer.lr" + (" (or optimizer.router.lr)" if routers else ""), "warm up longer"]
-    remedies += ["turn balancer.z_loss on"] if routers else []
-    remedies += ["raise training.skip_nonfinite_steps to go on after a few such steps"]
-    raise DivergedError(record["step"], f"{text}; the run has diverged and stops: {', '.join(remedies)}")
-
-
-def moe_layer_names(model: Transformer) -> list[str]:
-    """The model's names of its MoE layers, in order, without those of wrappers."""
-    names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
-    return list(map(plain_name, names))
+def write_record(sinks: Sink, record: Record) -> None:
+    """Write a record whose numbers are on the host; what it holds as functions, such as times, is asked for now."""
+    written = {name: value for name, value in record.items() if name not in UNWRITTEN}
+    sinks.write({name: value() if callable(value) else value for name, value in written.items()})
 
 
 def size_record(config: Config, model: Transformer) -> Record:

@@ -29,6 +29,8 @@ def make_balancers(table: Table) -> Balancers:
     Raises ValueError for what titan_moe refuses, and for what torchtitan's trainer cannot do: losses on loads of more
     than one micro-batch, which it drops before the next one, rates that fall at the run's end, and states.
     """
+    # Losses on loads of a global batch need the forward passes of all micro-batches first, which the trainer drops; and
+    # no optimizer of torchtitan's knows how long the run is.
     config = read_tables({"balancer": dict(table)})
     balancers = build_balancers(config)
     for name, (_, balancer) in balancers.items():
@@ -51,7 +53,7 @@ def make_balancers(table: Table) -> Balancers:
 
 
 class CountedCrossEntropyLoss(CrossEntropyLoss):
-    """torchtitan's loss, unchanged; it notes the number of tokens that it is divided by."""
+    """torchtitan's loss, unchanged, which tells the monitor by how many tokens it is divided."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(CrossEntropyLoss.Config):

@@ -37,7 +37,7 @@ def text() -> Tensor:
 
 
 class Bytes(BaseTokenizer):
-    """A token is a byte."""
+    """A tokenizer whose tokens are bytes."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseTokenizer.Config):
@@ -51,7 +51,7 @@ class Bytes(BaseTokenizer):
         return list(text.encode())
 
     def decode(self, tokens: list[int], **_: Any) -> str:
-        """The text, as far as it is one."""
+        """The text; bytes that are no UTF-8 are replaced."""
         return bytes(tokens).decode(errors="replace")
 
     def get_vocab_size(self) -> int:
@@ -60,7 +60,7 @@ class Bytes(BaseTokenizer):
 
 
 class LibraryText(BaseDataLoader):
-    """Batches of the text in order: number n of all ranks goes to rank n modulo their number."""
+    """Batches of the text in order: batch n goes to rank n modulo the number of ranks."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseDataLoader.Config):
@@ -98,6 +98,7 @@ class LibraryText(BaseDataLoader):
 
 def small_model(*, dim: int, num_layers: int, num_experts: int, top_k: int, expert_dim: int) -> Any:
     """torchtitan's debug model of Qwen3 MoE cut down to these sizes; heads of 16 channels, bytes for tokens."""
+    # Sizes stand in several nodes of torchtitan's configuration, and each has to be changed.
     spec = qwen3.model_registry("debugmodel_moe")
     model = spec.model
     model.dim, model.vocab_size = dim, 256
@@ -123,6 +124,8 @@ def small_model(*, dim: int, num_layers: int, num_experts: int, top_k: int, expe
 
 def debug_moe() -> Trainer.Config:
     """Stock torchtitan: 2 layers of 8 experts, top-2, AdamW, its own loss-free balancing, a validation at the end."""
+    # `partial_dtensor`, as torchtitan's default backend fails on several ranks with torch 2.13. CUDA graphs are off for
+    # expert parallelism, and the model is in fp32, as it has to run on a CPU.
     return Trainer.Config(
         model_spec=small_model(dim=64, num_layers=2, num_experts=8, top_k=2, expert_dim=64),
         loss=CrossEntropyLoss.Config(),

@@ -1,4 +1,4 @@
-"""Balance in torchtitan's own metrics: what titan_moe's metrics.jsonl has of it, by the same names."""
+"""Measures of balance in torchtitan's own metrics, under the names that they have in titan_moe's metrics.jsonl."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from torchtitan_patches.monitor import Monitor, monitor_of
 
 
 class BalanceMetrics(MetricsProcessor):
-    """torchtitan's metrics and, of each step that is logged, maxvio_batch and the other measures of its load.
+    """torchtitan's metrics, with maxvio_batch and the other measures of the load for each step that is logged.
 
     Validations log maxvio_global, the MaxVio of the whole validation set. Values by layer are `NAME/layer_I`, I
     counting MoE layers from 0.

@@ -1,8 +1,8 @@
-"""What the MoE layers of a torchtitan model do, seen from outside: hooks on their routers, no change of their code.
+"""Observe the MoE layers of a torchtitan model by hooks on their routers, without a change of their code.
 
-torchtitan's layers return no routing. A forward hook on each router puts the arguments of titan_moe's functions
-together, and an operator in its backward counts: backward runs once for each micro-batch, where forward runs again
-under activation checkpointing. The gradient of the balance losses enters there, too, at the scale of the step's loss.
+torchtitan's layers return no routing. A forward hook on each router makes one, and an operator in its backward counts:
+backward runs once for each micro-batch, while forward runs again under activation checkpointing. The gradient of the
+balance losses enters there, too, at the scale of the step's loss.
 
 Shapes: B sequences, T tokens, E experts, K top_k, L MoE layers.
 """
@@ -21,23 +21,24 @@ from titan_moe.runtime.dtensor import local
 from titan_moe.runtime.world import all_reduce_sum
 from titan_moe.step import Balancers, all_reduce_sums, sequence_load, update_balancers
 
-# By the number that the operator is given.
+# Layers by number: an operator takes tensors and numbers, but no objects.
 _LAYERS: weakref.WeakValueDictionary[int, "Layer"] = weakref.WeakValueDictionary()
 
-# The tokens of the step that is going on: the loss is told, the routers' backward needs it. torchtitan has no place
-# that both see, and one trainer in a process.
+# The number of tokens of the current step. The loss is told it, the routers' backward needs it, and torchtitan has no
+# place that both see. One for the process, which has one trainer.
 _step_tokens: list[Tensor] = []
 
 
 def note_tokens(global_valid_tokens: Tensor) -> None:
-    """Remember by how many tokens this step's loss is divided, a scalar on the device."""
+    """Keep the number of tokens by which this step's loss is divided, a scalar on the device."""
     _step_tokens[:] = [global_valid_tokens]
 
 
 class Layer:
-    """Hooks on one MoE layer, and what they have added up since the last optimizer step or validation."""
+    """Hooks on one MoE layer, and the sums that they have made since the last optimizer step or validation."""
 
     def __init__(self, moe: Any, balancers: Balancers) -> None:
+        # Sums are tensors that are made once and changed in place: a CUDA graph replays nothing else.
         router, device = moe.router, local(moe.router.gate.weight).device
         self.moe, self.router, self.balancers = moe, router, balancers
         self.losses = {name: pair for name, pair in balancers.items() if pair[1].has_loss}
@@ -62,12 +63,14 @@ class Layer:
         self.logits = logits
 
     def on_routing(self, router: nn.Module, inputs: Any, output: Any) -> Any:
-        """Count in validation; in training put the losses and the counting into the backward of the weights."""
+        """Count in validation; in training put the losses and the counting into the backward of `topk_scores`."""
         logits, self.logits = self.logits, None
         topk_scores, topk_experts, scores = output
         if isinstance(topk_scores, DTensor):
             raise ValueError("torchtitan_patches does not support tensor parallelism with a sharded router")
-        scores_TE = scores.flatten(0, -2)
+
+        # Losses of a sigmoid router are on scores that sum to 1 over the experts, as in titan_moe.
+        scores_TE = scores.flatten(0, -2)  # (B, S, E) -> (T, E)
         if self.router.score_func == "sigmoid":
             probabilities_TE = normalized(scores_TE)
         else:
@@ -79,11 +82,16 @@ class Layer:
             topk_experts.flatten(0, -2),
             scores_TE,
         )
+
+        # A validation has no backward, and is counted at once. A training pass without gradients has none, either, and
+        # is no micro-batch of a step.
         if not router.training:
             self.eval_load += routing.tokens_per_expert
             return output
         if not torch.is_grad_enabled():
             return output
+
+        # Backward passes the weights of the chosen experts in every layer, so what it has to count is saved with them.
         loss, values = self.loss(routing, sequences=topk_experts.shape[0])
         with torch.no_grad():
             observed = [b.observe(routing, self.bias) for _, b in self.balancers.values() if b.observe is not None]
@@ -91,7 +99,8 @@ class Layer:
         return topk_scores, topk_experts, scores
 
     def loss(self, routing: Routing, *, sequences: int) -> tuple[Tensor | None, Tensor]:
-        """The losses that are trained on, times their coefficients, and every loss alone, (n,): sums over tokens."""
+        """The sum of the losses to train on, times their coefficients, and each loss by itself, (n,); over tokens."""
+        # Losses that are only measured take no gradient, and cost no backward.
         loads = {"micro_batch": routing.tokens_per_expert}
         if any(balancer.scope == "sequence" for _, balancer in self.losses.values()):
             loads["sequence"] = sequence_load(routing, sequences)
@@ -106,15 +115,18 @@ class Layer:
 
     @torch.no_grad()
     def arrive(self, values: Tensor, load: Tensor, observed: Sequence[Tensor]) -> Tensor:
-        """Add up one micro-batch; gives the factor of its losses' gradients."""
+        """Add up one micro-batch; the factor of the gradients of its losses, a scalar."""
+        # In place: a CUDA graph replays nothing else.
         self.load += load
         self.values += values
         names = [name for name, (_, balancer) in self.balancers.items() if balancer.observe is not None]
         for name, value in zip(names, observed, strict=True):
             if name in self.observed:
-                self.observed[name] += value  # in place, as the other sums: a CUDA graph replays nothing else
+                self.observed[name] += value
             else:
                 self.observed[name] = value.clone()
+
+        # Losses are sums over tokens and layers; the step's loss is a mean over all its tokens, and so are they.
         if not self.losses:
             return values.new_zeros(())
         if not _step_tokens:
@@ -142,9 +154,9 @@ def _(grad: Tensor, values: Tensor, load: Tensor, observed: Sequence[Tensor], la
 
 
 class _Inject(torch.autograd.Function):
-    """The identity on a layer's weights, whose backward counts and sends a gradient to the layer's losses.
+    """The identity on the weights of the chosen experts, whose backward counts, and gives the losses their gradient.
 
-    Only an operator can do that in a compiled layer, and only one whose result is used is not optimised away.
+    In a compiled layer only an operator can do that. Its result is used, or the compiler would remove it.
     """
 
     @staticmethod
@@ -163,15 +175,16 @@ class _Inject(torch.autograd.Function):
 
 
 class Monitor:
-    """All MoE layers of a model, and what they did in the last optimizer step.
+    """All MoE layers of a model, and their loads and losses in the last optimizer step.
 
-    `load` (L, E) is global. Raises ValueError for a model without MoE layers, and for one that pipeline or tensor
-    parallelism has cut: then no rank sees the loads of all layers and tokens.
+    `load` (L, E) is over all ranks. Raises ValueError for a model without MoE layers, and for one under pipeline or
+    tensor parallelism: there no rank sees the loads of all layers and tokens.
     """
 
     def __init__(self, model_parts: Sequence[nn.Module], balancers: Balancers) -> None:
         from torchtitan.models.common.moe import MoE
 
+        # A stage of a pipeline lacks the embedding or the head.
         ends = [getattr(part, end, None) for part in model_parts for end in ("tok_embeddings", "lm_head")]
         if len(model_parts) != 1 or None in ends:
             raise ValueError("torchtitan_patches does not support pipeline parallelism: set its degree to 1")
@@ -181,6 +194,8 @@ class Monitor:
             raise ValueError("torchtitan_patches is for Mixtures of Experts, but this model has no MoE layer")
         for layer in self.layers:
             layer.num_layers = len(self.layers)
+
+        # torchtitan's layers have a bias only with a coefficient.
         self.own_bias_rule = any(b.moves_bias for _, b in balancers.values())
         if self.own_bias_rule and any(layer.moe.load_balance_coeff is None for layer in self.layers):
             raise ValueError(
@@ -196,7 +211,8 @@ class Monitor:
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """Take the counts of this optimizer step and set the bias for the next one; before torchtitan's own rule."""
+        """Take the counts of this optimizer step, and set the bias for the next one; before torchtitan's own rule."""
+        # One collective a dtype for all sums. The metrics ask later, when the layers' own have begun anew.
         sums = {"load": torch.stack([layer.load for layer in self.layers])}  # (L, E)
         if self.own_bias_rule:
             for name in self.layers[0].observed:
@@ -206,15 +222,18 @@ class Monitor:
         self._values = torch.stack([layer.values for layer in self.layers]).sum(0)
         if _step_tokens:
             self._tokens = _step_tokens.pop()
+
         if self.own_bias_rule:
             update_balancers(self.balancers, [layer.bias for layer in self.layers], sums, states={})
+
+        # torchtitan's own rule runs after this, and re-centres the bias: without counts it has nothing to move.
         for layer in self.layers:
             layer.load.zero_()
             layer.values.zero_()
             for observed in layer.observed.values():
                 observed.zero_()
             if self.own_bias_rule:
-                layer.moe.tokens_per_expert_E.zero_()  # nothing left for torchtitan's rule to go by
+                layer.moe.tokens_per_expert_E.zero_()
 
     def balance_losses(self) -> dict[str, Tensor]:
         """The losses of the last step by name, before their coefficients, mean over layers; all ranks take part."""
@@ -222,7 +241,7 @@ class Monitor:
         return dict(zip(self.layers[0].losses, values.unbind(), strict=True))
 
     def take_eval_load(self) -> Tensor:
-        """The load (L, E) of the validation that is over, of all ranks."""
+        """The load (L, E) of the last validation over all ranks, which is then zero again."""
         load = all_reduce_sum(torch.stack([layer.eval_load for layer in self.layers]))
         for layer in self.layers:
             layer.eval_load.zero_()

@@ -28,10 +28,10 @@ GROUP_PATTERNS = {
 
 
 class BalancedOptimizers(OptimizersContainer):
-    """torchtitan's container with titan_moe's balancers, optimizers, or both; with neither it is as it was.
+    """torchtitan's container with titan_moe's balancers, optimizers, or both; with neither it is torchtitan's.
 
-    Before each step the loads of all ranks are added up and the balancers set the experts' bias. Without an
-    `optimizer` table the recipe's own `param_groups` are built, with one they are not.
+    Before each step the loads of all ranks are summed and the balancers set the experts' bias. With an `optimizer`
+    table titan_moe's optimizer is built in place of the recipe's `param_groups`.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -51,6 +51,9 @@ class BalancedOptimizers(OptimizersContainer):
             super().__init__(config, model_parts=model_parts)
             attach(self, make_balancers(config.balancers))
             return
+
+        # torchtitan's constructor would build the recipe's optimizers, so it is left out. `_build` asks the monitor for
+        # the sizes of the MoE layers, so that is attached first.
         self.model_parts = model_parts
         parameters = [p for part in model_parts for p in part.parameters() if p.requires_grad]
         Optimizer.__init__(self, parameters, {})  # the hooks; the parameters are those of the optimizer below

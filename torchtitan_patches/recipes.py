@@ -13,7 +13,7 @@ def enable(
     metrics: bool = False,
     optimizer: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Turn pieces on in a torchtitan `Trainer.Config`, in place; returns it. What is not given stays as it is.
+    """Turn pieces of titan_moe on in a torchtitan `Trainer.Config`, in place, and return it.
 
     `balancers` are the tables [balancer.NAME] of titan_moe by name, {"aux_loss": {"coeff": 0.01}}; `optimizer` is the
     table [optimizer] with its groups, {"expert": {"name": "shampoo", "lr": 3e-4}}, which inherits lr, betas, eps and
@@ -22,6 +22,7 @@ def enable(
     recipe. Nothing but the three nodes `optimizer`, `loss` and `metrics` of the configuration is replaced; `loss_free`
     also turns the layers' bias on.
     """
+    # The version is checked before the imports: another torchtitan may lack what they name.
     check_version()
     from torchtitan.components.loss import CrossEntropyLoss
     from torchtitan.models.common.moe import MoE
@@ -35,16 +36,21 @@ def enable(
         config.optimizer = overrides.optimizers(
             config.optimizer, balancers=dict(balancers or {}), optimizer=dict(optimizer or {})
         )
-    made = [balancer for _, balancer in make_balancers(balancers or {}).values()]
-    if any(balancer.has_loss for balancer in made):
-        ours = CrossEntropyLoss.Config, CountedCrossEntropyLoss.Config
-        nodes = [node for node in config.traverse(CrossEntropyLoss.Config) if type(node[1]) in ours]
+
+    # Balance losses are divided by the tokens of the step, as the loss is, and only the loss is told their number. To
+    # replace a subclass of it would lose what the subclass does.
+    chosen = [balancer for _, balancer in make_balancers(balancers or {}).values()]
+    if any(balancer.has_loss for balancer in chosen):
+        replaceable = CrossEntropyLoss.Config, CountedCrossEntropyLoss.Config
+        nodes = [node for node in config.traverse(CrossEntropyLoss.Config) if type(node[1]) in replaceable]
         if not nodes:
-            found = type(config.loss).__qualname__
-            raise ValueError(f"torchtitan_patches: balance losses need torchtitan's CrossEntropyLoss, found {found}")
+            given = type(config.loss).__qualname__
+            raise ValueError(f"torchtitan_patches: balance losses need torchtitan's CrossEntropyLoss, found {given}")
         for _, node, parent, name in nodes:
             setattr(parent, name, overrides.loss(node))
-    if any(balancer.moves_bias for balancer in made):
+
+    # Without a coefficient torchtitan's layers have no bias to move.
+    if any(balancer.moves_bias for balancer in chosen):
         for _, moe, _, _ in config.model_spec.model.traverse(MoE.Config):
             moe.load_balance_coeff = moe.load_balance_coeff or 1e-3  # makes the bias; the value is not used
     if metrics:

@@ -7,14 +7,16 @@ TESTED = ("0.3.0",)  # by tests/torchtitan; its seams are "subject to change", s
 
 def check_version() -> None:
     """Raise RuntimeError unless a torchtitan is installed with which these patches are tested."""
+    # Its interfaces change between releases: an error on the first line is better than a wrong run.
     supported = ", ".join(TESTED)
     try:
-        found = version("torchtitan")
+        installed = version("torchtitan")
     except PackageNotFoundError:
         raise RuntimeError(
             f"torchtitan_patches needs torchtitan {supported}, found none: pip install 'titan_moe[torchtitan]'"
         ) from None
-    if found not in TESTED:
+    if installed not in TESTED:
         raise RuntimeError(
-            f"torchtitan_patches supports torchtitan {supported}, found {found}: pip install 'torchtitan=={TESTED[-1]}'"
+            f"torchtitan_patches supports torchtitan {supported}, found {installed}: "
+            f"pip install 'torchtitan=={TESTED[-1]}'"
         )

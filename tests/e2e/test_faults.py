@@ -70,7 +70,7 @@ def test_a_process_that_dies_before_it_is_connected(arguments: Arguments, tmp_pa
     line = error_line(command)
     assert time.monotonic() - begin < 40  # 3 of them for the limit; torch's own is 63
     assert line.startswith(f"error: before the first step, rank {rank}: connecting 2 processes is under way for 3 s")
-    assert "job.py" in line or "runtime.py" in line
+    assert "job.py" in line or "world.py" in line
 
 
 @pytest.mark.dist

@@ -11,6 +11,7 @@ import torch
 
 from tests.e2e.harness import Ended, records
 from titan_moe import train as train_module
+from titan_moe import validate as validate_module
 
 Train = Callable[..., Ended]
 OPTIONS = {"training__steps": 6, "checkpoint__interval": 2, "validation__freq": 2, "validation__steps": 1}
@@ -117,7 +118,7 @@ def test_a_fault_in_validation_costs_nothing(
 ) -> None:
     """The step is saved before; a resume makes up for the validation, and drifts are as if nothing had been."""
     options = {**OPTIONS, "checkpoint__async_mode": mode}
-    calls, real = [], getattr(train_module, function)
+    calls, real = [], getattr(validate_module, function)
 
     def failing(*args: Any) -> Any:
         calls.append(args)
@@ -126,7 +127,7 @@ def test_a_fault_in_validation_costs_nothing(
         return real(*args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train_module, function, failing)
+        patched.setattr(validate_module, function, failing)
         with pytest.raises(ValidationError):
             train(**options)
     assert (tmp_path / "run" / "checkpoint" / "step-4").is_dir()
@@ -144,10 +145,10 @@ def test_a_run_that_was_stopped_at_a_validation_goes_on_without_it(
 
     A compiled model sees training's shape before that of the validation, as in a run that nothing stopped.
     """
-    rehearsed, rehearse = [], train_module.rehearse
-    monkeypatch.setattr(train_module, "compiles", lambda *_: True)
+    rehearsed, rehearse = [], validate_module.rehearse
+    monkeypatch.setattr(validate_module, "compiles", lambda *_: True)
     monkeypatch.setattr(
-        train_module, "rehearse", lambda model, *pair: rehearsed.append(pair[0].shape) or rehearse(model, *pair)
+        validate_module, "rehearse", lambda model, *pair: rehearsed.append(pair[0].shape) or rehearse(model, *pair)
     )
     faults[4] = lambda _: os.kill(os.getpid(), signal.SIGTERM)
     assert train(**OPTIONS).code == 128 + signal.SIGTERM
@@ -163,14 +164,14 @@ def test_a_validation_that_is_not_finite_names_the_checkpoint_before(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own step is saved: the weights are finite, and which of both is at fault is the user's to find out."""
-    real, calls = train_module.evaluate, []
+    real, calls = validate_module.evaluate, []
 
     def diverging(*args: Any) -> Any:
         calls.append(args)
         output = real(*args)
         return output._replace(loss_sum=output.loss_sum * (torch.nan if len(calls) == 2 else 1))
 
-    monkeypatch.setattr(train_module, "evaluate", diverging)
+    monkeypatch.setattr(validate_module, "evaluate", diverging)
     line = last_line(train(**OPTIONS))
     assert line.startswith("error: step 4: validation loss nan: the run has diverged and stops")
     assert (

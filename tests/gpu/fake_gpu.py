@@ -35,7 +35,7 @@ from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.parallelize.parallelize import parallelize
 from titan_moe.probe import balance_tax, routing_choices
 from titan_moe.records import train_record
-from titan_moe.runtime.watch import where
+from titan_moe.runtime.watch import line_of
 from titan_moe.step import Balancers, eval_step, train_step
 
 
@@ -83,18 +83,18 @@ class OnTheDevice(TorchDispatchMode):
         if packet is aten._local_scalar_dense:
             if args[0].device.type == "cpu":
                 return 1
-            self.reads.append(f"{func} {where(threading.current_thread())}")
+            self.reads.append(f"{func} {line_of(threading.current_thread())}")
             return 1
 
         in_floats = packet in (aten.cumsum, aten.cumsum_) and args[0].is_floating_point()
         multiplies = packet in (aten.scatter_reduce, aten.scatter_reduce_) and "prod" in args
         if packet in NONDETERMINISTIC or in_floats or multiplies:
-            raise AssertionError(f"{func} {where(threading.current_thread())} is not deterministic on CUDA")
+            raise AssertionError(f"{func} {line_of(threading.current_thread())} is not deterministic on CUDA")
 
         result = None if packet in FUSED else func(*args, **kwargs)
         for tensor in tree_leaves((args, kwargs, result)):
             if isinstance(tensor, Tensor) and tensor.device != DEVICE and not may_be_elsewhere(tensor):
-                raise AssertionError(f"{func} {where(threading.current_thread())}: a tensor on {tensor.device}")
+                raise AssertionError(f"{func} {line_of(threading.current_thread())}: a tensor on {tensor.device}")
         return result
 
 

@@ -18,7 +18,7 @@ from tests.interop.models import KINDS, configure, make_checkpoint
 from titan_moe.checkpoint import load_model
 from titan_moe.checkpoint.lazy import read_lazily, write_lazily
 from titan_moe.config import to_toml
-from titan_moe.convert import megatron
+from titan_moe.convert.megatron import convert
 from titan_moe.convert.megatron.convert import from_megatron, to_megatron, transformer_config
 
 needs_megatron = pytest.mark.skipif(
@@ -120,7 +120,7 @@ def test_a_wrong_conversion_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Another order of softmax there, and a model that does not run: one line, and nothing is left."""
     step = make_checkpoint(tmp_path / "run")
     wrong = {"moe_router_pre_softmax": True}
-    monkeypatch.setattr(megatron, "transformer_config", lambda config: {**transformer_config(config), **wrong})
+    monkeypatch.setattr(convert, "transformer_config", lambda config: {**transformer_config(config), **wrong})
     with pytest.raises(ValueError, match=r"^the check of the conversion failed: largest logit difference to Megatron"):
         to_megatron(step, tmp_path / "out")
     monkeypatch.setattr(sys, "executable", shutil.which("false"))

@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from tests.e2e.harness import TINY, write_text
 from titan_moe import train
-from titan_moe.config.load import KINDS, LOAD_LR, SECTIONS
 from titan_moe.config.schema import bare_type, parameters_of
+from titan_moe.config.sections import KINDS, LOAD_LR, SECTIONS
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 from titan_moe.runtime import command
 
@@ -95,7 +95,7 @@ def keys() -> Iterator[tuple[str, Any, tuple[tuple[str, Any], ...]]]:
                 yield f"{prefix}.{argument}", annotation, base
                 if section == "optimizer":
                     yield from ((f"optimizer.{group}.{argument}", annotation, base) for group in GROUP_PATTERNS)
-    for argument, (annotation, _) in parameters_of(LOAD_LR, "load_lr", "fuzz", "optimizer.expert").items():
+    for argument, (annotation, _) in LOAD_LR.items():
         for choice in ("batch_fraction", "ideal_normalized"):
             yield f"optimizer.expert.{argument}", annotation, (("optimizer.expert.load_lr", choice),)
 

@@ -127,6 +127,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
         axis(options={"a": {"training": {"max_norm": 1.0}}, "b": {}}),
         ["two points collide", "coeff a and coeff b", "the same configuration"],
     ),
+    "a key within another": (
+        axis(key=["moe.top_k", "moe.top_k.x"], values=[1]),
+        ["small.toml: axes.coeff: moe.top_k.x: is a table here and a value in another"],
+    ),
     "two axes of one key": (
         {**TWO_AXES, "axes__more": {"key": "moe.num_experts", "values": [2]}},
         ["axes.more.key = 'moe.num_experts'", "axes.experts sets it too"],

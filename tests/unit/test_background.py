@@ -12,7 +12,7 @@ import torch
 from tests.unit.test_checkpoint import Tiny, flip_bit, make, train
 from tests.unit.test_convert import _logger_as_before, run  # noqa: F401
 from titan_moe.checkpoint import complete_steps, load_checkpoint, load_weights, save_checkpoint, store
-from titan_moe.checkpoint.background import Saver, Timetable, background_saver, foreground_saver
+from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
 from titan_moe.checkpoint.verify import verify_checkpoint
 
 PATIENCE = 20
@@ -110,24 +110,6 @@ def test_a_failed_save_is_a_warning_and_the_next_one_tries_again(
     saver.finish()
     assert not saver.failed()
     assert complete_steps(tmp_path) == [1, 4]
-
-
-def test_times_of_saves() -> None:
-    """Every interval; after failures soon, then less and less often, and the interval begins anew."""
-
-    def times(disk_full: range, told_after: int = 1) -> list[int]:
-        timetable, tried = Timetable(10), [0]
-        for step in range(1, 31):
-            failed = tried[-1] in disk_full and step >= tried[-1] + told_after
-            if timetable.due(step, failed):
-                tried.append(step)
-        return tried[1:]
-
-    assert times(range(0)) == [10, 20, 30]
-    assert times(range(10, 11)) == [10, 11, 20, 30]
-    assert times(range(10, 14)) == [10, 11, 13, 17, 20, 30]
-    assert times(range(10, 31)) == [10, 11, 13, 17, 20, 21, 23, 27, 30]
-    assert times(range(10, 14), told_after=3) == [10, 13, 17, 20, 30]  # a thread says so later
 
 
 def test_weights_that_only_partly_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -24,7 +24,7 @@ from titan_moe.job import can_compile, check_own_gpu, start_processes
 from titan_moe.parallelize import parallelize
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.runtime import command, compat, machine, world
-from titan_moe.runtime.watch import where
+from titan_moe.runtime.watch import line_of
 from titan_moe.runtime.world import Runtime
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -174,6 +174,6 @@ def test_all_ranks_compile_or_none(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 
 def test_a_library_in_a_folder_of_our_name_is_not_ours() -> None:
-    names: dict[str, Any] = {"where": where, "thread": threading.current_thread()}
-    exec(compile("def wait():\n    return where(thread)", "/home/titan_moe/.venv/torch/library.py", "exec"), names)
+    names: dict[str, Any] = {"line_of": line_of, "thread": threading.current_thread()}
+    exec(compile("def wait():\n    return line_of(thread)", "/home/titan_moe/.venv/torch/library.py", "exec"), names)
     assert "library.py" not in names["wait"]()

@@ -10,9 +10,8 @@ from typing import Any, get_type_hints
 import pytest
 
 from titan_moe.config import cautions, find_component, help_text, load_config, to_toml
-from titan_moe.config.load import KINDS, SECTIONS
 from titan_moe.config.schema import check_value, document
-from titan_moe.config.sections import Config
+from titan_moe.config.sections import KINDS, SECTIONS, Config
 
 TRAIN_CONFIGS = sorted(glob.glob(str(Path(__file__).parents[2] / "train_configs" / "*.toml")))
 Write = Callable[..., str]
@@ -24,6 +23,10 @@ def outside_router(top_k: int, *, power: float, names: tuple[str, ...] = ("a", "
 
 def outside_balancer(strength: float = 0.5) -> float:
     return strength
+
+
+def outside_schedule(steps: int, warmup_steps: float = 0.5) -> float:
+    return warmup_steps / steps
 
 
 not_a_function = 3
@@ -171,6 +174,41 @@ def test_a_new_name_drops_only_inherited_arguments_of_the_old_component(write: W
     assert "score_scale" not in config.router.arguments
     message = error_of(file=write('base = "base.toml"\n[router]\nname = "softmax_topk"\nscore_scale = 3.0\n'))
     assert "x.toml: router.score_scale" in message
+
+
+def test_an_inherited_argument_must_fit_unless_its_layer_sets_it(write: Write):
+    write(f'[lr_scheduler]\nname = "{__name__}:outside_schedule"\nwarmup_steps = 2.5\n', "base.toml")
+    text = 'base = "base.toml"\n[lr_scheduler]\nname = "cosine"\n'
+    message = error_of(file=write(text))
+    assert "x.toml (inherited): lr_scheduler.warmup_steps = 2.5: must be a valid integer" in message
+    assert load(file=write(text + "warmup_steps = 3\n")).lr_scheduler.arguments["warmup_steps"] == 3
+
+
+def test_a_group_without_a_name_goes_by_the_optimizers(write: Write):
+    groups = '[optimizer.dense]\neps = 0.5\n[optimizer.expert]\nname = "adamw"\neps = 0.5\n'
+    write(f'[optimizer]\nname = "soap"\n{groups}', "base.toml")
+    config = load("--optimizer.name", "torch.optim:SGD", file=write('base = "base.toml"\n'))
+    kept = {"name": "adamw", "eps": 0.5}
+    assert config.optimizer.groups == {"expert": kept, "norm": {"weight_decay": 0.0}}
+    config = load("--optimizer.expert.name", "torch.optim:SGD", file=write('base = "base.toml"\n'))
+    named = {"name": "torch.optim:SGD"}
+    assert config.optimizer.groups == {"expert": named, "norm": {"weight_decay": 0.0}, "dense": {"eps": 0.5}}
+
+
+@pytest.mark.parametrize(
+    ("below", "above", "part"),
+    [
+        ('[training]\nsteps = "x"\n', "[training]\nsteps = 1\n", "training.steps = 'x': must be a valid integer"),
+        ('[router]\nname = "sigmod"\n', '[router]\nname = "sigmoid"\n', "router.name = 'sigmod': unknown component"),
+        ("[router]\ntemprature = 1.0\n", '[router]\nname = "sigmoid"\n', "router.temprature: unknown argument"),
+        ("[balancer.z_loss]\nrate = 1.0\n", "[balancer]\nz_loss = false\n", "balancer.z_loss.rate: unknown argument"),
+        ("[balancer]\nz_los = false\n", "[balancer.z_loss]\n", "balancer.z_los: unknown component"),
+        ("[optimizer.expert]\nlr = -1.0\n", "[optimizer]\nexpert = false\n", "optimizer.expert.lr = -1.0: must be"),
+    ],
+)
+def test_a_mistake_that_a_later_layer_covers_is_one(write: Write, below: str, above: str, part: str):
+    write(below, "base.toml")
+    assert f"base.toml: {part}" in error_of(file=write(f'base = "base.toml"\n{above}'))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """A step with a NaN or an infinity changes nothing, with any optimizer; a run ends after it, or after so many in a row.
 
-What it was is known at the next flush, without a synchronisation in the step.
+What it was is known once the step's numbers are on the host, without a synchronisation in the step.
 """
 
 import copy
@@ -15,13 +15,21 @@ from torch import Tensor
 
 from tests.cases import OPTIMIZER_NAMES
 from tests.tiny import adamw, balancers, batch, tiny_model
+from titan_moe.divergence import (
+    DivergedError,
+    SkippedSteps,
+    moe_layer_names,
+    stop_if_diverged,
+    stop_if_weights_diverged,
+)
+from titan_moe.metrics import to_numbers
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.combined import combine, skips_by_itself
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.parallelize.parallelize import parallelize
-from titan_moe.records import DivergedError, Record, Skips, flush, moe_layer_names, train_record
+from titan_moe.records import Record, train_record, write_record
 from titan_moe.sinks.sink import Sink
 from titan_moe.step import train_step
 
@@ -153,12 +161,29 @@ def test_the_run_stops_with_the_layers_name(value: float) -> None:
     output = step(model)
     assert output.nonfinite is not None
     assert output.nonfinite.tolist() == [0, 1]
-    records = [{"step": 1, **good}, {"step": 2, **train_record(model, output, {})}]
-    written: list[dict[str, Any]] = []
+    first, second = to_numbers([{"step": 1, **good}, {"step": 2, **train_record(model, output, {})}])
+    stop_if_diverged(first, SkippedSteps().count(first), moe_layers=moe_layer_names(model))
     with pytest.raises(DivergedError, match=r"step 2: NaN or infinite router logits in layers\.2\.moe, loss nan"):
-        flush(Sink(written.append, lambda: None, "list"), records, moe_layer_names(model))
-    assert [record["step"] for record in written] == [1, 2]  # what led there is on record
-    assert not {"skipped", "nonfinite", "nonfinite_gradients"} & set(written[0])
+        stop_if_diverged(second, SkippedSteps().count(second), moe_layers=moe_layer_names(model))
+
+
+def test_what_only_divergence_is_judged_by_is_not_written() -> None:
+    model = tiny_model()
+    model.init_weights(0)
+    (record,) = to_numbers([{"step": 1, **train_record(model, step(model), {})}])
+    assert {"skipped", "nonfinite", "nonfinite_gradients"} <= set(record)
+    written: list[dict[str, Any]] = []
+    write_record(Sink(written.append, lambda: None, "list"), record)
+    assert record.keys() - written[0].keys() == {"skipped", "nonfinite", "nonfinite_gradients"}
+
+
+@pytest.mark.parametrize("kind", ["train", "validation"])
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(kind: str, loss: float) -> None:
+    """Of a validation, which skips nothing, and of a step that no optimizer could skip."""
+    stop_if_diverged({"step": 7, "kind": kind, "loss": 3.0}, SkippedSteps())
+    with pytest.raises(DivergedError, match=rf"step 7: {kind} loss {loss}: the run has diverged and stops: lower"):
+        stop_if_diverged({"step": 7, "kind": kind, "loss": loss}, SkippedSteps(), allowed=5)
 
 
 def test_router_logits_alone_are_enough() -> None:
@@ -185,45 +210,62 @@ def test_the_run_stops_with_the_parameters_name_of_a_dense_model() -> None:
         getattr(model.layers[1].attention, name).weight.register_hook(lambda gradient: gradient * torch.nan)
     micro = [batch(0)]
     output = train_step(model, micro, torch.optim.AdamW(model.parameters()), {}, [], max_norm=1.0)
-    record = {"step": 1, **train_record(model, output, {})}
+    (record,) = to_numbers([{"step": 1, **train_record(model, output, {})}])
     names = [name.replace("layers.1.", "layers.1._orig_mod.") for name in record["nonfinite_gradients"]()]
     want = (
         r"step 1: grad_norm nan, NaN or infinite gradient of layers\.1\.attention\.wo\.weight and of 1 before it: "
         r"the step was skipped and changed nothing; the run has diverged and stops: lower optimizer.lr, warm up longer"
     )
     with pytest.raises(DivergedError, match=want):
-        flush(Sink(lambda _: None, lambda: None, "list"), [{**record, "nonfinite_gradients": lambda: names}])
+        stop_if_diverged({**record, "nonfinite_gradients": lambda: names}, SkippedSteps(1, 1))
+
+
+def test_weights_that_are_not_finite_are_found() -> None:
+    model = tiny_model()
+    model.init_weights(0)
+    stop_if_weights_diverged(model, 3)
+    with torch.no_grad():
+        model.layers[1].moe.experts.w1[0, 0, 0] = torch.inf
+    with pytest.raises(DivergedError, match=r"step 3: a parameter is NaN or infinite: .* this step is not saved"):
+        stop_if_weights_diverged(model, 3)
 
 
 def skip_record(step: int, skipped: bool) -> Record:
     loss = float("nan") if skipped else 1.0
-    losses = {"loss": loss, "total_loss": loss, "grad_norm": loss}
-    return {"step": step, "kind": "train", "skipped": torch.tensor(skipped), **losses}
+    return {"step": step, "kind": "train", "skipped": skipped, "loss": loss, "total_loss": loss, "grad_norm": loss}
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 12])
-def test_so_many_in_a_row_may_be_skipped(at_once: int) -> None:
-    """However many records are written at once, as on a GPU, the run ends after the same one."""
+def end_of(pattern: list[bool], allowed: int, skipped: SkippedSteps) -> tuple[DivergedError | None, list[SkippedSteps]]:
+    """Go through steps that were skipped or not; what ended the run, and the counts after each step until then."""
+    counts = []
+    for number, was_skipped in enumerate(pattern, start=1):
+        record = skip_record(number, was_skipped)
+        skipped = skipped.count(record)
+        counts.append(skipped)
+        try:
+            stop_if_diverged(record, skipped, allowed=allowed)
+        except DivergedError as error:
+            return error, counts
+    return None, counts
+
+
+def test_so_many_in_a_row_may_be_skipped() -> None:
     pattern = [False, True, True, False, True, False, True, True, True, True, False, True]
-    records = [skip_record(number, skipped) for number, skipped in enumerate(pattern, start=1)]
-    written: list[dict[str, Any]] = []
-    skips, sinks = Skips(allowed=3), Sink(written.append, lambda: None, "list")
-    parts = [records[start : start + at_once] for start in range(0, 12, at_once)]
-    last = next(part for part in parts if part[-1]["step"] >= 10)
-    for part in parts[: parts.index(last)]:
-        flush(sinks, part, (), skips)
-    with pytest.raises(DivergedError, match=r"step 10: loss nan.* as 4 in a row were, and .* allows 3;") as error:
-        flush(sinks, last, (), skips)
-    assert error.value.step == 10
-    assert [record["skipped_steps"] for record in written] == [0, 1, 2, 2, 3, 3, 4, 5, 6, 7]
-    assert (skips.total, skips.in_a_row) == (7, 4)
+    error, counts = end_of(pattern, 3, SkippedSteps())
+    assert error is not None
+    assert error.step == 10
+    assert str(error).startswith("step 10: loss nan, total_loss nan, grad_norm nan: the step was skipped")
+    assert "as 4 in a row were, and training.skip_nonfinite_steps allows 3; the run has diverged" in str(error)
+    assert [count.total for count in counts] == [0, 1, 2, 2, 3, 3, 4, 5, 6, 7]
+    assert [count.in_a_row for count in counts] == [0, 1, 2, 0, 1, 0, 1, 2, 3, 4]
+    assert end_of(pattern, 4, SkippedSteps())[0] is None
 
 
 def test_a_run_goes_on_counting_where_it_was() -> None:
-    skips = Skips(1, total=5, in_a_row=1)
-    with pytest.raises(DivergedError):
-        flush(Sink(lambda _: None, lambda: None, "list"), [skip_record(9, True)], (), skips)
-    assert skips.total == 6
+    error, counts = end_of([True], 1, SkippedSteps(total=5, in_a_row=1))
+    assert error is not None
+    assert counts == [SkippedSteps(total=6, in_a_row=2)]
+    assert end_of([True], 1, SkippedSteps(total=5, in_a_row=0))[0] is None
 
 
 def test_names_of_wrapped_layers() -> None:

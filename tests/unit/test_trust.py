@@ -25,8 +25,8 @@ from titan_moe.checkpoint.folder import MANIFEST, entries
 from titan_moe.checkpoint.metadata import METADATA, read_metadata
 from titan_moe.config import load_config, load_saved, read_saved, to_toml
 from titan_moe.config.layers import tomllib
-from titan_moe.config.load import KINDS, SECTIONS
 from titan_moe.config.saved import PLAIN_KEYS, outside_components
+from titan_moe.config.sections import KINDS, SECTIONS
 from titan_moe.convert.cli import convert_from_hf, convert_from_megatron, convert_to_hf, convert_to_megatron
 from titan_moe.convert.hf.convert import OUR_CONFIG, from_hf, to_hf
 from titan_moe.convert.hf.safetensors import INDEX

@@ -100,7 +100,7 @@ def test_restarts_on_a_shared_store(
 
 
 def test_where_a_thread_is_names_a_file_of_any_folder_of_the_package() -> None:
-    names: dict[str, object] = {"where": watch.where, "thread": threading.current_thread()}
+    names: dict[str, object] = {"line_of": watch.line_of, "thread": threading.current_thread()}
     step = str(Path(watch.__file__).parents[1] / "step.py")
-    exec(compile("def train_step():\n    return where(thread)", step, "exec"), names)
+    exec(compile("def train_step():\n    return line_of(thread)", step, "exec"), names)
     assert eval("train_step()", names) == "in step.py:2 train_step"

@@ -1,4 +1,4 @@
-"""Saving while training goes on: the state is copied to memory of the host, a thread writes the copy."""
+"""Saving while training goes on: the state is copied to host memory, and a thread writes the copy."""
 
 import logging
 import threading
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from titan_moe.checkpoint.folder import CheckpointError
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_checkpoint, save_content
 from titan_moe.optimizer.combined import kind_of
@@ -27,30 +26,14 @@ logger = logging.getLogger(__name__)
 class Saver(NamedTuple):
     """How a run saves.
 
-    `save` takes the arguments of `save_checkpoint`, and `wait`: whether the step must be on the disk when it returns,
-    and a failure raises; else it is a warning. `failed`: whether the latest save is known to have failed, on this rank.
-    `finish` waits for the save that is under way.
+    `save` takes the arguments of `save_checkpoint` and `wait`. With `wait` the step is on the disk when it returns, and
+    a failure raises; without, a failure is a warning. `failed` says whether the latest save is known to have failed on
+    this rank. `finish` waits for the save that is under way.
     """
 
     save: Callable[..., None]
     failed: Callable[[], bool]
     finish: Callable[[], None]
-
-
-class Timetable:
-    """When to save: every `interval` steps, and in between again after a failure: 1, 2, 4 ... steps after the last."""
-
-    def __init__(self, interval: int) -> None:
-        self.interval, self._retry, self._wait = interval, 0, 1
-
-    def due(self, step: int, failed: bool) -> bool:
-        """Whether to save after `step`; `failed` is whether the latest save has, on any rank."""
-        if step % self.interval == 0:
-            self._retry, self._wait = 0, 1
-            return True
-        if failed and self._retry < step:
-            self._retry, self._wait = step + self._wait - 1, 2 * self._wait
-        return step == self._retry
 
 
 def foreground_saver() -> Saver:
@@ -70,12 +53,13 @@ def foreground_saver() -> Saver:
 
 
 def background_saver() -> Saver:
-    """Training waits for a copy of the state in the host's memory, and for a save that has not ended at the next one.
+    """Training waits for a copy of the state in host memory, and for the save before if that has not ended yet.
 
-    The copy's memory is kept between saves: as much as this rank's parameters and optimizer states. Ranks talk over a
-    process group of their own. A save that fails is a warning, as soon as it fails, and leaves earlier checkpoints as
-    they are.
+    The copy's memory is kept between saves: as much as this rank's parameters and optimizer states. A save that fails
+    is a warning, as soon as it fails, and leaves earlier checkpoints as they are.
     """
+    # The thread talks over a group of its own: within one group, its collectives and those of training would come in
+    # another order on each rank. gloo, because what it sends lies in host memory.
     with connecting("connecting the group that saves"):
         group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None
     buffers: dict[str, Tensor] = {}
@@ -97,13 +81,19 @@ def background_saver() -> Saver:
         keep_latest_k: int,
         wait: bool,
     ) -> None:
+        # One save at a time: the thread of the one before may still be writing from the buffers.
         begin = time.perf_counter()
         finish()
         failures.clear()
+
+        # Nobody trains meanwhile, so a copy would only take memory; and a thread could not raise the failure here.
         if wait:
             arguments: dict[str, Any] = {"model": model, "optimizer": optimizer, "extra": extra, "files": files}
             save_checkpoint(folder, step, keep_latest_k=keep_latest_k, **arguments)
             return
+
+        # The next step changes weights and random states: all that is saved is taken now, and only for this training
+        # waits.
         state = copy_state(state_to_save(model, optimizer), buffers)
         content = content_of(state, kind_of(optimizer), extra=extra, files=files, group=group)
         waited = time.perf_counter() - begin
@@ -111,9 +101,7 @@ def background_saver() -> Saver:
         def write() -> None:
             try:
                 path = save_content(folder, step, content, keep_latest_k, group)
-            except CheckpointError as error:
-                warn(error, failures)
-            except Exception as error:  # a thread has nobody to raise to: training is not to end by it either
+            except Exception as error:  # of whatever kind: a thread has nobody to raise to, and training goes on
                 warn(error, failures)
             else:
                 took = time.perf_counter() - begin
@@ -126,17 +114,22 @@ def background_saver() -> Saver:
 
 
 def copy_state(state: State, buffers: dict[str, Tensor]) -> State:
-    """A copy of `state` in host memory, in `buffers` (by name, made where they are missing)."""
+    """A copy of this rank's shards of `state` in host memory, in `buffers` (by name, made where they are missing)."""
     tensors: dict[str, Tensor] = {}
     on_gpu = False
     for name, tensor in state.tensors.items():
-        mine = local(tensor)
+        # A state can appear or change its shape between two saves: the first step makes the optimizer's.
+        shard = local(tensor)
         buffer = buffers.get(name)
-        if buffer is None or buffer.shape != mine.shape or buffer.dtype != mine.dtype:
-            buffer = buffers[name] = torch.empty(mine.shape, dtype=mine.dtype, pin_memory=mine.is_cuda)
-        buffer.copy_(mine, non_blocking=mine.is_cuda)
-        on_gpu |= mine.is_cuda
-        # Its constructor, because from_local would move the copy to the mesh's device.
+        if buffer is None or buffer.shape != shard.shape or buffer.dtype != shard.dtype:
+            buffer = buffers[name] = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=shard.is_cuda)
+
+        # Pinned memory lets all copies of a GPU's shards run one after the other, with one wait for them at the end.
+        buffer.copy_(shard, non_blocking=shard.is_cuda)
+        on_gpu |= shard.is_cuda
+
+        # DCP learns from the DTensor which part of the whole this is. Its constructor, because from_local would move
+        # the copy to the mesh's device.
         tensors[name] = DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer
     if on_gpu:
         torch.cuda.synchronize()
@@ -144,7 +137,7 @@ def copy_state(state: State, buffers: dict[str, Tensor]) -> State:
 
 
 def warn(error: Exception, failures: list[Exception]) -> None:
-    """Note that a save has failed, and say it loudly, once for all ranks."""
+    """Note that a save has failed; rank 0 warns for all."""
     failures.append(error)
     if rank() == 0:
         logger.warning("%s: training goes on, the save is tried again in the next steps", error)

@@ -1,6 +1,6 @@
-"""A run that goes back to an earlier step: what came after is a branch of its own, set aside and never removed.
+"""A run that goes back to an earlier step: what came after it is another branch, set aside and never removed.
 
-Its steps go to checkpoint/aside-N/, and metrics.jsonl as it was is kept whole as metrics.aside-N.jsonl.
+Its steps go to checkpoint/aside-N/, and a copy of metrics.jsonl as it was is metrics.aside-N.jsonl.
 """
 
 import itertools
@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 def leave_branch(metrics: Path, folders: Sequence[Path], step: int, *, same_run: bool) -> None:
-    """Set aside the steps after `step` in `folders`, and with them a copy of `metrics`, which loses its lines of them.
+    """Set aside the steps after `step` in `folders` and a copy of `metrics`, then drop the lines after `step` from it.
 
-    For one process, before training begins, with the step that it goes on from. Does nothing where no step is later:
-    the lines of a killed run are no branch. Where `metrics` are not of the `same_run` all their lines are set aside.
-    Raises OSError as the file system does; what has not been set aside then is where it was.
+    For one process, before training begins; `step` is the one that it goes on from. Without later steps nothing is
+    done: the lines of a killed run are no branch. Where `metrics` are not of the `same_run` all their lines are set
+    aside. Raises OSError as the file system does; what has not been set aside by then stays in its place.
     """
     if same_run and not any(steps_after(folder, step) for folder in folders):
         return
     lines = sort_lines(metrics, step if same_run else 0)
     name = _free_name(metrics, folders)
 
-    # Lines are taken away last: a crash before leaves them in both files, and the newest step says what the run is.
+    # Lines are dropped last: a crash before that leaves them in both files, and the newest step says what the run is.
     if lines.num_later:
         target = _metrics_aside(metrics, name)
         copy(metrics, target)

@@ -1,4 +1,7 @@
-"""Step folders on the disk: their manifest, which are whole, how one appears, is replaced and goes."""
+"""Step folders on the disk: which are whole, and how one appears, is replaced, set aside and removed.
+
+A step is whole when its files have the sizes in its manifest, and verified when they have the checksums, too.
+"""
 
 import json
 import logging
@@ -30,8 +33,8 @@ T = TypeVar("T")
 FORMAT = 1
 MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d+)")
-# .tmp: a save that died; .old: a step that a newer save of it replaces; .trash: a step that is being removed; a number
-# follows where an earlier one of that name is still there
+# .tmp: a save under way, or one that died; .old: a step that a newer save of it replaces; .trash: a step that is being
+# removed. A number follows where an earlier one of that name could not be removed.
 _LEFTOVER = re.compile(r"(step-\d+)\.(tmp|old|trash)(\.\d+)?")
 
 
@@ -51,7 +54,7 @@ def is_step_folder(path: Path) -> bool:
 def is_leftover(path: Path) -> bool:
     """Whether `path` is what a save or a removal that was cut short has left, and no step.
 
-    A `.old` is one where a crash came between the two renames of a replacement, so that no other has its name.
+    A `.old` still is the step if nothing has the step's name: a crash came between the two renames of a replacement.
     """
     match = _LEFTOVER.fullmatch(path.name)
     return match is not None and (match[2] != "old" or os.path.lexists(path.with_name(match[1])))
@@ -59,11 +62,14 @@ def is_leftover(path: Path) -> bool:
 
 def scan(folder: Path) -> tuple[dict[int, Path], dict[int, CheckpointError]]:
     """Steps in `folder` whose files are there with the right sizes, and of each other step what is wrong with it."""
+    # Sizes alone are checked: a listing must not read every byte of every step. `verify` does that, for one step.
     complete, problems = {}, {}
     paths = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
     for name, path in paths.items():
-        base = name.removesuffix(".old")  # counts if a crash came between the two renames of a replacement
-        is_step = path.is_dir() or path.is_symlink()  # also a link to what is not there, as a disk that is not mounted
+        # A `.old` counts only if a crash came between the two renames of a replacement, so that no other has its name.
+        # A link counts even if it leads nowhere: the step lies on a disk that is not mounted, which is worth a warning.
+        base = name.removesuffix(".old")
+        is_step = path.is_dir() or path.is_symlink()
         if not (match := _STEP.fullmatch(base)) or (base != name and base in paths) or not is_step:
             continue
         try:
@@ -76,48 +82,55 @@ def scan(folder: Path) -> tuple[dict[int, Path], dict[int, CheckpointError]]:
 
 
 def set_aside(folder: Path, step: int, name: str) -> list[Path]:
-    """Move the steps in `folder` after `step`, whole or broken, to `folder/name/step-N`; give their new places.
+    """Move the steps in `folder` after `step`, whole or broken, to `folder/name/step-N`; return their new paths.
 
-    There nothing counts them as the run's or removes them, and each is a step folder as before. They go oldest first:
-    until the last has gone the newest step is what it was, so that a crash leaves the run as it was or as it shall be.
+    There they no longer count as steps of the run, nothing removes them, and each can be loaded as before.
     """
     later = steps_after(folder, step)
     if not later:
         return []
     (folder / name).mkdir()
+
+    # Oldest first, so that the newest step moves last: a run that is started again after a crash in between still finds
+    # the step that it would have gone on from before.
     moved = []
     for path in later:
+        # A `.old` whose replacement never came is the step itself, and gets its name.
         base = path.with_name(path.name.removesuffix(".old"))
         target = folder / name / (path.name if base in later else base.name)
         if path.is_symlink() and not os.path.isabs(link := os.readlink(path)):
-            os.symlink(os.path.join("..", link), target)  # it is relative to where it lies
+            os.symlink(os.path.join("..", link), target)  # a relative link is read from the folder that it lies in
             path.unlink()
         else:
             os.rename(path, target)
         moved.append(target)
+
+    # On the disk before the caller takes these steps' lines out of metrics.jsonl.
     fsync_folder(folder / name)
     fsync_folder(folder)
     return moved
 
 
 def steps_after(folder: Path, step: int) -> list[Path]:
-    """The folders of steps after `step` in `folder`, oldest first, and of one step the one being replaced first."""
-    found = []
+    """The folders of steps after `step` in `folder`, oldest first, and a `step-N.old` before its `step-N`."""
+    later = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _STEP.fullmatch(path.name.removesuffix(".old"))
         if match and int(match[1]) > step and (path.is_dir() or path.is_symlink()):
-            found.append((int(match[1]), not path.name.endswith(".old"), path))
-    return [path for *_, path in sorted(found)]
+            later.append((int(match[1]), not path.name.endswith(".old"), path))
+    return [path for *_, path in sorted(later)]
 
 
 def read_manifest(step_folder: Path) -> dict[str, Any]:
-    """The manifest, if all its files exist with the sizes it says; else CheckpointError."""
+    """The manifest of a step whose files all exist with the sizes that it says; else CheckpointError."""
+    # Missing, unreadable and not what was written are told apart, because each is mended in another way: mount a disk,
+    # give the right path, take an earlier step.
     broken = f"{step_folder} is broken"
     try:
         manifest = json.loads((step_folder / MANIFEST).read_text(encoding="utf-8"))
         body = manifest["body"]
-        newer = body["format"] > FORMAT  # asked first: it may have another checksum
-        whole = manifest["crc32"] == crc32_of_json(body)
+        is_newer = body["format"] > FORMAT
+        is_unchanged = manifest["crc32"] == crc32_of_json(body)
     except FileNotFoundError:
         if step_folder.is_symlink() and not step_folder.exists():
             raise CheckpointError(f"{step_folder} links to {os.readlink(step_folder)}, which is not there") from None
@@ -126,15 +139,19 @@ def read_manifest(step_folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{broken}: it has no {MANIFEST}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{broken}: {MANIFEST} cannot be read ({type(error).__name__})") from error
-    if newer:
+
+    # A newer format is told before the checksum is looked at: a later version may sum it up in another way.
+    if is_newer:
         raise NewerFormatError(
             f"{step_folder} has checkpoint format {body['format']} and this titan_moe reads {FORMAT}: a newer one has "
             "saved it, and can load it"
         )
-    if not whole:
+    if not is_unchanged:
         raise CheckpointError(f"{broken}: {MANIFEST} was changed after it was written")
     if body["format"] != FORMAT:
         raise CheckpointError(f"{step_folder} has checkpoint format {body['format']}, this version reads {FORMAT}")
+
+    # Names are looked at before the files are: the manifest may be a stranger's, and must not lead out of its folder.
     for name, entry in body["files"].items():
         if not is_plain_name(name):
             raise CheckpointError(f"{broken}: {MANIFEST} names the file {name!r}, which is not in its folder")
@@ -148,8 +165,9 @@ def read_manifest(step_folder: Path) -> dict[str, Any]:
 
 
 def verify(step_folder: Path) -> dict[str, Any]:
-    """The manifest of a step whose files all have their checksums, else CheckpointError; ranks share the reading."""
+    """The manifest of a step whose files all have their checksums, else CheckpointError; call it on every rank."""
 
+    # Of R ranks each reads every R-th file, so that the bytes are read once and not R times.
     def check() -> dict[str, Any]:
         body = read_manifest(step_folder)
         for name in sorted(body["files"])[rank() :: world_size()]:
@@ -166,7 +184,7 @@ def entries(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def begin_step(folder: Path, step: int) -> Path:
-    """Make the empty folder that a save of `step` writes into, after removing what dead saves left."""
+    """Make the empty folder that a save of `step` writes into; what saves that died have left is removed first."""
     folder.mkdir(parents=True, exist_ok=True)
     clean(folder)
     staging = _free(folder / f"step-{step}", "tmp")
@@ -175,15 +193,22 @@ def begin_step(folder: Path, step: int) -> Path:
 
 
 def publish(staging: Path, final: Path, body: dict[str, Any]) -> None:
-    """Seal `staging` with its manifest and give it its name, in place of a step that has it."""
+    """Write the manifest into `staging` and give the folder its name, in place of a step that has it."""
+    # On nodes with a disk each, every rank has written its files and no folder has them all.
     for name, entry in body["files"].items():
         if not (staging / name).exists() or (staging / name).stat().st_size != entry["size"]:
             raise CheckpointError(f"rank 0 does not see {name}: the folder must be one that all nodes share")
+
+    # The manifest comes last and everything is on the disk before the rename, so that no power cut leaves a folder
+    # with the name of a step and without its files.
     sealed = {"crc32": crc32_of_json(body), "body": body}
     write_synced(staging / MANIFEST, json.dumps(sealed, indent=1).encode())
     fsync_folder(staging)
+
+    # A folder can't be renamed onto a full one, so the old step steps aside first. A crash between the two renames
+    # leaves `step-N.old` alone: `scan` counts it, and `clean` gives it its name back. A file is not a save's: it stays.
     old = _free(final, "old")
-    if final.is_file():  # not ours
+    if final.is_file():
         aside = _free(final, "file")
         logger.warning("%s is a file, and a step is to have that name: the file is now %s", final, aside.name)
         os.rename(final, aside)
@@ -197,6 +222,8 @@ def publish(staging: Path, final: Path, body: dict[str, Any]) -> None:
 
 def clean(folder: Path) -> None:
     """Remove what saves that died have left in `folder`; a step that was being replaced gets its name back."""
+    # Backwards, so that `step-N.old.1` comes before `step-N.old`: the higher number was replaced later, and is the one
+    # to get the name if nothing has it.
     for path in sorted(folder.iterdir(), reverse=True):
         if (match := _LEFTOVER.fullmatch(path.name)) and _is_folder_or_link(path):
             if not is_leftover(path):
@@ -209,28 +236,29 @@ def clean(folder: Path) -> None:
 
 def prune(folder: Path, step: int, keep_latest_k: int) -> None:
     """Remove steps before `step` but for the latest `keep_latest_k - 1` complete ones."""
+    # Broken steps don't count among those that stay, and go with the old ones; steps after `step` are not this save's.
     complete, _ = scan(folder)
     older = sorted(old for old in complete if old < step)
-    keep = older[len(older) - (keep_latest_k - 1) :] if keep_latest_k > 1 else []
+    to_keep = older[len(older) - (keep_latest_k - 1) :] if keep_latest_k > 1 else []
     for path in list(folder.iterdir()):
         match = _STEP.fullmatch(path.name)
-        if match and int(match[1]) < step and int(match[1]) not in keep and _is_folder_or_link(path):
+        if match and int(match[1]) < step and int(match[1]) not in to_keep and _is_folder_or_link(path):
             warn_on_failure(partial(_discard, path, path.name))
 
 
 def _is_folder_or_link(path: Path) -> bool:
-    """Whether `path` may be a step; a plain file may have the name of one, but is somebody else's."""
+    """Whether `path` may be a step; a plain file with the name of one is somebody else's."""
     return path.is_symlink() or path.is_dir()
 
 
 def _free(step_folder: Path, kind: str) -> Path:
-    """`step-N.KIND`, with a number where that can't be had: what has the name could not be removed."""
+    """`step-N.KIND`, with a number if something has that name, which then could not be removed."""
     names = chain([f"{step_folder.name}.{kind}"], (f"{step_folder.name}.{kind}.{number}" for number in count(1)))
     return next(path for path in map(step_folder.with_name, names) if not os.path.lexists(path))
 
 
 def _discard(path: Path, step_name: str) -> None:
-    """Remove a folder or a link to one; renamed first, so that it is never half a step under its name."""
+    """Remove a step; it is renamed first, so that half a step never has the name of one."""
     trash = _free(path.with_name(step_name), "trash")
     os.rename(path, trash)
     remove(trash)
@@ -252,34 +280,40 @@ def run_on_all_ranks(
     `group` is of all ranks, for threads whose messages must not mix with those of the training; None: the default one.
     What fails on one rank raises on all: CheckpointError for failures of the file system, else the error itself.
     """
+    # A failure is caught and raised below: a rank that left at once would let the others wait in the collective.
     result: Any = None
     failure: BaseException | None = None
-    where = rank()
+    failed_rank = rank()
     if rank() == 0 or not main_only:
         try:
             result = task()
-        except (Exception, CheckpointException) as error:  # told to the other ranks, and raised again below
-            where, failure = _cause(error)
-    mine = (result, where, failure and reason(failure), isinstance(failure, OSError))
-    outcomes: Any = [mine] * world_size()
+        except (Exception, CheckpointException) as error:  # torch's is not an Exception
+            failed_rank, failure = _cause(error)
+
+    # Its text travels, not the error itself: not every error can be pickled.
+    outcome = (result, failed_rank, failure and reason(failure), isinstance(failure, OSError))
+    outcomes: Any = [outcome] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(outcomes, mine, group=group)
-    failed = [(where, why, expected) for _, where, why, expected in outcomes if why is not None]
-    if failed:
-        where, why, _ = failed[0]
-        text = f"{why} (on rank {where})" if world_size() > 1 else why
-        if all(expected for *_, expected in failed):
+        dist.all_gather_object(outcomes, outcome, group=group)
+
+    # Failures of the disk alone are one line for the user. Where any rank has another error, it is raised as it is, not
+    # hidden behind a disk that failed as well.
+    failures = [(failed_rank, why, is_disk) for _, failed_rank, why, is_disk in outcomes if why is not None]
+    if failures:
+        failed_rank, why, _ = failures[0]
+        text = f"{why} (on rank {failed_rank})" if world_size() > 1 else why
+        if all(is_disk for *_, is_disk in failures):
             raise CheckpointError(text) from failure
         raise failure or RuntimeError(text)
     return [result for result, *_ in (outcomes[:1] if main_only else outcomes)]
 
 
 def _cause(error: BaseException) -> tuple[int, BaseException]:
-    """What really failed and on which rank: DCP tells every rank of it, wrapped."""
-    where = rank()
+    """The rank that failed and its error: DCP raises on every rank, with the errors of the failed ones inside."""
+    failed_rank = rank()
     while isinstance(error, CheckpointException) and error.failures:
-        where, (error, _) = next(iter(error.failures.items()))
-    return where, error
+        failed_rank, (error, _) = next(iter(error.failures.items()))
+    return failed_rank, error
 
 
 def reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Tensors that are read when they are needed: how a checkpoint is rewritten with one tensor in memory at a time."""
+"""Tensors that are read when they are needed, to rewrite a checkpoint with one of them in memory at a time."""
 
 import dataclasses
 import warnings
@@ -23,7 +23,7 @@ from titan_moe.checkpoint.metadata import read_metadata
 class Lazy(NamedTuple):
     """A tensor that is known by shape and dtype; `load()` makes it, anew at each call.
 
-    Where `rows` is given, its rows can be made by themselves, and are written as shards of their own.
+    `rows`, if given, are its parts along dim 0: each can be made without the others, and is written as its own shard.
     """
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Lazy(NamedTuple):
     rows: "tuple[Lazy, ...]" = ()
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Lazy":
-        """The result of an elementwise function of the tensor, as lazy as it."""
+        """The result of an elementwise function that keeps the dtype, made when it is asked for."""
         return Lazy(self.shape, self.dtype, lambda: function(self.load()))
 
 
@@ -40,14 +40,14 @@ LazyTensors = dict[str, Lazy]
 
 
 def lazy(tensor: Tensor) -> Lazy:
-    """A tensor that is there already."""
+    """A tensor that is in memory already."""
     return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def read_lazily(folder: Path) -> LazyTensors:
-    """Every tensor of a folder that torch.distributed.checkpoint wrote, by name; whole, whatever its shards were.
+    """Every tensor of a folder that torch.distributed.checkpoint wrote, by name; each loads whole, whatever its shards.
 
-    Raises ValueError where the folder is not one.
+    Raises ValueError where the folder is no such one.
     """
     try:
         metadata = read_metadata(folder)
@@ -57,6 +57,7 @@ def read_lazily(folder: Path) -> LazyTensors:
 
 
 def _entry(folder: Path, metadata: Metadata, name: str) -> Lazy:
+    """A tensor of the folder; with `rows` if each was saved as a shard, so that one can be read without the others."""
     entry: Any = metadata.state_dict_metadata[name]
     shape, dtype = tuple(entry.size), entry.properties.dtype
     rows: tuple[Lazy, ...] = ()
@@ -66,7 +67,10 @@ def _entry(folder: Path, metadata: Metadata, name: str) -> Lazy:
 
 
 def _reader(folder: Path, metadata: Metadata, name: str, row: int | None = None) -> Callable[[], Tensor]:
+    """What reads a tensor, or one `row` of it; ValueError where the files do not give it."""
+
     def load() -> Tensor:
+        # A row is read as a part of length 1, so that no more than its shard is loaded.
         entry: Any = metadata.state_dict_metadata[name]
         size = list(entry.size)
         offsets = [0] * len(size)
@@ -82,10 +86,8 @@ def _reader(folder: Path, metadata: Metadata, name: str, row: int | None = None)
 
 
 def _read(folder: Path, metadata: Metadata, name: str, part: ChunkStorageMetadata) -> Tensor:
-    """A part of a tensor, from the shards that hold some of it.
-
-    A part that is one whole shard is that shard as it was read: dcp.load would copy it, and hold it twice.
-    """
+    """A part of a tensor, put together from the shards that overlap it."""
+    # One shard is in memory at a time. DCP's own planning function says which, and which box of each goes where.
     entry: Any = metadata.state_dict_metadata[name]
     tensor = torch.empty(part.sizes, dtype=entry.properties.dtype)
     for item in create_read_items_for_chunk_list(name, entry, [part]):
@@ -93,6 +95,8 @@ def _read(folder: Path, metadata: Metadata, name: str, part: ChunkStorageMetadat
         with open(folder / place.relative_path, "rb") as file:
             view: Any = _create_file_view(file, place.offset, place.length)
             shard = torch.load(view, map_location="cpu", weights_only=True)
+
+        # A shard that is the whole part is returned as it was read: dcp.load copies it, and so holds it twice.
         if shard.shape == part.sizes:
             return shard
         tensor[_box(item.dest_offsets, item.lengths)] = shard[_box(item.storage_offsets, item.lengths)]
@@ -104,17 +108,18 @@ def _box(offsets: torch.Size, lengths: torch.Size) -> tuple[slice, ...]:
 
 
 def _why(error: BaseException) -> str:
-    """What a failed read comes from: the file that is missing, or the sort of the error."""
+    """Why a read failed, in a few words: the file that cannot be opened, else the type of the error."""
     return f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else type(error).__name__
 
 
 def check_sums(folder: Path) -> None:
     """Compare every tensor of a folder that torch.distributed.checkpoint wrote with the CRC-32 torch put beside it.
 
-    One is in memory at a time. Raises ValueError for the first file that is missing, cut short or changed.
+    One tensor is in memory at a time. Raises ValueError for the first file that is missing, cut short or changed.
     """
     for index, place in read_metadata(folder).storage_data.items():
         path = folder / place.relative_path
+        # torch.save writes a zip archive, which has a CRC-32 of each of its members.
         try:
             with open(path, "rb") as file:
                 file.seek(place.offset)
@@ -126,9 +131,9 @@ def check_sums(folder: Path) -> None:
 
 
 def write_lazily(folder: Path, tensors: Mapping[str, Lazy]) -> None:
-    """Write tensors as torch.distributed.checkpoint does, each in a file of its own and gone before the next is made.
+    """Write tensors as torch.distributed.checkpoint does: each is made, written to its own file, and freed again.
 
-    Names must be free of parallelism: one process writes everything.
+    One process writes everything; no process group is needed.
     """
     writer = Writer(folder, single_file_per_rank=False)
     blanks = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
@@ -138,13 +143,14 @@ def write_lazily(folder: Path, tensors: Mapping[str, Lazy]) -> None:
 
 
 class Writer(dcp.FileSystemWriter):
-    """DCP's writer, with the disk's own error where torch.save hides it behind one about its archive."""
+    """DCP's writer, which raises the disk's own error where torch.save raises one about its archive."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Write, or raise OSError."""
         try:
             return super().write_data(plan, planner)
         except RuntimeError as error:
+            # The archive raises an error of its own while it closes; the disk's is among those that led to it.
             hidden: BaseException | None = error
             while hidden is not None and not isinstance(hidden, OSError):
                 hidden = hidden.__context__
@@ -154,7 +160,7 @@ class Writer(dcp.FileSystemWriter):
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """DCP's planner, which plans with tensors without memory and makes each one when the writer asks for it."""
+    """DCP's planner, which plans with tensors on the meta device and makes each one when the writer asks for it."""
 
     def __init__(self, tensors: Mapping[str, Lazy]) -> None:
         super().__init__(flatten_state_dict=False)
@@ -169,17 +175,21 @@ class _LazyPlanner(DefaultSavePlanner):
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
-        made = self._tensors[write_item.index.fqn]
-        if made.rows:
+        # The plan has an item for each row, told by its offset along dim 0, or one for the tensor.
+        whole = self._tensors[write_item.index.fqn]
+        part = whole
+        if whole.rows:
             assert write_item.index.offset is not None
-            made = made.rows[write_item.index.offset[0]]
-        tensor = made.load()
-        assert (tuple(tensor.shape), tensor.dtype) == (made.shape, made.dtype), write_item.index.fqn
-        return tensor.unsqueeze(0) if self._tensors[write_item.index.fqn].rows else tensor
+            part = whole.rows[write_item.index.offset[0]]
+
+        # The plan, and with it `.metadata`, was made from the announced shape: another one would be read as garbage.
+        tensor = part.load()
+        assert (tuple(tensor.shape), tensor.dtype) == (part.shape, part.dtype), write_item.index.fqn
+        return tensor.unsqueeze(0) if whole.rows else tensor  # (D, ...) -> (1, D, ...), a shard of the whole
 
 
 def _row_item(item: WriteItem, row: int) -> WriteItem:
-    """The part of a planned write that is one row of its tensor, a shard."""
+    """The planned write of a tensor, cut down to one of its rows."""
     assert item.tensor_data is not None
     size = item.tensor_data.size
     offset = torch.Size([row, *[0] * (len(size) - 1)])
@@ -188,7 +198,7 @@ def _row_item(item: WriteItem, row: int) -> WriteItem:
 
 
 def stacked(parts: list[Lazy]) -> Lazy:
-    """Equal parts as the rows of one tensor, filled one at a time."""
+    """Parts of one shape and dtype as the rows of a new tensor, (D, ...) -> (N, D, ...), filled one at a time."""
 
     def load() -> Tensor:
         whole = torch.empty(len(parts), *parts[0].shape, dtype=parts[0].dtype)
@@ -200,59 +210,64 @@ def stacked(parts: list[Lazy]) -> Lazy:
 
 
 def sharded(parts: list[Lazy]) -> Lazy:
-    """As `stacked`, but written in shards, so that the whole is never in memory."""
+    """As `stacked`, but each part is written as a shard of its own, so that the whole is never in memory."""
     return stacked(parts)._replace(rows=tuple(parts))
 
 
 def joined(parts: list[Lazy], dim: int) -> Lazy:
     """Parts one after the other along `dim`, filled one at a time."""
+    # torch.cat would hold all parts beside the result.
     sizes = [part.shape[dim] for part in parts]
     shape = list(parts[0].shape)
     shape[dim] = sum(sizes)
 
     def load() -> Tensor:
         whole = torch.empty(shape, dtype=parts[0].dtype)
-        for place, part in zip(whole.split(sizes, dim), parts, strict=True):
-            place.copy_(part.load())
+        for view, part in zip(whole.split(sizes, dim), parts, strict=True):
+            view.copy_(part.load())
         return whole
 
     return Lazy(tuple(shape), parts[0].dtype, load)
 
 
 def unstacked(whole: Lazy) -> list[Lazy]:
-    """The rows of a tensor, in order; reading them in this order reads the whole once."""
+    """The rows of a tensor, (N, D, ...) -> N times (D, ...); loading them in this order reads the tensor once."""
     if whole.rows:
         return list(whole.rows)
-    kept: dict[str, Tensor] = {}
 
-    def row(index: int) -> Callable[[], Tensor]:
+    # Rows that are no shards can't be read alone. The first that is loaded reads the tensor and keeps it for the
+    # others, the last frees it: else an export would read the stacked experts once for each expert.
+    cache: list[Tensor] = []
+
+    def row_loader(index: int) -> Callable[[], Tensor]:
         def load() -> Tensor:
-            if "whole" not in kept:
-                kept["whole"] = whole.load()
-            found = kept["whole"][index].clone()
+            if not cache:
+                cache.append(whole.load())
+            row = cache[0][index].clone()  # a view would keep the whole in memory
             if index == whole.shape[0] - 1:
-                kept.clear()
-            return found
+                cache.clear()
+            return row
 
         return load
 
-    return [Lazy(whole.shape[1:], whole.dtype, row(index)) for index in range(whole.shape[0])]
+    return [Lazy(whole.shape[1:], whole.dtype, row_loader(index)) for index in range(whole.shape[0])]
 
 
 def narrowed(whole: Lazy, dim: int, start: int, length: int) -> Lazy:
-    """The part of a tensor from `start` on along `dim`."""
+    """The `length` elements of a tensor from `start` on along `dim`."""
     shape = list(whole.shape)
     shape[dim] = length
     return Lazy(tuple(shape), whole.dtype, lambda: whole.load().narrow(dim, start, length).contiguous())
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all elements are; a part at a time, as torch's test takes more memory than what it tests."""
+    """Whether all elements are finite."""
+    # A million at a time, because torch's isfinite takes twice the memory of what it tests.
     return all(bool(part.isfinite().all()) for part in tensor.flatten().split(1 << 20))
 
 
 def cast(whole: Lazy, dtype: torch.dtype, name: str) -> Lazy:
-    """The tensor in another type; values that it cannot hold are a ValueError that names the tensor when it is made."""
+    """The tensor in another type; to load it raises a ValueError that names it if that type cannot hold its values."""
     if dtype == whole.dtype:
         return whole
 

@@ -1,9 +1,9 @@
-"""The `.metadata` of torch.distributed.checkpoint, read without the powers of the pickle that it is.
+"""The `.metadata` of torch.distributed.checkpoint, read so that a stranger's file runs no code.
 
-A pickle names classes and functions, and reading it as usual imports and calls whatever it names. Here only the names
-that torch writes are known, and not even their code runs: an object of the pickle becomes a record of what is stored of
-it, and a Metadata is made from what the records say of tensors. What is not a tensor is left out, because torch would
-read such an entry by a pickle of its own.
+It is a pickle. A pickle names classes and functions, and to read it as usual is to import and call them. Here only the
+names that torch writes are known, and not even their code runs: each object becomes a record of its attributes, and a
+Metadata is built from the records of tensors. Entries that are not tensors are left out, because torch would read their
+content by a pickle once more.
 """
 
 import pickle
@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 from titan_moe.runtime.files import is_plain_name
 
 METADATA = ".metadata"
-# What torch names: all of these modules (Megatron keeps the plans of a save, too), and what its own classes hold.
+# What torch names: its checkpoint package (as a whole, because Megatron keeps the plans of a save as well and versions
+# differ), and what objects of it hold.
 _MODULES = ("torch.distributed.checkpoint.", "torch.distributed._shard.")  # the second: torch 2.2 and before
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 _NAMES = {
@@ -35,7 +36,7 @@ _NAMES = {
 
 
 class Reader(dcp.FileSystemReader):
-    """DCP's reader for a folder that anyone may have written."""
+    """DCP's reader for a folder that a stranger may have written."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """As `read_metadata` below."""
@@ -43,14 +44,14 @@ class Reader(dcp.FileSystemReader):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """What a folder of torch.distributed.checkpoint says of its tensors.
+    """Names, shapes, dtypes and files of the tensors in a folder of torch.distributed.checkpoint.
 
     Raises FileNotFoundError where it has no `.metadata`, and ValueError in one line where that names anything but what
     torch writes, names files outside of the folder, or is broken.
     """
     with open(folder / METADATA, "rb") as file:
         try:
-            return _made(_Unpickler(file).load())
+            return _to_metadata(_Unpickler(file).load())
         except _RefusedError as error:
             raise ValueError(f"{folder}: {METADATA} {error}") from None
         except Exception as error:  # a broken pickle may raise anything
@@ -58,11 +59,11 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 class _RefusedError(Exception):
-    """What is wrong with a pickle that is whole."""
+    """What is refused of a pickle that can be read."""
 
 
 class _Record:
-    """An object of the pickle: what is stored of it, by its class's name. Arguments of calls are let go."""
+    """Stands for an object of the pickle and holds its attributes; the arguments of its construction are dropped."""
 
     state: Any = None
 
@@ -74,16 +75,16 @@ class _Record:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes records. A pickle can also change the classes that it names, so each reading has classes of its own."""
+    """Makes records. A pickle can also change the classes that it names, so each reading makes new classes."""
 
     def __init__(self, file: Any) -> None:
         super().__init__(file)
         self._classes: dict[str, type] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """Give a class of records, or the few that have no state to be changed: torch.Size and the dtypes."""
-        if module == "torch" and isinstance(found := vars(torch).get(name), torch.dtype):
-            return found
+        """Give a class of records; of torch itself only what a pickle cannot change: torch.Size and the dtypes."""
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
+            return dtype
         if (module, name) == ("torch", "Size"):
             return torch.Size
         if not module.startswith(_MODULES) and (module, name) not in _NAMES:
@@ -94,20 +95,23 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _fields(record: Any, name: str) -> dict[str, Any]:
-    """The attributes that are stored of an object of the class `name`."""
+    """The attributes of a record of the class `name`; TypeError where it is none."""
     if not isinstance(record, _Record) or type(record).__name__ != name or not isinstance(record.state, dict):
         raise TypeError(f"{name} is missing")
     return record.state
 
 
-def _made(found: Any) -> Metadata:
-    """The Metadata that a record is of, its tensors alone."""
-    fields = _fields(found, "Metadata")
+def _to_metadata(record: Any) -> Metadata:
+    """The Metadata that a record stands for, reduced to its tensors."""
+    # An entry of bytes is no tensor, and torch would read its content with `weights_only=False`.
+    fields = _fields(record, "Metadata")
     tensors: dict[str, Any] = {
         _text(name): _tensor(_fields(entry, "TensorStorageMetadata"))
         for name, entry in fields["state_dict_metadata"].items()
         if type(entry).__name__ != "BytesStorageMetadata"
     }
+
+    # With an entry its places go as well.
     places: dict[MetadataIndex, _StorageInfo] = {}
     for index, place in fields["storage_data"].items():
         key, info = _fields(index, "MetadataIndex"), _fields(place, "_StorageInfo")

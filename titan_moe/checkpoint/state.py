@@ -1,7 +1,7 @@
-"""What a checkpoint holds: states of model and optimizer by name as DCP reads and writes them, and random states.
+"""What a checkpoint holds: states of model and optimizer by name, as DCP reads and writes them, and random states.
 
-Tensors are named `model.NAME` and `optimizer.state.NAME.STATE`, so names outlive layouts. What is not a tensor
-(learning rates, betas, flags) are the *values*, one small dictionary.
+Tensors are named `model.NAME` and `optimizer.state.NAME.STATE`, whatever the layout. What is not a tensor (learning
+rates, betas, flags) are the *values*, one small dictionary.
 """
 
 import io
@@ -50,9 +50,11 @@ def state_to_save(model: nn.Module, optimizer: Optimizer | None) -> State:
     """The state of `model` (parameters and persistent buffers) and of `optimizer`, by name."""
     if optimizer is None:
         return State(_model_tensors(model), {})
+
+    # Of an optimizer that has no state yet torch makes one, by a step that counts: it must neither stay nor be saved.
     has_stepped = bool(optimizer.state)
     flat = _optimizer_state(model, optimizer)
-    if not has_stepped:  # torch has just made states by a step that counts as one: do not keep them
+    if not has_stepped:
         optimizer.state.clear()
         flat.tensors.clear()
     values = {**flat.values, "groups": _groups(model, optimizer)}
@@ -68,7 +70,10 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proce
 
 
 def load_matching(folder: Path, model: nn.Module) -> tuple[list[str], list[str]]:
-    """Load the tensors in `folder` that `model` has by name and shape; the names that it lacks, and those left over."""
+    """Load the tensors in `folder` that `model` has by name and shape.
+
+    Returns the names that the checkpoint lacks, and those that the model has no place for.
+    """
     metadata = read_metadata(folder).state_dict_metadata
     saved = {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.items() if name.startswith("model.")}
     tensors = _model_tensors(model)
@@ -100,27 +105,35 @@ def load_state(
     balancers keep is loaded where it is there, and left as it is where it is not.
     Raises ValueError, before anything is loaded, if names or shapes differ.
     """
+    # Names and shapes are compared with the metadata first: nothing is loaded into a model that it doesn't fit.
     metadata = read_metadata(folder).state_dict_metadata
     saved = {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.items()}
     tensors = _model_tensors(model)
     saved_model = {name: shape for name, shape in saved.items() if name.startswith("model.")}
-    if optimizer is None:  # weights alone: what balancers keep is for going on with training, and may be missing
+
+    # Of weights alone, what balancers keep may be missing: it is for going on with training.
+    if optimizer is None:
         for own, other in ((tensors, saved_model), (saved_model, tensors)):
             for name in [name for name in own if is_balancer_state(name) and name not in other]:
                 del own[name]
     _check_same(f"checkpoint {folder} holds another model", _shapes(tensors), saved_model)
+
+    # Another class of optimizer is told as such, not as the hundreds of states that differ by it.
     if optimizer is None:
         _read_tensors(folder, tensors)
     else:
         if saved_optimizer is None:
             raise ValueError(f"checkpoint {folder} holds a model without an optimizer: training cannot resume from it")
-        if saved_optimizer != (mine := kind_of(optimizer)):
+        if saved_optimizer != (kind := kind_of(optimizer)):
             raise ValueError(
-                f"checkpoint {folder} holds another optimizer: {saved_optimizer} there, {mine} here{_NEW_OPTIMIZER}"
+                f"checkpoint {folder} holds another optimizer: {saved_optimizer} there, {kind} here{_NEW_OPTIMIZER}"
             )
         _load_with_optimizer(folder, model, optimizer, tensors=tensors, saved=saved, values=values)
+
+    # Handed back as torch's protocol has it, though dcp.load has filled the model's own tensors in place. What is there
+    # was compared above.
     loaded: Any = {name.removeprefix("model."): value for name, value in tensors.items()}
-    set_model_state_dict(model, loaded, options=StateDictOptions(strict=False))  # all that there is was compared
+    set_model_state_dict(model, loaded, options=StateDictOptions(strict=False))
 
 
 def _load_with_optimizer(
@@ -132,23 +145,29 @@ def _load_with_optimizer(
     saved: Shapes,
     values: dict[str, Any],
 ) -> None:
-    what = f"checkpoint {folder} holds another optimizer"
-    mine = _optimizer_state(model, optimizer)  # makes the states of a fresh optimizer
-    _forget_unsaved(model, optimizer, mine.tensors, saved)
+    """Load `tensors` of the model, and the optimizer's state if it has that of the checkpoint: tensors and `values`."""
+    # To be read in place the states of a new optimizer must exist; those of parameters that had none are dropped.
+    problem = f"checkpoint {folder} holds another optimizer"
+    current = _optimizer_state(model, optimizer)
+    _forget_unsaved(model, optimizer, current.tensors, saved)
+
+    # Settings first: load_lr or betas are keys that the user has set, and a difference of them is best told by their
+    # names. States and values of single parameters follow from them.
     saved_state = {name: shape for name, shape in saved.items() if name.startswith("optimizer.")}
     saved_groups = values.pop("groups")
-    _check_same(what, _settings(mine.values), _settings(values), mend=_NEW_OPTIMIZER)  # these are the user's keys
-    _check_same(what, _shapes(mine.tensors), saved_state, mend=_NEW_OPTIMIZER)
-    _check_same(what, dict.fromkeys(mine.values, ()), dict.fromkeys(values, ()), mend=_NEW_OPTIMIZER)
-    _check_groups(what, _groups(model, optimizer), saved_groups)
-    _read_tensors(folder, {**tensors, **mine.tensors})
+    _check_same(problem, _settings(current.values), _settings(values), mend=_NEW_OPTIMIZER)
+    _check_same(problem, _shapes(current.tensors), saved_state, mend=_NEW_OPTIMIZER)
+    _check_same(problem, dict.fromkeys(current.values, ()), dict.fromkeys(values, ()), mend=_NEW_OPTIMIZER)
+    _check_groups(problem, _groups(model, optimizer), saved_groups)
+    _read_tensors(folder, {**tensors, **current.tensors})
+
     # Optimizer.load_state_dict casts states to the parameter's dtype (fp32 moments of bf16 parameters): keep ours,
     # which have just been read in place.
     in_place = {
         parameter: {name: value for name, value in state.items() if isinstance(value, Tensor)}
         for parameter, state in optimizer.state.items()
     }
-    flat: Any = {name.removeprefix("optimizer."): value for name, value in {**mine.tensors, **values}.items()}
+    flat: Any = {name.removeprefix("optimizer."): value for name, value in {**current.tensors, **values}.items()}
     set_optimizer_state_dict(model, optimizer, flat, options=_BY_NAME)
     for parameter, state in in_place.items():
         optimizer.state[parameter].update(state)
@@ -166,7 +185,7 @@ def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> State:
 
 
 def _names(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Parameters' names without those of wrappers, as DCP has them."""
+    """Parameters' names as DCP has them, without those of wrappers (compile, activation checkpointing)."""
     return {parameter: plain_name(name) for name, parameter in model.named_parameters()}
 
 
@@ -176,7 +195,8 @@ def _groups(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
 
 
 def _forget_unsaved(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor], saved: Shapes) -> None:
-    """Empty the fresh states of parameters that had none when saved (they had never had a gradient)."""
+    """Empty the new states of parameters that had none when they were saved, because they had never had a gradient."""
+    # All dotted beginnings of saved names, to find in one look whether a parameter has a state among them.
     prefixes = set()
     for name in saved:
         while "." in name:
@@ -189,14 +209,14 @@ def _forget_unsaved(model: nn.Module, optimizer: Optimizer, tensors: dict[str, T
                 del tensors[key]
 
 
-def _check_groups(what: str, here: list[list[str]], there: list[list[str]]) -> None:
+def _check_groups(problem: str, current: list[list[str]], saved: list[list[str]]) -> None:
     """Raise a ValueError unless parameters are grouped as they were: torch would merge groups silently."""
-    for mine in here:
-        theirs = next(group for group in there if mine[0] in group)
-        if differing := sorted(set(mine) ^ set(theirs)):
-            where = "there" if differing[0] in theirs else "here"
+    for names in current:
+        saved_names = next(group for group in saved if names[0] in group)
+        if differing := sorted(set(names) ^ set(saved_names)):
+            side = "there" if differing[0] in saved_names else "here"
             raise ValueError(
-                f"{what}: its parameter groups differ, {differing[0]} is with {mine[0]} only {where}{_NEW_OPTIMIZER}"
+                f"{problem}: its parameter groups differ, {differing[0]} is with {names[0]} only {side}{_NEW_OPTIMIZER}"
             )
 
 
@@ -215,15 +235,17 @@ def _settings(values: Mapping[str, Any]) -> Shapes:
     return {name.rpartition(".")[2]: () for name in values if name.startswith("optimizer.param_groups.")}
 
 
-def _check_same(what: str, here: Shapes, there: Shapes, most: int = 3, mend: str = "") -> None:
+def _check_same(problem: str, current: Shapes, saved: Shapes, most: int = 3, mend: str = "") -> None:
     """Raise a ValueError that names the first `most` differences of each sort between two sets of named shapes."""
-    missing = [name for name in here if name not in there]
-    unexpected = [name for name in there if name not in here]
+    missing = [name for name in current if name not in saved]
+    unexpected = [name for name in saved if name not in current]
     other = [
-        f"{name} is {there[name]} there, {here[name]} here"
-        for name in here
-        if there.get(name, here[name]) != here[name]
+        f"{name} is {saved[name]} there, {current[name]} here"
+        for name in current
+        if saved.get(name, current[name]) != current[name]
     ]
+
+    # A model of another depth differs in hundreds of names: a few of each sort tell why, and fit into one line.
     parts = [("", other), ("only here: ", missing), ("only there: ", unexpected)]
     texts = [
         label + ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -231,7 +253,7 @@ def _check_same(what: str, here: Shapes, there: Shapes, most: int = 3, mend: str
         if names
     ]
     if texts:
-        raise ValueError(f"{what}: {'; '.join(texts)}{mend}")
+        raise ValueError(f"{problem}: {'; '.join(texts)}{mend}")
 
 
 def rng_state() -> dict[str, Any]:
@@ -253,7 +275,7 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def derive_rng_state(seed: int, step: int, rank: int) -> None:
-    """Seed all random states of this process from (seed, step, rank), each triple its own stream."""
+    """Seed all random states of this process from (seed, step, rank): another stream for each triple."""
     for_torch, for_python, for_numpy = (int(x) for x in np.random.SeedSequence([seed, step, rank]).generate_state(3))
     torch.manual_seed(for_torch)
     random.seed(for_python)
@@ -261,7 +283,7 @@ def derive_rng_state(seed: int, step: int, rank: int) -> None:
 
 
 def write_object(path: Path, value: dict[str, Any]) -> None:
-    """Write plain data; refuse now what could not be read back without running code from the file."""
+    """Write plain data; TypeError for what could not be read back without running code from the file."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)

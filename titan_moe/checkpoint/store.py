@@ -1,8 +1,8 @@
 """Checkpoints: saved whole or not at all, verified, loaded at any world size and layout.
 
 A step is one folder `step-N`: the tensors as torch.distributed.checkpoint writes them (`.metadata`, `__R_0.distcp`),
-`common.pt` (what is the same on every rank), `rank-R.pt` (its random states), small text files, and `manifest.json`
-with the size and CRC-32 of each. It is written as `step-N.tmp` and renamed when every rank is done.
+`common.pt` (what is the same on every rank), `rank-R.pt` (random states of rank R), small text files, and
+`manifest.json` with the size and CRC-32 of each. It is written as `step-N.tmp` and renamed when every rank is done.
 """
 
 import logging
@@ -59,15 +59,15 @@ logger = logging.getLogger(__name__)
 
 
 class Content(NamedTuple):
-    """What a save writes."""
+    """Everything that a save writes, gathered before it begins: a thread may write it while training goes on."""
 
     write: Callable[[Path], None]  # writes the tensors into a folder
-    elements: dict[str, int]  # of each tensor
-    values: dict[str, Any]
-    optimizer: str | None
-    extra: dict[str, Any]
-    files: Mapping[str, str]
-    own: dict[str, Any]  # of this rank: random states
+    elements: dict[str, int]  # number of elements of each tensor
+    values: dict[str, Any]  # the optimizer's state without its tensors
+    optimizer: str | None  # its class; None: no optimizer is saved
+    extra: dict[str, Any]  # of the run; rank 0's is written
+    files: Mapping[str, str]  # small text files by name; rank 0's are written
+    rank_state: dict[str, Any]  # of this rank alone: its random states
     seed: int
 
 
@@ -92,8 +92,8 @@ def save_checkpoint(
 
     `extra` (rank 0's is kept) holds numbers, strings, lists, tuples, dicts and tensors. `files` are small text files by
     name (rank 0's). Random states of torch, Python and numpy are kept for each rank.
-    The folder appears under its name when whole; a step that exists is replaced. Then older steps are removed but
-    for the latest `keep_latest_k - 1` (0 keeps all). If any rank fails to write, every rank raises CheckpointError
+    The folder appears under its name when it is whole, and replaces a step of that name. Then older steps are removed,
+    all but the latest `keep_latest_k - 1` (0 keeps all). If any rank fails to write, every rank raises CheckpointError
     (an OSError), nothing of this save is left, and earlier steps are untouched.
     """
     state = state_to_save(model, optimizer)
@@ -118,7 +118,7 @@ def content_of(
         optimizer=optimizer,
         extra=extra,
         files=files,
-        own={"rng": rng_state()},
+        rank_state={"rng": rng_state()},
         seed=torch.initial_seed(),
     )
 
@@ -136,8 +136,9 @@ def save_lazily(
     """Save tensors that are made one at a time as `folder/step-N`, by one process; for rewritten checkpoints.
 
     Names are those of `read_lazily`; `optimizer` is the class whose state is among them, `values` is what of that state
-    is not a tensor. Errors and what is left of a failed save as in `save_checkpoint`.
+    is not a tensor. A save that fails ends as one of `save_checkpoint` does.
     """
+    # Sizes come from the shapes alone: to load a tensor is to make it, and each is made once, when it is written.
     content = Content(
         write=lambda staging: write_lazily(staging, tensors),
         elements={name: math.prod(tensor.shape) for name, tensor in tensors.items()},
@@ -145,7 +146,7 @@ def save_lazily(
         optimizer=optimizer,
         extra=extra,
         files=files,
-        own={"rng": rng_state()},
+        rank_state={"rng": rng_state()},
         seed=torch.initial_seed(),
     )
     return save_content(folder, step, content, 0)
@@ -157,27 +158,34 @@ def save_content(
     """Save `content` as `save_checkpoint` says; ranks talk over `group`, None: the default one."""
     final = folder / f"step-{step}"
     try:
+        # After each phase all ranks know whether it worked on every one of them. So none begins the next phase, and
+        # waits in a collective of it, while another has failed; and the step gets its name only when all have written.
         staging = run_on_all_ranks(lambda: begin_step(folder, step), main_only=True, group=group)[0]
         run_on_all_ranks(lambda: content.write(staging), group=group)
         written = run_on_all_ranks(lambda: _write_rest(staging, content), group=group)
-        own = [size for name, size in content.elements.items() if name.startswith("model.")]
+
+        # The manifest lists the files of all ranks: a step that lacks one of them is never taken for whole.
+        model_sizes = [size for name, size in content.elements.items() if name.startswith("model.")]
         body = {
             "format": FORMAT,
             "step": step,
             "world_size": world_size(),
             "seed": content.seed,
             "optimizer": content.optimizer,
-            "model": {"tensors": len(own), "elements": sum(own)},  # for people
+            "model": {"tensors": len(model_sizes), "elements": sum(model_sizes)},  # for people
             "versions": {"titan_moe": __version__, "torch": str(torch.__version__)},
-            "files": {name: entry for own in written for name, entry in own.items()},
+            "files": {name: entry for of_rank in written for name, entry in of_rank.items()},
         }
         run_on_all_ranks(lambda: publish(staging, final, body), main_only=True, group=group)
     except BaseException as error:
+        # Ctrl-C counts as well: whatever ends a save, what it wrote so far is of no use and takes room.
         if rank() == 0 and folder.is_dir():
             warn_on_failure(lambda: clean(folder))
         if isinstance(error, CheckpointError):
             raise CheckpointError(f"cannot save {final}: {error} (earlier checkpoints are intact)") from error
         raise
+
+    # Old steps go only now that the new one has its name, so that there is always one to go back to.
     if rank() == 0 and keep_latest_k > 0:
         warn_on_failure(lambda: prune(folder, step, keep_latest_k))
     return final
@@ -195,12 +203,16 @@ def load_checkpoint(
     Raises CheckpointError for a broken folder and ValueError for one of another model or optimizer, before anything
     is loaded.
     """
+    # What is wrong on one rank is an error on all of them, so that none goes on without the others.
     manifest = verify(step_folder) if check else read_manifest(step_folder)
     common = read_common(step_folder)
     run_on_all_ranks(lambda: load_state(step_folder, model, optimizer, manifest["optimizer"], common["optimizer"]))
+
+    # Only training that goes on needs random states. Those of the save fit only as many ranks as there were then; more
+    # or fewer ranks get new streams, each its own, and the same whenever this step is loaded by so many.
     if optimizer is not None and manifest["world_size"] == world_size():
-        own = torch.load(step_folder / f"rank-{rank()}.pt", weights_only=True)
-        set_rng_state(own["rng"])
+        rank_state = torch.load(step_folder / f"rank-{rank()}.pt", weights_only=True)
+        set_rng_state(rank_state["rng"])
     elif optimizer is not None:
         derive_rng_state(manifest["seed"], manifest["step"], rank())
         if rank() == 0:
@@ -214,9 +226,9 @@ def load_checkpoint(
 def load_weights(step_folder: Path, *, model: nn.Module, strict: bool) -> None:
     """Load the weights of a verified step folder into `model`, to begin another run with; call it on every rank.
 
-    With `strict` a checkpoint of another model is a ValueError that lists what differs. Without, what fits by name and
-    shape is loaded, and a warning lists what the checkpoint lacks and what of it is left over. What balancers keep is
-    no weight: it is loaded where it is there, else begins anew with a warning, whatever `strict` is.
+    With `strict` a checkpoint of another model is a ValueError that lists what differs. Without it the tensors that fit
+    by name and shape are loaded, and warnings list those that the checkpoint lacks and those that the model lacks. What
+    balancers keep is no weight: it is loaded where it is there, else begins anew with a warning, whatever `strict` is.
     """
     if strict:
         load_checkpoint(step_folder, model=model, check=False)
@@ -241,9 +253,9 @@ def latest_complete(folder: Path) -> Path | None:
 
     Broken ones on the way are skipped, with one warning that names them, what is wrong and what is used instead.
     """
-    found, problems = _find_latest(folder)
-    _warn_skipped(found, problems)
-    return found
+    latest, problems = _find_latest(folder)
+    _warn_skipped(latest, problems)
+    return latest
 
 
 def step_to_resume(folder: Path) -> Path | None:
@@ -253,44 +265,56 @@ def step_to_resume(folder: Path) -> Path | None:
     cannot be read, or a newer version has saved the newest.
     """
 
+    # A link to a disk that is not mounted looks like a folder without steps, and the run would start over. Every rank
+    # looks, because each node mounts its own disks.
     def check() -> None:
         if os.path.lexists(folder) and not folder.is_dir():
             raise CheckpointError(f"{folder} is no folder: mount the disk that it links to, or move it away")
 
     run_on_all_ranks(check)
-    found, problems = _find_latest(folder)
-    if problems and found is None:
+
+    # Where steps are but none can be loaded the run does not start over by itself: a disk, permissions or a copy of the
+    # step may bring them back.
+    latest, problems = _find_latest(folder)
+    if problems and latest is None:
         raise CheckpointError(
             f"no checkpoint in {folder} can be loaded, and nothing was changed; the newest: {problems[max(problems)]}. "
             "Put one that is whole there, or start over in another job.dump_folder"
         )
+
+    # A step that a newer version saved may well be whole: to go on from an earlier one would abandon it.
     newer = next((error for error in problems.values() if isinstance(error, NewerFormatError)), None)
     if newer is not None:
         raise CheckpointError(f"{newer}. To go on from an earlier step all the same name it by checkpoint.load_step")
-    _warn_skipped(found, problems)
-    return found
+    _warn_skipped(latest, problems)
+    return latest
 
 
 def _find_latest(folder: Path) -> tuple[Path | None, dict[int, CheckpointError]]:
     """The newest step that passes its checksums, and what is wrong with later ones, the newest first."""
+    # One listing for all ranks: `verify` is a collective, so they must try the same steps in the same order.
     complete, problems = run_on_all_ranks(lambda: scan(folder), main_only=True)[0]
-    found = None
+
+    # Newest first, because each try reads all bytes of a step; what is older than the first whole one is not read.
+    latest = None
     for step in sorted(complete, reverse=True):
         try:
             verify(complete[step])
         except CheckpointError as error:
             problems[step] = error
         else:
-            found = step
+            latest = step
             break
-    later = {step: problems[step] for step in sorted(problems, reverse=True) if found is None or step > found}
-    return None if found is None else complete[found], later
+
+    # Problems of older steps are nobody's concern: the run would not have used them.
+    later = {step: problems[step] for step in sorted(problems, reverse=True) if latest is None or step > latest}
+    return None if latest is None else complete[latest], later
 
 
-def _warn_skipped(found: Path | None, problems: dict[int, CheckpointError]) -> None:
+def _warn_skipped(latest: Path | None, problems: dict[int, CheckpointError]) -> None:
     if problems and rank() == 0:
         why = "; ".join(map(str, problems.values()))
-        logger.warning("skipping checkpoint %s; using %s", why, found or "none: no complete one is left")
+        logger.warning("skipping checkpoint %s; using %s", why, latest or "none: no complete one is left")
 
 
 def resolve_checkpoint(path: str | Path, key: str = "checkpoint") -> Path:
@@ -299,26 +323,29 @@ def resolve_checkpoint(path: str | Path, key: str = "checkpoint") -> Path:
     Call it on every rank. Raises ValueError in one line if there is none or if the step folder named is broken; where
     there is none it says under which `key` the path was given.
     """
+    # A mistyped step is the usual mistake, so the message lists those that can be meant.
     path = Path(path)
     if not path.is_dir():
-        there = ", ".join(f"step-{step}" for step in complete_steps(path.parent))
-        hint = f"{path.parent} has {there}" if there else "give a step folder or a run's dump folder"
+        steps = ", ".join(f"step-{step}" for step in complete_steps(path.parent))
+        hint = f"{path.parent} has {steps}" if steps else "give a step folder or a run's dump folder"
         raise ValueError(f"{key} {path}: no such folder ({hint})")
+
+    # Whoever names a step means this one: if it is broken, that is an error, and no earlier one takes its place.
     if is_step_folder(path):
         verify(path)
         return path
     folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-    found = latest_complete(folder)
-    if found is None:
+    latest = latest_complete(folder)
+    if latest is None:
         raise ValueError(f"{key} {path}: no complete step-N folder in {folder}")
-    return found
+    return latest
 
 
 def load_model(path: str | Path, trust_components: Sequence[str] = ()) -> tuple[Transformer, Config]:
     """Load the model of a checkpoint, on the CPU and in evaluation mode, and the configuration of its run.
 
-    `path` as in `resolve_checkpoint`. Of code outside of this package that the configuration names, only what is in
-    `trust_components` (modules or packages) is imported; other code there is a ValueError.
+    `path` as in `resolve_checkpoint`. The configuration may name code outside of this package: it is imported only from
+    the modules or packages in `trust_components`, and a ValueError where it is from others.
     """
     step_folder = resolve_checkpoint(path)
     config = read_config(step_folder, trust_components)
@@ -345,9 +372,12 @@ def read_model(step_folder: Path, config: Config) -> Transformer:
 
 def _write_rest(staging: Path, content: Content) -> dict[str, Any]:
     """Write everything that is not a shard of a tensor; the manifest's entries of this rank's files."""
-    own = f"rank-{rank()}.pt"
-    write_object(staging / own, content.own)
-    names = [own, *sorted(path.name for path in staging.glob(f"__{rank()}_*"))]
+    # DCP names a shard's file by the rank that wrote it, so each rank sums up its own files while the others do theirs.
+    rank_file = f"rank-{rank()}.pt"
+    write_object(staging / rank_file, content.rank_state)
+    names = [rank_file, *sorted(path.name for path in staging.glob(f"__{rank()}_*"))]
+
+    # What is the same on every rank is written once, and `.metadata` is rank 0's to write in DCP.
     if rank() == 0:
         write_object(staging / "common.pt", {"extra": content.extra, "optimizer": content.values})
         for name, text in content.files.items():

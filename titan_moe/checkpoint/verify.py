@@ -8,6 +8,7 @@ from titan_moe.runtime.command import Parser
 
 def verify_checkpoint(args: list[str]) -> int:
     """Check every file of checkpoints by size and checksum: a line for each step, an error if any is broken."""
+    # A broken step is no end: whoever asks wants to know which of all steps can still be used.
     parser = Parser("verify_checkpoint.py", "Check the files of checkpoints against their checksums.")
     parser.add_argument("checkpoint", type=Path, nargs="+", help="step folders, or dump folders (all their steps)")
     broken = 0
@@ -27,6 +28,7 @@ def verify_checkpoint(args: list[str]) -> int:
 
 
 def _steps(path: Path) -> list[Path]:
+    """The step folders that `path` means, oldest first: itself, or all in a dump or checkpoint folder."""
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
     if is_step_folder(path):

@@ -1,13 +1,17 @@
-"""What must hold between keys, checked before any process group or data exists."""
+"""What must hold between keys, checked before any process group or data exists, and what to tell of sound ones."""
 
-from titan_moe.config.combinations import check_combinations
-from titan_moe.config.schema import find_builder
+import torch
+
+from titan_moe.balancer import BALANCERS
+from titan_moe.config.schema import find_component
 from titan_moe.config.sections import Config
 from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
+from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.matrix import NO_MATRICES
 from titan_moe.optimizer.matrix_builders import DIRECTIONS
+from titan_moe.optimizer.schedule import SCHEDULES
 
 
 def check_config(config: Config) -> None:
@@ -15,7 +19,11 @@ def check_config(config: Config) -> None:
     _check_size(config)
     model = config.model
     check_attention(model.dim, model.num_heads, model.num_kv_heads or model.num_heads)
-    _check_experts(config)
+    if config.moe.num_experts:
+        _check_experts(config)
+        check_combinations(config)
+    else:
+        _check_dense(config)
     _check_batches(config)
     _check_parts(config)
     _check_optimizer(config)
@@ -43,36 +51,40 @@ def _check_size(config: Config) -> None:
         raise ValueError(f"a tensor would have {keys} = {size:.3g} elements: no machine holds that, lower these keys")
 
 
-def _check_experts(config: Config) -> None:
+def _check_dense(config: Config) -> None:
+    """Refuse what is set for experts where there are none: it would do nothing."""
     moe = config.moe
-    if moe.num_experts == 0:
-        if config.balancer:
-            off = ", ".join(f"{name} = false" for name in config.balancer)
+    if config.balancer:
+        off = ", ".join(f"{name} = false" for name in config.balancer)
+        raise ValueError(
+            f"moe.num_experts = 0 is a dense model, which has no load to balance, but a balancer is on: "
+            f"set {off} under [balancer]"
+        )
+    for group in ("expert", "router"):
+        if group in config.optimizer.groups:
             raise ValueError(
-                f"moe.num_experts = 0 is a dense model, which has no load to balance, but a balancer is on: "
-                f"set {off} under [balancer]"
+                f"moe.num_experts = 0 is a dense model, but [optimizer.{group}] is set: remove that table, "
+                f"or set {group} = false under [optimizer]"
             )
-        for group in ("expert", "router"):
-            if group in config.optimizer.groups:
-                raise ValueError(
-                    f"moe.num_experts = 0 is a dense model, but [optimizer.{group}] is set: remove that table, "
-                    f"or set {group} = false under [optimizer]"
-                )
-        if config.debug.force_balanced_routing:
-            raise ValueError("debug.force_balanced_routing = true needs experts, but moe.num_experts is 0")
-        if "quantize.grouped_mm.float8" in config.quantize.converters:
-            raise ValueError(
-                "quantize.converters has quantize.grouped_mm.float8, which needs experts, but moe.num_experts is 0: "
-                "leave it out"
-            )
-        if moe.experts_backend != "grouped_mm":
-            raise ValueError(
-                f"moe.experts_backend = {moe.experts_backend!r} needs experts, but moe.num_experts is 0: leave it out"
-            )
-        for key in ("expert_stats_freq", "balance_tax_freq"):
-            if freq := getattr(config.metrics, key):
-                raise ValueError(f"metrics.{key} = {freq} needs experts, but moe.num_experts is 0: set it to 0")
-        return
+    if config.debug.force_balanced_routing:
+        raise ValueError("debug.force_balanced_routing = true needs experts, but moe.num_experts is 0")
+    if "quantize.grouped_mm.float8" in config.quantize.converters:
+        raise ValueError(
+            "quantize.converters has quantize.grouped_mm.float8, which needs experts, but moe.num_experts is 0: "
+            "leave it out"
+        )
+    if moe.experts_backend != "grouped_mm":
+        raise ValueError(
+            f"moe.experts_backend = {moe.experts_backend!r} needs experts, but moe.num_experts is 0: leave it out"
+        )
+    for key in ("expert_stats_freq", "balance_tax_freq"):
+        if freq := getattr(config.metrics, key):
+            raise ValueError(f"metrics.{key} = {freq} needs experts, but moe.num_experts is 0: set it to 0")
+
+
+def _check_experts(config: Config) -> None:
+    """What the MoE layers need, but for what `check_combinations` knows of the router and the balancers."""
+    moe = config.moe
     _check_experts_backend(config)
     _check_balance_tax(config)
     if moe.top_k > moe.num_experts:
@@ -82,12 +94,12 @@ def _check_experts(config: Config) -> None:
             f"moe.first_dense_layers ({moe.first_dense_layers}) must be less than model.num_layers "
             f"({config.model.num_layers}); for a dense model set moe.num_experts = 0"
         )
-    check_combinations(config)
 
 
 def _check_experts_backend(config: Config) -> None:
+    """Refuse a backend that is not there now, and not when each rank builds its model."""
     name = config.moe.experts_backend
-    check_signature(name, find_builder(EXPERTS_BACKENDS, name, "configuration", "moe.experts_backend"))
+    check_signature(name, find_component(EXPERTS_BACKENDS, name, "configuration", "moe.experts_backend"))
     if name != "grouped_mm" and "quantize.grouped_mm.float8" in config.quantize.converters:
         raise ValueError(
             f"moe.experts_backend = {name!r} does not go with quantize.converters = "
@@ -96,6 +108,7 @@ def _check_experts_backend(config: Config) -> None:
 
 
 def _check_balance_tax(config: Config) -> None:
+    """The tax is the time of learned routing over that of balanced routing: the two must differ."""
     freq = config.metrics.balance_tax_freq
     if freq and config.debug.force_balanced_routing:
         raise ValueError(
@@ -110,6 +123,7 @@ def _check_balance_tax(config: Config) -> None:
 
 
 def _check_batches(config: Config) -> None:
+    """Batches come out even, and there is data to take them from."""
     training, data = config.training, config.data
     if training.global_batch_size == training.local_batch_size == -1:
         raise ValueError(
@@ -121,6 +135,7 @@ def _check_batches(config: Config) -> None:
             f"training.local_batch_size ({training.local_batch_size}) must divide training.global_batch_size "
             f"({training.global_batch_size})"
         )
+
     if config.validation.enable and data.validation_fraction == 0 and not data.validation_path:
         raise ValueError(
             "validation.enable = true needs data to validate on: set data.validation_fraction above 0 or "
@@ -134,6 +149,8 @@ def _check_parts(config: Config) -> None:
     """What tensor and context parallelism cut has to divide evenly."""
     model, moe, training = config.model, config.moe, config.training
     tensor, context = config.parallelism.tensor_parallel_degree, config.parallelism.context_parallel_degree
+
+    # The widths of the layers that there are: a model without dense layers does not use model.ffn_dim.
     widths = {"model.num_heads": model.num_heads, "model.num_kv_heads": model.num_kv_heads or model.num_heads}
     if not moe.num_experts or moe.first_dense_layers or moe.layer_freq > 1:
         widths["model.ffn_dim"] = model.ffn_dim
@@ -147,6 +164,8 @@ def _check_parts(config: Config) -> None:
             f"parallelism.tensor_parallel_degree = {tensor} does not go with quantize.linear.float8, whose scales are "
             "of whole matrices: leave the converter out (quantize.grouped_mm.float8 goes), or take degree 1"
         )
+
+    # Context parallelism first: its multiple includes that of tensor parallelism, and says more.
     if context > 1 and training.seq_len % (2 * context * tensor):
         raise ValueError(
             f"training.seq_len ({training.seq_len}) must be a multiple of 2 x context_parallel_degree ({context}) x "
@@ -160,6 +179,7 @@ def _check_parts(config: Config) -> None:
 
 
 def _check_optimizer(config: Config) -> None:
+    """Refuse settings of the optimizer that would be taken and do nothing."""
     if config.optimizer.arguments.get("lr") == 0:
         raise ValueError("optimizer.lr = 0 trains nothing: it must be greater than 0 (a group's own lr may be 0)")
     for group in NO_MATRICES:
@@ -169,6 +189,8 @@ def _check_optimizer(config: Config) -> None:
                 f"optimizer.{group}.name = {name!r}: it updates matrices, but the {group} group is always updated by "
                 "AdamW: leave the name out, or set it to 'adamw'"
             )
+
+    # The options alone may be the rest of a `load_lr` that somebody forgot; 'none' says that it is meant.
     expert = config.optimizer.groups.get("expert", {})
     options = [key for key in expert if key.startswith("load_lr_")]
     if options and "load_lr" not in expert:
@@ -177,3 +199,74 @@ def _check_optimizer(config: Config) -> None:
             "set load_lr to 'batch_fraction' or 'ideal_normalized', or to 'none' to leave its options aside"
         )
     expand_load_lr(expert, top_k=config.moe.top_k)
+
+
+EVEN = ("expert_choice", "base")  # the load of a forward pass is even whatever the logits
+
+
+def check_combinations(config: Config) -> None:
+    """Refuse what would fail later or do nothing; each error says what to change."""
+    # Two tokens through the router, as a router itself refuses what does not fit it. Not for one from outside: it may
+    # need more than zeros. Random numbers that it draws are not to change those of the run.
+    router, arguments = config.router.name, config.router.arguments
+    known = {name: own for name, own in config.balancer.items() if name in BALANCERS}
+    biased = any(BALANCERS[name](**own).moves_bias for name, own in known.items())
+    if router in ROUTERS:
+        route = ROUTERS[router](top_k=config.moe.top_k, **arguments)
+        with torch.random.fork_rng(devices=[]):
+            route(torch.zeros(2, config.moe.num_experts), torch.zeros(config.moe.num_experts) if biased else None)
+
+    # What each of the two takes, but not together.
+    aux = config.balancer.get("aux_loss")
+    if aux and router in EVEN:
+        raise ValueError(
+            f"balancer.aux_loss has no effect with router.name = {router!r}, whose load is even by construction: "
+            "set aux_loss = false under [balancer]"
+        )
+    if aux and aux["scope"] == "global_batch_exact" and (arguments.get("jitter") or arguments.get("noise_std")):
+        raise ValueError(
+            'balancer.aux_loss.scope = "global_batch_exact" routes every token twice, but with router.jitter or '
+            'router.noise_std the second time differs: switch the noise off, or take scope = "global_batch"'
+        )
+    if config.balancer.get("loss_free", {}).get("rule") == "quantile" and arguments.get("num_groups", 1) > 1:
+        raise ValueError(
+            'balancer.loss_free.rule = "quantile" compares each expert with the top_k of all experts, but '
+            f'router.num_groups ({arguments["num_groups"]}) limits the choice: take rule = "sign" or num_groups = 1'
+        )
+    if config.debug.force_balanced_routing and router in EVEN:
+        raise ValueError(
+            f"debug.force_balanced_routing = true deals experts out in turn, but router.name = {router!r} is even by "
+            "construction: switch one of them off"
+        )
+
+
+def cautions(config: Config) -> list[str]:
+    """What to say once at the start of a run: choices that are sound only for some uses."""
+    said = []
+    steps, warmup = config.training.steps, config.lr_scheduler.arguments.get("warmup_steps", 0)
+    if config.lr_scheduler.name in SCHEDULES and warmup >= steps:
+        said.append(
+            f"lr_scheduler.warmup_steps ({warmup}) is not below training.steps ({steps}): learning rates rise until "
+            f"the run ends, to {steps / warmup:.2g} of what is set, and do not fall again"
+        )
+    if config.moe.num_experts == 0:
+        return said
+
+    # Routers that look at more than one token: the order of the text tells them what the model should predict.
+    name = config.router.name
+    if name == "expert_choice":
+        said.append(
+            "router.name = 'expert_choice' compares each token with later ones: a causal model sees the future, in "
+            "training and in evaluation, so its losses are too good and it cannot generate as it was trained"
+        )
+    if name in ("base", "sinkhorn"):
+        said.append(
+            f"router.name = {name!r} assigns tokens with an eye on later ones in training: a causal model sees the "
+            "future there; evaluation takes each token's best experts"
+        )
+    if config.router.arguments.get("capacity_factor") and config.router.arguments.get("drop_policy") == "score":
+        said.append(
+            "router.drop_policy = 'score' drops a token in favour of later ones in training: a causal model sees the "
+            "future there; drop_policy = 'position' does not"
+        )
+    return said

@@ -2,13 +2,14 @@
 
 import inspect
 import textwrap
-from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import tomli_w
 
 from titan_moe.config.schema import REQUIRED, Kind, document, parameters_of, type_text
-from titan_moe.config.sections import Config
+from titan_moe.config.sections import KINDS, LOAD_LR, SECTIONS, Config
+from titan_moe.optimizer.groups import GROUP_PATTERNS
+from titan_moe.optimizer.load_lr import load_lr
 
 WIDTH = 100
 COLUMN = 44  # where descriptions begin
@@ -33,16 +34,16 @@ COMPONENTS = {
 }
 
 
-def render_help(kinds: Mapping[str, Kind], load_lr: Kind, groups: tuple[str, ...]) -> str:
-    """Lay out the help for a terminal of 100 columns; `groups` are the names of the parameter groups."""
+def help_text() -> str:
+    """Describe every section, key and component with types and defaults, for a terminal of 100 columns."""
     blocks = [textwrap.fill(paragraph, WIDTH) for paragraph in USAGE.split("\n\n")]
     default = Config()
-    for section, hint in get_type_hints(Config).items():
-        if section in kinds:
-            intro = COMPONENTS[section].format(groups=", ".join(groups))
-            blocks.append(_component_block(section, kinds[section], intro, getattr(default, section)))
+    for section, hint in SECTIONS.items():
+        if section in KINDS:
+            intro = COMPONENTS[section].format(groups=", ".join(GROUP_PATTERNS))
+            blocks.append(_component_block(section, KINDS[section], intro, getattr(default, section)))
             if section == "optimizer":
-                blocks.append(_load_lr_block(load_lr))
+                blocks.append(_load_lr_block())
         else:
             lines = [f"[{section}]  {inspect.getdoc(hint)}"]
             for key, annotation in get_type_hints(hint, include_extras=True).items():
@@ -69,12 +70,12 @@ def _component_block(section: str, kind: Kind, intro: str, default: Any) -> str:
     return "\n".join(lines)
 
 
-def _load_lr_block(kind: Kind) -> str:
+def _load_lr_block() -> str:
     """Describe what [optimizer.expert] takes beside the arguments of the optimizer."""
-    about = " ".join((inspect.getdoc(kind.registry["load_lr"]) or "").partition("Returns a parameter")[0].split())
+    about = " ".join((inspect.getdoc(load_lr) or "").partition("Returns a parameter")[0].split())
     title = f"[optimizer.expert], with every optimizer: {about}"
     lines = textwrap.wrap(title, WIDTH - 2, initial_indent="  ", subsequent_indent="    ")
-    for key, (annotation, value) in parameters_of(kind, "load_lr", "help", "optimizer.expert").items():
+    for key, (annotation, value) in LOAD_LR.items():
         lines += _entry(f"    {key}", value, f"{document(annotation)} {_type(annotation)}")
     return "\n".join(lines)
 

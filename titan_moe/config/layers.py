@@ -41,12 +41,13 @@ def read_file(path: str, origin: str = COMMAND_LINE, key: str = "job.config_file
         raise ValueError(f"{path}: is not a configuration: its values are nested hundreds of levels deep") from None
 
 
-def file_layers(path: str, origin: str = COMMAND_LINE, key: str = "job.config_file") -> list[Layer]:
-    """Read a file and, before it, the files that its `base` names (relative to the file), in order of precedence."""
-    return _file_layers(path, origin, key, ())
+def file_layers(
+    path: str, origin: str = COMMAND_LINE, key: str = "job.config_file", inheriting: tuple[str, ...] = ()
+) -> list[Layer]:
+    """Read a file and, before it, the files that its `base` names (relative to the file), in order of precedence.
 
-
-def _file_layers(path: str, origin: str, key: str, inheriting: tuple[str, ...]) -> list[Layer]:
+    `origin` names the file under `key`; `inheriting` are the files that wait for it as their base.
+    """
     identity = os.path.realpath(path)
     if identity in inheriting:
         raise key_error(origin, key, "inherits from itself, through a cycle of base files", path)
@@ -58,7 +59,7 @@ def _file_layers(path: str, origin: str, key: str, inheriting: tuple[str, ...]) 
     layers = []
     for base in bases:
         base_path = os.path.normpath(os.path.join(os.path.dirname(path), base))
-        layers += _file_layers(base_path, path, "base", (*inheriting, identity))
+        layers += file_layers(base_path, path, "base", (*inheriting, identity))
     return [*layers, Layer(path, table)]
 
 
@@ -79,8 +80,23 @@ def command_line_layer(args: list[str]) -> Layer:
             values.append(arg)
     table: dict[str, Any] = {}
     for key, values in given.items():
-        _insert(table, split_key(key), Words(tuple(values)), key)
+        parts = split_key(key)
+        if len(parts) < 2 or not all(parts):
+            raise key_error(COMMAND_LINE, key, "is not an argument: arguments are --section.key value (see --help)")
+        insert(table, key, Words(tuple(values)), COMMAND_LINE)
     return Layer(COMMAND_LINE, table)
+
+
+def insert(table: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    """Put a value at its dotted key into nested tables; ValueError where a part of the key is a value, or has keys."""
+    *parents, last = split_key(key)
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise key_error(origin, key, "is a table here and a value in another argument")
+    if isinstance(table.get(last), dict):
+        raise key_error(origin, key, "is a value here and a table in another argument", value)
+    table[last] = value
 
 
 def split_key(key: str) -> list[str]:
@@ -91,15 +107,3 @@ def split_key(key: str) -> list[str]:
     section, _, module = head.partition(".")
     function, *rest = tail.split(".")
     return [section, f"{module}:{function}", *rest]
-
-
-def _insert(table: dict[str, Any], parts: list[str], words: Words, key: str) -> None:
-    if len(parts) < 2 or not all(parts):
-        raise key_error(COMMAND_LINE, key, "is not an argument: arguments are --section.key value (see --help)")
-    for part in parts[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise key_error(COMMAND_LINE, key, "is a table here and a value in another argument")
-    if isinstance(table.get(parts[-1]), dict):
-        raise key_error(COMMAND_LINE, key, "is a value here and a table in another argument", words)
-    table[parts[-1]] = words

@@ -1,95 +1,46 @@
-"""The configuration of a run: defaults < base files < file < command line, merged key by key and checked strictly.
+"""From layers to a Config: defaults < base files < file < command line.
 
-Plain sections are the dataclasses of `sections`. The sections router, balancer, optimizer and lr_scheduler name
-components: the signature of a component's builder is the schema of its table.
+1. Merge: each layer is laid over the tables so far, key by key, as it was written, with its origin beside every value.
+2. Check: what a table may hold is in a signature, of a section's dataclass or of the builder of the component that the
+   table names. Unknown keys, wrong types and values out of range are errors that name the origin.
+3. Make the sections, with the defaults of the components' arguments.
+4. `checks` looks at what must hold between keys.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_type_hints
+import inspect
+from collections.abc import Iterable
+from typing import Any, NamedTuple, get_type_hints
 
 import tomli_w
-from pydantic import AfterValidator, Field
 
 from titan_moe.balancer import BALANCERS
 from titan_moe.config.checks import check_config
-from titan_moe.config.help import render_help
 from titan_moe.config.layers import Layer, command_line_layer, file_layers
 from titan_moe.config.schema import (
     COMMAND_LINE,
-    Kind,
+    REQUIRED,
+    Parameter,
     Words,
-    check_arguments,
     check_value,
-    find_builder,
     key_error,
     parameters_of,
     unknown_key,
-    with_defaults,
 )
-from titan_moe.config.sections import Component, Config, Optimizer, positive_or_minus_one
-from titan_moe.model.routing import ROUTERS
-from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.config.sections import KINDS, LOAD_LR, REMOVED, SECTIONS, Component, Config, Optimizer
 from titan_moe.optimizer.groups import GROUP_PATTERNS
-from titan_moe.optimizer.load_lr import load_lr
-from titan_moe.optimizer.schedule import SCHEDULES
 
-_POSITIVE, _NOT_NEGATIVE = Field(gt=0, allow_inf_nan=False), Field(ge=0, allow_inf_nan=False)
-_FACTOR, _BETA, _COUNT = Field(ge=0, le=1), Field(ge=0, lt=1), Field(ge=1)
 
-KINDS = {
-    "router": Kind(
-        ROUTERS,
-        {"top_k": "moe.top_k"},
-        {
-            "temperature": _POSITIVE,
-            "score_scale": _POSITIVE,
-            "num_groups": _COUNT,
-            "topk_groups": _COUNT,
-            "jitter": _BETA,
-            "noise_std": _NOT_NEGATIVE,
-            "capacity_factor": _NOT_NEGATIVE,
-            "iterations": _COUNT,
-        },
-    ),
-    "balancer": Kind(BALANCERS, {}, {"coeff": _NOT_NEGATIVE, "rate": _NOT_NEGATIVE, "decay_ratio": _FACTOR}),
-    "optimizer": Kind(
-        OPTIMIZERS,
-        {"param_groups": "the model", "params": "the model"},  # `params` in torch.optim's own classes
-        {
-            **dict.fromkeys(("lr", "weight_decay"), _NOT_NEGATIVE),
-            **dict.fromkeys(("beta1", "beta2", "momentum"), _BETA),
-            **dict.fromkeys(("eps", "epsilon"), _POSITIVE),
-            **dict.fromkeys(("precondition_frequency", "statistics_every"), _COUNT),
-            **dict.fromkeys(("max_preconditioner_dim", "adamw_above"), _COUNT),
-            "start_preconditioning_step": AfterValidator(positive_or_minus_one),
-            "exponent": _FACTOR,
-            "ns_steps": Field(ge=1, le=20),
-        },
-    ),
-    "lr_scheduler": Kind(
-        SCHEDULES,
-        {"steps": "training.steps"},
-        {"warmup_steps": _NOT_NEGATIVE, "min_lr_factor": _FACTOR, "decay_ratio": _FACTOR},
-    ),
-}
-# What [optimizer.expert] takes besides, whatever the optimizer.
-LOAD_LR = Kind(
-    {"load_lr": load_lr},
-    {},
-    {
-        "load_lr_power": Field(allow_inf_nan=False),
-        "load_lr_ema": _BETA,
-        "load_lr_floor": _NOT_NEGATIVE,
-        "load_lr_ceiling": Field(gt=0),
-    },
-)
-SECTIONS = get_type_hints(Config)
+class Given(NamedTuple):
+    """A value and its origin: the layer that set it, or that named another component than the one it was set for."""
 
-State = dict[str, dict[str, Any]]  # section -> checked values; of a component {"name", "arguments", "origin", ...}
+    value: Any
+    origin: str
+    inherited: bool = False  # set for another component, so the one that is named now may lack the key
 
-# Keys that there were, each with the reason why nothing is lost without it. `titan_moe.config.saved` reads over them.
-REMOVED = {"moe.dispatcher": "parallelism.expert_parallel_degree says how tokens reach their experts"}
+
+Table = dict[str, Given]
+Tables = dict[str, Table]  # by path: "training", "optimizer", "optimizer.expert", "balancer.aux_loss" ...
 
 
 def load_config(args: list[str]) -> Config:
@@ -98,9 +49,10 @@ def load_config(args: list[str]) -> Config:
     A user's mistake is a ValueError (an OSError for a file that cannot be read) of one line that names the file or
     argument, the key, the value and what would be right.
     """
-    command_line = command_line_layer(args)
-    config_file = _config_file(command_line)
-    return merge_layers([*(file_layers(config_file) if config_file else []), command_line])
+    words = command_line_layer(args)
+    file = words.table.get("job", {}).get("config_file")
+    files = file_layers(check_value(str, file, COMMAND_LINE, "job.config_file")) if isinstance(file, Words) else []
+    return merge_layers([*files, words])
 
 
 def merge_layers(layers: Iterable[Layer]) -> Config:
@@ -112,25 +64,185 @@ def merge_layers(layers: Iterable[Layer]) -> Config:
 
 def merge_unchecked(layers: Iterable[Layer]) -> Config:
     """As `merge_layers`, but what must hold between keys is not looked at."""
-    state = _initial_state()
+    # Defaults of a component are values as any other, which a new name may take away; dataclasses have their own.
+    tables: Tables = {}
+    for section, content in to_document(Config()).items():
+        if section in KINDS:
+            tables = _merge(tables, section, content, "defaults")
+
+    # What a layer sets is checked at once and not at the end: a mistake is one also where a later layer covers it.
     for layer in layers:
-        for section, table in layer.table.items():
-            _apply(state, section, table, layer.origin)
-    return _finish(state)
+        for section, content in layer.table.items():
+            merged = _merge(tables, section, content, layer.origin)
+            changed = {path: _check(path, merged, tables) for path in merged if merged[path] is not tables.get(path)}
+            tables = {**merged, **changed}
+    return _make_config(tables)
 
 
-def find_component(registry: Mapping[str, Callable[..., Any]], name: str) -> Callable[..., Any]:
-    """Find the builder that a component's name means: an entry of its registry, or a function outside of it."""
-    return find_builder(registry, name, "configuration", "name")
+def _merge(tables: Tables, section: str, content: Any, origin: str) -> Tables:
+    """Give the tables with a layer's section laid over them. Tables that it does not touch stay the same objects.
+
+    Values stay as they are written, but for those that say what the others are for: a component's name, NAME = false.
+    """
+    if section not in SECTIONS:
+        raise unknown_key(origin, section, tuple(SECTIONS), "section", _all_keys(tables))
+    if not isinstance(content, dict):
+        raise key_error(origin, section, f"must be a table: [{section}]", content)
+    merged = dict(tables)
+    for path, table in _split(section, content, origin).items():
+        if table is None:
+            merged.pop(path, None)
+            continue
+        new = {key: Given(value, origin) for key, value in table.items()}
+
+        # With a new name, what is there already was meant for another component. In [optimizer] that goes for its
+        # groups too, but for those with a name of their own.
+        if "name" in new and section in KINDS and section != "balancer":
+            new["name"] = Given(check_value(str, table["name"], origin, f"{path}.name"), origin)
+            for other, old in tables.items():
+                if other == path or (other.startswith(f"{path}.") and "name" not in old):
+                    merged[other] = {key: Given(old[key].value, f"{origin} (inherited)", True) for key in old}
+
+        merged[path] = {**merged.get(path, {}), **new}
+    return merged
 
 
-def help_text() -> str:
-    """Describe every section, key and component with types and defaults, for --help."""
-    return render_help(KINDS, LOAD_LR, tuple(GROUP_PATTERNS))
+def _split(section: str, content: dict[str, Any], origin: str) -> dict[str, dict[str, Any] | None]:
+    """A section's own keys and the tables within it, by their paths; None for one that NAME = false takes away."""
+    if section not in ("balancer", "optimizer"):
+        return {section: content}
+    inner = [name for name in (content if section == "balancer" else GROUP_PATTERNS) if name in content]
+    own = {key: value for key, value in content.items() if key not in inner}
+    found: dict[str, dict[str, Any] | None] = {section: own} if section == "optimizer" else {}
+    for name in inner:
+        path, table = f"{section}.{name}", content[name]
+        if section == "balancer":  # named by its table, so the name has to be right where that is empty or off, too
+            parameters_of(KINDS[section], name, origin, path)
+        on = isinstance(table, dict) or check_value(bool, table, origin, path)
+        found[path] = None if not on else table if isinstance(table, dict) else {}
+    return found
+
+
+def _check(path: str, tables: Tables, before: Tables) -> Table:
+    """Give the values that are new in a table as the types that its keys have; ValueError for what does not fit."""
+    annotations, known, checked = _annotations(path, tables), before.get(path, {}), dict(tables[path])
+    for key, given in tables[path].items():
+        dotted = f"{path}.{key}"
+        if given is known.get(key):
+            continue
+        if key not in annotations:
+            if not given.inherited:
+                raise _unknown(path, key, given, tables)
+            del checked[key]  # the component that is named now goes without it
+            continue
+        if dotted == "job.config_file" and given.origin != COMMAND_LINE:
+            message = 'is for the command line; a file inherits with base = "..."'
+            raise key_error(given.origin, dotted, message, given.value)
+        checked[key] = given._replace(value=check_value(annotations[key], given.value, given.origin, dotted))
+    return checked
+
+
+def _annotations(path: str, tables: Tables) -> dict[str, Any]:
+    """The types of the keys that a table may have: those of a section's fields, or of a builder's parameters."""
+    if path in SECTIONS and path not in KINDS:
+        return get_type_hints(SECTIONS[path], include_extras=True)
+    annotations = {key: parameter.annotation for key, parameter in _parameters(path, tables).items()}
+    return annotations if path.startswith("balancer.") else {**annotations, "name": str}
+
+
+def _parameters(path: str, tables: Tables) -> dict[str, Parameter]:
+    """The arguments of the component that a table is for; ValueError where there is no such component."""
+    name, origin, key = _named(path, tables)
+    parameters = parameters_of(KINDS[path.partition(".")[0]], name, origin, key)
+    return {**parameters, **LOAD_LR} if path == "optimizer.expert" else parameters
+
+
+def _named(path: str, tables: Tables) -> tuple[str, str, str]:
+    """The name of the component that a table is for, the origin of that name, and the key that has it."""
+    section, _, label = path.partition(".")
+    if section == "balancer":
+        return label, "configuration", path
+    where = path if "name" in tables[path] else section  # a group that names no optimizer has that of [optimizer]
+    given = tables[where]["name"]
+    return given.value, given.origin, f"{where}.name"
+
+
+def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
+    """Make the error for a key that its table does not have: why not, or else which one may be meant."""
+    origin, value = given.origin, given.value
+    dotted, section = f"{path}.{key}", path.partition(".")[0]
+    annotations = _annotations(path, tables)
+    if dotted in REMOVED:
+        return key_error(origin, dotted, f"is no key any more: leave it out, {REMOVED[dotted]}", value)
+    if section not in KINDS:
+        return unknown_key(origin, dotted, tuple(annotations), others=_all_keys(tables))
+
+    kind = KINDS[section]
+    if section == "optimizer" and key in LOAD_LR:
+        return key_error(origin, dotted, "only experts have a load: set it in [optimizer.expert]", value)
+    if key in kind.supplied:
+        return key_error(origin, dotted, f"cannot be set here: it comes from {kind.supplied[key]}", value)
+    takers = [name for name, builder in kind.registry.items() if key in inspect.signature(builder).parameters]
+    if takers:
+        return key_error(origin, dotted, f"unknown argument here; it belongs to {', '.join(takers)}")
+    first = () if section == "balancer" else ("name", *GROUP_PATTERNS) if path == "optimizer" else ("name",)
+    return unknown_key(origin, dotted, tuple({**dict.fromkeys(first), **annotations}), "argument")
+
+
+def _all_keys(tables: Tables) -> list[str]:
+    """List the dotted keys of every section as they are now, for suggestions."""
+    keys = {section: _annotations(section, tables) for section in SECTIONS if section != "balancer"}
+    return [f"{section}.{key}" for section in SECTIONS for key in keys.get(section, BALANCERS)]
+
+
+def _make_config(tables: Tables) -> Config:
+    """Make the sections of checked tables, components with the defaults of their arguments."""
+    sections: dict[str, Any] = {}
+    for section, hint in SECTIONS.items():
+        if section not in KINDS:
+            sections[section] = hint(**_values(section, tables))
+        elif section == "balancer":
+            paths = [path for path in tables if path.startswith("balancer.")]
+            sections[section] = {path.partition(".")[2]: _arguments(path, tables) for path in paths}
+        else:
+            sections[section] = hint(_named(section, tables)[0], _arguments(section, tables))
+
+    # A group that says nothing is as if it were not there: it has all from [optimizer].
+    groups = {group: _values(f"optimizer.{group}", tables) for group in GROUP_PATTERNS}
+    groups = {group: own for group, own in groups.items() if own}
+    sections["optimizer"] = dataclasses.replace(sections["optimizer"], groups=groups)
+    return Config(**sections)
+
+
+def _values(path: str, tables: Tables) -> dict[str, Any]:
+    """The values of a table, a component's name first."""
+    given = tables.get(path, {})
+    return {key: given[key].value for key in sorted(given, key=lambda key: key != "name")}
+
+
+def _arguments(path: str, tables: Tables) -> dict[str, Any]:
+    """The arguments of a component in the order of its signature, with those defaults that TOML can hold."""
+    name, origin, _ = _named(path, tables)
+    given, arguments = _values(path, tables), {}
+    if not path.startswith("balancer."):  # whose tables have no key for the name
+        del given["name"]
+    for key, (_, default) in _parameters(path, tables).items():
+        if key in given:
+            arguments[key] = given[key]
+        elif default is REQUIRED:
+            raise key_error(origin, f"{path}.{key}", f"is missing: {name} needs a value")
+        elif isinstance(default, (bool, int, float, str, list, tuple)):
+            arguments[key] = default
+    return arguments
 
 
 def to_toml(config: Config) -> str:
     """Write the resolved configuration as TOML; loading that file gives an equal Config."""
+    return tomli_w.dumps(to_document(config))
+
+
+def to_document(config: Config) -> dict[str, Any]:
+    """The resolved configuration as the nested tables of a file, without those that are empty."""
     document: dict[str, Any] = {}
     for section in SECTIONS:
         value = getattr(config, section)
@@ -146,165 +258,4 @@ def to_toml(config: Config) -> str:
             for name in ("config_file", "allow_config_change"):  # of one start, not of the run
                 table.pop(name, None)
         document[section] = table
-    return tomli_w.dumps({section: table for section, table in document.items() if table})
-
-
-def _config_file(command_line: Layer) -> str:
-    job = command_line.table.get("job", {})
-    value = job.get("config_file", "")
-    return check_value(str, value, COMMAND_LINE, "job.config_file") if isinstance(value, Words) else ""
-
-
-def _initial_state() -> State:
-    """Put the defaults of Config in the form that layers are merged into."""
-    state: State = {}
-    for section in SECTIONS:
-        default = getattr(Config(), section)
-        state[section] = dict(default) if isinstance(default, dict) else dict(vars(default))
-        state[section].update({"origin": "defaults"} if isinstance(default, (Component, Optimizer)) else {})
-    return state
-
-
-def _apply(state: State, section: str, table: Any, origin: str) -> None:
-    """Merge one section's table of one layer into the state, checked."""
-    if section not in SECTIONS:
-        raise unknown_key(origin, section, tuple(SECTIONS), "section", _all_keys(state))
-    if not isinstance(table, dict):
-        raise key_error(origin, section, f"must be a table: [{section}]", table)
-    if section == "balancer":
-        _apply_balancers(state, table, origin)
-    elif section in KINDS:
-        _apply_component(state, section, table, origin)
-    else:
-        annotations = get_type_hints(SECTIONS[section], include_extras=True)
-        for name, value in table.items():
-            key = f"{section}.{name}"
-            if key in REMOVED:
-                raise key_error(origin, key, f"is no key any more: leave it out, {REMOVED[key]}", value)
-            if name not in annotations:
-                raise unknown_key(origin, key, tuple(annotations), others=_all_keys(state))
-            if key == "job.config_file" and origin != COMMAND_LINE:
-                raise key_error(origin, key, 'is for the command line; a file inherits with base = "..."', value)
-            state[section][name] = check_value(annotations[name], value, origin, key)
-
-
-def _apply_balancers(state: State, tables: dict[str, Any], origin: str) -> None:
-    """Merge [balancer.NAME] tables; `NAME = false` switches one off, `NAME = true` on."""
-    balancers = state["balancer"]
-    for name, value in tables.items():
-        key = f"balancer.{name}"
-        parameters = parameters_of(KINDS["balancer"], name, origin, key)
-        on, table = _on_or_table(value, origin, key)
-        if not on:
-            balancers.pop(name, None)
-            continue
-        given = check_arguments(parameters, table, origin, key, kind=KINDS["balancer"])
-        balancers[name] = {**balancers.get(name, {}), **given}
-
-
-def _on_or_table(table: Any, origin: str, key: str) -> tuple[bool, dict[str, Any]]:
-    """Read a nested table, or true or false in its place: whether it is on, and its keys."""
-    if isinstance(table, dict):
-        return True, table
-    return check_value(bool, table, origin, key), {}
-
-
-def _apply_component(state: State, section: str, table: dict[str, Any], origin: str) -> None:
-    """Merge the table of a component; a new name drops the inherited arguments that the new component lacks."""
-    current, table = state[section], dict(table)
-    before = current["name"]
-    if "name" in table:
-        current["name"], current["origin"] = check_value(str, table.pop("name"), origin, f"{section}.name"), origin
-    siblings: tuple[str, ...] = ("name",)
-    if section == "optimizer":
-        parameters_of(KINDS[section], current["name"], origin, "optimizer.name")  # refused here, not for a group
-        siblings = ("name", *GROUP_PATTERNS)
-        tables = {group: table.pop(group) for group in GROUP_PATTERNS if group in table}
-        merged = {
-            group: _merge_group(group, current["groups"].get(group, {}), tables.get(group, {}), before, current, origin)
-            for group in GROUP_PATTERNS
-        }
-        current["groups"] = {group: arguments for group, arguments in merged.items() if arguments}
-    names = before, current["name"]
-    current["arguments"] = _merge(section, current["arguments"], table, names, origin, section, siblings)
-
-
-def _merge_group(
-    group: str, old: dict[str, Any], table: Any, before: str, current: dict[str, Any], origin: str
-) -> dict[str, Any]:
-    """Merge an [optimizer.GROUP] table, whose `name` may be its own; `GROUP = false` takes away what it has.
-
-    `before` is the name that [optimizer] had up to this layer, `current` has the one from this layer on.
-    """
-    prefix = f"optimizer.{group}"
-    on, table = _on_or_table(table, origin, prefix)
-    if not on:
-        return {}
-    own, given = dict(old), dict(table)
-    old_name = own.pop("name", before)
-    name = check_value(str, given.pop("name"), origin, f"{prefix}.name") if "name" in given else old.get("name")
-    names = old_name, name or current["name"]
-    merged = _merge("optimizer", own, given, names, origin, prefix, ("name",))
-    return merged if name is None else {"name": name, **merged}
-
-
-def _merge(
-    section: str,
-    old: dict[str, Any],
-    new: dict[str, Any],
-    names: tuple[str, str],
-    origin: str,
-    prefix: str,
-    siblings: tuple[str, ...],
-) -> dict[str, Any]:
-    """Merge the arguments `new`, checked, into `old`; `names` are the component's until now and from now on."""
-    kind = KINDS[section]
-    parameters = parameters_of(kind, names[1], origin, f"{prefix}.name")
-    if section == "optimizer":
-        by_load = parameters_of(LOAD_LR, "load_lr", origin, section)
-        if prefix == "optimizer.expert":
-            parameters = {**parameters, **by_load}
-        for key in new.keys() & (by_load.keys() - parameters.keys()):
-            raise key_error(
-                origin, f"{prefix}.{key}", "only experts have a load: set it in [optimizer.expert]", new[key]
-            )
-    if names[0] != names[1]:
-        old = {key: value for key, value in old.items() if key in parameters}
-        old = check_arguments(parameters, old, f"{origin} (inherited)", prefix, kind=kind)
-    return {**old, **check_arguments(parameters, new, origin, prefix, kind=kind, siblings=siblings)}
-
-
-def _all_keys(state: State) -> list[str]:
-    """List the dotted keys of every section as they are now, for suggestions."""
-    keys = []
-    for section, hint in SECTIONS.items():
-        if section == "balancer":
-            keys += [f"balancer.{name}" for name in BALANCERS]
-        elif section in KINDS:
-            name = state[section]["name"]
-            keys += [f"{section}.{key}" for key in ("name", *parameters_of(KINDS[section], name, "", section))]
-        else:
-            keys += [f"{section}.{field.name}" for field in dataclasses.fields(hint)]
-    return keys
-
-
-def _finish(state: State) -> Config:
-    """Fill in the defaults of components' arguments and make the dataclasses."""
-    sections: dict[str, Any] = {}
-    for section, hint in SECTIONS.items():
-        values = dict(state[section])
-        if section == "balancer":
-            sections[section] = {name: _filled(section, name, given, "configuration") for name, given in values.items()}
-        elif section in KINDS:
-            origin = values.pop("origin")
-            values["arguments"] = _filled(section, values["name"], values["arguments"], origin)
-            sections[section] = hint(**values)
-        else:
-            sections[section] = hint(**values)
-    return Config(**sections)
-
-
-def _filled(section: str, name: str, given: dict[str, Any], origin: str) -> dict[str, Any]:
-    prefix = f"{section}.{name}" if section == "balancer" else section
-    parameters = parameters_of(KINDS[section], name, origin, prefix)
-    return with_defaults(parameters, given, origin, prefix, name)
+    return {section: table for section, table in document.items() if table}

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from titan_moe.config.layers import Layer, command_line_layer, read_file
-from titan_moe.config.load import KINDS, REMOVED, merge_layers, merge_unchecked
+from titan_moe.config.load import merge_layers, merge_unchecked
 from titan_moe.config.schema import key_error
-from titan_moe.config.sections import Component, Config, Optimizer
+from titan_moe.config.sections import KINDS, REMOVED, Component, Config, Optimizer
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 from titan_moe.runtime.command import TRUST
 
@@ -47,29 +47,27 @@ def read_saved(path: Path) -> Config:
     keys is not looked at: the run was started with them.
     """
     layer = _layer(path)
-    table = dict(layer.table)
-    sections = {key.partition(".")[0] for key, _ in outside_components(table)}
-    written = {section: table.pop(section) for section in sections}
-    if "balancer" in written:
-        table["balancer"] = {n: own for n, own in written["balancer"].items() if not any(_names("balancer", {n: own}))}
-    if "moe" in written:
-        table["moe"] = {key: value for key, value in written["moe"].items() if f"moe.{key}" not in PLAIN_KEYS}
+    written = {key.partition(".")[0] for key, _ in outside_components(layer.table)} & KINDS.keys()
+    table = {section: own for section, own in layer.table.items() if section not in written}
+    if "balancer" in written:  # one from outside does not keep the others from being read
+        balancers = layer.table["balancer"].items()
+        table["balancer"] = {name: own for name, own in balancers if not any(_names("balancer", {name: own}))}
     config = merge_unchecked([Layer(layer.origin, table)])
-    return dataclasses.replace(config, **{name: _as_written(config, name, own) for name, own in written.items()})
+    return dataclasses.replace(
+        config, **{section: _as_written(config, section, layer.table[section]) for section in written}
+    )
 
 
 def _as_written(config: Config, section: str, table: dict[str, Any]) -> Any:
-    """A section as its table says, where that names something from outside; what is not from outside is `config`'s."""
+    """A section that names something from outside, as its table says; balancers that are not from outside as read."""
     if section == "balancer":
         return {name: config.balancer.get(name, own) for name, own in table.items() if own is not False}
-    if section == "moe":
-        return dataclasses.replace(config.moe, experts_backend=table["experts_backend"])
     arguments = {key: value for key, value in table.items() if key != "name"}
-    if section == "optimizer":
-        groups = {group: arguments.pop(group) for group in GROUP_PATTERNS if group in arguments}
-        on = {group: own for group, own in groups.items() if own is not False}
-        return Optimizer(table.get("name", config.optimizer.name), arguments, on)
-    return Component(table.get("name", getattr(config, section).name), arguments)
+    name = table.get("name", getattr(config, section).name)
+    if section != "optimizer":
+        return Component(name, arguments)
+    groups = {group: arguments.pop(group) for group in GROUP_PATTERNS if group in arguments}
+    return Optimizer(name, arguments, {group: own for group, own in groups.items() if own is not False})
 
 
 def outside_components(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

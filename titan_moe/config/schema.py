@@ -91,10 +91,12 @@ def check_value(annotation: Any, value: Any, origin: str, key: str) -> Any:
     """
     if isinstance(value, dict) and origin == COMMAND_LINE:
         raise key_error(origin, f"{key}.{next(iter(value))}", f"{key} is a value, not a table")
+
+    # A value of TOML has a type already, and a wrong one is a mistake; a word is read as whatever is asked for.
     strict = not isinstance(value, Words)
     read = _from_words(annotation, value, key) if isinstance(value, Words) else value
     if isinstance(read, list) and tuple in [get_origin(a) or a for a in _alternatives(annotation)]:
-        read = tuple(read)
+        read = tuple(read)  # neither TOML nor words have any
     try:
         adapter = TypeAdapter(annotation, config=ConfigDict(strict=strict, arbitrary_types_allowed=True))
         checked = adapter.validate_python(read)
@@ -102,6 +104,8 @@ def check_value(annotation: Any, value: Any, origin: str, key: str) -> Any:
         raise key_error(origin, key, _one_line(error), value) from None
     except PydanticUserError as error:
         raise key_error(origin, key, f"its type {type_text(annotation)} cannot be read from a file", value) from error
+
+    # What Python can hold and a tensor, a kernel's argument or the name of a file cannot.
     for item in checked if isinstance(checked, (list, tuple)) else [checked]:
         if isinstance(item, float) and math.isnan(item):
             raise key_error(origin, key, "must be a number", value)
@@ -124,7 +128,9 @@ def _one_line(error: ValidationError) -> str:
     return " or ".join(dict.fromkeys(problems))
 
 
-def find_builder(registry: Mapping[str, Callable[..., Any]], name: str, origin: str, key: str) -> Callable[..., Any]:
+def find_component(
+    registry: Mapping[str, Callable[..., Any]], name: str, origin: str = "configuration", key: str = "name"
+) -> Callable[..., Any]:
     """Find the builder called `name`: an entry of the registry, or a callable outside by `my_pkg.my_mod:fn`."""
     if ":" not in name:
         if name not in registry:
@@ -149,7 +155,7 @@ def find_builder(registry: Mapping[str, Callable[..., Any]], name: str, origin: 
 
 def parameters_of(kind: Kind, name: str, origin: str, key: str) -> dict[str, Parameter]:
     """Read what arguments the component `name` takes from the signature of its builder, without the supplied ones."""
-    builder = find_builder(kind.registry, name, origin, key)
+    builder = find_component(kind.registry, name, origin, key)
     try:
         signature = inspect.signature(builder, eval_str=True)
     except (NameError, TypeError, ValueError) as error:
@@ -157,6 +163,8 @@ def parameters_of(kind: Kind, name: str, origin: str, key: str) -> dict[str, Par
     if kind.supplied and not kind.supplied.keys() & signature.parameters.keys():
         wanted = " or ".join(kind.supplied)
         raise key_error(origin, key, f"does not fit here: it must take {wanted}", name)
+
+    # Arguments are given by name. *args and **kwargs say nothing about theirs, so no key is taken for them.
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = {}
     for parameter in signature.parameters.values():
@@ -166,6 +174,8 @@ def parameters_of(kind: Kind, name: str, origin: str, key: str) -> dict[str, Par
             if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.default is REQUIRED:
                 raise key_error(origin, key, f"does not fit here: it takes {parameter.name} by position only", name)
             continue
+
+        # Without an annotation the default says the type; the ranges are those of this package's own builders.
         annotation = parameter.annotation
         if annotation is REQUIRED:
             annotation = Any if parameter.default in (REQUIRED, None) else type(parameter.default)
@@ -173,54 +183,6 @@ def parameters_of(kind: Kind, name: str, origin: str, key: str) -> dict[str, Par
             annotation = Annotated[annotation, kind.ranges[parameter.name]]
         parameters[parameter.name] = Parameter(annotation, parameter.default)
     return parameters
-
-
-def check_arguments(
-    parameters: Mapping[str, Parameter],
-    table: Mapping[str, Any],
-    origin: str,
-    prefix: str,
-    *,
-    kind: Kind,
-    siblings: Collection[str] = (),
-) -> dict[str, Any]:
-    """Check a component's table against its parameters; a key that it does not take is an error with the nearest.
-
-    `siblings` are the keys that may stand in the same table but were read already (name, group tables).
-    """
-    checked = {}
-    for name, value in table.items():
-        key = f"{prefix}.{name}"
-        if name in kind.supplied:
-            raise key_error(origin, key, f"cannot be set here: it comes from {kind.supplied[name]}", value)
-        if name not in parameters:
-            raise _unknown_argument(origin, key, (*siblings, *parameters), kind)
-        checked[name] = check_value(parameters[name].annotation, value, origin, key)
-    return checked
-
-
-def _unknown_argument(origin: str, key: str, valid: Collection[str], kind: Kind) -> ValueError:
-    """Make the error for an argument that a component does not take: say which do, if any, else the nearest name."""
-    name = key.rpartition(".")[2]
-    takers = [other for other, builder in kind.registry.items() if name in inspect.signature(builder).parameters]
-    if takers:
-        return key_error(origin, key, f"unknown argument here; it belongs to {', '.join(takers)}")
-    return unknown_key(origin, key, valid, "argument")
-
-
-def with_defaults(
-    parameters: Mapping[str, Parameter], arguments: Mapping[str, Any], origin: str, prefix: str, name: str
-) -> dict[str, Any]:
-    """Fill in the defaults that TOML can hold, in the order of the signature; a required value must be there."""
-    filled = {}
-    for parameter, (_, default) in parameters.items():
-        if parameter in arguments:
-            filled[parameter] = arguments[parameter]
-        elif default is REQUIRED:
-            raise key_error(origin, f"{prefix}.{parameter}", f"is missing: {name} needs a value")
-        elif isinstance(default, (bool, int, float, str, list, tuple)):
-            filled[parameter] = default
-    return filled
 
 
 def type_text(annotation: Any) -> str:

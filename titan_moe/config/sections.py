@@ -1,13 +1,21 @@
-"""The sections of the configuration: frozen dataclasses whose fields are keys with a type, a default and a sentence.
+"""What keys there are: the sections of the configuration.
 
-A field's annotation is `Annotated[type with its range, "what it means"]`; the loader checks values against it and
-`--help` prints it. Where torchtitan 0.1-0.2 has a key for the same thing, this one has its name.
+Most are frozen dataclasses. A field's annotation is `Annotated[type with its range, "what it means"]`; the loader
+checks values against it and `--help` prints it. Where torchtitan 0.1-0.2 has a key for the same thing, this one has its
+name. Sections that name a component have the keys of its builder instead: KINDS has the registries.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
+
+from titan_moe.balancer import BALANCERS
+from titan_moe.config.schema import Kind, parameters_of
+from titan_moe.model.routing import ROUTERS
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.load_lr import load_lr
+from titan_moe.optimizer.schedule import SCHEDULES
 
 
 def _as_list(value: object) -> object:
@@ -21,9 +29,11 @@ def positive_or_minus_one(value: int) -> int:
     return value
 
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+_POSITIVE, _NOT_NEGATIVE = Field(gt=0, allow_inf_nan=False), Field(ge=0, allow_inf_nan=False)
+_FACTOR, _BETA, _COUNT = Field(ge=0, le=1), Field(ge=0, lt=1), Field(ge=1)
+Positive = Annotated[float, _POSITIVE]
+NonNegative = Annotated[float, _NOT_NEGATIVE]
+Fraction = Annotated[float, _BETA]
 PositiveOrMinusOne = Annotated[int, AfterValidator(positive_or_minus_one)]
 Seconds = Annotated[int, Field(gt=0, le=10**8)]  # more, with what is added to it, is no time for a socket
 Texts = Annotated[list[str], BeforeValidator(_as_list)]  # one string stands for a list of one
@@ -271,3 +281,57 @@ class Config:
     profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)
     debug: Debug = field(default_factory=Debug)
+
+
+SECTIONS = get_type_hints(Config)
+
+# The sections whose keys are the arguments of builders. The ranges are for builders of the registries alone: what is
+# from outside may mean something else by `momentum`.
+KINDS = {
+    "router": Kind(
+        ROUTERS,
+        {"top_k": "moe.top_k"},
+        {
+            "temperature": _POSITIVE,
+            "score_scale": _POSITIVE,
+            "num_groups": _COUNT,
+            "topk_groups": _COUNT,
+            "jitter": _BETA,
+            "noise_std": _NOT_NEGATIVE,
+            "capacity_factor": _NOT_NEGATIVE,
+            "iterations": _COUNT,
+        },
+    ),
+    "balancer": Kind(BALANCERS, {}, {"coeff": _NOT_NEGATIVE, "rate": _NOT_NEGATIVE, "decay_ratio": _FACTOR}),
+    "optimizer": Kind(
+        OPTIMIZERS,
+        {"param_groups": "the model", "params": "the model"},  # `params` in torch.optim's own classes
+        {
+            **dict.fromkeys(("lr", "weight_decay"), _NOT_NEGATIVE),
+            **dict.fromkeys(("beta1", "beta2", "momentum"), _BETA),
+            **dict.fromkeys(("eps", "epsilon"), _POSITIVE),
+            **dict.fromkeys(("precondition_frequency", "statistics_every"), _COUNT),
+            **dict.fromkeys(("max_preconditioner_dim", "adamw_above"), _COUNT),
+            "start_preconditioning_step": AfterValidator(positive_or_minus_one),
+            "exponent": _FACTOR,
+            "ns_steps": Field(ge=1, le=20),
+        },
+    ),
+    "lr_scheduler": Kind(
+        SCHEDULES,
+        {"steps": "training.steps"},
+        {"warmup_steps": _NOT_NEGATIVE, "min_lr_factor": _FACTOR, "decay_ratio": _FACTOR},
+    ),
+}
+
+# What [optimizer.expert] takes besides, whatever the optimizer.
+_LOAD_LR_RANGES = {
+    "load_lr_power": Field(allow_inf_nan=False),
+    "load_lr_ema": _BETA,
+    "load_lr_floor": _NOT_NEGATIVE,
+    "load_lr_ceiling": Field(gt=0),
+}
+LOAD_LR = parameters_of(Kind({"load_lr": load_lr}, {}, _LOAD_LR_RANGES), "load_lr", "configuration", "optimizer.expert")
+
+# Keys that there were, each with the reason why nothing is lost without it. `titan_moe.config.saved` reads over them.
+REMOVED = {"moe.dispatcher": "parallelism.expert_parallel_degree says how tokens reach their experts"}

@@ -21,6 +21,8 @@ def convert_to_hf(args: list[str]) -> int:
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)
     parser.add_trust()
     options = parser.parse_args(args)
+
+    # Not `<= 0`, which would let NaN pass.
     if not options.shard_gb > 0:
         raise ValueError(f"--shard_gb ({options.shard_gb}) must be above 0")
     command.init_logging(world.read_world())
@@ -51,6 +53,8 @@ def convert_from_hf(args: list[str]) -> int:
 
 def convert_to_megatron(args: list[str]) -> int:
     """Export a checkpoint to Megatron-core."""
+    # The norm before the experts has another name in each layer spec, and loading finds tensors by their names alone:
+    # hence --spec.
     parser = Parser("convert_to_megatron.py", "Write a checkpoint as Megatron-core's torch_dist.")
     parser.add_argument("checkpoint", type=Path, help="step folder, or dump folder (its latest complete step)")
     parser.add_argument("out_dir", type=Path, help="folder to make")
@@ -71,6 +75,7 @@ def convert_to_megatron(args: list[str]) -> int:
 
 def convert_from_megatron(args: list[str]) -> int:
     """Import a Megatron-core model as a checkpoint."""
+    # Megatron's folders don't say which model they hold, so the user gives its configuration.
     parser = Parser("convert_from_megatron.py", "Write Megatron-core's torch_dist as a checkpoint of weights.")
     parser.add_argument("megatron_dir", type=Path, help="folder with .metadata and *.distcp (iter_...)")
     parser.add_argument("out_checkpoint", type=Path, help="dump folder to make, or a step folder (.../step-N)")

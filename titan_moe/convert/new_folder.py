@@ -1,4 +1,4 @@
-"""Folders that a conversion makes: whole under their name, or not there at all."""
+"""Folders that a conversion makes: they appear whole, or not at all."""
 
 import os
 import re
@@ -24,13 +24,15 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     if os.path.lexists(out):
         raise ValueError(f"{out} is there already: give the name of a new folder")
+
+    # Beside `out`, because a rename is atomic only within one file system.
     staging = temporary_path(out.absolute())
     remove_leftovers(staging.parent)
     with _interruptible():
         try:
             staging.mkdir(parents=True)
             yield staging
-            if staging.exists():  # else what it held is there by another name already
+            if staging.exists():  # the block may have given its content a name of its own
                 fsync_folder(staging)
                 os.rename(staging, out)
             fsync_folder(out.absolute().parent)
@@ -40,11 +42,15 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt at a SIGTERM, in the main thread: others may not set what a signal does."""
+    """Raise KeyboardInterrupt at a SIGTERM, if this is the main thread.
+
+    Unhandled, the signal would end the process without running any `finally`, and what is half done would stay.
+    """
 
     def interrupt(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
+    # Python lets no other thread set what a signal does.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,14 +72,15 @@ def new_checkpoint(
     extra: dict[str, Any] | None = None,
     files: Mapping[str, str],
 ) -> Iterator[Path]:
-    """A step folder with these tensors, to be checked in the block; after it, it is `out` or in the dump folder `out`.
+    """A step folder with these tensors, to be checked in the block, that then becomes `out` or part of it.
 
-    `out` is a step folder if its name says so (`step-N`), and then of step N.
+    If `out` is named `step-N` it is the step folder itself, of step N instead of `step`. Else it is a dump folder, and
+    the step is in its `checkpoint/`. A block that raises leaves neither.
     """
     named = re.fullmatch(r"step-(\d+)", out.name)
     step = int(named[1]) if named else step
     with new_folder(out) as staging:
-        made = save_lazily(
+        step_folder = save_lazily(
             staging / "checkpoint",
             step,
             tensors,
@@ -82,7 +89,9 @@ def new_checkpoint(
             extra=extra or {},
             files=files,
         )
-        yield made
+        yield step_folder
+
+        # A step folder is all that was asked for, so it leaves the dump folder around it.
         if named:
-            os.rename(made, out)
+            os.rename(step_folder, out)
             shutil.rmtree(staging)

@@ -1,8 +1,10 @@
 """Expert surgery: checkpoints with other experts than they were trained with, optimizer state and bias carried along.
 
-Every operation on a model that has experts is a plan: of each expert of the new layer, which old ones it is made of. It
+An operation on a model that has experts is a plan: it says for each new expert which old ones it is made of. The plan
 is applied to all tensors that have a row for each expert: weights, router, bias, what balancers keep, moments and step
 counts.
+
+Shapes: E experts, D model width, F width of the feed-forward network, L MoE layers.
 """
 
 import logging
@@ -34,7 +36,7 @@ MATRICES = ("w1", "w2", "w3")
 
 
 class Expert(NamedTuple):
-    """What an expert of the new layer is made of."""
+    """What an expert of the new layer is made of: the weighted mean of old ones, and noise."""
 
     sources: tuple[int, ...]  # old experts, the most important first
     weights: tuple[float, ...]  # sum to 1
@@ -50,7 +52,7 @@ def keep(expert: int) -> Expert:
 
 
 def add_experts(load_E: Tensor, num_experts: int, noise: float) -> Plan:
-    """All experts as they are, and copies of the busiest ones, in order of their load, with noise."""
+    """All experts as they are, and copies of the busiest ones with noise; `load_E` is the tokens of each."""
     old = load_E.numel()
     _check_more(num_experts, old)
     order = load_E.argsort(descending=True, stable=True).tolist()
@@ -60,21 +62,27 @@ def add_experts(load_E: Tensor, num_experts: int, noise: float) -> Plan:
 def prune_experts(load_E: Tensor, num_experts: int) -> Plan:
     """The most loaded experts, in their old order."""
     _check_fewer(num_experts, load_E.numel())
-    kept = load_E.argsort(descending=True, stable=True)[:num_experts].sort().values
-    return [keep(e) for e in kept.tolist()]
+    busiest = load_E.argsort(descending=True, stable=True)[:num_experts].sort().values
+    return [keep(e) for e in busiest.tolist()]
 
 
 def merge_experts(load_E: Tensor, num_experts: int, similarity_EE: Tensor) -> Plan:
-    """Groups of similar experts as one, their mean weighted by load: the two closest groups are joined until it fits.
+    """One expert for each group of similar ones, their mean weighted by load.
 
-    The similarity of groups is the mean over their pairs (average linkage).
+    The two most similar groups are joined until `num_experts` are left; the similarity of two groups is the mean over
+    their pairs (average linkage).
     """
     _check_fewer(num_experts, load_E.numel())
+
+    # Joined one pair at a time, because each join changes how similar the group is to all others.
     groups = [[e] for e in range(load_E.numel())]
     while len(groups) > num_experts:
         pairs = [(i, j) for i in range(len(groups)) for j in range(i + 1, len(groups))]
         i, j = max(pairs, key=lambda pair: similarity_EE[groups[pair[0]]][:, groups[pair[1]]].mean().item())
         groups[i] += groups.pop(j)
+
+    # The busiest comes first: what can't be averaged, a step count, is taken from the first source. The small weight
+    # makes the plain mean of experts that all had no token.
     plan = []
     for group in groups:
         ranked = sorted(group, key=lambda e: -load_E[e].item())
@@ -96,11 +104,12 @@ def revive_experts(load_E: Tensor, threshold: float, noise: float) -> Plan:
 
 def similarity(tensors: LazyTensors, layer: int) -> Tensor:
     """Cosine between the weights of each two experts of a layer, (E, E)."""
-    found: list[Tensor] = []
+    # The dot products of all weights are the sum of those of each matrix, so that one matrix is in memory at a time.
+    products: list[Tensor] = []
     for matrix in MATRICES:
-        flat = tensors[f"model.layers.{layer}.moe.experts.{matrix}"].load().flatten(1).float()
-        found.append(flat @ flat.t())
-    product = torch.stack(found).sum(0)
+        flat = tensors[f"model.layers.{layer}.moe.experts.{matrix}"].load().flatten(1).float()  # (E, F, D) -> (E, F D)
+        products.append(flat @ flat.t())  # (E, E)
+    product = torch.stack(products).sum(0)
     norm = product.diagonal().clamp(min=1e-30).sqrt()
     return product / norm / norm.unsqueeze(1)
 
@@ -122,24 +131,29 @@ def change_experts(
         raise ValueError(f"{step_folder} is of a dense model: upcycle makes experts of it")
     _refuse_own_router(before)
     tensors = read_lazily(step_folder)
-    plan = dict(zip(moe_layers(before), plans(tensors), strict=True))
-    num_experts = len(plan[moe_layers(before)[0]])
+
+    # The plans say how many experts there are afterwards: the configuration follows them, whatever asked for them.
+    plan_of_layer = dict(zip(moe_layers(before), plans(tensors), strict=True))
+    num_experts = len(plan_of_layer[moe_layers(before)[0]])
     overrides = ["--moe.num_experts", str(num_experts), *overrides]
-    config = _configured(step_folder, out, overrides, trust_components)
-    made: LazyTensors = {}
+    config = _new_config(step_folder, out, overrides, trust_components)
+
+    # A state of experts that has neither a row for each nor one number for all can't be told apart by expert. It is
+    # refused: carried over as it is it would be wrong without anybody noticing.
+    new_tensors: LazyTensors = {}
     for name, tensor in tensors.items():
-        owner = _expert_tensor(name)
-        if owner is None:
-            made[name] = tensor
+        layer = _layer_of_expert_tensor(name)
+        if layer is None:
+            new_tensors[name] = tensor
         elif tensor.shape and tensor.shape[0] == before.moe.num_experts:
-            made[name] = _replan(name, tensor, plan[owner])
+            new_tensors[name] = _apply_plan(name, tensor, plan_of_layer[layer])
         elif not tensor.shape:  # a step count of the whole tensor
-            made[name] = tensor
+            new_tensors[name] = tensor
         else:
             raise ValueError(f"{name} of shape {tensor.shape} has no row for each expert: it cannot be carried over")
-    made = _with_states(config, made)
-    _check_shapes(config, made)
-    _save(step_folder, out, config, made, read_common(step_folder)["optimizer"])
+    new_tensors = _with_states(config, new_tensors)
+    _check_shapes(config, new_tensors)
+    _save(step_folder, out, config, new_tensors, read_common(step_folder)["optimizer"])
 
 
 def upcycle(
@@ -155,11 +169,11 @@ def upcycle(
     """Write a dense checkpoint as one with experts, which are copies of its feed-forward networks (sparse upcycling).
 
     `overrides` says num_experts and top_k and whatever else changes. With `granularity` G every copy is cut into G
-    experts of 1 / G of the width, whose rows of the router are equal, so that a token chooses all G of a copy; w2 is
+    experts of 1 / G of the width. Their rows of the router are equal, so that a token chooses all G of a copy; w2 is
     multiplied by G because each has 1 / G of the weight. Where a token's weights sum to 1 (topk_softmax, or sigmoid
-    with norm_topk), the model computes what the dense one did, up to `noise` (relative, on the experts). The router is
-    new. `trust_components` as in `load_model`. Source: Komatsuzaki et al. (2023), He et al. (2024) for G > 1 (virtual
-    groups).
+    with norm_topk), the model computes what the dense one did, up to `noise` on the experts: its standard deviation,
+    relative to that of the expert's weights. The router is new. `trust_components` as in `load_model`.
+    Source: Komatsuzaki et al. (2023), He et al. (2024) for G > 1 (virtual groups).
     """
     step_folder = resolve_checkpoint(checkpoint)
     before = read_config(step_folder, trust_components)
@@ -167,65 +181,78 @@ def upcycle(
         raise ValueError(f"{step_folder} has experts already ({before.moe.num_experts}): use add")
     width = before.model.ffn_dim // granularity
     overrides = ["--moe.expert_dim", str(width), *overrides]
-    config = _configured(step_folder, out, overrides, trust_components)
+    config = _new_config(step_folder, out, overrides, trust_components)
     _check_upcycling(before, config, granularity)
     _refuse_own_router(config)
+
+    # `NAME.feed_forward.w1.weight`, and its optimizer states `NAME.feed_forward.w1.weight.STATE`, become
+    # `NAME.moe.experts.w1[.STATE]`. With load_lr experts have other states than a dense matrix: they begin anew.
     tensors = read_lazily(step_folder)
-    made: LazyTensors = {}
-    carried = "load_lr" not in config.optimizer.groups.get("expert", {})  # its states differ: they begin anew
+    new_tensors: LazyTensors = {}
+    carries_states = "load_lr" not in config.optimizer.groups.get("expert", {})
     for name, tensor in tensors.items():
         head, _, rest = name.partition(".feed_forward.")
         if rest and int(head.rpartition(".")[2]) in moe_layers(config):
-            if carried or name.startswith("model."):
+            if carries_states or name.startswith("model."):
                 matrix, _, state = rest.partition(".weight")
-                made[f"{head}.moe.experts.{matrix}{state}"] = _copies(
+                new_tensors[f"{head}.moe.experts.{matrix}{state}"] = _copies(
                     tensor, matrix, config.moe.num_experts, granularity, "" if state else f"{seed}/{name}", noise
                 )
         else:
-            made[name] = tensor
+            new_tensors[name] = tensor
     for layer in moe_layers(config):
-        made |= _new_router(config, layer, granularity, seed)
-    made = _with_states(config, made)
-    _check_shapes(config, made)
+        new_tensors |= _new_router(config, layer, granularity, seed)
+    new_tensors = _with_states(config, new_tensors)
+    _check_shapes(config, new_tensors)
+
+    # Other parameters in other groups: the settings are those of a new optimizer, with the rates of the configuration.
     values = read_common(step_folder)["optimizer"]
-    _save(step_folder, out, config, made, _fresh_values(config) if values else values)
+    _save(step_folder, out, config, new_tensors, _fresh_values(config) if values else values)
 
 
 def _copies(tensor: Lazy, matrix: str, num_experts: int, granularity: int, key: str, noise: float) -> Lazy:
-    """The (E, ...) tensor of a dense matrix, or of a state of it (key ""), which is copied without change."""
-    if not tensor.shape:
+    """A dense matrix as the stacked matrices of E experts; with the key "" a state of it, which is copied as it is.
+
+    w1 and w3: (F, D) -> (E, F / G, D), w2: (D, F) -> (E, D, F / G). `key` names the noise.
+    """
+    if not tensor.shape:  # a step count
         return tensor
+
+    # Cut along F. Each of the G parts of a copy gets 1 / G of a token's weight, which its w2 makes up for.
     dim = 1 if matrix == "w2" else 0
     scale = granularity if matrix == "w2" and key else 1
     shape = list(tensor.shape)
     shape[dim] //= granularity
 
     def load() -> Tensor:
+        # Expert i is part i % G of copy i // G, as the rows of the new router have it.
         parts = [part * scale if scale != 1 else part for part in tensor.load().chunk(granularity, dim)]
-        made = torch.stack(parts * (num_experts // granularity))
+        experts = torch.stack(parts * (num_experts // granularity))
         if noise and key:
-            for index, row in enumerate(made):
-                _add_noise(row, noise, f"{key}/{index}")
-        return made
+            for index, expert in enumerate(experts):
+                _add_noise(expert, noise, f"{key}/{index}")
+        return experts
 
     return Lazy((num_experts, *shape), tensor.dtype, load)
 
 
 def _new_router(config: Config, layer: int, granularity: int, seed: int) -> LazyTensors:
+    """The router of a layer, (E, D), with new weights, and its selection bias, (E,), of 0 if the model has one."""
     name, experts, dim = f"layers.{layer}.moe.router.weight", config.moe.num_experts, config.model.dim
 
     def load() -> Tensor:
+        # Equal rows for the parts of a copy: their logits are equal, and a token takes all of them or none.
         weight = torch.empty(experts // granularity, dim)
         fill_normal(weight, config.model.init_std, f"{seed}/{name}")
-        return weight.repeat_interleave(granularity, 0)
+        return weight.repeat_interleave(granularity, 0)  # (E / G, D) -> (E, D)
 
-    made = {f"model.{name}": Lazy((experts, dim), torch.float32, load)}
+    tensors = {f"model.{name}": Lazy((experts, dim), torch.float32, load)}
     with torch.device("meta"):
         has_bias = bool(build_model(config).expert_biases())
     if has_bias:
         bias = Lazy((experts,), torch.float32, lambda: torch.zeros(experts))
-        made[f"model.layers.{layer}.moe.expert_bias"] = bias
-    return made
+        tensors[f"model.layers.{layer}.moe.expert_bias"] = bias
+    return tensors
 
 
 def _with_states(config: Config, made: LazyTensors) -> LazyTensors:
@@ -239,11 +266,14 @@ def _with_states(config: Config, made: LazyTensors) -> LazyTensors:
 
 
 def _check_upcycling(before: Config, config: Config, granularity: int) -> None:
+    """Raise ValueError where copies can't be cut so, or the result could not compute what the dense model did."""
     moe = config.moe
     if not moe.num_experts:
         raise ValueError("upcycle needs --moe.num_experts above 0")
     if granularity < 1 or before.model.ffn_dim % granularity:
         raise ValueError(f"--granularity ({granularity}) must divide model.ffn_dim ({before.model.ffn_dim})")
+
+    # A token takes top_k / G copies: what a division leaves over would be a part of one.
     if moe.num_experts % granularity or moe.top_k % granularity:
         raise ValueError(
             f"--granularity ({granularity}) must divide moe.num_experts ({moe.num_experts}) and moe.top_k "
@@ -253,15 +283,17 @@ def _check_upcycling(before: Config, config: Config, granularity: int) -> None:
         raise ValueError("upcycle makes no shared experts: leave moe.num_shared_experts at 0")
 
 
-def _replan(name: str, tensor: Lazy, plan: Plan) -> Lazy:
-    """A tensor with a row for each old expert as one with a row for each new one."""
+def _apply_plan(name: str, tensor: Lazy, plan: Plan) -> Lazy:
+    """A tensor with a row for each old expert as one with a row for each new one, (E, ...) -> (new E, ...)."""
     is_weight = name.startswith("model.") and not is_balancer_state(name)
     is_counter = name.startswith("optimizer.") and len(tensor.shape) == 1
 
     def load() -> Tensor:
+        # The mean of two step counts counts nothing: the most important expert's stays. Noise is for the weights alone,
+        # not for moments, and not for the bias, which is one number for an expert.
         old = tensor.load()
-        made = torch.empty(len(plan), *old.shape[1:], dtype=old.dtype)
-        for index, (row, expert) in enumerate(zip(made, plan, strict=True)):
+        new = torch.empty(len(plan), *old.shape[1:], dtype=old.dtype)
+        for index, (row, expert) in enumerate(zip(new, plan, strict=True)):
             if len(expert.sources) == 1 or is_counter:
                 row.copy_(old[expert.sources[0]])
             else:
@@ -269,54 +301,56 @@ def _replan(name: str, tensor: Lazy, plan: Plan) -> Lazy:
                 row.copy_(torch.tensordot(weights, old[list(expert.sources)], 1))
             if expert.noise and is_weight and old.dim() > 1:
                 _add_noise(row, expert.noise, f"{name}/{index}")
-        return made
+        return new
 
     return Lazy((len(plan), *tensor.shape[1:]), tensor.dtype, load)
 
 
 def _add_noise(row: Tensor, noise: float, key: str) -> None:
+    """Add noise to an expert's weights in place; the same for the same key, whatever was drawn before."""
     generator = torch.Generator().manual_seed(seed_of(key))
     row += noise * row.std() * torch.randn(row.shape, generator=generator, dtype=row.dtype)
 
 
-def _expert_tensor(name: str) -> int | None:
-    """The layer whose experts a tensor has rows of, None where it has none."""
+def _layer_of_expert_tensor(name: str) -> int | None:
+    """The layer to whose experts a tensor belongs; None: to none."""
     for part in (".moe.experts.", ".moe.router.", ".moe.expert_bias", ".moe.balancer_state."):
-        head, found, _ = name.partition(part)
-        if found:
+        head, separator, _ = name.partition(part)
+        if separator:
             return int(head.rpartition(".")[2])
     return None
 
 
-def _configured(step_folder: Path, out: Path, overrides: list[str], trust_components: Sequence[str]) -> Config:
+def _new_config(step_folder: Path, out: Path, overrides: list[str], trust_components: Sequence[str]) -> Config:
     words = ["--job.dump_folder", str(out), *overrides]
     return load_saved(step_folder / "config.toml", words, trust_components=trust_components)
 
 
-def _check_shapes(config: Config, made: LazyTensors) -> None:
+def _check_shapes(config: Config, tensors: LazyTensors) -> None:
+    """Raise ValueError where these are not the tensors of the model: further overrides may have changed anything."""
     with torch.device("meta"):
         state = build_model(config).state_dict()
     wanted = {f"model.{name}": tuple(value.shape) for name, value in state.items()}
-    found = {name: tensor.shape for name, tensor in made.items() if name.startswith("model.")}
-    odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if odd:
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if name.startswith("model.")}
+    differing = sorted(name for name in wanted.keys() | shapes.keys() if wanted.get(name) != shapes.get(name))
+    if differing:
         raise ValueError(
-            f"the configuration asks for another model: {odd[0]} is {found.get(odd[0], 'missing')}, "
-            f"not {wanted.get(odd[0], 'in it')}"
+            f"the configuration asks for another model: {differing[0]} is {shapes.get(differing[0], 'missing')}, "
+            f"not {wanted.get(differing[0], 'in it')}"
         )
 
 
 def _fresh_values(config: Config) -> dict[str, Any]:
-    """What a checkpoint holds of the optimizer beside tensors: groups of names and their hyperparameters."""
+    """What a checkpoint holds of a new optimizer beside tensors: its groups of names and their hyperparameters."""
     with torch.device("meta"):
         model = build_model(config)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = build_optimizer(config, model).param_groups
     values: dict[str, Any] = {"groups": [[names[p] for p in group["params"]] for group in groups]}
     for group in groups:
-        own = {key: value for key, value in group.items() if key != "params"}
+        settings = {key: value for key, value in group.items() if key != "params"}
         for parameter in group["params"]:
-            values |= {f"optimizer.param_groups.{names[parameter]}.{key}": value for key, value in own.items()}
+            values |= {f"optimizer.param_groups.{names[parameter]}.{key}": value for key, value in settings.items()}
     return values
 
 
@@ -329,12 +363,13 @@ def _refuse_own_router(config: Config) -> None:
         )
 
 
-def _save(step_folder: Path, out: Path, config: Config, made: LazyTensors, values: dict[str, Any]) -> None:
+def _save(step_folder: Path, out: Path, config: Config, tensors: LazyTensors, values: dict[str, Any]) -> None:
+    """Write the new checkpoint at the old one's step, with its data position, tokens seen and tokenizer."""
     manifest, extra = read_manifest(step_folder), read_common(step_folder)["extra"]
     extra = {**extra, "choices": None} if "choices" in extra else extra  # of the old experts
     files = {"config.toml": to_toml(config), **read_tokenizer_files(step_folder)}
     with new_checkpoint(
-        out, manifest["step"], made, optimizer=manifest["optimizer"], values=values, extra=extra, files=files
+        out, manifest["step"], tensors, optimizer=manifest["optimizer"], values=values, extra=extra, files=files
     ):
         pass
     logger.info("wrote %s: %d experts, %d of them for each token", out, config.moe.num_experts, config.moe.top_k)

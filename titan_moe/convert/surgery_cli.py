@@ -39,6 +39,7 @@ VERBS = {
 
 def surgery(args: list[str]) -> int:
     """Change the experts of a checkpoint."""
+    # One parser for all verbs, because most of their options are the same; `_check` tells which don't fit the verb.
     verbs = "; ".join(f"{name}: {text}" for name, text in VERBS.items())
     parser = Parser("surgery.py", f"Write a checkpoint with other experts. {verbs}.")
     parser.add_argument("verb", choices=list(VERBS))
@@ -51,10 +52,14 @@ def surgery(args: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=16, help="batches to measure loads on; -1: all (16)")
     parser.add_argument("--data.path", dest="data_path", nargs="+", default=[], help="files to measure loads on")
     parser.add_trust()
+
+    # What the parser doesn't know is left to the configuration, which refuses what it doesn't know either.
     parser.epilog = "Further --section.key value change the configuration, for example --moe.top_k 4."
     options, overrides = parser.parse_known_args(args)
     _check(options)
     command.init_logging(world.read_world())
+
+    # A dense model has no experts whose load could be measured: upcycling needs no plan.
     if options.verb == "upcycle":
         overrides = ["--moe.num_experts", str(options.num_experts), *overrides]
         granularity, noise = options.granularity, options.noise
@@ -72,6 +77,7 @@ def surgery(args: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError for options that the verb needs or has no use for, and for noise that is no number."""
     if options.verb != "revive" and options.num_experts is None:
         raise ValueError(f"{options.verb} needs --num_experts N")
     if options.verb == "revive" and options.num_experts is not None:
@@ -89,10 +95,10 @@ def _planner(options: argparse.Namespace) -> Callable[[LazyTensors], list[Plan]]
         load_LE = measure_load(options.checkpoint, options.data_path, options.steps, options.trust_components)
         config = read_config(resolve_checkpoint(options.checkpoint), options.trust_components)
         layers = moe_layers(config) if options.verb == "merge" else range(len(load_LE))
-        made = [_plan(options, load_E, tensors, layer) for layer, load_E in zip(layers, load_LE, strict=True)]
-        if options.verb == "revive" and all(plan == [keep(e) for e in range(len(plan))] for plan in made):
+        layer_plans = [_plan(options, load_E, tensors, layer) for layer, load_E in zip(layers, load_LE, strict=True)]
+        if options.verb == "revive" and all(plan == [keep(e) for e in range(len(plan))] for plan in layer_plans):
             raise ValueError(f"no expert has a load of at most {options.threshold} times the mean: nothing to revive")
-        return made
+        return layer_plans
 
     return plans
 
@@ -108,7 +114,10 @@ def _plan(options: argparse.Namespace, load_E: Tensor, tensors: LazyTensors, lay
 
 
 def measure_load(checkpoint: Path, files: list[str], steps: int, trust_components: Sequence[str] = ()) -> Tensor:
-    """Tokens per expert (L, E) on batches of the run's validation data, or of `files`; `trust_components` as ever."""
+    """Tokens per expert (L, E) on `steps` batches of the run's validation data, or of `files`.
+
+    `trust_components` as in `load_model`.
+    """
     step_folder = resolve_checkpoint(checkpoint)
     words = ["--data.path", *files] if files else []
     config, files = evaluation_config(step_folder, [*words, "--validation.steps", str(steps)], trust_components)

@@ -28,9 +28,9 @@ from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
 from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, token_byte_lengths
 
 DATASETS = ("stdlib", "text", "fineweb_edu", "hf")
-STREAM_VALIDATION_TOKENS = 1 << 20  # of a stream, where validation.steps is -1
-STREAM_BPE_BYTES = 16 << 20
-BYTES_PER_TOKEN = 6  # more than English has, so that a sample of a stream has the tokens wanted of it
+STREAM_VALIDATION_TOKENS = 1 << 20  # a stream has no end: what "all of it" (validation.steps -1) stands for
+STREAM_BPE_BYTES = 16 << 20  # text of a stream on which a BPE is trained
+BYTES_PER_TOKEN = 6  # more than English has, so that a sample of a stream has enough tokens
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 T = TypeVar("T")
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class Data(NamedTuple):
-    """The data of a run: `validation` makes a new iterator over the validation set, None where there is no such set."""
+    """The data of a run. `validation()` returns a new iterator over the validation set; None where there is no set."""
 
     tokenizer: Tokenizer
     train: TrainLoader
@@ -47,7 +47,7 @@ class Data(NamedTuple):
 
 
 class _Wanted(NamedTuple):
-    """The settings that say what to prepare, and where."""
+    """The settings that decide what is prepared in the cache folder."""
 
     dataset: str
     path: str | Sequence[str]
@@ -62,11 +62,15 @@ class _Wanted(NamedTuple):
 
 
 class _Stream(NamedTuple):
+    """Training data that are read while training."""
+
     dataset: hub.HubDataset
     split: Split
 
 
 class _Prepared(NamedTuple):
+    """What batches are made of, the same on all ranks."""
+
     tokenizer: Tokenizer
     fingerprint: str
     train: TokenFile | _Stream
@@ -101,42 +105,47 @@ def build_data(
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
     `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`; `eot_token` ends every
-    document (empty: the one of the tokenizer's own files). Validation data are the files of `validation_path`, else
+    document (empty: the one that the tokenizer's files name). Validation data are the files of `validation_path`, else
     `validation_fraction` of the documents, chosen by the hash of their content, and one at least. On every node the one
-    process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size` of -1 is one
-    without accumulation. Where ranks have parts of sequences, `positions` (S',) are those of this rank, and batches are
-    (B, S'). They come on `device`. Errors: ValueError and OSError of one line.
+    process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size` of -1 is that of
+    one micro-batch a step. Where ranks share sequences, `positions` (S',) are those of this rank, and batches are
+    (B, S'). Batches are on `device`. Errors: ValueError and OSError of one line.
     """
+    # Mistakes in the settings are told before anything is read or written.
     size, local_batch_size = resolve_batch_sizes(global_batch_size, local_batch_size, dp_degree)
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"data.validation_fraction ({validation_fraction}) must be at least 0 and below 1")
     if path and dataset in ("stdlib", "fineweb_edu"):
         raise ValueError(f"data.path ({path}) has no use with data.dataset {dataset}: add --data.dataset text (or hf)")
+
+    # Whatever the layout, the same things are prepared: the cache is shared, and so is the split.
     fraction = 0.0 if validation_path else validation_fraction
     tokens = validation_steps * validation_local_batch_size * seq_len + 1
     tokens = STREAM_VALIDATION_TOKENS if validation_steps < 0 else tokens
     show = progress and is_main
     want = _Wanted(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show)
-    made = main_process_first(
-        partial(_prepare_stream if is_streamed(dataset) else _prepare_files, want), is_main, barrier
-    )
+    prepare = partial(_prepare_stream if is_streamed(dataset) else _prepare_files, want)
+    data = main_process_first(prepare, is_main, barrier)
 
-    where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
-    batch = {**where, "seed": seed, "local_batch_size": local_batch_size}
-    if isinstance(made.train, _Stream):
-        make = partial(_stream_loader, made, batch, size, num_workers, device)
+    # A loader is made anew for every position from which training goes on.
+    rank = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
+    batch = {**rank, "seed": seed, "local_batch_size": local_batch_size}
+    if isinstance(data.train, _Stream):
+        make = partial(_stream_loader, data, batch, size, num_workers, device)
     else:
-        _check_length(made.train, seq_len, "data.path")
-        make = partial(window_loader, WindowBatches(made.train, **batch), num_workers, device)
+        _check_length(data.train, seq_len, "data.path")
+        make = partial(window_loader, WindowBatches(data.train, **batch), num_workers, device)
+    loader = TrainLoader(make, f"{data.fingerprint}-{data.tokenizer.fingerprint}-{seq_len}", positions, device)
+
+    # Validation begins at the start of its set each time.
     validation = None
-    if made.validation is not None:
+    if data.validation is not None:
         key = "data.validation_path" if validation_path else f"data.validation_fraction ({fraction})"
-        _check_length(made.validation, seq_len, key)
-        share = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
-        held_out = partial(validation_batches, made.validation, **where, **share)
+        _check_length(data.validation, seq_len, key)
+        batches = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
+        held_out = partial(validation_batches, data.validation, **rank, **batches)
         validation = partial(_batches_on, device, positions, held_out)
-    loader = TrainLoader(make, f"{made.fingerprint}-{made.tokenizer.fingerprint}-{seq_len}", positions, device)
-    return Data(made.tokenizer, loader, validation, {"data": made.fingerprint, "tokenizer": made.tokenizer.fingerprint})
+    return Data(data.tokenizer, loader, validation, {"data": data.fingerprint, "tokenizer": data.tokenizer.fingerprint})
 
 
 def build_validation(
@@ -155,17 +164,20 @@ def build_validation(
     endpoint: str = hub.HUB_ENDPOINT,
     device: torch.device = CPU,
 ) -> Callable[[], Batches]:
-    """Return what makes an iterator over all the documents of some files, to evaluate a model on `device` on them."""
+    """Return a function that gives an iterator over all documents of some files, to evaluate a model on them.
 
-    def work() -> TokenCache:
+    Arguments and errors are those of `build_data`; the batches (b, S) are those of `validation_batches`, on `device`.
+    """
+
+    # All of the files are validation data, so that no document is left out and none needs a hash.
+    def build() -> TokenCache:
         corpus = make_corpus([], find_files(path), fraction=0.0, folder=cache_folder)
-        made = load_tokenizer(tokenizer, endpoint)
-        return build_cache(corpus, made, cache_folder, progress=progress and is_main)
+        return build_cache(corpus, load_tokenizer(tokenizer, endpoint), cache_folder, progress=progress and is_main)
 
-    file = main_process_first(work, is_main, barrier).validation
+    file = main_process_first(build, is_main, barrier).validation
     _check_length(file, seq_len, "data.path")
-    where = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
-    batches = partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **where)
+    rank = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
+    batches = partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **rank)
     return partial(_batches_on, device, None, batches)
 
 
@@ -174,14 +186,17 @@ def _batches_on(device: torch.device, positions: Tensor | None, make: Callable[[
 
 
 def token_bytes(tokenizer: Tokenizer) -> Tensor:
-    """Return the UTF-8 bytes each token stands for (vocab_size,), int64: bits per byte = nats / ln 2 / their sum."""
+    """Return the UTF-8 bytes each token stands for (vocab_size,), int64.
+
+    The bits per byte of a text are its cross-entropy in nats / ln 2 / the sum of its tokens' bytes.
+    """
     return torch.tensor(token_byte_lengths(tokenizer))
 
 
 def resolve_batch_sizes(global_batch_size: int, local_batch_size: int, dp_degree: int) -> tuple[int, int]:
-    """Return the sequences of a step and of a rank's forward pass; a -1 is what the other makes it, one pass a step.
+    """Return the sequences of a step (global) and of a rank's forward pass (local).
 
-    Raises ValueError where they don't divide.
+    A -1 is what the other number makes it when there is one pass a step. Raises ValueError where they don't divide.
     """
     local = max(1, global_batch_size // dp_degree) if local_batch_size == -1 else local_batch_size
     sequences_per_pass = local * dp_degree
@@ -195,6 +210,7 @@ def resolve_batch_sizes(global_batch_size: int, local_batch_size: int, dp_degree
 
 def main_process_first(work: Callable[[], T], is_main: bool, barrier: Callable[[], object] | None) -> T:
     """Do idempotent work in every process, the main one first; when it fails, the others go on and fail alike."""
+    # The main process reaches its barrier even when it fails: the others would wait for it for ever.
     if barrier is not None and not is_main:
         barrier()
     try:
@@ -222,30 +238,35 @@ def _check_length(file: TokenFile, seq_len: int, key: str) -> None:
 
 
 def _stream_loader(
-    made: _Prepared, batch: dict[str, Any], size: int, num_workers: int, device: torch.device, state: dict[str, Any]
+    data: _Prepared, batch: dict[str, Any], size: int, num_workers: int, device: torch.device, state: dict[str, Any]
 ) -> StatefulDataLoader:
-    stream = made.train
+    stream = data.train
     assert isinstance(stream, _Stream)
     check_lanes(state, size)
-    files = made.tokenizer.files
+    files = data.tokenizer.files
     batches = LaneBatches(stream.dataset, files, stream.split, global_batch_size=size, state=state, **batch)
     return make_loader(batches, min(num_workers, 1), device)  # a lane is one line of documents: it has one reader
 
 
 def _prepare_files(want: _Wanted) -> _Prepared:
+    """Tokenize files into the cache: training data, and validation data of their own or a fraction."""
     files, kind = (stdlib_files(), "source") if want.dataset == "stdlib" else (find_files(want.path), "")
     held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
 
     def tokenize(fraction: float) -> tuple[Corpus, Tokenizer, TokenCache]:
         corpus = make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
-        made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
-        return corpus, made, build_cache(corpus, made, want.folder, progress=want.progress)
+        tokenizer = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
+        return corpus, tokenizer, build_cache(corpus, tokenizer, want.folder, progress=want.progress)
 
-    corpus, made, cache = tokenize(want.fraction)
+    # Of few documents a small fraction may be none, or a large one all. Tokenizing them twice costs less than reading
+    # every corpus once more to know before.
+    corpus, tokenizer, cache = tokenize(want.fraction)
     if want.fraction and not all(cache.num_documents.values()):
-        fraction = fraction_for_both(corpus, want.folder)  # of few documents a small fraction may be none, or all
+        fraction = fraction_for_both(corpus, want.folder)
         log.info("data.validation_fraction is taken as %.3g: one document at least on either side", fraction)
-        corpus, made, cache = tokenize(fraction)
+        corpus, tokenizer, cache = tokenize(fraction)
+
+    # One document can't be on both sides, and files may turn out to hold none.
     is_split = bool(held_out or want.fraction)
     count = cache.num_documents
     if is_split and not all(count.values()):
@@ -253,28 +274,36 @@ def _prepare_files(want: _Wanted) -> _Prepared:
             f"data.validation_fraction ({want.fraction}) divides the documents into {count['train']} for training and "
             f"{count['validation']} for validation: choose another fraction, or files with --data.validation_path"
         )
-    return _Prepared(made, corpus.fingerprint, cache.train, cache.validation if is_split else None)
+    return _Prepared(tokenizer, corpus.fingerprint, cache.train, cache.validation if is_split else None)
 
 
 def _prepare_stream(want: _Wanted) -> _Prepared:
+    """Find a stream, and write what is needed of it before training: text for a BPE and the validation data."""
     path = want.path if isinstance(want.path, str) else ",".join(want.path)
     if want.dataset == "hf" and not path:
         raise ValueError(f"data.path is empty: data.dataset hf needs the name of a data set, e.g. {hub.FINEWEB_EDU}")
     source = hub.find_dataset(hub.FINEWEB_EDU if want.dataset == "fineweb_edu" else path, want.endpoint)
     sample = partial(sample_stream, source, fraction=want.fraction, folder=want.folder, progress=want.progress)
+
+    # A BPE is trained on the beginning of the stream, on training documents alone.
     if bpe_vocab_size(want.tokenizer):
         corpus = make_corpus([sample("train", num_bytes=STREAM_BPE_BYTES)], fraction=0.0, folder=want.folder)
-        made = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
+        tokenizer = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
     else:
-        made = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
+        tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
+
+    # Validation data are files, which are read again and again, even where they are a part of the stream.
     held_out = []
     if want.validation_path:
         held_out = find_files(want.validation_path, "data.validation_path")
     elif want.fraction:
         held_out = [sample("validation", num_bytes=want.validation_tokens * BYTES_PER_TOKEN)]
+
+    # Documents of validation files are left out of the stream by their hashes. Those of a sample need none: the
+    # fraction leaves them out.
     split, file = Split(want.fraction), None
     if held_out:
         corpus = make_corpus([], held_out, fraction=0.0, folder=want.folder)
-        file = build_cache(corpus, made, want.folder, progress=want.progress).validation
+        file = build_cache(corpus, tokenizer, want.folder, progress=want.progress).validation
         split = make_split(corpus, want.folder) if want.validation_path else split
-    return _Prepared(made, f"{source.path}:{source.config or ''}@{source.revision}", _Stream(source, split), file)
+    return _Prepared(tokenizer, f"{source.path}:{source.config or ''}@{source.revision}", _Stream(source, split), file)

@@ -3,11 +3,11 @@
 A cache lives in a folder named by what it is made of (content of the files, split, tokenizer). Shards are tokenized
 into part files, and finished parts survive a kill. At the end the parts become train.bin and validation.bin, and
 meta.json is written last: a folder with a meta.json is complete. Every file gets its name by a rename when it is whole,
-and a name always stands for the same bytes, so two runs that build at once both end right; a lock keeps them from doing
+and a name always stands for the same bytes. So two runs that build at once both end right; a lock keeps them from doing
 the work twice. While the parts are joined the disk holds the tokens twice.
 
-meta.json has checksums of the tokens, taken by the workers that made them, a part at a time. They are checked when a
-cache is opened for the first time, and again where a file of it is no longer the same; what is damaged is built anew.
+meta.json has a checksum for the tokens of each part, taken by the worker that made them. Checksums are compared when a
+cache is opened for the first time, and again when one of its files has changed; a damaged cache is built anew.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ from titan_moe.runtime.files import crc32_of, new_file, remove_leftovers, write_
 SPLITS = ("train", "validation")
 COUNT_NAMES = ("num_tokens", "num_documents", "num_bytes", "num_nulls")
 META, CHECKED = "meta.json", "checked.json"
-LARGE_BYTES = 4 << 30  # from here on reading all of it takes a while, and is said
-PIECE_BYTES = 16 << 20  # what one checksum is of in a cache from before there were any
+LARGE_BYTES = 4 << 30  # comparing checksums of more takes a while, and is logged
+PIECE_BYTES = 16 << 20  # of one checksum, in a cache of a version that took none
 log = logging.getLogger(__name__)
 
 
@@ -62,10 +62,12 @@ class TokenCache(NamedTuple):
 
 
 class _Job(NamedTuple):
+    """A shard to tokenize, and all that a worker needs for it."""
+
     shard: Shard
     split: Split | None  # None: all of it is validation data
-    output: str
-    tokenizer: str
+    output: str  # the path of its part files, without their endings
+    tokenizer: str  # the folder of the tokenizer's files
 
 
 @functools.lru_cache(maxsize=16)
@@ -76,7 +78,12 @@ def _map(file: TokenFile) -> np.ndarray:
 def build_cache(
     corpus: Corpus, tokenizer: Tokenizer, folder: str, *, num_processes: int = 0, progress: bool = True
 ) -> TokenCache:
-    """Return the cache of a corpus, built now unless it is there; `num_processes` 0 means one per core."""
+    """Return the cache of a corpus, built now unless it is there; `num_processes` 0 means one per core.
+
+    Errors: OSError of one line where the folder can't be used, ValueError for data that can't be read.
+    """
+    # Opened again under the lock, because another process may have built it meanwhile; and after building, because that
+    # reads the checksums back from the disk.
     home = Path(folder) / digest([corpus.fingerprint, tokenizer.fingerprint])
     with storage_errors(folder):
         cache = _usable_cache(home)
@@ -106,6 +113,7 @@ def open_cache(home: Path, *, check: bool = False) -> TokenCache | None:
     Its checksums are compared when it is opened for the first time or has changed since, and with `check` in any case.
     Raises DamagedError.
     """
+    # Written last: without it the cache is not complete.
     meta = read_sealed(home / META)
     if meta is None:
         return None
@@ -115,17 +123,21 @@ def open_cache(home: Path, *, check: bool = False) -> TokenCache | None:
         sizes = [file.num_tokens * np.dtype(file.dtype).itemsize for file in files]
     except (KeyError, TypeError) as error:
         raise DamagedError(f"{home / META} is damaged: {type(error).__name__}") from error
+
+    # Sizes are compared every time, because that costs nothing; checksums only when they have to be.
     for file, size in zip(files, sizes, strict=True):
         if not os.path.exists(file.path) or os.path.getsize(file.path) != size:  # lost in a power cut, or by hand
             raise DamagedError(f"{file.path} is damaged: it does not have its {size} bytes")
-    if "checksums" not in meta:  # of an earlier version
+
+    # Caches of an earlier version stay in use.
+    if "checksums" not in meta:
         _add_checksums(home, meta)
     _check_tokens(home, meta["checksums"], check)
     return cache
 
 
 def _add_checksums(home: Path, meta: dict[str, Any]) -> None:
-    """Take the checksums of a cache that has none: what it holds now is what they will keep."""
+    """Take the checksums of a cache that has none, from its files as they are now."""
     meta["checksums"] = {}
     for name in SPLITS:
         path = home / f"{name}.bin"
@@ -138,23 +150,26 @@ def _add_checksums(home: Path, meta: dict[str, Any]) -> None:
 
 def _check_tokens(home: Path, checksums: dict[str, list[tuple[int, str]]], check: bool) -> None:
     """Raise DamagedError where a token file does not have its checksums (size and CRC-32 of each piece)."""
+    # Files that were compared once and have not changed since are not read again. Their identities are taken before
+    # they are read, so that a change in the meantime shows the next time.
     paths = {name: home / f"{name}.bin" for name in SPLITS}
-    identities = {name: _identity(path) for name, path in paths.items()}  # before they are read
+    identities = {name: _identity(path) for name, path in paths.items()}
     with contextlib.suppress(DamagedError):
         if not check and read_sealed(home / CHECKED) == identities:
             return
 
-    pieces, right = [], []
+    # A piece is what one worker wrote; its place in the file follows from the sizes of those before it.
+    pieces, expected = [], []
     for name in SPLITS:
         sizes = [size for size, _ in checksums[name]]
         pieces += [(paths[name], end - size, size) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-        right += [crc for _, crc in checksums[name]]
+        expected += [crc for _, crc in checksums[name]]
     if (total := sum(size for *_, size in pieces)) > LARGE_BYTES:
         log.info("comparing %.1f GB of tokens in %s with their checksums", total / 1e9, home)
-    for (path, start, size), crc, kept in zip(pieces, _crc32s(pieces), right, strict=True):
-        if crc != kept:
+    for (path, start, size), crc, right_crc in zip(pieces, _crc32s(pieces), expected, strict=True):
+        if crc != right_crc:
             with contextlib.suppress(OSError):
-                (home / CHECKED).unlink()  # whoever opens it next is to find that, too
+                (home / CHECKED).unlink()  # or the next process would take the file for checked
             raise DamagedError(f"{path} is damaged: bytes {start} to {start + size} do not have their checksum")
 
     with contextlib.suppress(OSError):  # a folder that is only read: it is checked again the next time
@@ -162,25 +177,30 @@ def _check_tokens(home: Path, checksums: dict[str, list[tuple[int, str]]], check
 
 
 def _crc32s(pieces: Sequence[tuple[Path, int, int]]) -> list[str]:
-    """The checksums of pieces (path, first byte, size) of files, which threads read side by side."""
+    """Return the checksums of pieces (path, first byte, size) of files, read in parallel by threads."""
     with ThreadPoolExecutor(available_cpus()) as pool:
         return list(pool.map(lambda piece: crc32_of(*piece), pieces))
 
 
 def _identity(path: Path) -> list[int]:
-    """What changes when a file does, whatever time is set on it."""
+    """Return numbers that change when a file does, even where its modification time is set back."""
     stat = path.stat()
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int, progress: bool) -> None:
+    """Tokenize a corpus in worker processes, and join the parts."""
+    # Workers are fresh processes: each loads the tokenizer from these files, once.
     parts = home / "parts"
     parts.mkdir(exist_ok=True)
     for name, content in tokenizer.files.items():
         write_atomic(parts / name, content)
+
+    # A part's name is its number in the plan, which depends on the files alone: what a killed run has finished is found
+    # again.
     split = make_split(corpus, str(home.parent)) if corpus.train else Split(0.0)
     shards = [(shard, None) for shard in corpus.validation] + [(shard, split) for shard in corpus.train]
-    jobs = [_Job(shard, how, str(parts / f"{index:06d}"), str(parts)) for index, (shard, how) in enumerate(shards)]
+    jobs = [_Job(*shard, str(parts / f"{index:06d}"), str(parts)) for index, shard in enumerate(shards)]
     todo = [job for job in jobs if not _is_done(job)]
     log.info("tokenizing into %s: %d of %d parts to do", home, len(todo), len(jobs))
     try:
@@ -191,12 +211,15 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
     finally:
         remove_leftovers(parts)  # of workers that were ended
 
+    # Joined in the order of the plan, whichever worker was first, so that a cache is the same on every machine.
     results = [read_sealed(Path(f"{job.output}.json")) or {} for job in jobs]
     for name in SPLITS:
         with new_file(home / f"{name}.bin") as file:
             for job in jobs:
                 with open(f"{job.output}.{name}.bin", "rb") as part:
                     shutil.copyfileobj(part, file, 1 << 22)
+
+    # The parts are deleted only after meta.json is there: until then they are what a killed run goes on from.
     totals = {key: {name: sum(result[key][name] for result in results) for name in SPLITS} for key in COUNT_NAMES}
     checksums = {name: [result["checksums"][name] for result in results] for name in SPLITS}
     write_sealed(home / META, {"dtype": tokenizer.dtype.name, **totals, "checksums": checksums})
@@ -207,7 +230,7 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
 
 
 def _is_done(job: _Job) -> bool:
-    """Whether a part is there as its worker has made it; one of a version that had no checksums is done again."""
+    """Whether a part is there as its worker made it; a part of a version that took no checksums is done again."""
     with made_anew():
         checksums = (read_sealed(Path(f"{job.output}.json")) or {}).get("checksums")
         return checksums is not None and all(
@@ -223,9 +246,10 @@ def _show_progress(counts: Iterator[int], jobs: Sequence[_Job], todo: Sequence[_
     def text_size(some: Sequence[_Job]) -> int:
         return sum(piece.size for job in some for piece in job.shard)
 
+    # The bar counts bytes of text. How many an archive holds is known only at its end: without a total then.
     packed = any(piece.path.endswith(sources.COMPRESSIONS) for job in jobs for piece in job.shard)
     with tqdm(
-        total=None if packed else text_size(jobs),  # how much text is in an archive shows at its end
+        total=None if packed else text_size(jobs),
         initial=text_size(jobs) - text_size(todo),
         desc="tokenizing",
         unit="B",
@@ -237,7 +261,8 @@ def _show_progress(counts: Iterator[int], jobs: Sequence[_Job], todo: Sequence[_
             bar.update(count)
 
 
-# Once in a worker, which tokenizes shard after shard of one corpus: a tokenizer takes as long to load as half a shard.
+# Loaded once in a worker, which tokenizes shard after shard of one corpus: loading a tokenizer takes as long as
+# tokenizing half a shard.
 _load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
 _load_held_out = functools.lru_cache(maxsize=1)(load_held_out)
 
@@ -249,24 +274,30 @@ def tokenize_shard(job: _Job) -> Iterator[int]:
     counts = {key: dict.fromkeys(SPLITS, 0) for key in COUNT_NAMES}
     sizes, crcs, done = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), 0
     with contextlib.ExitStack() as stack:
+        # Rows without a text are no error, but counted, so that they are warned of at the end.
         files = {name: stack.enter_context(new_file(Path(f"{job.output}.{name}.bin"))) for name in SPLITS}
         for text in texts(job.shard):
             if not text:
                 counts["num_nulls"]["train" if job.split else "validation"] += text is None
                 continue
+
+            # No name is a copy of a held-out document: it belongs to neither side.
             data = text.encode()
             name = side(data, job.split, held_out) if job.split else "validation"
             done += len(data)
             if name:
                 ids = tokenizer.encode_document(text)
-                written = ids.tobytes()
-                sizes[name] += files[name].write(written)
-                crcs[name] = zlib.crc32(written, crcs[name])
+                # The checksum is of what was in memory, so that it also shows what the disk or a copy got wrong.
+                token_bytes = ids.tobytes()
+                sizes[name] += files[name].write(token_bytes)
+                crcs[name] = zlib.crc32(token_bytes, crcs[name])
                 for key, count in (("num_tokens", len(ids)), ("num_documents", 1), ("num_bytes", len(data))):
                     counts[key][name] += count
             if done >= 1 << 20:
                 yield done
                 done = 0
+
+    # Written after its token files have their names: a part with this file is done.
     checksums = {name: [sizes[name], f"{crcs[name]:08x}"] for name in SPLITS}
     write_sealed(Path(f"{job.output}.json"), {**counts, "checksums": checksums})
     yield done

@@ -1,4 +1,4 @@
-"""A corpus: the files to tokenize, how their documents are split, and what is made from them once (hashes, a BPE)."""
+"""A corpus: the files to tokenize, how their documents are split, and what is made of them once (hashes, a BPE)."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, 
 
 VERSION = 1  # raise it when the same input gives other tokens, splits or files
 BPE_CHARS = 32 << 20  # a BPE is trained on at most this much text, spread over the data set
-MEMO_BYTES = 8 << 20  # files from this size on have their content hash remembered
+MEMO_BYTES = 8 << 20  # the content hashes of files from this size on are remembered
 log = logging.getLogger(__name__)
 
 
@@ -60,10 +60,14 @@ def make_corpus(
     """
     train, validation = tuple(sources.plan_shards(files, kind)), tuple(sources.plan_shards(validation_files))
     every = [*files, *validation_files]
+
+    # Files without a byte would end in an error about fractions or lengths, far from its cause.
     if not any(piece.size for shard in (*train, *validation) for piece in shard):
         raise ValueError(
             f"data.path: no data: {every[0]} is empty{f', and {len(every) - 1} more' if every[1:] else ''}"
         )
+
+    # The fingerprint leaves out the names of files, except for the format, which decides how they are read.
     kinds = [kind or sources.kind_of(path) for path in files] + [sources.kind_of(path) for path in validation_files]
     content = list(zip(kinds, _hash_files(every, folder), strict=True))
     fingerprint = digest([content, len(files), fraction])
@@ -77,6 +81,7 @@ def digest(content: object) -> str:
 
 def _hash_files(files: Sequence[str], folder: str) -> list[str]:
     """Return content hashes; those of big files are remembered by path, size, inode, mtime and ctime."""
+    # A cache is named by the content of its files, and to read all of a large corpus would delay every start.
     memo_path = Path(folder) / "file_hashes.json"
     memo: dict[str, str] = {}
     with storage_errors(folder), made_anew():
@@ -88,6 +93,8 @@ def _hash_files(files: Sequence[str], folder: str) -> list[str]:
         if stat.st_size >= MEMO_BYTES and key in memo:
             return memo[key]
         content = hashlib.blake2b(digest_size=16)
+
+        # A block at a time, whatever the size of the file, and not buffered twice.
         with open(path, "rb", buffering=0) as file:
             while block := file.read(1 << 22):
                 content.update(block)
@@ -95,6 +102,8 @@ def _hash_files(files: Sequence[str], folder: str) -> list[str]:
             memo[key] = content.hexdigest()
         return content.hexdigest()
 
+    # In threads: hashing and reading both leave the interpreter's lock to others. An error of the user's files is told
+    # with their name, one of the cache folder below with its own.
     known = len(memo)
     try:
         with ThreadPoolExecutor(available_cpus()) as pool:
@@ -109,7 +118,7 @@ def _hash_files(files: Sequence[str], folder: str) -> list[str]:
 
 
 def document_hash(data: bytes) -> int:
-    """Return the 64-bit hash that decides a document's split: exact copies land on the same side."""
+    """Return the 64-bit hash that decides a document's side: exact copies are on the same side."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
@@ -119,7 +128,7 @@ def load_held_out(split: Split) -> frozenset[int]:
 
 
 def side(data: bytes, split: Split, held_out: frozenset[int]) -> str:
-    """Return "train", "validation", or "" for a copy of a held-out document, which is dropped."""
+    """Return the side of a document: "train", "validation", or "" for a copy of a held-out one, which is dropped."""
     number = document_hash(data)
     if number < split.fraction * 2.0**64:
         return "validation"
@@ -127,26 +136,28 @@ def side(data: bytes, split: Split, held_out: frozenset[int]) -> str:
 
 
 def make_split(corpus: Corpus, folder: str) -> Split:
-    """Return how the corpus is divided; hashes the documents of its validation files first where it has some."""
+    """Return how the corpus is divided; where it has validation files, their documents are hashed first."""
     if not corpus.validation:
         return Split(corpus.fraction)
     return Split(corpus.fraction, _hash_file(corpus.validation, f"held-out-{corpus.fingerprint}.npy", folder))
 
 
 def fraction_for_both(corpus: Corpus, folder: str) -> float:
-    """Return the fraction next to the corpus's that leaves a document on either side, or its own where none does.
+    """Return the fraction nearest to the corpus's that leaves a document on either side, or its own where none does.
 
-    That takes two documents that differ. They are all read for it once, which is quick beside tokenizing them.
+    That takes two documents that differ. All documents are read once for it, which is quick beside tokenizing them.
     """
+    # Validation data are the documents whose hash is below fraction * 2^64: at least the smallest hash, never the
+    # largest. The hashes come sorted, each once.
     hashes = np.load(_hash_file(corpus.train, f"hashes-{corpus.fingerprint}.npy", folder))
     if len(hashes) < 2:
         return corpus.fraction
-    least, most = int(hashes[0]) / 2**64, int(hashes[-1]) / 2**64  # validation data are the documents below a hash
+    least, most = int(hashes[0]) / 2**64, int(hashes[-1]) / 2**64
     return min(max(corpus.fraction, math.nextafter(least, 1)), math.nextafter(most, 0))
 
 
 def _hash_file(shards: Sequence[Shard], name: str, folder: str) -> str:
-    """Return the path of the file of the hashes of some shards' documents, written now unless it is there."""
+    """Return the path of a file with the hashes of some shards' documents, written now unless it is there."""
     path = os.path.join(folder, name)
     if not is_usable(path):
         with storage_errors(folder):
@@ -170,6 +181,9 @@ def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str, eot_
     vocab_size = bpe_vocab_size(name)
     if vocab_size is None:
         return load_tokenizer(name, endpoint, eot_token)
+
+    # A BPE is trained once, by one process, and found again by the corpus's fingerprint. A worker trains it, because
+    # after the library's threads a fork of this process would not be safe.
     path = os.path.join(folder, f"bpe-{vocab_size}-{corpus.fingerprint}.json")
     with storage_errors(folder):
         if not is_usable(path):
@@ -190,7 +204,7 @@ def train_bpe_file(job: tuple[Corpus, Split, int, str]) -> Iterator[int]:
 
 
 def _bpe_texts(corpus: Corpus, split: Split) -> Iterator[str]:
-    """Yield training documents from evenly spread shards, `BPE_CHARS` characters at most and at least one document."""
+    """Yield training documents of evenly spread shards, until there are `BPE_CHARS` characters of them."""
     held_out = load_held_out(split)
     every = -(-sum(piece.size for shard in corpus.train for piece in shard) // BPE_CHARS)
     room = BPE_CHARS

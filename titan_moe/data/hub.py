@@ -1,4 +1,7 @@
-"""The Hugging Face hub, an optional extra: whether it can be reached (told in seconds), its files, its data sets."""
+"""The Hugging Face hub, an optional extra: whether it can be reached, its files, its data sets.
+
+Before its libraries are asked for anything, a request with a time limit tells whether there is a hub to ask.
+"""
 
 import hashlib
 import logging
@@ -23,8 +26,9 @@ log = logging.getLogger(__name__)
 def check_hub(endpoint: str, advice: str, timeout: float = 6.0) -> None:
     """Raise an `OSError` of one line that ends in `advice` unless `endpoint` answers at all within `timeout` seconds.
 
-    Goes through the proxies that are set. In a thread, because looking a name up has no time limit of its own.
+    Goes through the proxies that are set.
     """
+    # The thread replaces this by what it learns; it stays when the thread is not done in time.
     failures: list[str] = [f"no answer in {timeout:g} s"]
 
     def ask() -> None:
@@ -33,10 +37,11 @@ def check_hub(endpoint: str, advice: str, timeout: float = 6.0) -> None:
                 failures.clear()
         except urllib.error.HTTPError as error:
             error.close()
-            failures.clear()  # it answers
+            failures.clear()  # an error of the server is an answer, too
         except (OSError, ValueError) as error:
             failures[:] = [str(getattr(error, "reason", error))]
 
+    # In a thread, because looking a name up has no time limit of its own; a daemon, so that it can be left behind.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)
@@ -45,11 +50,15 @@ def check_hub(endpoint: str, advice: str, timeout: float = 6.0) -> None:
 
 
 def download_file(repo: str, name: str, endpoint: str, advice: str) -> str:
-    """Return the local copy of a file of a hub repository, from the hub's own cache where that has it."""
+    """Return the path of the local copy of a hub repository's file, which is downloaded unless the hub's cache has it.
+
+    Errors of one line that end in `advice`: the extra is not installed, the hub can't be reached, it has no such file.
+    """
     if find_spec("huggingface_hub") is None:
         raise ValueError(f"{repo} is no local file, and the hub needs `{INSTALL}`; or {advice}")
     import huggingface_hub
 
+    # The cache is asked first: what it has needs no network.
     cached = huggingface_hub.try_to_load_from_cache(repo, name)
     if isinstance(cached, str):
         return cached
@@ -61,30 +70,33 @@ def download_file(repo: str, name: str, endpoint: str, advice: str) -> str:
 
 
 def find_files(repo: str, names: Sequence[str], endpoint: str) -> dict[str, str]:
-    """Return the local copies of those files that a hub repository has, by name.
+    """Return the paths of the local copies of those of `names` that a hub repository has, by name.
 
-    Where the hub can't be reached, what its own cache does not know of is left out, with a warning.
+    Where the hub can't be reached, the files that its cache does not have are left out, with a warning.
     """
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
+    # The cache gives a path, or None where it knows nothing, or a mark of its own for a file that does not exist.
     known = {name: huggingface_hub.try_to_load_from_cache(repo, name) for name in names}
-    found = {name: path for name, path in known.items() if isinstance(path, str)}
-    unknown = [name for name, path in known.items() if path is None]  # others are known to be absent
+    paths = {name: path for name, path in known.items() if isinstance(path, str)}
+    unknown = [name for name, path in known.items() if path is None]
+
+    # These files are optional, so without a network the run goes on; but it says what it may miss.
     if unknown:
         try:
             check_hub(endpoint, f"{repo} is used without {', '.join(unknown)}, if it has them")
         except OSError as error:
             log.warning("%s", error)
-            return found
+            return paths
     for name in unknown:
         try:
-            found[name] = huggingface_hub.hf_hub_download(repo, name, endpoint=endpoint, etag_timeout=10)
+            paths[name] = huggingface_hub.hf_hub_download(repo, name, endpoint=endpoint, etag_timeout=10)
         except EntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
             raise OSError(f"{repo}: {name}: {_first_line(error)}") from error
-    return found
+    return paths
 
 
 class HubDataset(NamedTuple):
@@ -95,15 +107,19 @@ class HubDataset(NamedTuple):
     revision: str
 
     def open(self, state: dict[str, Any] | None = None) -> Any:
-        """Return the `datasets` stream of split `train`, going on at `state` without reading what lies before it."""
+        """Return the `datasets` stream of split `train`, going on at `state` without reading what lies before it.
+
+        Errors: ValueError of one line where there is no such data set or it can't be read.
+        """
         from datasets import load_dataset
 
+        # A folder's revision is a hash of its files, which `datasets` knows nothing of.
         revision = None if os.path.isabs(self.path) else self.revision
         try:
             stream = load_dataset(self.path, self.config, split="train", streaming=True, revision=revision)
         except (OSError, ValueError) as error:  # no such data set, configuration or split, no files in it
             raise ValueError(f"data.path ({self.path}): {_first_line(error)}; or {USE_FILES}") from error
-        except Exception as error:  # it reads the first rows
+        except Exception as error:  # opening reads the first rows: anything that reading may raise
             raise self._unreadable(error) from error
         if state:
             stream.load_state_dict(state)
@@ -116,10 +132,13 @@ class HubDataset(NamedTuple):
         """
         nulls = 0
         for row in self._rows(stream):
-            text = row.get("text", row)  # a row is no string
+            # Without a column `text` this is the row, which is no string: one error for both.
+            text = row.get("text", row)
+
+            # A stream has no end at which to tell their number, so it is told at 1, 2, 4, ... of them.
             if text is None:
                 nulls += 1
-                if nulls.bit_count() == 1:  # 1, 2, 4, ... of them: a stream has no end at which to count
+                if nulls.bit_count() == 1:
                     log.warning("data.path (%s): rows without a text (null) left out so far: %d", self.path, nulls)
                 continue
             if not isinstance(text, str):
@@ -127,7 +146,7 @@ class HubDataset(NamedTuple):
             yield text
 
     def _rows(self, stream: Any) -> Iterator[dict[str, Any]]:
-        """Yield the rows; whatever the libraries raise that read and unpack files becomes one line."""
+        """Yield the rows; whatever the libraries raise while they read and unpack files becomes one line."""
         rows = iter(stream)
         while True:
             try:
@@ -148,6 +167,7 @@ def find_dataset(path: str, endpoint: str = HUB_ENDPOINT) -> HubDataset:
 
     Errors, within seconds: `datasets` is not installed, the hub can't be reached, there is no such data set.
     """
+    # Both are told before the stream is opened: a resumption would fail long after the run began.
     if find_spec("datasets") is None:
         raise ValueError(f"data.dataset: streaming {path} needs `{INSTALL}`; or {USE_FILES}")
     if (version := metadata.version("datasets")) in FORGETFUL:
@@ -155,10 +175,14 @@ def find_dataset(path: str, endpoint: str = HUB_ENDPOINT) -> HubDataset:
             f"data.dataset: datasets {version} loses its place in a stream at the second resume: install another "
             f"version ({INSTALL}); or {USE_FILES}"
         )
+
+    # A folder has no revision. Its files' names, sizes and times stand for one, so that a change of them is noticed.
     if os.path.isdir(path):
         stats = [(file.name, file.stat()) for file in sorted(os.scandir(path), key=lambda file: file.name)]
         content = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
         return HubDataset(os.path.abspath(path), None, hashlib.sha256(content.encode()).hexdigest()[:16])
+
+    # A name of the hub is asked about there; anything else is more likely a folder that does not exist.
     name, _, config = path.partition(":")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise ValueError(
@@ -167,6 +191,7 @@ def find_dataset(path: str, endpoint: str = HUB_ENDPOINT) -> HubDataset:
     check_hub(endpoint, USE_FILES)
     import huggingface_hub
 
+    # The revision is pinned, so that a run that is resumed reads the same rows.
     try:
         revision = huggingface_hub.HfApi(endpoint=endpoint).dataset_info(name, timeout=10).sha
     except (OSError, ValueError) as error:

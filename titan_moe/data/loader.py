@@ -40,11 +40,13 @@ def permute(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarra
     below `size` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", method 2). Unlike the permutations
     of numpy and torch it needs no memory and stays the same in every version of every library.
     """
+    # The bits are cut into two halves, of which the upper one has the odd bit. Each needs one at least.
     data = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
     bits = max(2, (size - 1).bit_length())
     low_bits = np.uint64(bits // 2)
     masks = (np.uint64((1 << (bits - bits // 2)) - 1), np.uint64((1 << bits // 2) - 1))
 
+    # Each round changes one half by a hash of the other, which can be undone: hence a permutation, of 2^bits numbers.
     def encrypt(values: np.ndarray) -> np.ndarray:
         halves = [values >> low_bits, values & masks[1]]
         for index, round_key in enumerate(np.frombuffer(data, "<u8")):
@@ -54,12 +56,14 @@ def permute(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarra
             halves[index % 2] ^= (mixed ^ (mixed >> np.uint64(31))) & masks[index % 2]
         return (halves[0] << low_bits) | halves[1]
 
-    found = encrypt(positions.astype(np.uint64))
-    while (outside := found >= size).any():
-        found[outside] = encrypt(found[outside])
-    return found.astype(np.int64)
+    # Numbers that land outside are permuted on until they land inside. All come from inside, so they get there.
+    permuted = encrypt(positions.astype(np.uint64))
+    while (outside := permuted >= size).any():
+        permuted[outside] = encrypt(permuted[outside])
+    return permuted.astype(np.int64)
 
 
+# A batch's sequences are neighbours in the permutation, and so are those of the next: chunks are used many times over.
 @functools.lru_cache(maxsize=64)
 def _order(size: int, key: tuple[int, ...], chunk: int) -> np.ndarray:
     start = chunk * ORDER_CHUNK
@@ -86,7 +90,7 @@ def read_windows(file: TokenFile, windows: list[int], seq_len: int) -> tuple[Ten
 
 
 def at_positions(x: Tensor, positions: Tensor | None) -> Tensor:
-    """Of each sequence what is at these positions, all where there are none: (B, S) -> (B, S')."""
+    """Select `positions` (S',) of each sequence, or all where that is None: (B, S) -> (B, S')."""
     return x if positions is None else x[:, positions]
 
 
@@ -97,7 +101,7 @@ def split_labels(rows: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 class WindowBatches(Dataset):
-    """The local batches of one rank as a map from their number; every batch brings the position after it along."""
+    """The local batches of one rank by their number; every batch comes with the state from which to go on after it."""
 
     def __init__(
         self, file: TokenFile, *, seq_len: int, seed: int, local_batch_size: int, dp_rank: int, dp_degree: int
@@ -106,7 +110,7 @@ class WindowBatches(Dataset):
         self.local_batch_size, self.dp_rank, self.dp_degree = local_batch_size, dp_rank, dp_degree
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Return tokens, labels and the state after local batch `index`."""
+        """Return tokens and labels (B, S), int64, of local batch `index`, and the state after it."""
         size = num_windows(self.file, self.seq_len)
         first = (index * self.dp_degree + self.dp_rank) * self.local_batch_size
         numbers = range(first, first + self.local_batch_size)
@@ -118,7 +122,10 @@ class WindowBatches(Dataset):
 def window_loader(
     batches: WindowBatches, num_workers: int, device: torch.device, state: dict[str, Any]
 ) -> StatefulDataLoader:
-    """Make the loader that goes on after `state["sequences"]` sequences; what lies before them is not read."""
+    """Make the loader that goes on after `state["sequences"]` sequences; what lies before them is not read.
+
+    Errors: ValueError where that is in the middle of a pass of all ranks.
+    """
     sequences_per_pass = batches.dp_degree * batches.local_batch_size
     first, rest = divmod(state.get("sequences", 0), sequences_per_pass)
     if rest:
@@ -131,11 +138,12 @@ def window_loader(
 
 
 def make_loader(dataset: Any, num_workers: int, device: torch.device, sampler: Any = None) -> StatefulDataLoader:
-    """Make a loader of ready-made batches; its own generator keeps it from drawing on the run's random numbers.
+    """Make a loader of ready-made batches, which leaves the run's random numbers alone.
 
     Beside a GPU its workers are fresh interpreters: a fork gets the locks of CUDA and NCCL, but not the threads that
     hold them. (A fork server would be ended by signals to the whole group, and its workers with it.)
     """
+    # The loader draws a seed for its workers when it starts, by default from torch's global generator.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with torch 2.13
         return StatefulDataLoader(
@@ -158,27 +166,30 @@ def _identity(batch: Any) -> Any:
 def on_device(
     batches: Iterable[tuple[Any, ...]], device: torch.device, positions: Tensor | None = None
 ) -> Iterator[tuple[Any, ...]]:
-    """Yield batches (tokens, labels, more) with both on `device`, of each sequence the `positions`: (B, S) -> (B, S').
+    """Yield batches (tokens, labels, more): tokens and labels at `positions`, (B, S) -> (B, S'), and on `device`.
 
     While a GPU works on a batch, a thread reads the next one into pinned memory. From there it is copied in the order
     of the GPU's other work, and neither waits for the other. On a CPU nothing is read ahead.
     """
-    own = (
+    # Ranks that share sequences read the same batch, and each takes its part before it is copied.
+    selected = (
         (at_positions(tokens, positions), at_positions(labels, positions), *more) for tokens, labels, *more in batches
     )
     if device.type == "cpu":
-        yield from own
+        yield from selected
         return
+
+    # One batch is always being read: the next one is asked for before the present one is given out.
     with ThreadPoolExecutor(1, "batches") as thread:
-        coming = thread.submit(_read_pinned, own)
+        coming = thread.submit(_read_pinned, selected)
         while (batch := coming.result()) is not None:
-            coming = thread.submit(_read_pinned, own)
+            coming = thread.submit(_read_pinned, selected)
             tokens, labels, *more = batch
             yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True), *more
 
 
 def _read_pinned(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...] | None:
-    """The next batch, None after the last. A copy from pageable memory would make the host wait for the GPU."""
+    """Return the next batch in pinned memory, None after the last; from pageable memory a copy makes the host wait."""
     for tokens, labels, *more in batches:
         return tokens.pin_memory(), labels.pin_memory(), *more
     return None
@@ -187,8 +198,8 @@ def _read_pinned(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...] | None:
 class TrainLoader:
     """Endless training batches (tokens, labels), with a position that counts what was handed out, not what was fetched.
 
-    The state does not depend on the number of workers, and for cached data not on the world size: torchdata's own state
-    is tied to both (it refuses another num_workers), so every batch brings along the position after it, and resuming
+    The state does not depend on the number of workers, and for cached data not on the world size. torchdata's own state
+    is tied to both (it refuses another num_workers). So every batch comes with the position after it, and resuming
     starts a new StatefulDataLoader there. Iterate again after `load_state_dict`.
     """
 
@@ -203,7 +214,8 @@ class TrainLoader:
         self._state: dict[str, Any] = {"sequences": 0}
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches (B, S) on `device` from the current position on, of each sequence the `positions` asked for."""
+        """Yield tokens and labels, (B, S) or at `positions` (B, S'), on `device` from the current position on."""
+        # A stream's batch has the positions of its own lanes; those of the others stay as their last batch left them.
         for tokens, labels, after in on_device(self._make(self._state), self._device, self._positions):
             lanes = {**self._state.get("lanes", {}), **after.get("lanes", {})}
             self._state = {**after, "lanes": lanes} if lanes else after
@@ -214,7 +226,7 @@ class TrainLoader:
         return {**copy.deepcopy(self._state), "fingerprint": self._fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the batch at which `state` was taken; other data keep the position, with a warning."""
+        """Go on after the batch at which `state` was taken; with a warning where it is a position in other data."""
         saved = dict(copy.deepcopy(state))
         if saved.pop("fingerprint") != self._fingerprint:
             log.warning(
@@ -226,6 +238,8 @@ class TrainLoader:
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
     """Join the states of all ranks into one that any world size can load; for cached data all of them are the same."""
     merged = dict(states[0])
+
+    # Of a stream each rank has its own lanes, and the slowest rank says from which block to read.
     if "lanes" in merged:
         merged["lanes"] = {lane: place for state in states for lane, place in state["lanes"].items()}
         merged["cursor"] = min((state["cursor"] for state in states), key=lambda cursor: cursor["document"])
@@ -237,8 +251,8 @@ def validation_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's validation batches (b, S), b <= local_batch_size; every rank gets the same number of batches.
 
-    The set is all windows (steps -1) or `steps * local_batch_size` of them in total, over all ranks, drawn once and for
-    all, whatever the seed, world size and batch size. A rank with no window left gets one row with all labels -100.
+    The set is all windows (steps -1) or `steps * local_batch_size` of them in total over all ranks. It is always the
+    same, whatever the seed, world size and batch size. A rank with no window left gets one row with all labels -100.
     """
     size = num_windows(file, seq_len)
     total = size if steps < 0 else min(size, steps * local_batch_size)

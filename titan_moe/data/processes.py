@@ -1,7 +1,7 @@
 """Worker processes for building caches: fresh interpreters, whatever threads, devices or main module the caller has.
 
 The standard pools either fork (unsafe once process groups or the tokenizers' own threads run) or import the caller's
-main module again (torch and all, in every worker). These workers import what their function needs and nothing else.
+main module again (with torch, in every worker). These workers import what their function needs and nothing else.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ BOOT = (
 
 
 class _Done(NamedTuple):
+    """An item is finished, or a worker has nothing left to do; with the error where it failed."""
+
     error: BaseException | None
 
 
@@ -40,12 +42,15 @@ def run_parallel(
     `function` is a module's function and leaves its results in files. 0 processes: one per core. The first error of an
     item is raised here, and all workers are ended. Workers end by themselves when this process is killed.
     """
+    # A thread for each worker hands it item after item, so that a worker with small items gets more of them.
     todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for item in items:
         todo.put(item)
     news: queue.SimpleQueue[int | _Done] = queue.SimpleQueue()
     workers = [_start() for _ in range(min(num_processes or available_cpus(), len(items)))]
     threads = [threading.Thread(target=_drive, args=(worker, function, todo, news), daemon=True) for worker in workers]
+
+    # Each thread ends with one _Done. Counts go on to the caller as they come.
     try:
         for thread in threads:
             thread.start()
@@ -58,6 +63,9 @@ def run_parallel(
             running -= 1
             if message.error is not None:
                 raise message.error
+
+    # However it ends, an error or a caller that stops iterating included: a killed worker ends the read of its thread,
+    # so the threads can be joined.
     finally:
         for worker in workers:
             worker.kill()
@@ -82,6 +90,7 @@ def _drive(
     assert worker.stdin is not None
     assert worker.stdout is not None
     try:
+        # First the search path, which lets the worker import this module and the function's.
         worker.stdin.write(pickle.dumps(sys.path))
         while True:
             try:
@@ -89,6 +98,8 @@ def _drive(
             except queue.Empty:
                 news.put(_Done(None))
                 return
+
+            # The answers to an item are progress counts and one _Done. After an error nothing more is asked.
             worker.stdin.write(pickle.dumps((function, item)))
             worker.stdin.flush()
             while not isinstance(message := pickle.load(worker.stdout), _Done):
@@ -96,7 +107,7 @@ def _drive(
             if message.error is not None:
                 news.put(message)
                 return
-    except (EOFError, OSError, pickle.UnpicklingError):  # it ended, perhaps in the middle of an answer
+    except (EOFError, OSError, pickle.UnpicklingError):  # the worker ended, perhaps in the middle of an answer
         news.put(_Done(RuntimeError(f"a data worker ended early (exit code {worker.wait()}): was it short of memory?")))
 
 
@@ -112,6 +123,7 @@ def outlive_signals(worker: int) -> None:
 
 
 def _end_with_trainer() -> None:
+    # SIGTERM is blocked, so that it waits here to be asked who sent it.
     trainer = multiprocessing.parent_process()
     assert trainer is not None
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer.pid:
@@ -120,15 +132,20 @@ def _end_with_trainer() -> None:
 
 
 def serve() -> None:
-    """Be a worker: read (function, item) pairs from standard input until it closes, answer with progress and an end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent ends us
+    """Be a worker: answer each (function, item) of standard input with progress counts and a _Done, until it closes."""
+    # Ctrl-C reaches the whole group of processes; the parent, which gets it as well, ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    # Answers go by a copy of standard output, which itself becomes standard error: whatever a library prints must not
+    # mix with them.
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not mix with the answers
+    os.dup2(2, 1)
 
     def send(message: int | _Done) -> None:
         pickle.dump(message, answers)
         answers.flush()
 
+    # The pipe closes when the parent ends, however it ends, and the worker with it.
     while True:
         try:
             function, item = pickle.load(sys.stdin.buffer)

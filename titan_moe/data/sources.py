@@ -23,6 +23,7 @@ KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
 COMPRESSIONS = (".gz", ".zst")
 FORMATS = "txt, jsonl, ndjson, json with an object a line, parquet, each also with .gz or .zst"
 MAX_WINDOW = 1 << 31  # bytes that zstd may look back, its largest: `zstd --long=31` (the library stops at 1 << 27)
+# Folders beside the standard library's modules that are no part of it, or only tests.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
     are left out, as are .json files, most of which are no data; a file named directly or by a glob must have one of our
     formats. Errors: nothing given, no such file, no match, unknown format.
     """
-    found: dict[str, None] = {}  # an ordered set: a file that two patterns name counts once
+    # An ordered set: a file that two patterns name counts once, and the order of files decides that of documents.
+    files: dict[str, None] = {}
     for path in [paths] if isinstance(paths, str) else paths:
         full = os.path.expanduser(path)
         if os.path.isdir(full):
@@ -64,28 +66,30 @@ def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
             matches = sorted(name for name in glob.glob(full, recursive=True) if os.path.isfile(name))
         else:
             raise FileNotFoundError(f"{key}: no such file or folder: {path}")
+
+        # A path that adds nothing is a mistake, and so is a file that can't be read: better told than left out.
         if not matches:
             raise FileNotFoundError(f"{key}: {path} matches no file ({FORMATS})")
         for name in matches:
             if kind_of(name) is None:
                 raise ValueError(f"{key}: {name} has no format that is known by its name ({FORMATS})")
-        found |= dict.fromkeys(matches)
-    if not found:
+        files |= dict.fromkeys(matches)
+    if not files:
         raise ValueError(f"{key} is empty: name the files to read ({FORMATS}), e.g. --{key} 'corpus/*.jsonl'")
-    _warn_of_copies(found, key)
-    return list(found)
+    _warn_of_copies(files, key)
+    return list(files)
 
 
 def _is_data(path: Path) -> bool:
-    """Whether a file of a folder is read: its path within the folder tells."""
+    """Whether a file of a folder is read, by its path within the folder."""
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and path.suffix.lower() != ".json" and kind_of(path.name) is not None
 
 
-def _warn_of_copies(found: Iterable[str], key: str) -> None:
-    """Warn of files that are there both packed and as they were before (`zstd` keeps its source)."""
+def _warn_of_copies(files: Iterable[str], key: str) -> None:
+    """Warn of files that are given both compressed and uncompressed (`zstd` keeps its source)."""
     groups: dict[str, list[str]] = {}
-    for path in found:
+    for path in files:
         groups.setdefault(_unpacked(path), []).append(path)
     copies = [group for group in groups.values() if group[1:]]
     if copies:
@@ -120,6 +124,7 @@ def plan_shards(files: Sequence[str], kind: str = "") -> list[Shard]:
 
     `kind` overrides the format that the names tell.
     """
+    # Small enough that many workers have something to do, large enough that a shard is worth its part files.
     most = min(max(MIN_SHARD, sum(map(_size, files)) // 64), MAX_SHARD)
     shards: list[Shard] = []
     group: list[Piece] = []
@@ -134,6 +139,8 @@ def plan_shards(files: Sequence[str], kind: str = "") -> list[Shard]:
 
 
 def _pieces(path: str, kind: str, most: int) -> Iterator[Piece]:
+    """Cut a file into pieces of `most` bytes, as far as its format can be read from the middle."""
+    # An archive can only be read from its beginning; a source file is one document.
     size = _size(path)
     if path.endswith(COMPRESSIONS) or kind == "source":
         yield Piece(path, kind, size=size)
@@ -141,6 +148,8 @@ def _pieces(path: str, kind: str, most: int) -> Iterator[Piece]:
         metadata = _parquet(path).metadata
         for index in range(metadata.num_row_groups):
             yield Piece(path, kind, index, index + 1, metadata.row_group(index).total_byte_size)
+
+    # A piece has the lines that begin in it, so that the cut may be anywhere.
     else:
         for start in range(0, size, most):
             stop = min(start + most, size)
@@ -148,12 +157,12 @@ def _pieces(path: str, kind: str, most: int) -> Iterator[Piece]:
 
 
 def documents(shard: Shard) -> Iterator[str]:
-    """Yield the documents of a shard in order, empty ones left out, and those that are null."""
+    """Yield the documents of a shard in order, without those that are empty or null."""
     return filter(None, texts(shard))
 
 
 def texts(shard: Shard) -> Iterator[str | None]:
-    """Yield the texts of a shard in order; None where a row has null in their place.
+    """Yield the texts of a shard in order; None for a row whose text is null.
 
     txt: running text, cut at paragraphs; jsonl: the field `text` of every line; parquet: the column `text`; source: the
     whole file. Errors name the file and the place: not UTF-8, a truncated archive, a line that is not JSON, no `text`.
@@ -178,6 +187,8 @@ def cut_text(lines: Iterable[str]) -> Iterator[str]:
     """Cut running text into documents of `DOCUMENT_CHARS` characters, or up to twice that to end at a paragraph."""
     pending: list[str] = []
     size = 0
+
+    # An empty line ends a paragraph. Text without one is cut between lines when it gets too long.
     for line in chain.from_iterable(map(_split_line, lines)):
         if size + len(line) > 2 * DOCUMENT_CHARS:
             yield "".join(pending)
@@ -191,6 +202,7 @@ def cut_text(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _split_line(line: str) -> Iterator[str]:
+    """Cut a line that is longer than a document, after a space where there is one."""
     start = 0
     while len(line) - start > DOCUMENT_CHARS:
         stop = line.rfind(" ", start, start + DOCUMENT_CHARS) + 1 or start + DOCUMENT_CHARS
@@ -206,19 +218,25 @@ def _read_jsonl(piece: Piece) -> Iterator[str | None]:
     for index, offset, line in _lines(piece):
         if line.isspace():
             continue
+
+        # A line that can't be read ends the run, with its place: left out, it would not be noticed.
         try:
             row = _decode_row(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{_place(piece, index, offset)}: not JSON ({error.msg})") from error
         except RecursionError as error:
             raise ValueError(f"{_place(piece, index, offset)}: nested too deeply to be read") from error
-        text = row.get("text", row) if isinstance(row, dict) else row  # a row is no string
+
+        # Without a field `text` this is the row, which is no string: one error for both. Null is an absent text.
+        text = row.get("text", row) if isinstance(row, dict) else row
         if text is None:
             yield None
             continue
         if not isinstance(text, str):
             fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise ValueError(f"{_place(piece, index, offset)}: no string in the field 'text' (found: {fields})")
+
+        # JSON can write what UTF-8 can't: half of a pair, which would fail later, in the tokenizer.
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -229,7 +247,7 @@ def _read_jsonl(piece: Piece) -> Iterator[str | None]:
 
 
 def _place(piece: Piece, index: int, offset: int) -> str:
-    """Return file:line; in a byte range the lines before it are counted only now that there is something to report."""
+    """Return file:line of an error. The lines before a byte range are counted here, where they are needed."""
     if piece.start:
         with open(piece.path, "rb") as file:
             index = sum(file.read(min(CHUNK_BYTES, offset - at)).count(b"\n") for at in range(0, offset, CHUNK_BYTES))
@@ -239,12 +257,15 @@ def _place(piece: Piece, index: int, offset: int) -> str:
 def _read_parquet(piece: Piece) -> Iterator[str | None]:
     import pyarrow as pa
 
+    # Checked by the schema, before any row is read. A name may occur twice, which parquet allows.
     file = _parquet(piece.path)
     kinds = [field.type for field in file.schema_arrow if field.name == "text"]
     if len(kinds) != 1 or not _is_text(kinds[0]):
         columns = ", ".join(f"{field.name} ({field.type})" for field in file.schema_arrow)
         wrong = f"{len(kinds)} columns 'text'" if kinds[1:] else "no column 'text' of strings"
         raise ValueError(f"{piece.path}: {wrong} (columns: {columns})")
+
+    # Small batches of this column alone: row groups and other columns may be large.
     groups = range(piece.start, piece.stop if piece.stop >= 0 else file.metadata.num_row_groups)
     try:
         for batch in file.iter_batches(row_groups=list(groups), columns=["text"], batch_size=1024):
@@ -254,7 +275,7 @@ def _read_parquet(piece: Piece) -> Iterator[str | None]:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether an arrow type holds strings, in whichever way, or nothing but null."""
+    """Whether an arrow type holds strings, in any of its forms, or nothing but null."""
     from pyarrow import types
 
     kind = kind.value_type if types.is_dictionary(kind) else kind
@@ -283,18 +304,26 @@ def _size(path: str) -> int:
 
 
 def _lines(piece: Piece) -> Iterator[tuple[int, int, str]]:
-    """Yield (index, byte offset, text) of every line that begins in the piece, newline kept, a byte order mark not."""
+    """Yield (index, byte offset, text) of every line that begins in the piece, with its newline.
+
+    The index counts from the piece's first line, or from the one before where the piece begins within the file. A byte
+    order mark is left out. Errors: not UTF-8.
+    """
+    # A line that begins in the piece before belongs to that one. Reading starts a byte early: where that byte is a
+    # newline, it is the whole line that is skipped, and a line begins at `start`.
     offset = piece.start
     skip = piece.start > 0
     chunks = _chunks(piece.path, piece.start - 1 if skip else 0)
     if skip:
-        offset -= 1  # the byte before decides: where it is a newline, a line begins at `start`
+        offset -= 1
     for index, line in enumerate(_split_lines(chunks)):
         if index == 0 and skip:
             offset += len(line)
             continue
         if 0 <= piece.stop <= offset:
             return
+
+        # Line by line, so that the error can say at which byte of the file.
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
@@ -307,6 +336,7 @@ def _lines(piece: Piece) -> Iterator[tuple[int, int, str]]:
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield lines with their newlines; the last one may have none."""
     pending: list[bytes] = []
     for chunk in chunks:
         head, *rest = chunk.split(b"\n")
@@ -319,7 +349,7 @@ def _split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _chunks(path: str, start: int = 0) -> Iterator[bytes]:
-    """Yield a file's bytes from `start`, decompressed; a truncated or damaged archive is an error, no short read."""
+    """Yield a file's bytes from `start`, decompressed; a truncated or damaged archive is an error."""
     try:
         with open(path, "rb") as file:
             file.seek(start)
@@ -330,25 +360,30 @@ def _chunks(path: str, start: int = 0) -> Iterator[bytes]:
 
 
 def _decompress(path: str, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the content of a .gz or .zst file from its blocks."""
     import zstandard
 
+    # A decompressor serves one member of an archive.
     def new() -> Any:
         if path.endswith(".gz"):
             return zlib.decompressobj(wbits=31)
         return zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
 
+    # Files put together by cat have several members: what one leaves unused begins the next.
     stream, read = new(), 0
     try:
         for block in blocks:
             data = block
             while data:
-                if stream.eof:  # files put together by cat hold several members
+                if stream.eof:
                     stream = new()
                 yield stream.decompress(data)
                 data = stream.unused_data if stream.eof else b""
             read += len(block)
     except (zlib.error, zstandard.ZstdError) as error:
         raise ValueError(f"{path}: damaged archive near byte {read} ({error})") from error
+
+    # A download that was cut off decompresses well up to its end.
     if not stream.eof:
         raise ValueError(
             f"{path}: truncated archive: it ends after {read} bytes in the middle of its data; fetch it again"

@@ -1,4 +1,4 @@
-"""The cache folder: whole files with checksums, locks that end with their process, one clear line when it fails."""
+"""The cache folder: whole files with checksums, locks that end with their process, errors of one clear line."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ class DamagedError(ValueError):
 
 @contextlib.contextmanager
 def made_anew() -> Generator[None, None, None]:
-    """Leave the block with a warning where a file is damaged: whatever is in the cache folder can be made anew."""
+    """Leave the block with a warning where a file is damaged: everything in the cache folder can be made again."""
     try:
         yield
     except DamagedError as error:
@@ -38,6 +38,7 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
     Raises DamagedError.
     """
+    # After a power cut a file may hold anything, well-formed JSON of another shape included.
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         crc32 = content.pop("crc32", None)
@@ -52,7 +53,7 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def new_checked_file(path: str) -> Generator[BinaryIO, None, None]:
-    """A file to write, whole or not at all, and beside it a file PATH.crc32 for `check_file`."""
+    """Open a file to be written whole or not at all, with a file PATH.crc32 beside it for `check_file`."""
     with new_file(Path(path)) as file:
         yield file
         file.flush()
@@ -62,18 +63,18 @@ def new_checked_file(path: str) -> Generator[BinaryIO, None, None]:
 def check_file(path: str) -> None:
     """Raise DamagedError where a file is not what `new_checked_file` wrote.
 
-    One of a version that had no checksums is taken as it is, and gets one.
+    A file of a version that had no checksums is taken as it is, and gets one.
     """
-    own, kept = crc32_of(Path(path)), Path(f"{path}.crc32")
-    if not kept.exists():
+    checksum, checksum_path = crc32_of(Path(path)), Path(f"{path}.crc32")
+    if not checksum_path.exists():
         with contextlib.suppress(OSError):  # a folder that is only read
-            write_atomic(kept, own)
-    elif kept.read_bytes() != own.encode():
+            write_atomic(checksum_path, checksum)
+    elif checksum_path.read_bytes() != checksum.encode():
         raise DamagedError(f"{path} is damaged: it does not have its checksum")
 
 
 def is_usable(path: str) -> bool:
-    """Whether a file of `new_checked_file` is there; with a warning not where it is damaged."""
+    """Whether a file of `new_checked_file` is there and intact; a damaged one is warned of."""
     if os.path.exists(path):
         with made_anew():
             check_file(path)
@@ -84,6 +85,7 @@ def is_usable(path: str) -> bool:
 @contextlib.contextmanager
 def locked(path: str | Path) -> Generator[None, None, None]:
     """Hold a file lock that ends with this process, however it ends; where the file system has none, go on without."""
+    # First without waiting, only to be able to say that it waits.
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
@@ -100,7 +102,7 @@ def locked(path: str | Path) -> Generator[None, None, None]:
 def storage_errors(folder: str) -> Generator[None, None, None]:
     """Turn errors of the file system into one line that names the cache folder and says what to do.
 
-    Only errors with a number are the file system's; those without one are lines for the user already.
+    Only the file system's errors have a number; those without one are lines for the user already.
     """
     try:
         yield

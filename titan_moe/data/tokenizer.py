@@ -1,4 +1,4 @@
-"""Tokenizers, all one small tuple: bytes, a BPE trained on the data, a tokenizer.json of a file, folder or the hub."""
+"""Tokenizers, all of one kind: bytes, a BPE trained on the data, a tokenizer.json of a file, a folder or the hub."""
 
 import difflib
 import hashlib
@@ -27,7 +27,7 @@ from titan_moe.data.tokenizer_files import (
     with_end_of_text,
 )
 
-END_OF_TEXT = (  # the names in use, by which a tokenizer without settings is judged
+END_OF_TEXT = (  # the usual names, among which it is looked for where no file names it
     "<|endoftext|>",
     "<|end_of_text|>",
     "</s>",
@@ -46,37 +46,36 @@ log = logging.getLogger(__name__)
 
 
 class Tokenizer(NamedTuple):
-    """A tokenizer of `tokenizers` and what the rest of the program asks about it.
-
-    `vocab_size` is one more than the largest id, `eot_id` ends every document, `fingerprint` names what decides ids.
-    Text that begins with nothing begins with `bos_id`, and is at its end with any of `eos_ids`, of which `eot_id` is
-    one. `files` make the same tokenizer again.
-    """
+    """A tokenizer of the library `tokenizers` and what the rest of the program asks about it."""
 
     backend: Backend
-    vocab_size: int
-    eot_id: int
-    fingerprint: str
-    bos_id: int
-    eos_ids: tuple[int, ...]
-    files: dict[str, str]
+    vocab_size: int  # one more than the largest id
+    eot_id: int  # ends every document
+    fingerprint: str  # a hash of what decides the ids of a text
+    bos_id: int  # what an empty prompt begins with
+    eos_ids: tuple[int, ...]  # a generated text ends with any of these, of which eot_id is one
+    files: dict[str, str]  # name -> content; they make the same tokenizer again
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens are neither added nor read out of the text."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_document(self, text: str) -> np.ndarray:
-        """Return the ids of a text and the end of text after them, in the type the cache keeps.
+        """Return the ids of a text with the end of text after them (num_tokens,), in the type of token caches.
 
-        A third faster than `encode` (no offsets), but it counts as using threads: for worker processes only.
+        A third faster than `encode` (no offsets), but the library counts it as a use of threads, after which a fork
+        prints a warning: for worker processes only.
         """
         encoding = self.backend.encode_batch_fast([text], add_special_tokens=False)[0]
         return np.array([*encoding.ids, self.eot_id], self.dtype)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the ids of a text to go on from, after the token that begins texts where the tokenizer puts one."""
+        """Return the ids of a prompt, after the token that begins texts where the tokenizer puts one there."""
         ids = self.encode(text)
-        begins = self.backend.encode("").ids[:1] == [self.bos_id]  # what its own template makes of no text at all
+
+        # Whether it puts one is what its own template makes of an empty text. A prompt without any id gets one anyway,
+        # because a model has to be given something.
+        begins = self.backend.encode("").ids[:1] == [self.bos_id]
         return [self.bos_id, *ids] if begins or not ids else ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -94,23 +93,29 @@ class Tokenizer(NamedTuple):
 
 
 def tokenizer_from_files(files: Files, origin: str = TOKENIZER, eot_token: str = "") -> Tokenizer:
-    """Make a tokenizer from a tokenizer.json and the files beside it; `origin` names the first in errors.
+    """Make a tokenizer from a tokenizer.json and the files beside it; `origin` names the tokenizer.json in errors.
 
     `eot_token` ends documents; empty: the one that the files name, else one of END_OF_TEXT. Truncation and padding are
     switched off. Errors: the library can't read it, it has no such token.
     """
+    # A file that can't be read is the user's, and one line. The library raises Exception itself for it; anything else
+    # is a fault.
     try:
         backend = Backend.from_str(files[TOKENIZER])
-    except Exception as error:  # the library raises the bare class
+    except Exception as error:
         if type(error) is not Exception:
             raise
         raise ValueError(f"{origin}: not a tokenizer.json that `tokenizers` reads ({error})") from error
+
+    # A document keeps all of its text and gets nothing else. "<|endoftext|>" inside it is text and does not end it.
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # "<|endoftext|>" inside a document is text and does not end it
+    backend.encode_special_tokens = True
     vocab = backend.get_vocab(with_added_tokens=True)
     content = backend.to_str()
 
+    # The files may name ids that the vocabulary lacks: those are left out. Without a token of its own for the beginning
+    # a text begins with the end of the one before.
     eot = _end_of_text(files, backend, vocab, eot_token, origin)
     files = with_end_of_text({**files, TOKENIZER: content}, eot, vocab[eot], chosen=bool(eot_token))
     ids = set(vocab.values())
@@ -151,14 +156,16 @@ def _end_of_text(files: Files, backend: Backend, vocab: dict[str, int], wanted: 
 def _likeliest_end(backend: Backend, vocab: dict[str, int], origin: str) -> str:
     """Return which of END_OF_TEXT ends a document, going by the vocabulary alone; warns where there are several."""
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    found = [token for token in END_OF_TEXT if token in vocab]
-    if not found:
+    candidates = [token for token in END_OF_TEXT if token in vocab]
+    if not candidates:
         raise ValueError(
             f"{origin}: no end-of-text token: nothing beside it names one, and it has none of "
             f"{', '.join(END_OF_TEXT)}; name its own with data.eot_token"
         )
-    # One that is flagged as special is not a piece of text; what a fine-tuning added comes after the first one's id.
-    first, *others = sorted([token for token in found if token in special] or found, key=vocab.__getitem__)
+
+    # A token that is flagged as special is no piece of text. Of several the one with the smallest id: a fine-tuning
+    # adds its own after it.
+    first, *others = sorted([token for token in candidates if token in special] or candidates, key=vocab.__getitem__)
     if others:
         log.warning("%s: documents end with %s, not %s (data.eot_token)", origin, first, " or ".join(others))
     return first
@@ -167,8 +174,8 @@ def _likeliest_end(backend: Backend, vocab: dict[str, int], origin: str) -> str:
 def _fingerprint(content: str, eot: str, vocab: dict[str, int]) -> str:
     """Return a short hash of what decides the ids of a document.
 
-    The end of text counts only where it is another than the first of END_OF_TEXT, so that fingerprints stay as they
-    were when it always was that one.
+    The end of text is a part of it only where it is not the first of END_OF_TEXT that the vocabulary has. That was the
+    rule of earlier versions, whose fingerprints name caches and positions in data.
     """
     canonical = json.dumps(json.loads(content), sort_keys=True)
     if eot != next((token for token in END_OF_TEXT if token in vocab), None):
@@ -221,18 +228,23 @@ def load_tokenizer(name: str, endpoint: str = HUB_ENDPOINT, eot_token: str = "")
     The files beside a tokenizer.json say what ends a document, unless `eot_token` does. `bpe:N` has to be trained on
     data: `build_data` does that, and a checkpoint carries the result as tokenizer.json.
     """
+    # `bytes` and `bpe:N` name a tokenizer of this package, not a file.
     if name == "bytes":
-        made = bytes_tokenizer()
-        return tokenizer_from_files(made.files, "bytes", eot_token) if eot_token else made
+        tokenizer = bytes_tokenizer()
+        return tokenizer_from_files(tokenizer.files, "bytes", eot_token) if eot_token else tokenizer
     if bpe_vocab_size(name):
         raise ValueError(
             f"data.tokenizer ({name}) is trained on a data set; without one, name a tokenizer.json (a checkpoint's)"
         )
+
+    # A local file comes before a repository of the hub, so that a run with local files needs no network.
     path = Path(name).expanduser()
     path = path / TOKENIZER if path.is_dir() else path
     if not path.is_file():
         return tokenizer_from_files(_download(name, endpoint), f"data.tokenizer: {name}", eot_token)
-    try:  # a file of another name has none beside it that belong to it
+
+    # Files beside a tokenizer.json belong to it; beside a file of another name they may be of another tokenizer.
+    try:
         files = read_tokenizer_files(path.parent) if path.name == TOKENIZER else {TOKENIZER: read_text(path)}
     except (OSError, ValueError) as error:
         raise type(error)(f"data.tokenizer: {error}") from error
@@ -240,7 +252,8 @@ def load_tokenizer(name: str, endpoint: str = HUB_ENDPOINT, eot_token: str = "")
 
 
 def _download(name: str, endpoint: str) -> dict[str, str]:
-    """Return a hub repository's tokenizer files, once the name can't be meant for a file."""
+    """Return a hub repository's tokenizer files, unless the name looks like that of a file."""
+    # A misspelt path must not end in an error about the hub.
     if os.path.isdir(os.path.expanduser(name)):
         raise FileNotFoundError(f"data.tokenizer: the folder {name} holds no tokenizer.json")
     near = difflib.get_close_matches(name, ["bytes", "bpe:4096"], n=1)
@@ -248,9 +261,11 @@ def _download(name: str, endpoint: str) -> dict[str, str]:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or name.endswith(".json"):
         raise FileNotFoundError(f"data.tokenizer: no such file or folder: {name}{hint or ' (or: bytes, bpe:4096)'}")
     advice = f"use --data.tokenizer bytes, bpe:4096 or a local tokenizer.json{hint}"
-    found = {TOKENIZER: download_file(name, TOKENIZER, endpoint, advice)}
-    found |= find_files(name, [file for file in TOKENIZER_FILES if file != TOKENIZER], endpoint)
-    return collect_files(lambda file: read_text(Path(found[file])) if file in found else None, name)
+
+    # Only tokenizer.json has to be there.
+    paths = {TOKENIZER: download_file(name, TOKENIZER, endpoint, advice)}
+    paths |= find_files(name, [file for file in TOKENIZER_FILES if file != TOKENIZER], endpoint)
+    return collect_files(lambda file: read_text(Path(paths[file])) if file in paths else None, name)
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> list[int]:
@@ -259,6 +274,7 @@ def token_byte_lengths(tokenizer: Tokenizer) -> list[int]:
     Exact for byte-level vocabularies (bytes, this package's BPE, GPT-2, Llama 3, Qwen ...); for sentencepiece's (Llama
     2) up to their normalisation and the space they put before a text. Other kinds (WordPiece) lose bytes: an error.
     """
+    # How the vocabulary writes bytes is told by the steps before and after it, which may be nested.
     content = json.loads(tokenizer.to_json())
     kinds = {
         match
@@ -269,6 +285,8 @@ def token_byte_lengths(tokenizer: Tokenizer) -> list[int]:
         raise ValueError(
             "bits per byte need a byte-level or sentencepiece tokenizer: this one does not keep every byte of a text"
         )
+
+    # Added tokens are plain text in every kind. Special ones are left out when text is decoded, so they have no bytes.
     added = {token["id"]: token for token in content["added_tokens"]}
     lengths = [0] * tokenizer.vocab_size
     for token, index in tokenizer.backend.get_vocab(with_added_tokens=True).items():

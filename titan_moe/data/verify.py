@@ -9,7 +9,7 @@ from titan_moe.runtime.machine import user_cache_folder
 
 
 def verify_data(args: list[str]) -> int:
-    """Read every token cache and check it: a line for each, an error if any is damaged."""
+    """Compare the files of token caches with their checksums: a line for each, ValueError if any is damaged."""
     parser = Parser("verify_data.py", "Check the files of token caches against their checksums, all of them anew.")
     parser.add_argument(
         "folder",
@@ -18,6 +18,8 @@ def verify_data(args: list[str]) -> int:
         default=[user_cache_folder()],
         help="folders as data.cache_folder names them, or caches in them; by default %(default)s",
     )
+
+    # All of them are read, so that one run tells of all that is damaged.
     damaged = 0
     for folder in parser.parse_args(args).folder:
         for path in _checked_files(folder):
@@ -32,14 +34,14 @@ def verify_data(args: list[str]) -> int:
 
 
 def _checked_files(folder: Path) -> list[Path]:
-    """The meta.json of every cache in a folder, or of the one that it is, and its other files with checksums."""
+    """Return the meta.json of every cache in a folder, or that is the folder, and the other files with checksums."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     others = [path.with_suffix("") for path in folder.glob("*.crc32")]
-    found = sorted([*folder.glob(META), *folder.glob(f"*/{META}"), *filter(Path.exists, others)])
-    if not found:
+    files = sorted([*folder.glob(META), *folder.glob(f"*/{META}"), *filter(Path.exists, others)])
+    if not files:
         raise ValueError(f"{folder}: no token cache in it")
-    return found
+    return files
 
 
 def _line(path: Path) -> str:

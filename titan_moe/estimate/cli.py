@@ -56,6 +56,8 @@ def main(args: list[str]) -> int:
     if "-h" in args or "--help" in args:
         print(USAGE, end="")
         return 0
+
+    # These two are the command's own; all other arguments are the configuration's, as in training.
     world, args = take_option(args, ("--world_size", "--world-size"))
     gpu, args = take_option(args, ("--gpu",))
     gpu = gpu or "H100"
@@ -63,9 +65,12 @@ def main(args: list[str]) -> int:
         raise ValueError(f"--world_size ({world or 'not given'}) must be a number of processes, at least 1")
     if gpu not in GPUS:
         raise ValueError(f"--gpu {gpu}: unknown; it is one of {', '.join(GPUS)}")
+
     config = load_config(args)
     config = with_vocab_size(config, vocabulary(config))
     case = in_world(config, int(world))
+
+    # What does not depend on the verdict is printed first: the search for what fits takes further simulations.
     with fake_world(int(world)):
         result = run(case)
         few = case._replace(accumulation=min(2, case.accumulation))  # enough for the peak
@@ -89,6 +94,7 @@ def take_option(args: list[str], names: tuple[str, ...]) -> tuple[str, list[str]
 
 def vocabulary(config: Config) -> int:
     """The tokenizer's number of tokens, from its name or file; nothing is downloaded or trained."""
+    # A size that the configuration states wins, as in training; then come names whose size is known.
     name = config.data.tokenizer
     if config.model.vocab_size:
         return config.model.vocab_size
@@ -96,6 +102,8 @@ def vocabulary(config: Config) -> int:
         return KNOWN_VOCABULARIES[name]
     if name.startswith("bpe:") and name[4:].isdecimal():
         return int(name[4:])
+
+    # Ids need not be without gaps: the largest counts, of the vocabulary and of the tokens added to it.
     path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
     if path.is_file():
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
@@ -111,9 +119,11 @@ def in_world(config: Config, world_size: int) -> Case:
     """Fit a configuration to a number of processes as training does; ValueError for degrees that do not fit."""
     training, degrees = config.training, degrees_of(config, world_size)
     if training.local_batch_size == -1:
-        _, own = resolve_batch_sizes(training.global_batch_size, -1, degrees.data)
-        config = dataclasses.replace(config, training=dataclasses.replace(training, local_batch_size=own))
-        training = config.training
+        _, local_batch_size = resolve_batch_sizes(training.global_batch_size, -1, degrees.data)
+        training = dataclasses.replace(training, local_batch_size=local_batch_size)
+        config = dataclasses.replace(config, training=training)
+
+    # Training refuses a batch that does not divide. Here it is a note, and the estimate is of one micro-batch a step.
     sequences_per_pass, wanted = training.local_batch_size * degrees.data, training.global_batch_size
     if wanted == -1 or wanted % sequences_per_pass == 0:
         return Case(config, degrees, max(1, wanted // sequences_per_pass))
@@ -137,18 +147,21 @@ def run(case: Case, excess: float = 0.0) -> Simulation:
 
 
 def describe_run(case: Case) -> Iterator[str]:
-    """What is estimated."""
+    """Yield lines on what is estimated: model, world, batch."""
     config, degrees = case.config, case.degrees
     with torch.device("meta"):
         total = sum(p.numel() for p in build_model(config).parameters())
     yield f"model: {total:,} parameters, {active_parameters(config):,} active a token"
+
+    # The two axes that share a sequence's work are named only when they are in use: then a batch belongs to several
+    # ranks, and "of a rank" would be wrong.
     axes = f"replicas x shards {degrees.replicate} x {degrees.shard}, expert parallelism {degrees.expert}"
-    own = "of a rank"
+    owner = "of a rank"
     if degrees.per_sequence > 1:
         axes += f", context x tensor parallelism {degrees.context} x {degrees.tensor}"
-        own = f"of {degrees.per_sequence} ranks together"
+        owner = f"of {degrees.per_sequence} ranks together"
     yield (
-        f"world: {case.ranks} ranks, {axes}; {own} {case.accumulation} x "
+        f"world: {case.ranks} ranks, {axes}; {owner} {case.accumulation} x "
         f"{config.training.local_batch_size} sequences of {config.training.seq_len} tokens; "
         f"checkpointing {config.activation_checkpoint.mode}"
     )
@@ -157,7 +170,7 @@ def describe_run(case: Case) -> Iterator[str]:
 
 
 def describe_memory(case: Case, result: Simulation, fullest: Simulation) -> Iterator[str]:
-    """The parts of the peak, and what uneven load adds to it."""
+    """Yield lines on the parts of the peak, and on what uneven load adds to it; `fullest` is a run with excess 1."""
     parts = {
         "parameters": result.parameters,
         "gradients": result.gradients,
@@ -169,6 +182,8 @@ def describe_memory(case: Case, result: Simulation, fullest: Simulation) -> Iter
     for name, size in parts.items():
         yield f"  {name:22}{size / GIB:10.3f}"
     yield f"  {'all':22}{result.peak / GIB:10.3f}"
+
+    # Only with expert parallelism does a rank compute rows that others send it, so only there does load cost memory.
     if not case.config.moe.num_experts:
         return
     if case.degrees.expert == 1:
@@ -181,12 +196,12 @@ def describe_memory(case: Case, result: Simulation, fullest: Simulation) -> Iter
 
 
 def at_maxvio(result: Simulation, fullest: Simulation, value: float) -> float:
-    """Peak bytes at a MaxVio: buffers grow with their rows, so from 0 and 1 follows the rest."""
+    """Peak bytes at a MaxVio of `value`, from those at 0 (`result`) and 1 (`fullest`): buffers grow with their rows."""
     return result.peak + value * (fullest.peak - result.peak)
 
 
 def describe_work(case: Case, result: Simulation) -> Iterator[str]:
-    """Communication and operations."""
+    """Yield lines on communication and operations."""
     yield "sent by a rank in a step, GiB, by collective and axis (ranks)"
     for (name, axis), (calls, size) in sorted(result.traffic.items()):
         yield f"  {name:20}{axis:22}{calls:6} calls{size / GIB:12.4f}"
@@ -198,7 +213,7 @@ def describe_work(case: Case, result: Simulation) -> Iterator[str]:
 
 
 def step_tokens(case: Case) -> int:
-    """Tokens of a step, of all ranks."""
+    """Tokens of a step, over all ranks."""
     training = case.config.training
     return case.accumulation * training.local_batch_size * case.degrees.data * training.seq_len
 
@@ -220,7 +235,7 @@ def predict(case: Case, result: Simulation, gpu: str) -> StepTime:
 
 
 def describe_time(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
-    """The parts of a step's time, and what follows for the run: throughput, MFU and hours."""
+    """Yield lines on the parts of a step's time, and what follows for the run: throughput, MFU and hours."""
     config, time = case.config, predict(case, result, gpu)
     yield f"time of a step on {article(gpu)} {gpu}, ms"
     for name, seconds in time.device.items():
@@ -239,6 +254,8 @@ def describe_time(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
         f"{duration(steps * time.seconds)} for {steps:,} steps on {case.ranks:,} {gpu}, "
         f"{'compiled' if is_compiled(config) else 'eager'}, without validation and checkpoints"
     )
+
+    # A prediction says what it does not rest on: one GPU was measured, without a network and with AdamW.
     if gpu != MEASURED_ON:
         yield (
             f"note: nothing was measured on {article(gpu)} {gpu}: scaled from an {MEASURED_ON} by the data sheets' "
@@ -261,7 +278,7 @@ def optimizer_names(config: Config) -> set[str]:
 
 
 def article(gpu: str) -> str:
-    """The one that goes before the name of a GPU."""
+    """The indefinite article for the name of a GPU."""
     return "an" if gpu[0] in "AH" else "a"
 
 
@@ -276,22 +293,26 @@ def duration(seconds: float) -> str:
 
 
 def describe_batch(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
-    """The largest micro-batch that fits, of those that make the same step; with recomputation where that is faster."""
+    """Yield a line on the largest micro-batch that fits, of those that divide a rank's part of the step.
+
+    With selective recomputation where that makes the step faster; no line where not even one sequence fits.
+    """
     config, usable = case.config, USABLE * GPUS[gpu].memory * GIB
     whole = case.accumulation * config.training.local_batch_size
     states = result.parameters + result.gradients + result.optimizer_state
 
-    # To make activations again costs time, and pays only where it makes room for fewer micro-batches.
-    found = [largest_that_fits(case, usable, states, {config.training.local_batch_size: result})]
-    reaches_all = found[0] is not None and found[0][0].accumulation == 1
+    # Recomputation costs time, and pays only where it makes room for fewer micro-batches.
+    fitting = [largest_that_fits(case, usable, states, {config.training.local_batch_size: result})]
+    reaches_all = fitting[0] is not None and fitting[0][0].accumulation == 1
     if config.activation_checkpoint.mode == "none" and not reaches_all:
         config = dataclasses.replace(config, activation_checkpoint=ActivationCheckpoint(mode="selective"))
-        found.append(largest_that_fits(case._replace(config=config), usable, states, {}))
-    times = [(predict(*pair, gpu).seconds, *pair) for pair in found if pair is not None]
+        fitting.append(largest_that_fits(case._replace(config=config), usable, states, {}))
+    times = [(predict(*pair, gpu).seconds, *pair) for pair in fitting if pair is not None]
     if not times:
         return
     seconds, best, _ = min(times, key=lambda entry: entry[0])
 
+    # The time of today is given for comparison, where the configuration can run as it is.
     size, mode = best.config.training.local_batch_size, best.config.activation_checkpoint.mode
     words = f"largest training.local_batch_size that fits: {size} of the {whole} sequences of a rank's step"
     if mode != case.config.activation_checkpoint.mode:
@@ -310,12 +331,13 @@ def largest_that_fits(
 ) -> tuple[Case, Simulation] | None:
     """The largest micro-batch whose peak is at most `usable` bytes, among the divisors of a rank's part of the step.
 
-    The whole is tried first, as it often fits. As peaks grow about linearly, from the bytes of the `states` on, the
-    next to try is the largest that should fit between what does and what does not, until none is left that should.
-    `known` are simulations by size. None where not even one sequence fits.
+    `states` are the bytes of parameters, gradients and optimizer state, which no micro-batch changes; `known` are
+    simulations by size. None where not even one sequence fits.
     """
     whole = case.accumulation * case.config.training.local_batch_size
     sizes = [size for size in range(1, whole + 1) if whole % size == 0]
+
+    # Each try is a simulation, which takes seconds. The whole goes first, as it often fits.
     best, (low, low_peak), size = None, (0, states), whole
     high, high_peak = whole + 1, float("inf")
     while size:
@@ -325,6 +347,9 @@ def largest_that_fits(
             best, low, low_peak = (other, result), size, result.peak
         else:
             high, high_peak = size, result.peak
+
+        # Peaks are nearly a straight line in the size, so the line through what fits and what does not says which size
+        # to try next: two simulations a mode, where bisection took eight.
         should_fit = low + (high - low) * (usable - low_peak) / (high_peak - low_peak)
         between = [size for size in sizes if low < size < high]
         untried = between[:1] if best is None else []  # before giving up
@@ -333,14 +358,14 @@ def largest_that_fits(
 
 
 def with_batch(case: Case, size: int) -> Case:
-    """The same step in micro-batches of another size, which divides a rank's part of it."""
+    """The same step in micro-batches of `size` sequences, which must divide a rank's part of the step."""
     training: Training = dataclasses.replace(case.config.training, local_batch_size=size)
     accumulation = case.accumulation * case.config.training.local_batch_size // size
     return case._replace(config=dataclasses.replace(case.config, training=training), accumulation=accumulation)
 
 
 def verdict(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
-    """Whether it fits the GPU, and what would make it fit."""
+    """Yield lines on whether it fits the GPU, and on what would make it fit."""
     memory = GPUS[gpu].memory
     usable = USABLE * memory
     limit = f"{usable:.1f} of {memory:.1f} GiB"
@@ -348,6 +373,8 @@ def verdict(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
         yield f"verdict: fits {article(gpu)} {gpu}: {result.peak / GIB:.1f} GiB, {limit} are counted on"
         return
     yield f"verdict: does not fit {article(gpu)} {gpu}: {result.peak / GIB:.1f} GiB are more than {limit}"
+
+    # Changes are tried until one is enough; those that are not are shown as well.
     for change, other in knobs(case):
         peak = run(other).peak / GIB
         if peak <= usable:
@@ -358,17 +385,22 @@ def verdict(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
 
 
 def knobs(case: Case) -> Iterator[tuple[str, Case]]:
-    """Changes that save memory, one after the other and on top of each other, the cheapest first."""
+    """Yield changes that save memory, in words and as a case; each is on top of those before it, the cheapest first."""
+    # Recomputation costs time alone: batch and layout stay as they are.
     config, words = case.config, ""
     for mode in ("selective", "full"):
         if config.activation_checkpoint.mode in ("none", "selective") and config.activation_checkpoint.mode != mode:
             config = dataclasses.replace(config, activation_checkpoint=ActivationCheckpoint(mode=mode))
             words = f"activation_checkpoint.mode = {mode}"
             yield words, case._replace(config=config)
+
+    # Smaller micro-batches make more of them: products are smaller, and FSDP gathers more often.
     case = with_batch(case._replace(config=config), 1)
     if config.training.local_batch_size > 1:
         words = ", ".join(filter(None, [words, "training.local_batch_size = 1"]))
         yield words, case
+
+    # Without replicas the states are shared by more ranks, where these divide the experts.
     if case.degrees.replicate > 1:
         degrees = case.degrees._replace(replicate=1, shard=case.degrees.data)
         if degrees.expert == 1 or config.moe.num_experts % degrees.per_replica == 0:

@@ -1,6 +1,6 @@
-"""One training step of a rank of a world that does not exist: fake tensors, a fake process group, nothing allocated.
+"""Run one training step of rank 0 on fake tensors in a fake process group: nothing is allocated, nothing is sent.
 
-The model is the one that a run builds and the step is `train_step`; what is counted are the bytes of every storage
+The model is the one that a run builds, and the step is `train_step`. A dispatch mode counts the bytes of every storage
 while it is alive, the bytes of every collective by axis, the operations of every matrix product, and the bytes that
 every other operator reads and writes.
 """
@@ -44,7 +44,7 @@ from titan_moe.runtime.dtensor import local
 from titan_moe.step import train_step
 
 aten, c10d = torch.ops.aten, torch.ops.c10d
-FIRST, LATER = 1, 10_007  # steps of an optimizer: one in which state is made, and one as most are
+FIRST, LATER = 1, 10_007  # steps of an optimizer: one makes its state; at a large prime nothing periodic is due
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -71,16 +71,19 @@ class Traffic(NamedTuple):
     bytes: int
 
 
-# What a step does, by kind: ("flops", kind) of matrix products, ("bytes", kind) that operators read and write,
-# ("operators", kind) that launch something; by collective and axis ("calls", name, axis), ("sent", name, axis), and
-# ("waited", name, axis): the bytes of these that are activations, which what follows waits for.
-# Kinds are attention, grouped, head, dense and fp32 of products, and of other operators layers, loss (whatever has the
-# vocabulary as one of its sizes), copies (FSDP's) and update (everything after the last backward).
+# What a step does. The keys are
+# - ("flops", kind): operations of matrix products,
+# - ("bytes", kind): bytes that operators read and write,
+# - ("operators", kind): how many operators launch a kernel,
+# - ("calls", collective, axis), ("sent", collective, axis): calls of a collective, and the bytes that a rank sends,
+# - ("waited", collective, axis): those of the bytes sent that are activations, for which the next operator waits.
+# Products are of kind attention, grouped, head, dense or fp32; other operators of kind layers, loss (a size of a tensor
+# is the vocabulary's), copies (FSDP's) or update (everything after the last backward).
 Work = Counter[tuple[str, ...]]
 
 
 class Simulation(NamedTuple):
-    """What a step of rank 0 takes; bytes, each part as it is at the moment of the peak."""
+    """What a step of rank 0 takes. Memory is in bytes, each part as large as it is when the total is at its peak."""
 
     parameters: int
     gradients: int
@@ -111,23 +114,33 @@ class Simulation(NamedTuple):
 
 
 class Meter(TorchDispatchMode):
-    """Counts what passes: storages from their first operation to their end, collectives, operations."""
+    """Count memory, collectives and operations of every operator that runs while the mode is active.
+
+    A storage counts from the first operator that returns it until Python frees it. `vocab_sizes` are the sizes of the
+    vocabulary, whole and of one rank, by which the operators of the head and the loss are told from the others.
+    """
 
     def __init__(self, fake: FakeTensorMode, vocab_sizes: Set[int]) -> None:
         super().__init__()
         self.fake, self.vocab_sizes = fake, vocab_sizes
-        self.live: Counter[str] = Counter()
+
+        # Memory: each storage is of one kind at a time, so that the parts add up to the total.
+        self.live: Counter[str] = Counter()  # bytes now, by kind
         self.at_peak: Counter[str] = Counter()
         self.before_update: Counter[str] = Counter()  # at the peak of forward and backward
-        self.sizes: dict[int, tuple[str, int, Any]] = {}  # by identity: kind, bytes, reference
+        self.sizes: dict[int, tuple[str, int, Any]] = {}  # by the storage's id: kind, bytes, weak reference
+
+        # Work is split at each forward pass: the middle one of three stands for all that are not run.
         self.passes: list[Work] = [Counter()]  # before the model's first forward, from there to its second, ...
         self.groups: dict[str, tuple[int, ...]] = {}
+
         self.paused = False
         self.step = 0  # of the optimizer, from the end of backward on
         self.counts_work = True
 
     def track(self, tensor: Tensor, kind: str) -> None:
         """Count a tensor's storage, if it is not counted yet."""
+        # Views share their storage. The weak reference tells when the last of them is gone, without keeping it alive.
         storage = tensor.untyped_storage()
         key = id(storage)
         if key not in self.sizes:
@@ -145,7 +158,7 @@ class Meter(TorchDispatchMode):
         self.live[kind] -= size
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Note what FSDP does to the storages of gathered parameters."""
+        """Note the new size of a storage: FSDP frees and allocates gathered parameters in this way."""
         if id(storage) in self.sizes:
             _, size, reference = self.sizes[id(storage)]
             self.live[self.sizes[id(storage)][0]] -= size
@@ -154,14 +167,18 @@ class Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and count it."""
+        # An operator of a DTensor runs one of its local tensor, which comes here again and is counted then.
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # what it does to its local tensor comes here again
+            return NotImplemented
         kwargs = kwargs or {}
         if func.namespace == "prim":  # a tensor's device is asked for more often than anything else happens
             return func(*args, **kwargs)
+
+        # Optimizers read numbers on the host, and a fake tensor has none. They ask whether a norm is finite (bool),
+        # which row is rank 0's first (int64), and their step's number.
         if self.step and func is aten._local_scalar_dense.default:
-            # What optimizers read on the host: that a norm is finite, which row is rank 0's first, their step's number.
             return {torch.bool: True, torch.int64: 0}.get(args[0].dtype, self.step)
+
         result = args[0] if func is torch.ops._c10d_functional.wait_tensor.default else func(*args, **kwargs)
         if self.paused:
             return result
@@ -169,11 +186,15 @@ class Meter(TorchDispatchMode):
             self._note_traffic(func, result, args, kwargs)
         elif self.counts_work:
             self._note_work(func, result, args, kwargs)
+
+        # FSDP writes into buffers that it made before with plain operators: what they are for is known only now.
         if func is c10d._reduce_scatter_base_.default:
             self.retag(args[0], "gradients")
         if func.namespace == "fsdp":
             for tensor in kwargs.get("out", ()):
                 self.retag(tensor, "gathered")
+
+        # Of a storage seen for the first time only the operator that made it tells what it is.
         kind = "gathered" if func.namespace in ("fsdp", "c10d") else "activations"
         for tensor in tree_leaves(result):
             if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.fake:
@@ -195,6 +216,9 @@ class Meter(TorchDispatchMode):
         tensors = _tensors((args, result))
         has_vocabulary = any(not self.vocab_sizes.isdisjoint(tensor.shape) for tensor in tensors)
         name = func._overloadpacket.__name__
+
+        # Passes over memory reach different shares of the bandwidth, and torch.compile fuses them differently. FSDP
+        # copies with plain operators, too: those are known by what their largest tensor is.
         if not is_product:
             if self.step:
                 return "update"
@@ -203,6 +227,8 @@ class Meter(TorchDispatchMode):
             largest = max(tensors, key=torch.Tensor.numel)
             is_copy = self.sizes.get(id(largest.untyped_storage()), ("",))[0] in ("parameters", "gathered", "gradients")
             return "copies" if is_copy or func.namespace in ("fsdp", "c10d") else "layers"
+
+        # Products: each kind reaches another share of the tensor cores' peak, and fp32 has a peak of its own.
         if tensors[0].dtype == torch.float32:
             return "fp32"
         if "scaled_dot_product" in name:
@@ -210,7 +236,7 @@ class Meter(TorchDispatchMode):
         return "grouped" if "grouped" in name else "head" if has_vocabulary else "dense"
 
     def retag(self, tensor: Tensor, kind: str) -> None:
-        """Count a tensor's storage as another kind from here on."""
+        """Count a tensor's storage as another kind from now on."""
         self.track(tensor, kind)
         key = id(tensor.untyped_storage())
         old, size, reference = self.sizes[key]
@@ -219,16 +245,22 @@ class Meter(TorchDispatchMode):
         self.sizes[key] = (kind, size, reference)
 
     def _note_traffic(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        # c10d and functional collectives call the same thing by different names.
         group = CollectiveOp.get_process_group(func, args)
         size = group.size()
         name = func._overloadpacket.__name__.strip("_").removesuffix("_base").removesuffix("_into_tensor")
         name = {"allgather": "all_gather", "allreduce": "all_reduce", "reduce_scatter_tensor": "reduce_scatter"}.get(
             name, name
         )
+
+        # In a ring a rank sends all parts but one. (torch's get_comm_tensor_size adds input and output: of an
+        # all-to-all that is twice the bytes.)
         passes = 2 if name == "all_reduce" else 1  # a ring reduces, then gathers
         tensors = _tensors((args, kwargs, result))
         whole = max(tensor.numel() * tensor.element_size() for tensor in tensors)  # gathered, or before the scatter
         sent = passes * whole * (size - 1) // size
+
+        # FSDP's collectives are c10d's and hide behind products; the functional ones carry activations.
         axis = f"{group.group_desc.removeprefix('mesh_')} ({size})"
         self.groups[axis] = tuple(dist.get_process_group_ranks(group))
         self.passes[-1] += Counter({("calls", name, axis): 1, ("sent", name, axis): sent})
@@ -236,29 +268,33 @@ class Meter(TorchDispatchMode):
             self.passes[-1]["waited", name, axis] += sent
 
 
-# They make no kernel run: memory without contents, and what only Python or the profiler sees.
+# Operators that launch no kernel: they allocate without writing, or only read a number on the host.
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense")
-# They read as many rows of their first tensor as they give, however large it is.
+# Operators that read only the rows they return, however large their first tensor is.
 GATHERS = ("embedding", "index", "index_select", "gather")
+# Operators that write their first tensor without reading it.
 OVERWRITE = ("copy_", "fill_", "zero_")
 
 
 def bytes_moved(func: Any, result: Any, args: Any, kwargs: Any) -> int | None:
     """Bytes that an operator reads and writes, each tensor once; None where nothing runs on the device, as for views.
 
-    What it allocates inside is not seen, nor what stays in a cache from the operator before.
+    Not counted are buffers that it allocates inside. Counted are reads that a cache would serve.
     """
     name = func._overloadpacket.__name__
     if name in FREE or func.namespace == "profiler":
         return None
+
+    # A view has the storage of an argument. An operator that gives only views and writes nothing runs no kernel.
     names, written = arguments_of(func)
     tensors = {key: _tensors(value) for key, value in (dict(zip(names, args, strict=False)) | kwargs).items()}
-    own = {leaf.untyped_storage()._cdata for leaves in tensors.values() for leaf in leaves}
-    made = [leaf for leaf in _tensors(result) if leaf.untyped_storage()._cdata not in own]
-    if not made and not written:
+    argument_storages = {leaf.untyped_storage()._cdata for leaves in tensors.values() for leaf in leaves}
+    new_tensors = [leaf for leaf in _tensors(result) if leaf.untyped_storage()._cdata not in argument_storages]
+    if not new_tensors and not written:
         return None
 
-    total = sum(map(_bytes, made))
+    # New tensors are written once, arguments read once; an argument changed in place is read and written.
+    total = sum(map(_bytes, new_tensors))
     for position, (key, leaves) in enumerate(tensors.items()):
         size = sum(map(_bytes, leaves))
         is_read = not (written.get(key, False) or (name in OVERWRITE and position == 0))
@@ -270,7 +306,7 @@ def bytes_moved(func: Any, result: Any, args: Any, kwargs: Any) -> int | None:
 
 @cache
 def arguments_of(func: Any) -> tuple[list[str], dict[str, bool]]:
-    """An operator's arguments, and of those that it changes whether they are for its results alone, as `out`."""
+    """Names of an operator's arguments; and of those it writes, whether they are only written, as `out` is."""
     arguments = func._schema.arguments
     written = [argument for argument in arguments if argument.alias_info is not None and argument.alias_info.is_write]
     return [argument.name for argument in arguments], {argument.name: argument.kwarg_only for argument in written}
@@ -281,23 +317,23 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of what a tensor looks at: less than its shape says where it is expanded."""
+    """Bytes that a tensor refers to: an expanded one refers to fewer than its shape says."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
 @contextmanager
-def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
-    """Tell the meter of storages that change their size, of tensors that are made only to know their shapes, and of
-    the end of backward: optimizers of matrices look from there on at numbers, which are not there.
-    """
+def _report_what_dispatch_misses(meter: Meter) -> Iterator[None]:
+    """Patch torch and the step, so that the meter learns three things that a dispatch mode is not told."""
     resize, propagate = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
     squares = step.grad_squares
 
+    # Resizing a storage is a method, not an operator, and it is how FSDP frees gathered parameters.
     def resize_and_tell(storage: torch.UntypedStorage, size: int) -> Any:
         result = resize(storage, size)
         meter.resized(storage)
         return result
 
+    # DTensor runs operators on full-size fake tensors to learn shapes. Counted, they were 9 GiB where 3 GiB are used.
     def propagate_unseen(*args: Any) -> Any:
         meter.paused = True
         try:
@@ -305,6 +341,8 @@ def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
         finally:
             meter.paused = False
 
+    # The step sums the squares of gradients when backward is over. From then on the meter answers what optimizers read
+    # on the host.
     def squares_and_answer(*args: Any) -> Squares:
         meter.step = FIRST
         return squares(*args)
@@ -321,23 +359,23 @@ def _what_no_mode_sees(meter: Meter) -> Iterator[None]:
 
 
 @contextmanager
-def _as_on_a_gpu() -> Iterator[None]:
-    """Run what a CPU runs otherwise as a GPU does.
-
-    An RMSNorm is one operator there and ten on a CPU: LayerNorm's stands for it, which reads, writes and keeps as much.
-    Products in bf16 can give fp32, chunks of the loss are larger, and all rows of a stacked matrix are updated at once.
-    """
+def _take_gpu_paths() -> Iterator[None]:
+    """Patch the places where a CPU runs other operators than a GPU would, so that a GPU's are counted."""
     rms_norm, elements, add_product = F.rms_norm, matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
     chunk_tokens = cross_entropy.CPU_CHUNK_TOKENS
 
+    # An RMSNorm is one kernel on a GPU and ten operators on a CPU, which made the peak 9 % too high. LayerNorm is one
+    # operator everywhere; it reads, writes and saves as much.
     def one_operator(x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
         return F.layer_norm(x, shape, weight, eps=1e-5 if eps is None else eps)
 
+    # A GPU's product of bf16 matrices can give fp32 at once; a CPU needs copies of them in fp32.
     def add_in_fp32(sum_VD: Tensor | None, a_VC: Tensor, b_CD: Tensor) -> Tensor:
         is_fp32 = a_VC.dtype == torch.float32
         product_VD = torch.mm(a_VC, b_CD) if is_fp32 else torch.mm(a_VC, b_CD, out_dtype=torch.float32)
         return product_VD if sum_VD is None else sum_VD.add_(product_VD)
 
+    # A GPU takes larger chunks of the loss, and updates all rows of a stacked matrix at once.
     F.rms_norm = one_operator  # pyrefly: ignore
     cross_entropy._add_product = add_in_fp32
     cross_entropy.CPU_CHUNK_TOKENS = cross_entropy.GPU_CHUNK_TOKENS  # pyrefly: ignore
@@ -350,27 +388,29 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 
 @contextmanager
-def _moments(meter: Meter, model: torch.nn.Module, optimizer: Optimizer) -> Iterator[None]:
-    """Tell the meter where forward passes and the update begin, and run the update twice.
+def _mark_phases(meter: Meter, model: torch.nn.Module, optimizer: Optimizer) -> Iterator[None]:
+    """Hook model and optimizer, so that the meter knows where forward passes and the update begin; update twice."""
 
-    The first step of an optimizer makes its state, and what is due now and then; the work that counts is a later one's.
-    """
-
+    # Gradients of earlier micro-batches are alive in this one. Where no reduce-scatter made them, they are known by
+    # their parameter alone.
     def start_forward(*_: Any) -> None:
         meter.passes.append(Counter())
         for parameter in model.parameters():
             if parameter.grad is not None:
                 meter.retag(local(parameter.grad), "gradients")
 
+    # The first update makes the optimizer's state. Its memory has a peak of its own; its work is not counted, as it is
+    # not that of most steps.
     def start_update(*_: Any) -> None:
         if meter.step == FIRST:
             meter.before_update, meter.at_peak = meter.at_peak, Counter(meter.live)
             meter.counts_work = False
 
+    # The work that counts is that of a second update, in which the state exists and nothing periodic is due.
     def update_again(*_: Any) -> None:
         if meter.step == FIRST:
             meter.step, meter.counts_work = LATER, True
-            may_step(optimizer, torch.ones((), dtype=torch.bool))  # so that nothing looks at them once more
+            may_step(optimizer, torch.ones((), dtype=torch.bool))  # or the gradients would be checked a second time
             optimizer.step()
 
     handles = [
@@ -396,34 +436,34 @@ def fake_world(world_size: int) -> Iterator[None]:
 
 
 def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess: float = 0.0) -> Simulation:
-    """Run one step of rank 0 in a `fake_world`; the vocabulary's size must be known.
+    """Run one step of rank 0 in a `fake_world`, and count what it takes.
 
-    Of many micro-batches three are run, as the first and the last may gather and reduce and the others are all alike.
-    `excess` is how much more than its even share of rows this rank's experts receive: at a MaxVio of v at most v, where
-    each of them is the fullest.
+    `config.model.vocab_size` must be set. Of `micro_batches` at most three are run: the first and the last may gather
+    and reduce, and all others are alike. `excess` is how much more than its even share of rows this rank's experts
+    receive. At a MaxVio of v it is at most v, when each of these experts is as full as the fullest.
     """
-    # The split sizes of dispatch are read on the host in a real step: here they are told.
+    # In a real step the host reads the split sizes of dispatch. Fake tensors have no values, so they are set.
     training, simulated = config.training, min(micro_batches, 3)
     mesh = build_mesh(device=torch.device("cpu"), **degrees._asdict())
     model = build_sharded(config, mesh, compile_blocks=False)
-    own_length = training.seq_len // degrees.per_sequence
-    rows = rows_sent(config, training.local_batch_size * own_length)
+    local_length = training.seq_len // degrees.per_sequence
+    rows = rows_sent(config, training.local_batch_size * local_length)
     received = -(-int(rows * (1 + excess)) // degrees.expert) * degrees.expert
     if mesh.ep is not None:
         fix_split_sizes(model, mesh.ep, rows, received)
 
-    # From here on nothing is allocated, and every operator passes the meter.
+    # Under the fake mode nothing is allocated; what is built before the step is not work, so the meter starts later.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model.to_empty(device="cpu")
         optimizer, balancers = build_optimizer(without_load_lr(config), model), build_balancers(config)
-        tokens = torch.zeros(training.local_batch_size, own_length, dtype=torch.int64)
+        tokens = torch.zeros(training.local_batch_size, local_length, dtype=torch.int64)  # (B, S)
         vocabulary = config.model.vocab_size
         meter = Meter(fake, {vocabulary, vocabulary // degrees.tensor})
         parameters = _local_bytes(model.parameters())
         for tensor in (*model.parameters(), *model.buffers()):
             meter.track(local(tensor), "parameters")
-        with meter, _what_no_mode_sees(meter), _as_on_a_gpu(), _moments(meter, model, optimizer):
+        with meter, _report_what_dispatch_misses(meter), _take_gpu_paths(), _mark_phases(meter, model, optimizer):
             train_step(
                 model,
                 [(tokens, tokens)] * simulated,
@@ -436,10 +476,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
             )
         state = _local_bytes(leaf for s in optimizer.state.values() for leaf in tree_leaves(s))
 
-    # The state is made in this first step; from the second on it is there in forward and backward, too.
-    peak = meter.before_update + Counter(optimizer_state=state)
-    if meter.at_peak.total() > peak.total():  # in the optimizer's step
-        peak = meter.at_peak + Counter(optimizer_state=state, activations=-state)
+    peak = steady_peak(meter, state)
     return Simulation(
         parameters=parameters,
         gradients=peak["gradients"],
@@ -452,13 +489,25 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     )
 
 
-def whole_step(passes: list[Work], simulated: int, micro_batches: int) -> Work:
-    """Work of a step from that of its simulated passes: the second of three stands for all that were not simulated.
+def steady_peak(meter: Meter, state: int) -> Counter[str]:
+    """Bytes by kind at the peak of a step that finds the optimizer's state, of `state` bytes, already made."""
+    # The simulated step makes the state at its end; from the second step on it is alive in forward and backward, too.
+    peak = meter.before_update + Counter(optimizer_state=state)
 
-    The passes are what comes before the first forward, then a pass for each micro-batch; where a balancer wants to know
-    the whole batch's load before, there is a forward pass of each micro-batch ahead of these.
+    # The peak may be in the update itself. There the meter saw the state being made, and took it for activations.
+    if meter.at_peak.total() > peak.total():
+        peak = meter.at_peak + Counter(optimizer_state=state, activations=-state)
+    return peak
+
+
+def whole_step(passes: list[Work], simulated: int, micro_batches: int) -> Work:
+    """Work of a step of `micro_batches` from that of its simulated passes: the second of three stands for the others.
+
+    `passes` begins with what comes before the first forward; then comes a pass for each simulated micro-batch. Where a
+    balancer needs the whole batch's load first, there are twice as many: a forward pass of each goes ahead.
     """
     work: Work = sum(passes, start=Counter())
+    # Pass 2 is the second micro-batch's; in a second series of passes that is `simulated` later.
     for one_of_many in passes[2::simulated]:
         for key, count in one_of_many.items():
             work[key] += (micro_batches - simulated) * count
@@ -466,7 +515,7 @@ def whole_step(passes: list[Work], simulated: int, micro_batches: int) -> Work:
 
 
 def rows_sent(config: Config, num_tokens: int) -> int:
-    """Rows that a rank's tokens of a micro-batch become in a MoE layer, where as many are kept as can be."""
+    """Rows that a rank sends to experts in a MoE layer, for `num_tokens` tokens: the most that the capacity lets by."""
     moe, factor = config.moe, config.router.arguments.get("capacity_factor")
     choices = num_tokens * moe.top_k
     if not factor:
@@ -476,7 +525,7 @@ def rows_sent(config: Config, num_tokens: int) -> int:
 
 
 def without_load_lr(config: Config) -> Config:
-    """Without rates by load, which on a CPU are read on the host; their state is a few numbers for each expert."""
+    """The configuration without rates by load, which on a CPU are read on the host. Their state is small."""
     groups = dict(config.optimizer.groups)
     expert = {key: value for key, value in groups.pop("expert", {}).items() if not key.startswith("load_lr")}
     groups |= {"expert": expert} if expert else {}
@@ -484,7 +533,8 @@ def without_load_lr(config: Config) -> Config:
 
 
 def fix_split_sizes(model: torch.nn.Module, mesh: DeviceMesh, rows: int, received: int) -> None:
-    """Tell dispatchers how many rows go where, which in a real step the host reads from the device."""
+    """Give the dispatchers their numbers of rows by rank, which in a real step the host reads from the device."""
+    # Rows are sent evenly. What is left over goes to rank 0, the one that is simulated.
     sent = [rows // mesh.size()] * mesh.size()
     sent[0] += rows - sum(sent)
     splits = sent, [received // mesh.size()] * mesh.size()

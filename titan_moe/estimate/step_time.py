@@ -1,8 +1,8 @@
-"""How long a step takes on a GPU: what it does, over the rates that one was measured to reach.
+"""How long a step takes on a GPU: the work of the step divided by the rates that one GPU was measured to reach.
 
-Products take their operations over a share of the tensor cores' peak, or their bytes over a share of the memory's
-bandwidth where that is longer; other operators take their bytes. In eager mode the host launches one operator after the
-other, and whichever of host and device is slower sets the pace.
+The time of a product is its operations divided by a share of the tensor cores' peak, or its bytes divided by a share of
+the memory's bandwidth, whichever is longer. The time of any other operator is that of its bytes. In eager mode the host
+launches one operator after the other, and the slower of host and device sets the pace.
 """
 
 from typing import NamedTuple
@@ -64,9 +64,10 @@ class StepTime(NamedTuple):
 def step_time(work: Work, groups: dict[str, tuple[int, ...]], gpu: GPU, *, compiled: bool) -> StepTime:
     """Seconds of a step that does `work`, its collectives over `groups` of ranks, on GPUs of one kind.
 
-    Gathers and reductions of FSDP hide behind what is computed, as far as that lasts; what is left of them, and all of
-    the collectives that activations wait for, come on top. Latencies and waiting for slower ranks are not in it.
+    Gathers and reductions of FSDP hide behind what is computed, as far as that lasts. What is left of them comes on
+    top, and so do all collectives that activations wait for. Latencies and waiting for slower ranks are not counted.
     """
+    # On the device, kernels run one after the other: their times add up. A product is bound by operations or by bytes.
     bandwidth, device = PASSES["layers"] * gpu.bandwidth, {}
     for kind, share in PRODUCTS.items():
         peak = gpu.fp32 if kind == "fp32" else gpu.bf16
@@ -76,7 +77,7 @@ def step_time(work: Work, groups: dict[str, tuple[int, ...]], gpu: GPU, *, compi
         device[NAMES[kind]] = left * work["bytes", kind] / (share * gpu.bandwidth)
     device["gaps between kernels"] = GAPS * sum(device.values())
 
-    # The update starts when the last gradient is there: it hides nothing.
+    # The update starts when the last gradient has arrived, so no communication hides behind it.
     computing = sum(device.values()) - device[NAMES["update"]]
     seconds = {"sent": 0.0, "waited": 0.0}
     for key, size in work.items():
@@ -85,6 +86,7 @@ def step_time(work: Work, groups: dict[str, tuple[int, ...]], gpu: GPU, *, compi
     device["communication, waited for"] = seconds["waited"]
     device["communication, not hidden"] = max(0.0, seconds["sent"] - seconds["waited"] - computing)
 
+    # torch.compile fuses operators into fewer kernels, so the host has fewer to launch.
     operators = {key[1]: count for key, count in work.items() if key[0] == "operators"}
     if compiled:
         operators["layers"] = round(COMPILED_OPERATORS * operators.get("layers", 0))
@@ -93,14 +95,14 @@ def step_time(work: Work, groups: dict[str, tuple[int, ...]], gpu: GPU, *, compi
 
 
 def link_seconds(collective: str, ranks: tuple[int, ...], size: int, gpu: GPU) -> float:
-    """Seconds that a rank takes to send `size` bytes in a collective over `ranks`, neighbours being on one node.
+    """Seconds that a rank takes to send `size` bytes in a collective over `ranks`; neighbours are on one node.
 
-    A ring between nodes runs over the network cards of all of a node's ranks at once; in an all-to-all each rank sends
-    over its own card what is for other nodes.
+    Between nodes, a ring uses the network cards of all of a node's ranks at once. In an all-to-all each rank sends
+    through its own card what is for other nodes.
     """
-    here = sum(rank // gpu.linked == ranks[0] // gpu.linked for rank in ranks)
-    if here == len(ranks):
+    on_this_node = sum(rank // gpu.linked == ranks[0] // gpu.linked for rank in ranks)
+    if on_this_node == len(ranks):
         return size / (LINK * gpu.nvlink)
     if collective == "all_to_all_single":
-        return size * (len(ranks) - here) / max(1, len(ranks) - 1) / (LINK * gpu.network)
-    return size / (LINK * min(gpu.nvlink, here * gpu.network))
+        return size * (len(ranks) - on_this_node) / max(1, len(ranks) - 1) / (LINK * gpu.network)
+    return size / (LINK * min(gpu.nvlink, on_this_node * gpu.network))

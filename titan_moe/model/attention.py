@@ -15,6 +15,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, S, C), k and v (
 
 def check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
     """Raise ValueError for heads that do not divide the width, or each other, and for heads of an odd width."""
+    # Each head gets the same number of channels, and rotary positions turn these by pairs.
     if num_heads < 1 or dim % num_heads:
         raise ValueError(f"model.num_heads ({num_heads}) must divide model.dim ({dim})")
     if dim // num_heads % 2:
@@ -22,6 +23,8 @@ def check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
             f"model.dim / model.num_heads ({dim} / {num_heads} = {dim // num_heads}) must be even: rotary positions "
             "turn pairs of channels"
         )
+
+    # A key-value head serves a fixed number of query heads.
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(
             f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({num_heads}), or be 0 for as many"
@@ -31,23 +34,23 @@ def check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
 def rope_cos_sin(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Rope:
     """cos and sin of position * theta^(-2i / head_dim), each (S, C / 2) in fp32, for positions from 0.
 
-    Made once per forward pass and not kept: there is no longest sequence, and no buffer to rebuild, shard or cast.
+    Computed once per forward pass and not kept: there is no longest sequence, and no buffer to rebuild, shard or cast.
     Source: Su et al. (2021), equation 15.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequency)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequency)  # (S, C / 2)
     return angle.cos(), angle.sin()
 
 
 def apply_rope(x_BHSC: Tensor, rope: Rope) -> Tensor:
     """Rotate channel i together with channel i + C / 2 (the half-split layout of Hugging Face), in fp32."""
     cos, sin = rope
-    left, right = x_BHSC.float().chunk(2, dim=-1)
+    left, right = x_BHSC.float().chunk(2, dim=-1)  # (B, H, S, C) -> 2 x (B, H, S, C / 2)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x_BHSC)
 
 
 def attend_to_past(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
-    """Causal attention where keys and values are of the same tokens as queries."""
+    """Causal attention of tokens to themselves and those before: q (B, H, S, C), k, v (B, G, S, C) -> (B, H, S, C)."""
     grouped = q_BHSC.shape[1] != k_BGSC.shape[1]
     return F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=grouped)
 
@@ -63,6 +66,8 @@ class Attention(nn.Module):
         self.head_dim = dim // num_heads
         self.grouped = num_kv_heads != num_heads
         self.attend: Attend = attend_to_past
+
+        # A matrix for each of q, k and v, not one for all: tensor parallelism shards each by whole heads.
         self.wq = nn.Linear(dim, num_heads * self.head_dim, bias=False)
         self.wk = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
@@ -75,6 +80,8 @@ class Attention(nn.Module):
         q_BSHC, k_BSGC, v_BSGC = (w(x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
+
+        # Heads go before the sequence, as attention takes them.
         q_BHSC, k_BGSC = apply_rope(q_BSHC.transpose(1, 2), rope), apply_rope(k_BSGC.transpose(1, 2), rope)
         y_BHSC = self.attend(q_BHSC, k_BGSC, v_BSGC.transpose(1, 2))
-        return self.wo(y_BHSC.transpose(1, 2).flatten(2))
+        return self.wo(y_BHSC.transpose(1, 2).flatten(2))  # (B, S, H C) -> (B, S, D)

@@ -1,9 +1,9 @@
 """Cross-entropy of an output head, a chunk of tokens at a time, so that the logits of all tokens are never in memory.
 
-The gradients are made in forward, where a chunk's logits are at hand, and backward only scales them: three products
-with the head, as many as with whole logits (Liger Kernel: Hsu et al., 2024). To make the logits again in backward (Cut
-Cross-Entropy: Wijmans et al., 2025) would take a fourth and save nothing here: at the start of backward, when all
-activations are in memory, the head's gradient has to be there in either case.
+The gradients are computed in forward, where a chunk's logits are in memory, and backward only scales them: three
+products with the head, as many as with whole logits (Liger Kernel: Hsu et al., 2024). Computing the logits again in
+backward (Cut Cross-Entropy: Wijmans et al., 2025) would take a fourth and save nothing: the peak of memory is at the
+start of backward, when all activations are there, and the head's gradient has to be there in either case.
 
 Shapes: T tokens, C tokens of a chunk, D dim, V vocabulary.
 """
@@ -25,20 +25,23 @@ Softmax = Callable[[Tensor, Tensor], Tensor]
 
 
 class Score(NamedTuple):
-    """Of the tokens whose label counts: cross-entropy summed, nats, fp32; tokens whose largest logit is the label's."""
+    """The sums of a batch over the tokens whose label counts."""
 
-    ce_sum: Tensor
-    num_correct: Tensor
+    ce_sum: Tensor  # () fp32: their cross-entropy in nats
+    num_correct: Tensor  # () int64: how many of them have their largest logit at the label
 
 
 def softmax_(logits_CV: Tensor, label_C1: Tensor) -> Tensor:
-    """Write the softmax of each row over it; return the log-probability of each row's label, (C, 1) fp32.
+    """Replace each row of the logits by its softmax; return the log-probability of each row's label, (C, 1) fp32.
 
-    All is computed in fp32. Nothing beside the logits is as large as they are, but a copy where they are not fp32.
+    All is computed in fp32. No other tensor is as large as the logits, except a copy where they are not fp32.
     """
+    # The label's logit is read first: what follows overwrites fp32 logits.
     z_CV = logits_CV.float()
     max_C1 = z_CV.amax(dim=-1, keepdim=True)
-    label_z_C1 = z_CV.gather(1, label_C1) - max_C1
+    label_z_C1 = z_CV.gather(1, label_C1) - max_C1  # (C, V) -> (C, 1)
+
+    # Less the largest, so that exp does not overflow.
     p_CV = z_CV.sub_(max_C1).exp_()
     sum_C1 = p_CV.sum(dim=-1, keepdim=True)
     logits_CV.copy_(p_CV.div_(sum_C1))
@@ -51,8 +54,8 @@ def linear_cross_entropy(
     """Cross-entropy of the logits x weight^T, summed over the labels that are not IGNORE; nats, a fp32 scalar.
 
     Differentiable once by `x` and `weight`, whose gradients have their types; that of `weight` is added up in fp32
-    over chunks of `chunk_tokens` tokens (0: all in one, -1: as suits the device) and rounded at the end. `softmax_` is
-    the one of this file, or the same compiled.
+    over chunks of `chunk_tokens` tokens (0: one chunk, -1: as suits the device) and rounded at the end. `softmax_` is
+    the function of this file, plain or compiled.
     """
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(x_TD, weight_VD, labels_T, chunk_tokens, softmax_)
@@ -67,7 +70,7 @@ def score(
     ce_sum = torch.zeros((), device=x_TD.device)
     num_correct = torch.zeros((), dtype=torch.int64, device=x_TD.device)
     for x_CD, labels_C in _chunks(chunk_tokens, x_TD, labels_T):
-        logits_CV = F.linear(x_CD, weight_VD)
+        logits_CV = F.linear(x_CD, weight_VD)  # (C, D) -> (C, V)
         num_correct += (logits_CV.argmax(-1) == labels_C).sum()  # no argmax is IGNORE
         ce_sum += _cross_entropy_(logits_CV, labels_C, softmax_)
         del logits_CV  # before the next chunk has any
@@ -82,13 +85,14 @@ class _LinearCrossEntropy(Function):
         ce_sum = torch.zeros((), device=x_TD.device)
         grad_x_TD, grad_weight_VD = torch.empty_like(x_TD), None
         for x_CD, labels_C, grad_x_CD in _chunks(chunk_tokens, x_TD, labels_T, grad_x_TD):
-            grad_CV = F.linear(x_CD, weight_VD)  # the logits, until the next line
+            # One buffer of (C, V): it has the logits, and after the next line their gradient.
+            grad_CV = F.linear(x_CD, weight_VD)  # (C, D) -> (C, V)
             ce_sum += _cross_entropy_(grad_CV, labels_C, softmax_)
 
             # Tokens that do not count are left out here, in rows of D numbers, where zeros in their gradient would be
             # one more pass over V.
             counts_C1 = (labels_C != IGNORE).unsqueeze(1)
-            torch.mm(grad_CV, weight_VD, out=grad_x_CD).mul_(counts_C1)
+            torch.mm(grad_CV, weight_VD, out=grad_x_CD).mul_(counts_C1)  # (C, V) -> (C, D)
             grad_weight_VD = _add_product(grad_weight_VD, grad_CV.t(), x_CD * counts_C1)
             del grad_CV  # before the next chunk has any
         ctx.save_for_backward(grad_x_TD, grad_weight_VD)
@@ -103,12 +107,14 @@ class _LinearCrossEntropy(Function):
 
 
 def _cross_entropy_(logits_CV: Tensor, labels_C: Tensor, softmax_: Softmax) -> Tensor:
-    """Sum the cross-entropy of the tokens that count, fp32; over the logits is written each token's gradient by them.
+    """Return the cross-entropy summed over the tokens that count, () fp32, and replace the logits by their gradient.
 
-    It is softmax - one_hot, for a token that does not count of some label.
+    The gradient is softmax - one_hot. Tokens that don't count get one, too, of label 0: the caller leaves it out.
     """
     label_C1 = labels_C.clamp(min=0).unsqueeze(1)
     log_p_C1 = softmax_(logits_CV, label_C1)
+
+    # At the label it is p - 1, taken from log p: where p is near 1 the difference would have no digits left.
     logits_CV.scatter_(1, label_C1, log_p_C1.expm1().to(logits_CV.dtype))
     return -torch.where(labels_C == IGNORE, 0.0, log_p_C1.squeeze(1)).sum()
 
@@ -121,7 +127,10 @@ def _chunks(chunk_tokens: int, *tensors_T: Tensor) -> Iterator[tuple[Tensor, ...
 
 
 def _add_product(sum_VD: Tensor | None, a_VC: Tensor, b_CD: Tensor) -> Tensor:
-    """Add a b, of bf16 or fp32 matrices, to a fp32 sum (in place, None: nothing yet), not rounded to bf16 before."""
+    """Return sum + a b in fp32, for bf16 or fp32 matrices; in place unless the sum is None, which stands for 0.
+
+    The product is not rounded to bf16 before it is added.
+    """
     if a_VC.is_cuda and a_VC.dtype != torch.float32:
         product_VD = torch.mm(a_VC, b_CD, out_dtype=torch.float32)
         return product_VD if sum_VD is None else sum_VD.add_(product_VD)

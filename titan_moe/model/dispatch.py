@@ -6,8 +6,9 @@ something else can be computed meanwhile: `receive(x_ND, state)` waits for them,
 `combine(y_ND, topk_scores_TK, state)` gives y_TD: for each token the weighted sum of its rows.
 
 No (T, E) mask is built, and nothing waits for the device. Sorting gives a permutation, so the backward of both is again
-a gather: no atomic adds, hence the same bits in every run. Choices that a router did not keep have no row: N is then
-at most E * capacity, the rows after the last expert's are computed by nobody, hold anything, and are read by nobody.
+a gather: no atomic adds, hence the same bits in every run. Choices that a router did not keep have no row. N is then
+min(T * K, E * capacity), which may be more than were kept: the rows after the last expert's are not computed and hold
+anything.
 
 Shapes: T tokens, D dim, K top_k, N = T * K rows, E experts.
 """
@@ -24,7 +25,7 @@ from titan_moe.model.routing import Routing
 
 
 class Dispatcher(NamedTuple):
-    """The ways of a dispatcher; `state` is whatever its own receive and combine want from its dispatch."""
+    """The three functions of a dispatcher; `state` is what its receive and combine need to know of its dispatch."""
 
     dispatch: Callable[[Tensor, Routing], tuple[Tensor, Tensor, Any]]
     receive: Callable[[Tensor, Any], Tensor]
@@ -32,7 +33,7 @@ class Dispatcher(NamedTuple):
 
 
 class Permutation(NamedTuple):
-    """Where the row of each choice is, and back."""
+    """Which choice each row is of, and which row each choice has."""
 
     order: Tensor  # (N,) int64: row i of the sorted rows is choice order[i] = t * K + k
     row: Tensor  # (T, K) int64: the row of choice k of token t; 0 where it was not kept
@@ -47,11 +48,11 @@ def local() -> Dispatcher:
 
 def _dispatch_local(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Permutation]:
     permutation, tokens_per_expert_E = sort_choices(routing)
-    return gather_rows(x_TD, permutation), tokens_per_expert_E, permutation
+    return gather_rows(x_TD, permutation), tokens_per_expert_E, permutation  # (N, D), (E,)
 
 
 def sort_choices(routing: Routing) -> tuple[Permutation, Tensor]:
-    """Where the row of each choice is, and how many rows each expert has, (E,) int64."""
+    """The order of the choices by expert, and how many rows each expert has, (E,) int64."""
     if routing.kept is not None:
         return sort_kept(routing)
     return sort_by_expert(routing.topk_experts, routing.scores.shape[-1]), routing.tokens_per_expert
@@ -59,26 +60,35 @@ def sort_choices(routing: Routing) -> tuple[Permutation, Tensor]:
 
 def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> Permutation:
     """The stable order of the T * K choices by expert, and its inverse."""
-    order_N = _argsort(topk_experts_TK.flatten(), num_experts)
+    order_N = _argsort(topk_experts_TK.flatten(), num_experts)  # (T, K) -> (N,)
+
+    # order[row] = choice, so row[order] = 0, 1, 2, ...: a scatter inverts a permutation without another sort.
     row_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(order_N.numel(), device=order_N.device))
-    return Permutation(order_N, row_N.view_as(topk_experts_TK))
+    return Permutation(order_N, row_N.view_as(topk_experts_TK))  # (N,), (T, K)
 
 
 def sort_kept(routing: Routing) -> tuple[Permutation, Tensor]:
-    """The same of the choices that were kept, and how many of them each expert has, (E,)."""
+    """The stable order by expert of the choices that were kept, and how many of them each expert has, (E,) int64."""
     assert routing.kept is not None
     assert routing.capacity is not None
     num_experts = routing.scores.shape[-1]
-    key_N = torch.where(routing.kept, routing.topk_experts, num_experts).flatten()
-    counts_E = key_N.new_zeros(num_experts + 1).scatter_add_(0, key_N, torch.ones_like(key_N))[:num_experts]
-    rows = min(key_N.numel(), num_experts * routing.capacity)
+
+    # Choices that are not kept get the number after the last expert's: they are sorted to the end, and counted apart.
+    key_N = torch.where(routing.kept, routing.topk_experts, num_experts).flatten()  # (T, K) -> (N,)
+    counts_E = key_N.new_zeros(num_experts + 1).scatter_add_(0, key_N, torch.ones_like(key_N))[:num_experts]  # (E,)
+
+    # Only the device knows how many choices were kept. The rows are as many as could be, which the host knows.
+    num_rows = min(key_N.numel(), num_experts * routing.capacity)
     order_N = _argsort(key_N, num_experts)
-    row_TK = order_N.argsort().view_as(routing.kept) * routing.kept  # the inverse, without a scatter (`rank_in_expert`)
-    return Permutation(order_N[:rows], row_TK, routing.kept), counts_E
+
+    # The inverse, without a scatter (`rank_in_expert` says why). A choice that is not kept points to row 0, because
+    # its own place may be after the last row.
+    row_TK = order_N.argsort().view_as(routing.kept) * routing.kept  # (N,) -> (T, K)
+    return Permutation(order_N[:num_rows], row_TK, routing.kept), counts_E
 
 
 def _argsort(key_N: Tensor, largest: int) -> Tensor:
-    """Stable; of int16 where the keys fit, because a GPU sorts by digits: two bytes take half the time of eight."""
+    """Sort stably, as int16 where keys fit: a GPU sorts digit by digit, two bytes take half the time of eight."""
     fits = largest <= torch.iinfo(torch.int16).max
     return (key_N.to(torch.int16) if fits else key_N).argsort(stable=True)
 
@@ -96,16 +106,20 @@ def combine_rows(y_ND: Tensor, topk_scores_TK: Tensor, permutation: Permutation)
     return _Combine.apply(y_ND, topk_scores_TK, *permutation)
 
 
+# Autograd's own backward of a gather adds atomically, in an order that varies from run to run. With the inverse each
+# token's gradient is a sum over its own K rows, in their order.
+
+
 class _Gather(Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, row_TK: Tensor, kept_TK: Tensor | None) -> Tensor:
         ctx.save_for_backward(row_TK, kept_TK)
-        return fused.gather_rows(x_TD, order_N, row_TK, kept_TK)
+        return fused.gather_rows(x_TD, order_N, row_TK, kept_TK)  # (T, D) -> (N, D)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore
         row_TK, kept_TK = ctx.saved_tensors
-        return fused.sum_rows(grad_ND, row_TK, kept_TK, None), None, None, None
+        return fused.sum_rows(grad_ND, row_TK, kept_TK, None), None, None, None  # (N, D) -> (T, D)
 
 
 class _Combine(Function):
@@ -114,9 +128,9 @@ class _Combine(Function):
         ctx: Any, y_ND: Tensor, scores_TK: Tensor, order_N: Tensor, row_TK: Tensor, kept_TK: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(y_ND, scores_TK, order_N, row_TK, kept_TK)
-        return fused.sum_rows(y_ND, row_TK, kept_TK, scores_TK)
+        return fused.sum_rows(y_ND, row_TK, kept_TK, scores_TK)  # (N, D) -> (T, D)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # pyrefly: ignore
-        grad_y_ND, grad_scores_TK = fused.weigh_rows_backward(grad_TD, *ctx.saved_tensors)
+        grad_y_ND, grad_scores_TK = fused.weigh_rows_backward(grad_TD, *ctx.saved_tensors)  # (T, D) -> (N, D), (T, K)
         return grad_y_ND, grad_scores_TK, None, None, None

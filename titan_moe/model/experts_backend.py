@@ -1,9 +1,9 @@
-"""Who computes the experts: torch's grouped products, a library's kernels, or a function of one's own.
+"""Who computes the experts: torch's grouped products, a library's kernels, or a function of the user's.
 
 A backend is a function (x_ND, w1, w2, w3, tokens_per_expert_E) -> y_ND that does what `expert_swiglu` does, gradients
 included: rows come sorted by expert, w1 and w3 are (E, F, D), w2 is (E, D, F), and rows after the sum of
-tokens_per_expert_E hold anything. It sees plain tensors, of this process's experts alone, and decides nothing that a
-checkpoint must know.
+tokens_per_expert_E hold anything. It sees plain tensors of this process's experts alone. A checkpoint does not depend
+on it.
 
 Shapes: N rows, D dim, F hidden width, E experts, M tiles of rows.
 """
@@ -24,34 +24,37 @@ from torch.utils.flop_counter import register_flop_formula
 
 from titan_moe.model.moe import ExpertsBackend, MoE, expert_swiglu
 
-LIGER_VERSIONS = ((0, 8, 5), (0, 9))  # from, below: these are kernels without a promise, by names of their own
+LIGER_VERSIONS = ((0, 8, 5), (0, 9))  # from, below: the kernels used here are private, any other version may differ
 ROWS_OF_TILE = 64  # liger's BLOCK_M_TOKEN
 
 
 class Tiles(NamedTuple):
-    """The rows of each expert, cut into tiles of ROWS_OF_TILE, the last of an expert not full."""
+    """The rows of each expert, cut into tiles of ROWS_OF_TILE; the last tile of an expert may not be full."""
 
     expert_start: Tensor  # (E + 1,) int32: the first row of each expert, and the end of the last one's
-    row: Tensor  # (M,) int32: the first row of each tile; those that are too many begin at or behind the last end
-    expert: Tensor  # (M,) int32
+    row: Tensor  # (M,) int32: the first row of each tile; a tile that is not needed begins at or after the last end
+    expert: Tensor  # (M,) int32: whose rows they are
 
 
 def cut_into_tiles(tokens_per_expert_E: Tensor, rows: int) -> Tiles:
-    """As many tiles as there can be for that many rows; how many there are, only the device knows."""
+    """Cut `rows` rows into as many tiles as there could be: how many there are, only the device knows."""
     num_experts = tokens_per_expert_E.shape[0]
     count_E = tokens_per_expert_E.to(torch.int32)
-    start_E1 = F.pad(count_E.cumsum(0, dtype=torch.int32), (1, 0))
+    start_E1 = F.pad(count_E.cumsum(0, dtype=torch.int32), (1, 0))  # (E,) -> (E + 1,)
     tiles_E = (count_E + ROWS_OF_TILE - 1) // ROWS_OF_TILE
     end_E = tiles_E.cumsum(0, dtype=torch.int32)
 
+    # The full tiles of all rows, and for each expert one that is not full, are never too few. The expert of a tile is
+    # found by a search instead of by repeating experts, whose result would have a length that depends on the data.
     tile_M = torch.arange(rows // ROWS_OF_TILE + num_experts, device=count_E.device, dtype=torch.int32)
     expert_M = torch.searchsorted(end_E, tile_M, right=True).clamp(max=num_experts - 1)
     row_M = start_E1[expert_M] + (tile_M - (end_E - tiles_E)[expert_M]) * ROWS_OF_TILE
     return Tiles(start_E1, row_M, expert_M.to(torch.int32))
 
 
-# Liger's kernels as operators, because torch.compile and FakeTensor can't look into them. Its own autograd function
-# routes anew, waits for the device once a layer to learn how many tiles there are, and sums rows that are alone.
+# Liger's kernels as operators, because torch.compile and FakeTensor can't look into them. Its own autograd function is
+# not used: it sorts by expert again, waits for the device once a layer to learn how many tiles there are, and sums each
+# token's rows, which `dispatch` does here.
 
 torch.library.define(
     "titan_moe::liger_experts",
@@ -70,13 +73,14 @@ def _liger() -> ModuleType:
 
 
 def _strides(*named: tuple[str, Tensor]) -> dict[str, int]:
-    """Arguments `stride_W_E=...` of a kernel: the names of a tensor's strides, and the tensor."""
+    """A kernel's arguments `stride_W_E=...`, from pairs of a tensor's stride names ("W_E W_H") and the tensor."""
     return {
         f"stride_{name}": stride for names, x in named for name, stride in zip(names.split(), x.stride(), strict=True)
     }
 
 
 def _grid(first: Any, size: int, block: str = "BLOCK_N") -> Callable[[dict[str, int]], tuple[int, int]]:
+    # A function, because the block's size is known only once Triton has picked a configuration.
     return lambda meta: (first(meta) if callable(first) else first, -(-size // meta[block]))
 
 
@@ -84,18 +88,21 @@ def _grid(first: Any, size: int, block: str = "BLOCK_N") -> Callable[[dict[str, 
 def _(
     x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, start: Tensor, row: Tensor, expert: Tensor
 ) -> tuple[Tensor, Tensor]:
+    # The kernel computes w1 and w3 as one matrix.
     rows, (hidden, dim) = x_ND.shape[0], w1.shape[1:]
     w13 = torch.cat([w1, w3], dim=1)  # (E, 2F, D)
     h_N2F, gated_NF, y_ND = x_ND.new_empty(rows, 2 * hidden), x_ND.new_empty(rows, hidden), torch.empty_like(x_ND)
     sizes = {"H_dim": dim, "I_dim": hidden, "BLOCK_M": ROWS_OF_TILE}
 
-    # The rows are sorted, so each is its own place in the order.
+    # The kernel gathers rows by token; ours are sorted already, so row i is at place i.
     same_N = torch.arange(rows, device=x_ND.device, dtype=torch.int32)
     _liger()._fused_up_proj_swiglu_kernel[_grid(len(row), hidden)](
         *(x_ND, w13, same_N, start, row, expert, h_N2F, gated_NF),
         **sizes,
         **_strides(("x_T x_H", x_ND), ("w_E w_N w_K", w13), ("pre_TK pre_N", h_N2F), ("post_TK post_N", gated_NF)),
     )
+
+    # What the gradients need of the first product is given out: h before the gate, from which they make the rest.
     _liger()._fused_down_proj_kernel[_grid(len(row), dim)](
         *(gated_NF, w2, start, row, expert, y_ND),
         **sizes,
@@ -121,7 +128,8 @@ def _(
     grad_h_N2F, gated_NF, grad_x_ND = torch.empty_like(h_N2F), h_N2F.new_empty(rows, hidden), torch.empty_like(x_ND)
     sizes, tile = {"H_dim": dim, "I_dim": hidden}, {"BLOCK_M": ROWS_OF_TILE}
 
-    # The kernel weighs rows by scores and gives the scores' gradient. Ours are weighed later: all 1, and nobody asks.
+    # The kernel multiplies rows by scores and computes the scores' gradient. Here `combine` multiplies by them, so the
+    # scores are all 1 and their gradient is not used.
     same_N = torch.arange(rows, device=x_ND.device, dtype=torch.int32)
     ones_N, unused_N = x_ND.new_ones(rows), x_ND.new_zeros(rows, dtype=torch.float32)
     kernels._moe_bwd_down_proj_kernel[_grid(len(row), hidden)](
@@ -132,13 +140,15 @@ def _(
         **_strides(("d_pre_TK d_pre_N", grad_h_N2F), ("wact_TK wact_I", gated_NF)),
     )
 
-    # Weights of an expert without rows are left alone by the kernels: hence zeros.
+    # The kernels don't write the gradient of an expert without rows: it has to be zero before.
     grad_w2, grad_w13 = torch.zeros_like(w2), torch.zeros_like(w13)
     kernels._moe_bwd_dW2_kernel[_grid(lambda meta: num_experts * -(-hidden // meta["BLOCK_M"]), dim)](
         *(gated_NF, grad_y_ND, same_N, start, grad_w2),
         **sizes,
         **_strides(("wact_TK wact_I", gated_NF), ("dout_T dout_H", grad_y_ND), ("dW2_E dW2_H dW2_I", grad_w2)),
     )
+
+    # Through the first product, to the rows and to both of its weights at once.
     kernels._moe_bwd_dX_expanded_kernel[_grid(len(row), dim)](
         *(grad_h_N2F, w13, start, row, expert, grad_x_ND),
         **sizes,
@@ -168,11 +178,13 @@ def _(
 
 @register_flop_formula(torch.ops.titan_moe.liger_experts)
 def _(x_shape: tuple[int, ...], w1_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+    # Three matrices, and for each row a multiplication and an addition by every number of them.
     return 3 * 2 * x_shape[0] * w1_shape[1] * w1_shape[2]
 
 
 @register_flop_formula(torch.ops.titan_moe.liger_experts_backward)
 def _(grad_y_shape: tuple[int, ...], x_shape: Any, h_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+    # Twice as many as forward: the gradients of rows and of weights. h is 2 F wide.
     return 6 * grad_y_shape[0] * grad_y_shape[1] * h_shape[1]
 
 
@@ -222,7 +234,7 @@ def _is_tuned() -> bool:
 
 
 def check_signature(name: str, backend: ExpertsBackend) -> None:
-    """Raise ValueError where a function can't be called as a backend is."""
+    """Raise ValueError where a function can't be called with a backend's five arguments."""
     try:
         inspect.signature(backend).bind(*["x_ND", "w1", "w2", "w3", "tokens_per_expert_E"])
     except TypeError as error:
@@ -233,9 +245,14 @@ def check_signature(name: str, backend: ExpertsBackend) -> None:
 
 
 def check_experts_backend(name: str, *, device: torch.device, param_dtype: torch.dtype, deterministic: bool) -> None:
-    """Raise ValueError where this machine or installation can't compute experts by `name`; others judge their own."""
+    """Raise ValueError where this machine or installation can't compute experts by `name`.
+
+    Only "liger" has conditions that are known here; other backends raise their own errors when they are called.
+    """
     if name != "liger":
         return
+
+    # Is it installed, in a version whose kernels are the ones called here?
     key, otherwise = "moe.experts_backend = 'liger'", "or take 'grouped_mm'"
     missing = [package for package in ("triton", "liger_kernel") if importlib.util.find_spec(package) is None]
     if missing:
@@ -244,11 +261,15 @@ def check_experts_backend(name: str, *, device: torch.device, param_dtype: torch
     numbers = tuple(int(part) for part in version.split(".")[:3] if part.isdecimal())
     if not LIGER_VERSIONS[0] <= numbers < LIGER_VERSIONS[1]:
         raise ValueError(f"{key} knows the kernels of liger-kernel 0.8.5 to 0.8.x, this is {version}: {otherwise[3:]}")
+
+    # Triton has kernels for GPUs. Its interpreter runs them on a CPU, for tests of the numbers.
     if device.type != "cuda" and not _is_interpreted():
         raise ValueError(
             f"{key} needs a GPU, this is a CPU: {otherwise[3:]}; to try out the numbers, slowly, set "
             "TRITON_INTERPRET=1 and LIGER_FUSED_MOE_AUTOTUNE=0 in the environment"
         )
+
+    # It would train, but not with the precision, or not with the same bits, that the settings promise.
     if device.type == "cuda" and param_dtype != torch.bfloat16:
         raise ValueError(
             f"{key} needs training.mixed_precision_param = 'bfloat16', {otherwise}: a GPU multiplies fp32 as TF32 there"

@@ -1,7 +1,7 @@
 """The model one token at a time: keys and values of the past are kept, not computed again.
 
-Sequences of a batch may differ in length: each has its own position, and sees its own past alone. What a layer computes
-is what `Transformer.forward` computes; it takes routers in which a token's experts depend on that token only.
+Sequences of a batch may differ in length: each has its own position, and sees its own past alone. The result is that of
+`Transformer.forward`, for routers in which a token's experts depend on that token only.
 
 Shapes: B batch, T new tokens, S room for tokens, D dim, H query heads, G key-value heads, C channels of a head, V
 vocabulary.
@@ -18,7 +18,7 @@ from titan_moe.model.transformer import Transformer
 
 
 class Cache(NamedTuple):
-    """Keys and values of all layers, rotated, each (B, G, S, C), and the angles of the S positions."""
+    """The keys (rotated) and values of each layer, (B, G, S, C), and the rotations of the S positions."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -26,7 +26,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(model: Transformer, batch_size: int, room: int) -> Cache:
-    """A cache for `room` tokens of each sequence, in the type and on the device of the model."""
+    """Return a cache with room for `room` tokens of each sequence, in the type and on the device of the model."""
     keys, values = [], []
     weight = model.tok_embeddings.weight
     layers: Any = model.layers
@@ -39,16 +39,19 @@ def empty_cache(model: Transformer, batch_size: int, room: int) -> Cache:
 
 @torch.no_grad()
 def extend(model: Transformer, cache: Cache, tokens_BT: Tensor, start_B: Tensor, rows_B: Tensor) -> Tensor:
-    """Append tokens to the sequences `rows_B` of the cache at positions from `start_B` on; logits (B, V) of the last.
+    """Append tokens (B, T) to the sequences `rows_B` of the cache; return the logits (B, V) after the last of them.
 
-    Writes keys and values into the cache.
+    `start_B` is the position of the first new token in each sequence. Keys and values are written into the cache.
     """
+    # A token sees the places up to its own; those after it hold nothing of its text yet.
     T = tokens_BT.shape[1]
     position_BT = start_B.unsqueeze(1) + torch.arange(T, device=tokens_BT.device)
-    cos, sin = (angle[position_BT].unsqueeze(1) for angle in cache.rope)
-    places = torch.arange(cache.rope[0].shape[0], device=tokens_BT.device)
-    visible = (places <= position_BT.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S)
-    x_BTD = model.tok_embeddings(tokens_BT)
+    cos, sin = (angle[position_BT].unsqueeze(1) for angle in cache.rope)  # (S, C / 2) -> (B, 1, T, C / 2)
+    places_S = torch.arange(cache.rope[0].shape[0], device=tokens_BT.device)
+    visible = (places_S <= position_BT.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S)
+
+    # Each layer as `Block.forward`, but that attention looks at the cache, which has the new tokens as well by then.
+    x_BTD = model.tok_embeddings(tokens_BT)  # (B, T) -> (B, T, D)
     layers: Any = model.layers
     for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
         h_BTD = layer.attention_norm(x_BTD)
@@ -57,11 +60,13 @@ def extend(model: Transformer, cache: Cache, tokens_BT: Tensor, start_B: Tensor,
         values[rows_B[:, None], :, position_BT] = v_BGTC.transpose(1, 2)
         y_BHTC = F.scaled_dot_product_attention(
             q_BHTC, keys[rows_B], values[rows_B], attn_mask=visible, enable_gqa=layer.attention.grouped
-        )
+        )  # (B, H, T, C)
         x_BTD = x_BTD + layer.attention.wo(y_BHTC.transpose(1, 2).flatten(2))
         h_BTD = layer.ffn_norm(x_BTD)
         x_BTD = x_BTD + (layer.feed_forward(h_BTD) if layer.feed_forward is not None else layer.moe(h_BTD)[0])
-    x_BD = model.norm(x_BTD[:, -1])
+
+    # Logits are wanted of the next token alone.
+    x_BD = model.norm(x_BTD[:, -1])  # (B, T, D) -> (B, D)
     return F.linear(x_BD, model.tok_embeddings.weight) if model.output is None else model.output(x_BD)
 
 

@@ -25,9 +25,10 @@ InitState = Callable[[int], Mapping[str, Tensor]]
 # (x_ND, w1, w2, w3, tokens_per_expert_E) -> y_ND: see `experts_backend`
 ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
-# The experts' gradients, by hand to save memory and passes over it: what w2's function kept is freed before those of w1
-# and w3 are made; h is made again instead of kept; and the gradient of x is one product with both w1 and w3 instead of
-# the sum of two. Copies put w1 and w3 side by side and their gradients apart; they cost a GPU less than they save.
+# The experts' gradients are written by hand, which saves memory and passes over it. What w2's function saved is freed
+# before the gradients of w1 and w3 are computed; h is computed again instead of saved; and the gradient of x is one
+# product with w1 and w3 together instead of a sum of two. Putting w1 and w3 side by side is a copy, and so is taking
+# their gradients apart: they cost a GPU less than they save.
 
 
 class _Up(Function):
@@ -35,14 +36,15 @@ class _Up(Function):
     def forward(ctx: Any, x_ND: Tensor, w1: Tensor, w3: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
         ctx.save_for_backward(x_ND, w1, w3, offs_E)
         ctx.precision = precision
-        return PRODUCTS[precision](x_ND, torch.cat([w1, w3], dim=1).transpose(1, 2), offs_E)
+        return PRODUCTS[precision](x_ND, torch.cat([w1, w3], dim=1).transpose(1, 2), offs_E)  # (N, D) -> (N, 2 F)
 
     @staticmethod
     def backward(ctx: Any, grad_h13_N2F: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # pyrefly: ignore
         x_ND, w1, w3, offs_E = ctx.saved_tensors
-        grad_x_ND = PRODUCTS[ctx.precision](grad_h13_N2F, torch.cat([w1, w3], dim=1), offs_E)
-        # Also one product: halves of rows that lie apart are read more slowly than the two gradients are copied.
-        grad_w1, grad_w3 = grouped_mm(grad_h13_N2F.t(), x_ND, offs_E).chunk(2, dim=1)
+        grad_x_ND = PRODUCTS[ctx.precision](grad_h13_N2F, torch.cat([w1, w3], dim=1), offs_E)  # (N, 2 F) -> (N, D)
+
+        # Also one product: reading the halves of each row on their own takes longer than copying the two gradients.
+        grad_w1, grad_w3 = grouped_mm(grad_h13_N2F.t(), x_ND, offs_E).chunk(2, dim=1)  # (E, 2 F, D) -> 2 x (E, F, D)
         return grad_x_ND, grad_w1, grad_w3, None, None
 
 
@@ -51,19 +53,19 @@ class _GatedDown(Function):
     def forward(ctx: Any, h13_N2F: Tensor, w2: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
         ctx.save_for_backward(h13_N2F, w2, offs_E)
         ctx.precision = precision
-        return PRODUCTS[precision](fused.swiglu(h13_N2F), w2.transpose(1, 2), offs_E)
+        return PRODUCTS[precision](fused.swiglu(h13_N2F), w2.transpose(1, 2), offs_E)  # (N, 2 F) -> (N, D)
 
     @staticmethod
     def backward(ctx: Any, grad_y_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:  # pyrefly: ignore
         h13_N2F, w2, offs_E = ctx.saved_tensors
         grad_y_ND = grad_y_ND.contiguous()  # grouped_mm refuses expanded (zero-stride) tensors
-        grad_h_NF = PRODUCTS[ctx.precision](grad_y_ND, w2, offs_E)
+        grad_h_NF = PRODUCTS[ctx.precision](grad_y_ND, w2, offs_E)  # (N, D) -> (N, F)
         h_NF, grad_h13_N2F = fused.swiglu_backward(grad_h_NF, h13_N2F)
         return grad_h13_N2F, grouped_mm(grad_y_ND.t(), h_NF, offs_E), None, None
 
 
-# On a CPU to put w1 and w3, or h1 and h3, side by side is new memory, which costs more there than arithmetic: two
-# products then, silu(h1) is kept, and backward writes into what nothing needs any more.
+# On a CPU new memory costs more than arithmetic. So w1 and w3, or h1 and h3, are not put side by side: there are two
+# products, silu(h1) is saved, and backward writes into buffers that are not needed any more.
 
 
 class _UpOnCpu(Function):
@@ -90,8 +92,10 @@ class _GatedDownOnCpu(Function):
         h1_NF, h3_NF, silu_NF, w2, offs_E = ctx.saved_tensors
         grad_y_ND = grad_y_ND.contiguous()  # grouped_mm refuses expanded (zero-stride) tensors
         h_NF = silu_NF * h3_NF
-        grad_w2 = grouped_mm(grad_y_ND.t(), h_NF, offs_E)
-        grad_h_NF = grouped_mm(grad_y_ND, w2, offs_E)
+        grad_w2 = grouped_mm(grad_y_ND.t(), h_NF, offs_E)  # (E, D, F)
+        grad_h_NF = grouped_mm(grad_y_ND, w2, offs_E)  # (N, D) -> (N, F)
+
+        # h is not needed any more: the gradient of h3 is written over it, and that of h1 over the gradient of h.
         grad_h3_NF = torch.mul(grad_h_NF, silu_NF, out=h_NF)
         grad_h1_NF = torch.ops.aten.silu_backward.grad_input(grad_h_NF.mul_(h3_NF), h1_NF, grad_input=grad_h_NF)
         return grad_h1_NF, grad_h3_NF, grad_w2, None
@@ -102,11 +106,12 @@ def expert_swiglu(
 ) -> Tensor:
     """w2 @ (silu(w1 @ x) * (w3 @ x)) with the weights of each row's expert; rows come sorted by expert.
 
-    w1, w3 are (E, F, D), w2 is (E, D, F), tokens_per_expert_E sums to N; rows after its sum are
-    not computed, and hold anything. With a `precision` in float8 the products of forward and those that give the
-    gradient of x are in it; those that give the weights' gradients stay. Source: Shazeer (2020), SwiGLU.
+    (N, D) -> (N, D); w1, w3 are (E, F, D), w2 is (E, D, F). tokens_per_expert_E sums to at most N: rows after the sum
+    are not computed and hold anything. A `precision` of float8 is that of the products of forward and of the gradient
+    of x; the weights' gradients are computed in the tensors' own. Source: Shazeer (2020), SwiGLU.
     """
     offs_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
+
     # Fake tensors outside of torch.compile are those of an estimate, and stand for a GPU's.
     is_estimate = isinstance(x_ND, FakeTensor) and not torch.compiler.is_compiling()
     if x_ND.device.type == "cpu" and precision == "high" and not is_estimate:
@@ -178,8 +183,8 @@ class MoE(nn.Module):
     """Mixture of Experts: each token goes to the experts its router chose, and to the shared experts if there are any.
 
     `route` and `dispatcher` are functions given from outside. The shared experts are one SwiGLU of their joint width,
-    which is the same function as their sum. `expert_bias` is an fp32 buffer that balancers write between steps, and
-    `balancer_state` holds those that they keep for themselves, made by `balancer_inits`.
+    which is the same function as their sum. `expert_bias` is an fp32 buffer (E,) that balancers write between steps,
+    and `balancer_state` holds those that they keep for themselves, made by `balancer_inits`.
     """
 
     def __init__(
@@ -214,15 +219,16 @@ class MoE(nn.Module):
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         """(B, S, D) -> (B, S, D) and what the router decided for the T = B * S tokens."""
-        x_TD = x_BSD.flatten(0, 1)
-        # Of the layer a route is given what it takes: torch.compile makes a graph for each layer whose number is read.
+        # Of the layer a route gets what it takes: torch.compile makes a graph for each layer whose number is read.
+        x_TD = x_BSD.flatten(0, 1)  # (B, S, D) -> (T, D)
         asked = {name: x_TD if name == "x" else getattr(self, name) for name in self.asked}
         routing = self.route(self.router_logits(x_TD), self.expert_bias, **asked)
-        x_ND, tokens_per_expert_E, state = self.dispatcher.dispatch(x_TD, routing)
+        x_ND, tokens_per_expert_E, state = self.dispatcher.dispatch(x_TD, routing)  # (T, D) -> (N, D)
+
         # The shared experts need no rows from elsewhere: they are computed while these travel.
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         y_ND = self.experts(self.dispatcher.receive(x_ND, state), tokens_per_expert_E)
-        y_BSD = self.dispatcher.combine(y_ND, routing.topk_scores, state).view_as(x_BSD)
+        y_BSD = self.dispatcher.combine(y_ND, routing.topk_scores, state).view_as(x_BSD)  # (N, D) -> (B, S, D)
         return (y_BSD if shared_BSD is None else y_BSD + shared_BSD), routing
 
     def router_logits(self, x_TD: Tensor) -> Tensor:

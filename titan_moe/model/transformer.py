@@ -86,14 +86,16 @@ class Transformer(nn.Module):
         check_attention(dim, num_heads, num_kv_heads)
         self.init_std, self.num_layers = init_std, num_layers
         self.head_dim, self.rope_theta = dim // num_heads, rope_theta
-        self.rope: Callable[..., Rope] = rope_cos_sin  # replaced where a process has a part of each sequence
-        # Parallelism sets it where parameters are sharded, but stay gathered over the micro-batches of a step.
-        self.keeps_gathered = False
+
+        # What parallelism and compilation replace from outside: the model sees no mesh and no rank.
+        self.rope: Callable[..., Rope] = rope_cos_sin  # local angles where a process has a part of each sequence
+        self.keeps_gathered = False  # true where sharded parameters stay gathered over the micro-batches of a step
         self.loss_chunk_tokens = loss_chunk_tokens
-        self.softmax_ = softmax_  # replaced by the same compiled
+        self.softmax_ = softmax_  # or the same function compiled
         moe_layers = moe_layer_ids(num_layers, num_experts, first_dense_layers, layer_freq)
 
         def feed_forward(layer: int) -> FeedForward | MoE:
+            # Sizes are checked where a layer needs them: a model without dense layers has no ffn_dim.
             if layer not in moe_layers:
                 _check_positive("model.ffn_dim", ffn_dim, f"layer {layer} is dense")
                 return FeedForward(dim, ffn_dim)
@@ -118,6 +120,7 @@ class Transformer(nn.Module):
                 dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm, norm_eps=norm_eps
             )
 
+        # The order of these lines is that of the parameters, in checkpoints and in the optimizer.
         self.tok_embeddings = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(
             Block(dim=dim, norm_eps=norm_eps, attention=attention(), feed_forward=feed_forward(i))
@@ -129,27 +132,34 @@ class Transformer(nn.Module):
     def forward(
         self, tokens_BS: Tensor, labels_BS: Tensor | None = None, want: Want | None = None
     ) -> tuple[Tensor | Score | None, tuple[Routing, ...]]:
-        """(B, S) int64 token ids -> what is wanted of the output head, and one Routing per MoE layer.
+        """(B, S) int64 token ids -> the output that `want` names, and one Routing per MoE layer.
 
-        `want` is `logits` (B, S, V) in the parameters' dtype, the default without labels (B, S); `loss`, their summed
-        cross-entropy in nats, fp32, the default with labels; `score`, that and the number of tokens predicted, without
-        gradients; or `routings`, nothing (None). Labels of -100 do not count.
+        `want` is `logits`: (B, S, V) in the parameters' dtype, the default without labels (B, S); `loss`: the summed
+        cross-entropy in nats, () fp32, the default with labels; `score`: a Score, without gradients; or `routings`:
+        None, the output head is not computed. Labels of -100 do not count.
         """
+        # Angles are those of all layers. They are computed here, once, and handed down.
         rope = self.rope(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
-        x_BSD = self.tok_embeddings(tokens_BS)
+        x_BSD = self.tok_embeddings(tokens_BS)  # (B, S) -> (B, S, D)
+
+        # Routings are returned, never stored: losses, loads and metrics are functions of them.
         routings = []
         for layer in self.layers:
             x_BSD, routing = layer(x_BSD, rope)
             if routing is not None:
                 routings.append(routing)
+
         want = want or ("logits" if labels_BS is None else "loss")
         return None if want == "routings" else self._head(self.norm(x_BSD), labels_BS, want), tuple(routings)
 
     def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score:
-        """The output head, which is the embedding once more or a matrix of its own, and what is made of its logits."""
+        """Return the logits (B, S, V), or the loss or score that is computed from them.
+
+        The head's matrix is the embedding where they are tied.
+        """
         weight_VD = self.tok_embeddings.weight if self.output is None else self.output.weight
         if want == "logits":
-            return F.linear(x_BSD, weight_VD)
+            return F.linear(x_BSD, weight_VD)  # (B, S, D) -> (B, S, V)
         assert labels_BS is not None
         reduce = score if want == "score" else linear_cross_entropy
         x_TD, labels_T = x_BSD.flatten(0, 1), labels_BS.flatten()
@@ -199,7 +209,7 @@ class Transformer(nn.Module):
 
 
 def moe_layer_ids(num_layers: int, num_experts: int, first_dense_layers: int, layer_freq: int) -> range:
-    """Which layers are MoE layers: every `layer_freq`-th from `first_dense_layers` on, none when num_experts is 0."""
+    """Return the ids of the MoE layers: every `layer_freq`-th from `first_dense_layers` on, none without experts."""
     if num_experts == 0:
         return range(0)
     if layer_freq < 1:
@@ -232,10 +242,13 @@ def fill(parameter: Tensor, std: float, name: str, seed: int) -> None:
 
 def fill_normal(parameter: Tensor, std: float, key: str) -> None:
     """Fill with fp32 normal numbers that depend on `key` and the full shape alone; a shard takes its part of them."""
+    # A parameter that is whole is filled in place, without a copy of its size.
     generator = torch.Generator(device=parameter.device).manual_seed(seed_of(key))
     if parameter.dtype == torch.float32 and not isinstance(parameter, DTensor):
         parameter.normal_(0.0, std, generator=generator)
         return
+
+    # Always drawn in fp32 and in the full shape, or other types and layouts would get other numbers.
     full = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
     full.normal_(0.0, std, generator=generator)
     if isinstance(parameter, DTensor):

@@ -1,7 +1,8 @@
 """The operators of `fused` on a GPU: a Triton kernel each, which reads and writes every number once.
 
-All arithmetic is in fp32 and rounded once, at the end. Every result is written by one program, so the same bits come in
-every run. `fused` has what each function means.
+All arithmetic is in fp32 and rounded once, at the end. Every result is written by one program, so every run gives the
+same bits. `fused` says what each function computes. Row numbers are int64 before they are multiplied by a width: the
+offsets of large tensors don't fit into 32 bits.
 
 Shapes: T tokens, D dim, F hidden width, K top_k, N rows.
 """
@@ -34,6 +35,7 @@ def _swiglu_backward(grad_h, h13, h, grad_h13, width, BLOCK: tl.constexpr):
     h3 = tl.load(h13 + left + width, mask=inside).to(tl.float32)
     grad = tl.load(grad_h + row * width + column, mask=inside).to(tl.float32)
 
+    # silu'(z) = sigmoid(z) * (1 + z * (1 - sigmoid(z))). All three results while the numbers are in registers.
     sigmoid = tl.sigmoid(h1)
     silu = h1 * sigmoid
     tl.store(h + row * width + column, silu * h3, mask=inside)
@@ -41,21 +43,23 @@ def _swiglu_backward(grad_h, h13, h, grad_h13, width, BLOCK: tl.constexpr):
     tl.store(grad_h13 + left + width, grad * silu, mask=inside)
 
 
-# A program of the following has one token: it holds the token's D numbers and goes through its K rows. `kept` is not
-# looked at without HAS_KEPT.
+# A program of the following kernels has one token: it holds the token's D numbers and goes through its K rows. That
+# makes sums without atomic adds. `kept_mask` is not read without HAS_KEPT.
 
 
 @triton.jit
-def _gather_rows(x, row, kept, out, width, TOP_K: tl.constexpr, HAS_KEPT: tl.constexpr, BLOCK: tl.constexpr):
+def _gather_rows(x, row, kept_mask, out, width, TOP_K: tl.constexpr, HAS_KEPT: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     value = tl.load(x + token * width + column, mask=inside)
+
+    # The token is read once for its K copies. A choice that is not kept has no row, and must not write to row 0.
     for choice in range(TOP_K):
         place = tl.load(row + token * TOP_K + choice)
         write = inside
         if HAS_KEPT:
-            write = inside & (tl.load(kept + token * TOP_K + choice) != 0)
+            write = inside & (tl.load(kept_mask + token * TOP_K + choice) != 0)
         tl.store(out + place * width + column, value, mask=write)
 
 
@@ -63,7 +67,7 @@ def _gather_rows(x, row, kept, out, width, TOP_K: tl.constexpr, HAS_KEPT: tl.con
 def _sum_rows(
     y,
     row,
-    kept,
+    kept_mask,
     weights,
     out,
     width,
@@ -76,11 +80,14 @@ def _sum_rows(
     column = tl.arange(0, BLOCK)
     inside = column < width
     total = tl.zeros((BLOCK,), dtype=tl.float32)
+
+    # In the order of the choices, hence always the same sum. A choice that is not kept adds zeros: row 0, to which it
+    # points, is another's.
     for choice in range(TOP_K):
         place = tl.load(row + token * TOP_K + choice)
         read = inside
         if HAS_KEPT:
-            read = inside & (tl.load(kept + token * TOP_K + choice) != 0)
+            read = inside & (tl.load(kept_mask + token * TOP_K + choice) != 0)
         value = tl.load(y + place * width + column, mask=read, other=0.0).to(tl.float32)
         if HAS_WEIGHTS:
             value *= tl.load(weights + token * TOP_K + choice).to(tl.float32)
@@ -94,7 +101,7 @@ def _weigh_rows_backward(
     y,
     scores,
     row,
-    kept,
+    kept_mask,
     grad_y,
     grad_scores,
     width,
@@ -106,11 +113,14 @@ def _weigh_rows_backward(
     column = tl.arange(0, BLOCK)
     inside = column < width
     upstream = tl.load(grad + token * width + column, mask=inside, other=0.0).to(tl.float32)
+
+    # A row and its score get their gradients together, because both need the token's gradient. Without a row the score
+    # gets 0, the sum of nothing read.
     for choice in range(TOP_K):
         place = tl.load(row + token * TOP_K + choice)
         used = inside
         if HAS_KEPT:
-            used = inside & (tl.load(kept + token * TOP_K + choice) != 0)
+            used = inside & (tl.load(kept_mask + token * TOP_K + choice) != 0)
         value = tl.load(y + place * width + column, mask=used, other=0.0).to(tl.float32)
         score = tl.load(scores + token * TOP_K + choice).to(tl.float32)
         tl.store(grad_y + place * width + column, upstream * score, mask=used)
@@ -150,7 +160,7 @@ def sum_rows(y_ND: Tensor, row_TK: Tensor, kept_TK: Tensor | None, weights_TK: T
     """(N, D) -> (T, D)."""
     y_ND, row_TK = y_ND.contiguous(), row_TK.contiguous()
     weighed = weights_TK is not None
-    weights = weights_TK.contiguous() if weighed else row_TK
+    weights = weights_TK.contiguous() if weighed else row_TK  # without weights a pointer that is not read
     out_TD = y_ND.new_empty(row_TK.shape[0], y_ND.shape[1])
     if out_TD.numel():
         mask = _mask(kept_TK, row_TK)
@@ -176,13 +186,15 @@ def _tiles(h_NF: Tensor) -> tuple[int, int]:
 
 
 def _mask(kept_TK: Tensor | None, row_TK: Tensor) -> Tensor:
-    """What a kernel is given for `kept`: without it any pointer, which is not looked at."""
+    """The argument `kept_mask` of a kernel; where there is no mask, a pointer that is not read."""
     return row_TK if kept_TK is None else kept_TK.contiguous()
 
 
 def _by_token(kernel, row_TK: Tensor, kept_TK: Tensor | None, *tensors: Tensor, **flags: bool) -> None:
-    """Start a program for each token; the first of the tensors has rows of D."""
+    """Start a program for each token; the first of the tensors has rows of D numbers."""
     (tokens, top_k), width = row_TK.shape, tensors[0].shape[1]
+
+    # A block is the whole row, and its size has to be a power of two. A warp for each 256 numbers: eight a thread.
     block = triton.next_power_of_2(width)
     warps = min(16, max(1, block // 256))
     with torch.cuda.device_of(row_TK):

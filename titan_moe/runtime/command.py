@@ -1,4 +1,4 @@
-"""What every command does: its words, its log, its signals, and one way to end."""
+"""What all commands share: a parser, the log, signals, and one way to end."""
 
 import argparse
 import atexit
@@ -25,7 +25,7 @@ TRUST = "--trust_components"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a mistake in the command line as a ValueError of one line; no abbreviations."""
+    """argparse, with ValueError of one line for a mistake in the command line, and without abbreviations."""
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
@@ -62,7 +62,7 @@ def init_logging(runtime: Runtime) -> None:
 
 
 class StopRequest:
-    """Notes SIGINT and SIGTERM, so that the loop can stop after the step and save.
+    """Note SIGINT and SIGTERM, so that the loop can stop after the step and save.
 
     Later signals are ignored: torchrun passes on what the terminal has sent to the workers already.
     """
@@ -100,31 +100,38 @@ def run_command(main: Callable[[list[str]], int]) -> None:
     """
     faulthandler.enable()
     debug = os.environ.get("TITAN_MOE_DEBUG") == "1"
+
+    # Output is flushed inside: a reader that has left is known only then.
     try:
         compat.check_torch()
         code = main(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output has left, as `| head` does: end like other commands, quietly
+    except BrokenPipeError:
+        # Whoever read the output has left, as `| head` does. Other commands end then without a word; Python would
+        # complain when it flushes at its end, so the output leads nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
+        # Most users' errors are the same on all ranks. One line a node is enough, and needed: a disk may fail on one.
         if debug:
             traceback.print_exc()
-        if read_world().local_rank == 0 or debug:  # one line a node: a disk may fail on one of them alone
+        if read_world().local_rank == 0 or debug:
             print(f"error: {describe(error)}", file=sys.stderr)
         code = 2
     except CollectiveError as error:
+        # The others wait for ever in a collective that this process has left, so nothing more is waited for.
         if debug:
             traceback.print_exc()
         give_up(describe(error))
     except (MemoryError, RuntimeError) as error:
+        # Memory may run out on one rank alone: it says which, and ends without the others. The rest are faults.
         if not is_out_of_memory(error):
             raise
         if debug:
             traceback.print_exc()
-        where = f" on rank {read_world().rank}" if read_world().world_size > 1 else ""
+        rank_text = f" on rank {read_world().rank}" if read_world().world_size > 1 else ""
         give_up(
-            f"out of memory{where} ({describe(error)[:200]}): lower training.local_batch_size or training.seq_len; "
+            f"out of memory{rank_text} ({describe(error)[:200]}): lower training.local_batch_size or training.seq_len; "
             "python -m titan_moe.estimate says what a configuration takes",
             code=2,
         )
@@ -137,11 +144,11 @@ def run_command(main: Callable[[list[str]], int]) -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process as Python does, but for taking the interpreter down.
+    """End this process as Python does, but without taking the interpreter down.
 
-    A thread of gloo may still hold the tensors of its last collective. To let go of them it asks for the interpreter's
-    lock, and where the interpreter is going down already, Python ends that thread in a way that aborts the process:
-    a run that has finished and written everything counts as failed (1 of 15 on a busy machine).
+    A thread of gloo may still hold the tensors of its last collective, and needs the interpreter's lock to free them.
+    If the interpreter is going down by then, Python ends that thread in a way that aborts the process: a run that has
+    finished and written everything would count as failed (1 of 15 on a busy machine).
     """
     threading._shutdown()  # pyrefly: ignore[missing-attribute]
     atexit._run_exitfuncs()
@@ -151,6 +158,6 @@ def end_process(code: int) -> NoReturn:
 
 
 def give_up(message: str, code: int = 1) -> NoReturn:
-    """End this process at once with one line: what waits for another process that is gone would wait for ever."""
+    """End this process at once with one line. Threads that wait for a process that is gone would wait for ever."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(code)

@@ -1,8 +1,8 @@
 """All that differs between the versions of torch that titan_moe runs on; docs/torch.md says what runs where.
 
-Below 2.13 the collectives `all_gather_single` and `reduce_scatter_single` have other names, and a unit of FSDP2 has
-one mesh (`MESH_BY_PARAMETER` is false): with expert parallelism experts are a unit of their own there. Matrices can't
-be, so that there is no tensor parallelism. From 2.14 on the timeout of a group is set by a public function.
+Below 2.13 the collectives `all_gather_single` and `reduce_scatter_single` have other names, and all parameters of an
+FSDP2 unit have one mesh (`MESH_BY_PARAMETER` is false). With expert parallelism the experts are then a unit of their
+own, and there is no tensor parallelism. From 2.14 on the timeout of a group is set by a public function.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Parts of tensors: what this rank has of a DTensor, and the way back; a plain tensor is whole on every rank."""
+"""Local parts of DTensors, and DTensors of local parts. A plain tensor is whole on every rank."""
 
 import torch
 from torch import Tensor
@@ -7,12 +7,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, which shares its memory; for what needs no gradient."""
+    """This rank's part of a tensor, without its gradient; it shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def rows(tensor: Tensor) -> slice:
-    """Which experts, indices of dim 0, this rank holds: all unless the tensor is a DTensor sharded on dim 0."""
+    """The indices of dim 0 (experts) that this rank holds: all, unless the tensor is a DTensor sharded on dim 0."""
     if isinstance(tensor, DTensor):
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         return slice(offset[0], offset[0] + shape[0])
@@ -20,12 +20,12 @@ def rows(tensor: Tensor) -> slice:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """All of a tensor, from all ranks that share it."""
+    """The whole tensor, gathered from all ranks that hold a part; a collective for a DTensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of a matrix that every rank has."""
+    """This rank's part of `whole`, which every rank has, sharded as `parameter` is."""
     if not isinstance(parameter, DTensor):
         return whole
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
@@ -33,7 +33,7 @@ def own_part(whole: Tensor, parameter: Tensor) -> Tensor:
 
 
 def sharded_like(rows: Tensor, parameter: DTensor) -> DTensor:
-    """A tensor of which `rows` are this rank's part, sharded on dim 0 as `parameter` is."""
+    """The DTensor whose local part is `rows`, sharded on dim 0 as `parameter` is; no collective."""
     shape = torch.Size((parameter.shape[0], *rows.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes and what kills leave of them, whole appends, folders, sums, names."""
+"""Files that are whole or absent: atomic writes, removal of what killed ones leave, whole appends, checksums, names."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 logger = logging.getLogger(__name__)
 
-# .NAME.MACHINE-PID-START.tmp: what a process writes to before it gets the name NAME
+# .NAME.MACHINE-PID-START.tmp: the file that a process writes before it renames it to NAME
 _TEMPORARY = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-(\d+)\.tmp")
 ABANDONED_SECONDS = 24 * 3600  # another machine's temporary file that nobody has written to for so long is left over
 
@@ -38,7 +38,8 @@ def write_atomic(path: Path, text: str) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is on the disk and has the name `path` after the block, and is gone when that raises."""
+    """A file to write in the block; then it is on the disk as `path`, or gone where the block raises."""
+    # The data is synced before the name changes: else a power cut could leave the new name on an empty file.
     remove_leftovers(path.parent)
     temporary = temporary_path(path)
     try:
@@ -49,11 +50,13 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+    # The name is an entry of the folder, which has to be synced by itself.
     fsync_folder(path.parent)
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process makes what then gets the name `path`: hidden beside it, with a name that says whose it is."""
+    """The path of the temporary file or folder that becomes `path`: hidden beside it, with the process in its name."""
     pid = os.getpid()
     return path.with_name(f".{path.name}.{_machine()}-{pid}-{_start_of(pid) or 0}.tmp")
 
@@ -61,8 +64,8 @@ def temporary_path(path: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files and folders (`temporary_path`) in `folder` whose process is gone.
 
-    Those of another machine that shares the disk, or of another container, are taken for such after a day without a
-    change: their processes cannot be seen from here.
+    Processes of another machine that shares the disk, or of another container, cannot be seen. Theirs are removed
+    after ABANDONED_SECONDS without a change.
     """
     with contextlib.suppress(OSError):  # a folder that cannot be listed, or is not there: whoever writes there will say
         for path in folder.iterdir():
@@ -81,7 +84,7 @@ def _is_left_over(path: Path, match: re.Match[str]) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """Eight digits for where a process id means something: this boot of this machine and, in it, this container."""
+    """Eight digits that are the same wherever a process id means the same process: this boot, this container."""
     boot, container = "", ""
     with contextlib.suppress(OSError):  # Linux has both
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -90,13 +93,16 @@ def _machine() -> str:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a living process started, in ticks of this machine's clock, 0 where it does not tell; None if it is gone."""
+    """When a living process started, in clock ticks since boot, 0 where that is unknown; None if it is gone."""
+    # Signal 0 only asks. A process of another user refuses it, and so is alive.
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return None
     except PermissionError:
-        pass  # of another user
+        pass
+
+    # A process' name may hold spaces and brackets, so fields are counted after its last bracket. Zombies have ended.
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -105,7 +111,7 @@ def _start_of(pid: int) -> int | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not what it leads to), or a folder with what can be removed of it.
+    """Remove a file, a link (not its target), or a folder with all that can be removed of it.
 
     What can't be removed stays, with one warning: it takes room, but nothing reads it.
     """
@@ -123,7 +129,7 @@ def remove(path: Path) -> None:
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """Warn, unless this process has done so with the same text."""
+    """Log a warning, unless this process has logged the same text before."""
     logger.warning(text)
 
 
@@ -136,7 +142,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Wait until the names in `folder` (new, renamed, removed) are on the disk, where its file system can do that."""
+    """Wait until the names in `folder` (new, renamed, removed) are on the disk, if its file system can do that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -182,12 +188,15 @@ class Appender(NamedTuple):
 
 
 def appender(path: Path) -> Appender:
-    """Open `path` to append to it; it is made where it does not exist."""
+    """Open `path` to append to it; it is created where it does not exist."""
+    # Without a buffer a piece is with the kernel when `write` returns, so a killed process loses none.
     file = open(path, "ab", buffering=0)  # noqa: SIM115
     fsync_folder(path.parent)
     size = file.seek(0, os.SEEK_END)
     waiting: deque[bytes] = deque()
 
+    # The disk may take a part of a piece before it is full. That part is cut off, and the whole piece waits for the
+    # next try, so that no line is torn and none is lost.
     def flush() -> None:
         nonlocal size
         while waiting:

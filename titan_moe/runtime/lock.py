@@ -1,7 +1,8 @@
 """One process at a time: locks on files that end with their process, however it ends, and that say who holds them.
 
-The lock is the kernel's (flock, over NFS too). Some file systems have none, or one for each node: there the holder's
-signs of life count, the file's time that it renews. No clocks of two hosts are compared: only a change counts.
+The lock is the kernel's (flock, over NFS too). Some file systems have no locks, or a separate one on each node. There a
+holder shows that it lives by renewing the time of the file. Clocks of two hosts are never compared: a time that changes
+is a sign of life, whatever it is.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ _held: set[IO[str]] = set()
 
 
 def _close_in_child() -> None:
-    """A lock ends with the last copy of its file: forked workers, which may live longer, must not have one."""
+    """Close the lock files in a forked worker, which may live longer: a lock is held until the last copy is closed."""
     while _held:
         _held.pop().close()
 
@@ -57,12 +58,12 @@ def is_locked(path: Path) -> bool:
 
 @contextlib.contextmanager
 def sole_process(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path`, which is there as long as it is held; folders made for it go with it if empty.
+    """Hold the lock file `path`. It is removed afterwards, and so are folders that were made for it and are empty.
 
     Raises ValueError, one line on `what`, where another process holds it. A file that a dead process has left is taken
     over: at once if it ran on this machine, else after three heartbeats without a sign of life.
     """
-    folders = [folder for folder in path.parents if not folder.exists()]
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     ended = threading.Event()
     try:
         file = _take(path, what)
@@ -75,14 +76,14 @@ def sole_process(path: Path, what: str) -> Iterator[None]:
             ended.set()
             beat.join()
             _held.discard(file)
-            # Removed before it is let go: whoever has opened it in the meantime sees that it is not the path's file.
+            # Removed before it is unlocked: whoever has opened it in the meantime will see that `path` is another file.
             with contextlib.suppress(OSError):
                 if not file.closed and _is_file_of(path, file):  # a forked worker's is closed
                     path.unlink()
             file.close()
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty
-            for folder in folders:
+            for folder in new_folders:
                 folder.rmdir()
 
 
@@ -94,17 +95,22 @@ def _take(path: Path, what: str) -> IO[str]:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(open(path, "a+", encoding="utf-8"))
-            except (FileNotFoundError, FileExistsError):  # who had made the folder is removing it
+            except (FileNotFoundError, FileExistsError):  # a run that has ended is removing the folder it made
                 if time.monotonic() > limit:
                     raise
                 time.sleep(0.05)
                 continue
-            locking, holder = _is_locking(file), _read(file)
-            if locking is None:
+
+            # Locked by another process: it may just have been killed, so a few seconds are waited for its memory to go.
+            locked, holder = _lock_if_possible(file), _read(file)
+            if locked is None:
                 if time.monotonic() > limit:
                     raise ValueError(_in_use(path, what, holder))
-            elif holder and not (locking and holder.get("boot") == _boot()) and _is_alive(path, holder):
+            # Not locked, but a holder's name is in it. On this machine it is that of a dead one, which would else have
+            # the lock; on another machine, or without locks, only signs of life can tell.
+            elif holder and not (locked and holder.get("boot") == _boot()) and _is_alive(path, holder):
                 raise ValueError(_in_use(path, what, holder))
+            # Ours, unless its holder has removed it between the opening and the lock: then another round.
             elif _is_file_of(path, file):
                 _write(file)
                 stack.pop_all()
@@ -112,8 +118,8 @@ def _take(path: Path, what: str) -> IO[str]:
         time.sleep(0.05)
 
 
-def _is_locking(file: IO[str]) -> bool | None:
-    """Take the lock: True, False where the file system has none, None where another process has it."""
+def _lock_if_possible(file: IO[str]) -> bool | None:
+    """Take the lock: True; False where the file system has no locks, None where another process holds this one."""
     try:
         return True if try_lock(file) else None
     except OSError as error:
@@ -129,23 +135,23 @@ def _is_file_of(path: Path, file: IO[str]) -> bool:
 
 
 def _is_alive(path: Path, holder: dict[str, Any]) -> bool:
-    """Watch the file's time for three heartbeats."""
+    """Watch the file's time for three heartbeats: whether it changes, which only a living holder makes it do."""
     limit = time.monotonic() + 3 * HEARTBEAT_SECONDS
     logger.info(
         "%s is of process %s on host %s: looking for a sign of life for %g s",
         *(path, holder.get("pid"), holder.get("host"), 3 * HEARTBEAT_SECONDS),
     )
-    before = _changed(path)
+    before = _time_of(path)
     while time.monotonic() < limit:
         time.sleep(HEARTBEAT_SECONDS / 10)
-        now = _changed(path)
+        now = _time_of(path)
         if now is None or now != before:
             return now is not None
     return False
 
 
-def _changed(path: Path) -> int | None:
-    """When the file was last touched, None where it is gone; NFS asks its server when a file is opened."""
+def _time_of(path: Path) -> int | None:
+    """When the file was last touched, None where it is gone. It is opened for that: NFS then asks its server."""
     try:
         with open(path, "rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
@@ -154,6 +160,7 @@ def _changed(path: Path) -> int | None:
 
 
 def _beat(file: IO[str], ended: threading.Event) -> None:
+    """Renew the file's time until `ended`."""
     while not ended.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):  # a full or stalled disk: the next one may come through
             os.utime(file.fileno())
@@ -177,7 +184,7 @@ def _write(file: IO[str]) -> None:
 
 
 def _boot() -> str:
-    """What tells this machine, since it was started, from others: the kernel's id, which its containers share."""
+    """An id of this machine since it was started, alike in all of its containers: the kernel's."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""The machine: GPUs and what their data sheets say, memory, threads, folders. The only table of devices."""
+"""The machine: memory, threads, folders, and the only table of GPUs, from their data sheets."""
 
 import ctypes
 import datetime
@@ -57,7 +57,7 @@ def find_gpu(device_name: str) -> GPU | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far, GiB: allocated on the GPU, or resident in the process on a CPU."""
+    """The most memory held so far, GiB: allocated on the GPU, or resident in the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -86,19 +86,20 @@ def return_large_buffers() -> None:
 
 
 def worker_environment(*, threads: int, devices: Sequence[int] = ()) -> dict[str, str]:
-    """Environment of a training process that this one starts: its CPU threads, and its GPUs, empty: as here.
+    """The environment of a training process that this one starts, with so many CPU `threads`.
 
-    Nothing of a torchrun that this process itself may run under goes along.
+    `devices` are the GPUs it sees; empty, it sees those that this process sees. What torchrun set for this process is
+    left out.
     """
-    own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    changes = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     if devices:
-        own["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        changes["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
     launch = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {name: value for name, value in os.environ.items() if name not in launch} | own
+    return {name: value for name, value in os.environ.items() if name not in launch} | changes
 
 
 def c_compiler() -> str | None:
-    """The C compiler that Triton builds its launchers with, None where there is none."""
+    """The C compiler with which Triton would build its launchers, None where there is none."""
     names = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     return next(filter(None, map(shutil.which, names)), None)
 
@@ -110,6 +111,7 @@ def user_cache_folder() -> Path:
 
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
     """Versions, git commit, world size and device, for run.json."""
+    # All that may change results or times beside the configuration; reports compare runs by it.
     cuda = runtime.device.type == "cuda"
     return {
         "titan_moe": __version__,

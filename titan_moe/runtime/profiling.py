@@ -16,6 +16,8 @@ def profiler(runtime: Runtime, *, enable: bool, folder: Path, freq: int) -> Iter
     if not enable:
         yield lambda: None
         return
+
+    # The profiler warms up on the step before, where there is one: the first that it sees takes longer than it should.
     activities = [torch.profiler.ProfilerActivity.CPU]
     if runtime.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -36,8 +38,8 @@ def _write_trace(profile: torch.profiler.profile, folder: Path, rank: int) -> No
 def start_timer(device: torch.device) -> Callable[[], Callable[[], float]]:
     """Time what follows: call the result at its end, and what that returns, at any later time, for the seconds between.
 
-    A GPU notes both moments in the order of its work, and only asking for the seconds waits for it. It begins when all
-    before is done, so that the times of steps add up to the run's. On a CPU the host's clock says it.
+    Only asking for the seconds waits for a GPU: it notes both moments by itself, each when all work before it is done,
+    so that the times of steps add up to the time of the run. On a CPU the host's clock tells them.
     """
     if device.type == "cpu":
         begin = time.perf_counter()

@@ -3,7 +3,8 @@
 torch's flight recorder notes every collective. A thread looks for one that is under way for longer than the limit, as
 well as for process groups that are not connected by then. An error out of a collective (gloo's "Connection closed by
 peer", an NCCL error) is told apart from other errors.
-What a process can't say is which of the others is to blame: the one that says nothing, or is in another place, is.
+No process can say which of the others is to blame. Their lines together do: it is the one that prints none, or that
+names another collective.
 """
 
 import json
@@ -22,9 +23,8 @@ import torch.distributed as dist
 from titan_moe.runtime import command, world
 from titan_moe.runtime.errors import CollectiveError
 
-PACKAGE = __file__.removesuffix(
-    "runtime/watch.py"
-)  # a name alone would be in the paths of a .venv in a checkout of that name
+# a name alone would be in the paths of a .venv in a checkout of that name
+PACKAGE = __file__.removesuffix("runtime/watch.py")
 CONNECTING: dict[str, float] = {}  # what is being connected, and since when (time.monotonic)
 CONNECTION_ERRORS = (
     "gloo",
@@ -39,18 +39,18 @@ CONNECTION_ERRORS = (
 
 @dataclass
 class Watch:
-    """Where the loop is, for the message: it writes the step, 0 before the first, and the limit of a collective."""
+    """What the training loop tells the watch."""
 
-    limit_seconds: float
-    step: int = 0
+    limit_seconds: float  # of one collective
+    step: int = 0  # 0 before the first
 
 
 @contextmanager
 def connecting(groups: str) -> Iterator[None]:
-    """Let the watch see that this process makes process groups, and waits until all others do.
+    """Let the watch know that this process makes process groups, which waits until all others do.
 
-    The flight recorder does not know of that: it notes collectives, and a group has none before it is there. `groups`
-    is what the message says is under way, or failed.
+    The flight recorder can't tell: it notes collectives, and a group has none before it exists. `groups` is what the
+    message says is under way, or has failed.
     """
     CONNECTING[groups] = time.monotonic()
     try:
@@ -67,12 +67,14 @@ def connecting(groups: str) -> Iterator[None]:
 def watching(watch: Watch, give_up: Callable[[str], None] = command.give_up) -> Iterator[None]:
     """Watch the collectives of this process; raise CollectiveError where one fails.
 
-    One that is under way for longer than `watch.limit_seconds`, and groups that are not connected by then, end the
-    process: the thread that waits for it can't be interrupted. `give_up` gets the message and does that.
+    A collective that is under way for longer than `watch.limit_seconds` ends the process, and so do groups that are not
+    connected by then: the thread that waits can't be interrupted. `give_up` gets the message and ends it.
     """
     ended = threading.Event()
     thread = threading.Thread(target=_look, args=(watch, ended, give_up), name="watch", daemon=True)
     thread.start()
+
+    # backward raises a collective's error as a plain RuntimeError: its text decides.
     try:
         yield
     except CollectiveError as error:
@@ -87,16 +89,17 @@ def watching(watch: Watch, give_up: Callable[[str], None] = command.give_up) -> 
 
 
 def _look(watch: Watch, ended: threading.Event, give_up: Callable[[str], None]) -> None:
+    """Until `ended`: give up as soon as a collective, or the connecting of groups, takes longer than the limit."""
     seconds = 0.0
-    # at the latest when what was under way at the last look reaches the limit
+    # The next look is at the latest when what was under way at this one reaches the limit.
     while not ended.wait(min(10.0, watch.limit_seconds / 4, max(watch.limit_seconds - seconds, 0.01))):
         name, seconds = connecting_for() or longest_wait(recorded(), time.time_ns()) or ("", 0.0)
-        limit = watch.limit_seconds
+        limit = watch.limit_seconds  # another one after the first step
         if seconds > limit:
             give_up(
                 f"{place(watch)}: {name} is under way for {seconds:.0f} s, longer than comm's limit of "
                 f"{limit:g} s: another process died or hangs, or is slower; here "
-                f"{where(threading.main_thread())}"
+                f"{line_of(threading.main_thread())}"
             )
 
 
@@ -115,7 +118,7 @@ def reason(error: BaseException) -> str:
 
 def is_failed_collective(error: BaseException) -> bool:
     """Whether an error comes out of a collective; backward passes them on as plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or any(mark in str(error) for mark in CONNECTION_ERRORS)
+    return isinstance(error, dist.DistError) or any(text in str(error) for text in CONNECTION_ERRORS)
 
 
 def recorded() -> list[dict[str, Any]]:
@@ -157,9 +160,9 @@ def _named(entry: dict[str, Any]) -> str:
     return f"{operation} #{entry['collective_seq_id']} of group {entry['process_group'][1]}"
 
 
-def where(thread: threading.Thread) -> str:
-    """Where in this package a thread is: `step.py:57 in train_step`."""
+def line_of(thread: threading.Thread) -> str:
+    """The line of this package that a thread is at: `in step.py:57 train_step`."""
     frame = sys._current_frames().get(thread.ident or 0)
     stack = traceback.extract_stack(frame)
-    ours = [part for part in stack if part.filename.startswith(PACKAGE) and part.name != "where"]
+    ours = [call for call in stack if call.filename.startswith(PACKAGE) and call.name != "line_of"]
     return f"in {ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno} {ours[-1].name}" if ours else "outside of it"

@@ -1,4 +1,4 @@
-"""The processes that train together: which one this is, their group and its few collectives, seeds."""
+"""The processes that train together: rank and world size, their group and its few collectives, seeds."""
 
 import datetime
 import hashlib
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Runtime(NamedTuple):
-    """Where this process runs."""
+    """This process' place in the world, and its device."""
 
     rank: int
     world_size: int
@@ -60,7 +60,7 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
     return tensor
 
 
-# torch ends a process on its own limit with pages of stacks: a minute after ours, which `watch` keeps.
+# At its own limit torch ends a process with pages of stacks. `watch` ends it with one line, so much earlier.
 GRACE_SECONDS = 60
 
 
@@ -84,7 +84,7 @@ def close_process_group() -> None:
 
 
 def set_timeout(timeout_seconds: int) -> None:
-    """Change the timeout of the collectives of every group (another one once training is under way)."""
+    """Change the timeout of the collectives of every group: training has another one than its start."""
     if world_size() > 1:
         for group in list(dist.distributed_c10d._world.pg_map):
             compat.set_group_timeout(datetime.timedelta(seconds=timeout_seconds + GRACE_SECONDS), group)
@@ -106,7 +106,8 @@ def all_gather(value: T) -> list[T]:
 
 
 def on_main(task: Callable[[], object], runtime: Runtime) -> None:
-    """Run `task` on the main process; a user's error in it is a ValueError on every process, so that all end alike."""
+    """Run `task` on the main process; ValueError on every process where it raises ValueError or OSError there."""
+    # All processes wait for the result. Were it only the main one that raised, the others would hang.
     text, failure = None, None
     if runtime.is_main:
         try:
@@ -119,7 +120,7 @@ def on_main(task: Callable[[], object], runtime: Runtime) -> None:
 
 
 def caution_restarts() -> None:
-    """Warn where torchrun would restart workers on the store of the first start, on which restarts fail or hang."""
+    """Warn where torchrun would restart workers with the store of the first start: such restarts fail or hang."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("RANK") == "0":
         logger.warning(
@@ -137,13 +138,13 @@ def seed_everything(seed: int, *, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # a pass over all memory that is made, and nothing here reads what it has not written
+        # Filling costs a pass over all memory that is allocated, and no code here reads what it has not written.
         torch._C._set_deterministic_fill_uninitialized_memory(False)
         torch.backends.cudnn.benchmark = False
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed torch's generators for one training step: what it draws does not depend on the steps before it."""
+    """Seed torch's generators for one training step, so that what it draws does not depend on the steps before it."""
     torch.manual_seed(seed_of(f"{seed}/{step}/{rank}"))
 
 

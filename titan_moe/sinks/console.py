@@ -1,4 +1,4 @@
-"""What a terminal shows of a run while it trains, and when it is over."""
+"""The console: progress of a run while it trains, and a summary when it is over."""
 
 import math
 import os
@@ -19,10 +19,13 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
     """
     out = stream or sys.stdout
     bar: Any = None
-    began: tuple[int, float] | None = None
+    began: tuple[int, float] | None = None  # step before the first record, and the host's clock then
 
     def write(record: Record) -> None:
         nonlocal bar, began
+
+        # A resumed run begins at a later step, which only its first record tells. The time left goes by this start's
+        # steps alone.
         step = record["step"]
         if began is None:
             began = (max(step - 1, 0), time.monotonic() - record.get("step_seconds", 0.0))
@@ -31,6 +34,8 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
 
                 layout = "step {n_fmt}/{total_fmt} {bar} {desc}  {remaining} left"
                 bar = tqdm(total=total_steps, initial=began[0], file=out, bar_format=layout, dynamic_ncols=True)
+
+        # A validation is a line of its own, also above a bar; a step moves the bar, or is a line now and then.
         line = f"step {step:>{len(str(total_steps))}}/{total_steps}"
         if record["kind"] != "train":
             line = f"{line}  {record['kind']}  {_columns(record)}"
@@ -43,6 +48,8 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
         else:
             seconds = (time.monotonic() - began[1]) / (step - began[0]) * (total_steps - step)
             line = f"{line}  {_columns(record)}  left {clock(seconds)}"
+
+        # Printed past tqdm, a line would tear the bar.
         if bar is not None:
             bar.write(line, file=out)
         else:
@@ -58,7 +65,8 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
 def summary(
     validation: Record | None, *, checkpoint: Path | None, tensorboard: Path | None, prompt: str = "The "
 ) -> str:
-    """What to say when a run is over: its last validation, where things are, the commands that use them."""
+    """The text for the end of a run: its last validation, where its files are, and the commands that use them."""
+    # The commands can be pasted as they are: paths are quoted, and the Python is this one.
     python = _python()
     lines = []
     if validation is not None:
@@ -75,9 +83,9 @@ def summary(
 
 
 def _python() -> str:
-    """How to call this Python from this folder, as short as works."""
-    found = shutil.which("python")
-    if found and os.path.realpath(Path(found).parent) == os.path.realpath(Path(sys.executable).parent):
+    """The shortest words that call this Python from the current folder."""
+    python = shutil.which("python")
+    if python and os.path.realpath(Path(python).parent) == os.path.realpath(Path(sys.executable).parent):
         return "python"
     relative = os.path.relpath(sys.executable)
     return shlex.quote(sys.executable if relative.startswith("..") else relative)
@@ -86,14 +94,14 @@ def _python() -> str:
 def _watched(record: Record) -> dict[str, float]:
     """The numbers that people watch; those that a record lacks are left out."""
     loss = record["loss"]
-    found = {
+    values = {
         "loss": loss,
         "perplexity": record.get("perplexity", math.exp(min(loss, 700.0))),
         "accuracy": record.get("accuracy"),
         "MaxVio": record.get("maxvio_batch", record.get("maxvio_global")),
         "tokens/s": record.get("tokens_per_second"),
     }
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 _WIDE = {"loss": "7.4f", "perplexity": "9.2f", "accuracy": "6.2%", "MaxVio": "6.3f", "tokens/s": "9,.0f"}

@@ -65,7 +65,9 @@ def parse_record(line: bytes | str) -> dict[str, Any] | None:
 
 
 def last_records(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The last whole line of kind train and of kind validation, from the end of the file alone."""
+    """The last whole line of kind train and of kind validation, None where there is none in the last TAIL bytes."""
+    # A study's table asks every second, and files are long: only the end is read. The line that it begins in is not
+    # whole, and left out.
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -73,14 +75,16 @@ def last_records(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | No
             lines = file.read().split(b"\n")[1 if size > TAIL else 0 :]
     except FileNotFoundError:
         return None, None
-    found: dict[str, dict[str, Any]] = {}
+
+    # From the end, as long as one of the two kinds is missing: the last line may be torn.
+    last: dict[str, dict[str, Any]] = {}
     for line in reversed(lines):
         record = parse_record(line)
         if record is not None:
-            found.setdefault(record["kind"], record)
-        if len(found) == 2:
+            last.setdefault(record["kind"], record)
+        if len(last) == 2:
             break
-    return found.get("train"), found.get("validation")
+    return last.get("train"), last.get("validation")
 
 
 def has_record(path: Path, step: int, kind: str) -> bool:
@@ -92,10 +96,10 @@ def has_record(path: Path, step: int, kind: str) -> bool:
 
 
 class Lines(NamedTuple):
-    """What the lines of a metrics.jsonl are to a step; they are many, and read but once as records."""
+    """Which lines of a metrics.jsonl are of steps up to a given one. The file may be long: it is parsed once."""
 
-    kept: list[bool]  # of each line, in order
-    torn: set[int]  # which lines are no records: what a power cut or a damaged disk leaves
+    kept: list[bool]  # of each line, in order: whether it is
+    torn: set[int]  # numbers of the lines that are no records: what a power cut or a damaged disk leaves
     steps: set[int]  # of the kept lines of kind 'train'
 
     @property
@@ -111,17 +115,21 @@ def cut(path: Path, step: int) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = sort_lines(path, step)
+
+    # First they are written to the other file, then taken out of this one: a crash in between leaves a line in both
+    # files, never in none.
     if not all(lines.kept):
         target = path.with_name(f"{path.stem}.cut{path.suffix}")
         with open(path, "rb") as file:
-            gone = [(index in lines.torn, line) for index, line in enumerate(file) if not lines.kept[index]]
-        _append(target, [_as_record(line, step) if is_torn else line for is_torn, line in gone])
-        drop(path, lines)  # last: a crash before leaves a line in both files, never in none
+            later = [(index in lines.torn, line) for index, line in enumerate(file) if not lines.kept[index]]
+        _append(target, [_as_record(line, step) if is_torn else line for is_torn, line in later])
+        drop(path, lines)
         logger.info(
             "%s: the run goes on from step %d: %d lines of later steps and %d torn ones moved to the end of %s",
             *(path, step, lines.num_later, len(lines.torn), target),
         )
 
+    # Every checkpoint is saved after the lines of its steps, so a gap is somebody's doing, or a damaged disk's.
     missing = [number for number in range(1, step + 1) if number not in lines.steps]
     if missing:
         logger.warning(
@@ -132,6 +140,7 @@ def cut(path: Path, step: int) -> None:
 
 def sort_lines(path: Path, step: int) -> Lines:
     """Find the lines of a metrics.jsonl that are of steps up to `step`; none where there is no file."""
+    # Lines are known by their numbers: their text stays in the file, which may be larger than memory.
     lines = Lines([], set(), set())
     if not path.exists():
         return lines
@@ -147,7 +156,7 @@ def sort_lines(path: Path, step: int) -> Lines:
 
 
 def drop(path: Path, lines: Lines) -> None:
-    """Leave the kept lines alone in a metrics.jsonl."""
+    """Remove all but the kept lines from a metrics.jsonl, which is never half written."""
     with open(path, "rb") as file, new_file(path) as shorter:
         shorter.writelines(itertools.compress(file, lines.kept))
 
@@ -178,9 +187,9 @@ def _append(path: Path, lines: list[bytes]) -> None:
     with open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
-        torn = file.read() not in (b"", b"\n")
+        is_torn = file.read() not in (b"", b"\n")
     try:
-        append(b"".join([b"\n" if torn else b"", *lines]))
+        append(b"".join([b"\n" if is_torn else b"", *lines]))
     finally:
         close()
 

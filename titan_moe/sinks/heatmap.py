@@ -1,4 +1,4 @@
-"""The picture of a load: layers x experts, coloured by how far each expert is from its fair share."""
+"""A heatmap of loads: layers x experts, coloured by how far each expert is from its fair share."""
 
 import io
 from typing import TYPE_CHECKING, Any
@@ -15,18 +15,21 @@ _MAX_TICKS = 16
 def load_figure(load: Any, title: str, name: str = "load", mean: str = "ideal load") -> "Figure":
     """A heatmap of `load` (L, E) (tokens per expert, any array or tensor), each layer divided by its mean.
 
-    1.0 is the ideal load (white), below is blue, above red (colours that the colour-blind tell apart); a layer that
-    got no tokens is grey. Few experts also carry their numbers. `title` goes above, with the extreme ratios. Other
-    positive measures of experts are drawn alike, with their `name` and what their `mean` is called; NaN is grey.
+    1.0 is the ideal load (white); below is blue, above is red, which the colour-blind can tell apart. A layer without
+    tokens, and NaN, is grey. With at most 16 experts each cell carries its number. `title` stands above, with the
+    lowest and the highest ratio. Other positive measures are drawn alike: `name` is theirs, `mean` that of their mean.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
+    # Each layer is compared with its own mean. NaN is no part of a mean, and a layer without tokens has no ratios.
     load_LE = np.asarray(load.detach().cpu() if hasattr(load, "detach") else load, dtype=np.float64)
-    counts_L1 = np.isfinite(load_LE).sum(axis=1, keepdims=True)
+    counts_L1 = np.isfinite(load_LE).sum(axis=1, keepdims=True)  # (L, E) -> (L, 1)
     mean_L1 = np.nansum(load_LE, axis=1, keepdims=True) / np.maximum(counts_L1, 1)
     ratio_LE = np.divide(load_LE, mean_L1, out=np.full_like(load_LE, np.nan), where=mean_L1 > 0)
+
+    # A cell has the same size in all pictures, larger where a number must fit, within limits for the whole.
     num_layers, num_experts = ratio_LE.shape
     has_numbers = num_experts <= 16
     cell = 0.55 if has_numbers else 0.1
@@ -36,6 +39,8 @@ def load_figure(load: Any, title: str, name: str = "load", mean: str = "ideal lo
     )
     figure = Figure(figsize=(float(size[0]), float(size[1])), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
+
+    # NaN is not drawn, so the grey of the axes shows through.
     axes = figure.add_subplot()
     axes.set_facecolor("0.6")
     image = axes.imshow(ratio_LE, cmap="RdBu_r", norm=Normalize(0.0, _MOST), aspect="auto", interpolation="nearest")
@@ -46,6 +51,8 @@ def load_figure(load: Any, title: str, name: str = "load", mean: str = "ideal lo
     if np.isfinite(ratio_LE).any():
         title = f"{title} · {np.nanmin(ratio_LE):.2f} to {np.nanmax(ratio_LE):.2f} of the {mean}"
     axes.set_title(title, fontsize=10)
+
+    # Numbers are white on dark cells, which are those far from 1.
     if has_numbers:
         for (layer, expert), ratio in np.ndenumerate(ratio_LE):
             color = "white" if abs(ratio - 1) > 0.65 else "black"

@@ -17,7 +17,7 @@ _PER_LAYER = re.compile(r".*/layer_\d+")
 class Sink(NamedTuple):
     """A place for records. If `write` raises OSError, that record is late or lost, and the next one may succeed.
 
-    `sync` waits until what was written is on the disk, where a power cut cannot take it.
+    `sync` waits until all that was written is on the disk, safe from a power cut.
     """
 
     write: Callable[[Record], None]
@@ -27,13 +27,18 @@ class Sink(NamedTuple):
 
 
 def fan_out(*sinks: Sink) -> Sink:
-    """One sink that writes to all. A full disk or a closed pipe stops none of the others and no training: it warns."""
+    """One sink that writes to all `sinks`.
+
+    A sink whose disk is full or whose pipe is closed stops neither the others nor training: an error is logged.
+    """
     failing: set[str] = set()
     gone: set[str] = set()  # a closed pipe stays closed
 
     def attempt(sink: Sink, task: Callable[[], None]) -> None:
         if sink.name in gone:
             return
+
+        # Each change is logged once, not each record: a disk may stay full for thousands of steps.
         try:
             task()
         except OSError as error:
@@ -66,24 +71,24 @@ def fan_out(*sinks: Sink) -> Sink:
 
 
 def last_validation() -> tuple[Sink, Callable[[], Record | None]]:
-    """A sink that keeps the last validation that it is given, and the function that tells it."""
-    kept: list[Record] = []
+    """A sink that keeps the last validation it was given, and a function that returns it (None before the first)."""
+    last: list[Record] = []
 
     def write(record: Record) -> None:
         if record["kind"] == "validation":
-            kept[:] = [record]
+            last[:] = [record]
 
-    return Sink(write, lambda: None, "the summary"), lambda: kept[0] if kept else None
+    return Sink(write, lambda: None, "the summary"), lambda: last[0] if last else None
 
 
 def scalars(record: Record) -> dict[str, Any]:
-    """The record without its arrays; zero-dimensional ones become numbers."""
+    """The record's numbers and strings: arrays are left out, zero-dimensional ones become numbers."""
     plain = {key: value.item() if getattr(value, "ndim", None) == 0 else value for key, value in record.items()}
     return {key: value for key, value in plain.items() if isinstance(value, (str, int, float))}
 
 
 def tagged(record: Record) -> dict[str, float]:
-    """Numbers by their name in TensorBoard and wandb."""
+    """The record's numbers by their names in TensorBoard and wandb: `KIND/KEY`, of one layer `KIND_per_layer/KEY`."""
     kind = record["kind"]
     numbers = {key: value for key, value in scalars(record).items() if key not in {"step", "kind"}}
     return {

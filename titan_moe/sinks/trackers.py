@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases."""
+"""Sinks for TensorBoard and Weights & Biases."""
 
 import io
 import os
@@ -27,6 +27,8 @@ def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sin
 
     from titan_moe.sinks.heatmap import picture
 
+    # Each start writes a file of its own: TensorBoard reads all files of a folder. Through an `appender` an event is
+    # whole in it, and a write that fails raises at once.
     folder.mkdir(parents=True, exist_ok=True)
     name = f"events.out.tfevents.{time.time_ns() // 1000:017d}.{socket.gethostname()}.{os.getpid()}"
     append, sync, close = appender(folder / name)
@@ -36,12 +38,16 @@ def tensorboard(folder: Path, resume_step: int, heatmap_freq: int = 1000) -> Sin
         RecordWriter(buffer).write(event.SerializeToString())
         append(buffer.getvalue())
 
+    # A START event hides what an earlier run wrote from its step on; no file is changed.
     write_event(Event(wall_time=time.time(), file_version="brain.Event:2"))
     write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(record: Record) -> None:
+        # All numbers of a record are one event, and so one write: whole in the file, or not there.
         step, kind = record["step"], record["kind"]
         values = [Summary.Value(tag=tag, simple_value=number) for tag, number in tagged(record).items()]
+
+        # A picture of the load now and then. A record that has `load/experts` asks for it at its own step.
         maps = {key: value for key, value in record.items() if key.endswith("/experts")}
         if "load" in record and (kind != "train" or step % heatmap_freq == 0) and "load/experts" not in maps:
             maps["load"] = record["load"]
@@ -69,6 +75,7 @@ def wandb(folder: Path, config: Mapping[str, Any], project: str = "titan_moe") -
     check_wandb()
     import wandb as client  # pyrefly: ignore[missing-import]
 
+    # The id is written before the run is begun, so that a start that is killed at once is resumed, too.
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
         write_atomic(id_file, secrets.token_hex(4) + "\n")

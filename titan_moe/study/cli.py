@@ -22,12 +22,13 @@ from titan_moe.study.spec import Study, load_study
 if TYPE_CHECKING:
     from titan_moe.study.report.page import Written
 
-MARKER = "study.txt"  # what makes a folder that of a study
+MARKER = "study.txt"  # marks a folder as a study's, and holds the study's name
 PACKAGES = ("rich", "scipy", "jinja2", "matplotlib")
 
 
 def build_parser() -> Parser:
-    """The command line, but for `--section.key value`."""
+    """The parser of the command line without `--section.key value`, which `split_overrides` takes out."""
+    # Options say how to run a study. What it runs is in its file, so that the file repeats it.
     about = (
         "Run the points of a study as trainings of their own, and write results.jsonl, report.html and figures; or "
         "compare any runs. Finished runs are skipped, interrupted ones resumed."
@@ -59,7 +60,9 @@ def build_parser() -> Parser:
 
 
 def main(args: list[str]) -> int:
-    """Do what the command line says; 1 where runs failed or are left, as a study's result is then not whole."""
+    """Do what the command line says; exit code 1 where runs failed or are left, 128 + a signal that stopped it."""
+    # All that can be wrong on the command line is said before the first run starts, missing packages included: a study
+    # may train for days before it draws.
     words, overrides = split_overrides(args)
     options = build_parser().parse_args(words)
     if (options.study is None) == (options.compare is None):
@@ -72,6 +75,8 @@ def main(args: list[str]) -> int:
     if missing:
         raise ValueError(f"a study needs {', '.join(missing)}: pip install 'titan_moe[study]'")
     command.init_logging(world.read_world())
+
+    # matplotlib and jinja2 are slow to import, so the report's modules are imported where they are used.
     if options.compare:
         if overrides:
             raise ValueError(f"{overrides[0]}: a comparison trains nothing, so it has no configuration to change")
@@ -83,7 +88,10 @@ def main(args: list[str]) -> int:
 
 
 def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part `--section.key value ...` (up to the next argument that begins with `--`) from the study's own arguments."""
+    """Split the arguments into the study's own, and `--section.key value ...` for the configurations of its runs.
+
+    An override takes all words up to the next one that begins with `--`.
+    """
     words: list[str] = []
     overrides: list[str] = []
     target = words
@@ -95,18 +103,23 @@ def split_overrides(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def run_study(study: Study, runs: Sequence[Run], options: argparse.Namespace) -> int:
-    """Run what is left of a study and report on it."""
+    """Train the runs of a study that are left, here or by SLURM, and write the report; the exit code."""
+    # Nothing is trained into a folder of something else, nor beside runs that another configuration has made.
     claim_folder(study)
     move_runs_of_another_base(study, runs, force=options.force)
     if options.reuse:
         print(f"{reuse(runs, options.reuse)} runs are taken from {', '.join(options.reuse)}")
-    found = statuses(runs)
+
+    # A failed run would most likely fail again, so it is tried again only on demand.
+    run_statuses = statuses(runs)
     wanted = {"new", "interrupted", "failed"} if options.resume else {"new", "interrupted"}
-    todo = [run for run, one in zip(runs, found, strict=True) if one.state in wanted]
-    print(f"{study.name}: {len(runs)} runs in {study.folder}: {counts(found)}", flush=True)
+    todo = [run for run, run_status in zip(runs, run_statuses, strict=True) if run_status.state in wanted]
+    print(f"{study.name}: {len(runs)} runs in {study.folder}: {counts(run_statuses)}", flush=True)
     stopped = 0
     if options.report:
         todo = []
+
+    # SLURM trains after this process has ended. To see the runs go, `--watch` looks at their files.
     if options.launcher == "slurm":
         from titan_moe.study.slurm import submit
 
@@ -119,10 +132,12 @@ def run_study(study: Study, runs: Sequence[Run], options: argparse.Namespace) ->
 
 
 def train(study: Study, runs: Sequence[Run], todo: Sequence[Run], options: argparse.Namespace) -> int:
-    """Train `todo` on this machine, with the table of all runs; the signal that stopped it, else 0."""
+    """Train `todo` on this machine, with the table of all runs; the number of the signal that stopped it, else 0."""
     pool = Pool(options.jobs, study.section.nproc)
     check_pool(pool)
     written = time.monotonic()
+
+    # With `--watch` the report is written between two looks at the trainings, which go on meanwhile.
     with progress(study.section.title or study.name, runs, options.jobs) as (tick, ended):
 
         def on_tick(active: object) -> None:
@@ -143,14 +158,17 @@ def train(study: Study, runs: Sequence[Run], todo: Sequence[Run], options: argpa
 
 
 def watch(study: Study, runs: Sequence[Run], seconds: float) -> int:
-    """Write the report again and again until every run is over or a signal comes; that signal, else 0."""
+    """Write the report every `seconds` until every run is over or a signal comes; the signal's number, else 0."""
+    # New and interrupted runs may yet be started, by SLURM or by another process; finished and failed ones are over.
     stop = StopRequest()
     while not stop.signal:
-        found = statuses(runs)
+        run_statuses = statuses(runs)
         write_report(study, runs, refresh=seconds)
-        print(f"{datetime.datetime.now():%H:%M:%S}  {counts(found)}", flush=True)
-        if all(one.state in ("finished", "failed") for one in found):
+        print(f"{datetime.datetime.now():%H:%M:%S}  {counts(run_statuses)}", flush=True)
+        if all(run_status.state in ("finished", "failed") for run_status in run_statuses):
             return 0
+
+        # Short naps, so that a signal is answered at once.
         limit = time.monotonic() + seconds
         while time.monotonic() < limit and not stop.signal:
             time.sleep(min(0.2, seconds))
@@ -158,21 +176,24 @@ def watch(study: Study, runs: Sequence[Run], seconds: float) -> int:
 
 
 def closing(study: Study, runs: Sequence[Run], stopped: int) -> int:
-    """Write the results, list what did not finish, and give the exit code."""
+    """Write the report, print what came out and what did not finish, and give the exit code."""
     report = write_report(study, runs)
-    found = statuses(runs)
-    print(f"\n{counts(found)}\nresults      {study.folder / 'results.jsonl'}\nreport       {report.path}")
+    run_statuses = statuses(runs)
+    print(f"\n{counts(run_statuses)}\nresults      {study.folder / 'results.jsonl'}\nreport       {report.path}")
     for sentence in report.findings:
         print(sentence)
-    for run, one in zip(runs, found, strict=True):
-        if one.state in ("failed", "interrupted"):
-            print(f"{one.state:<12} {point_text(run.point)}, seed {run.seed}: {one.message}\n{'':12} {run.folder}")
+    for run, run_status in zip(runs, run_statuses, strict=True):
+        if run_status.state in ("failed", "interrupted"):
+            print(f"{run_status.state:<12} {point_text(run.point)}, seed {run.seed}: {run_status.message}")
+            print(f"{'':12} {run.folder}")
+
+    # The exit code says whether the result is whole, so that a script can run the command again until it is.
     if stopped:
         print(f"stopped by {command.signal_name(stopped)}: the same command goes on from here")
         return 128 + stopped
-    if any(one.state == "failed" for one in found):
+    if any(run_status.state == "failed" for run_status in run_statuses):
         print("the same command with --resume tries failed runs again")
-    return int(any(one.state in ("failed", "interrupted") for one in found))
+    return int(any(run_status.state in ("failed", "interrupted") for run_status in run_statuses))
 
 
 def write_report(study: Study, runs: Sequence[Run], refresh: float | None = None) -> "Written":
@@ -183,7 +204,8 @@ def write_report(study: Study, runs: Sequence[Run], refresh: float | None = None
 
 
 def claim_folder(study: Study) -> None:
-    """Take the study's folder, or raise ValueError where it holds something else."""
+    """Mark the study's folder as its own; ValueError where it cannot be written or holds something else."""
+    # Two studies in one folder would each overwrite the other's report.
     folder, marker = study.folder, study.folder / MARKER
     files.check_writable(folder)
     if marker.exists():
@@ -191,6 +213,8 @@ def claim_folder(study: Study) -> None:
         if name != study.name:
             raise ValueError(f"{folder} is the folder of the study {name!r}: give another by --dump_folder")
         return
+
+    # A folder with other things is somebody's: nothing is written into it.
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty and not the folder of a study: give another by --dump_folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -199,19 +223,22 @@ def claim_folder(study: Study) -> None:
 
 def move_runs_of_another_base(study: Study, runs: Sequence[Run], *, force: bool) -> None:
     """Find runs that were trained with another base; with `force` move them to `replaced/`, else raise ValueError."""
-    stale = [(run, found) for run in runs if (found := changes(run))]
+    # A point names its axes alone: with another base it is another run under the same name, and the table would mix.
+    stale = [(run, changed_keys) for run in runs if (changed_keys := changes(run))]
     if not stale:
         return
-    run, found = stale[0]
+    run, changed_keys = stale[0]
     if not force:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        more = f" and {len(changed_keys) - 3} more" if len(changed_keys) > 3 else ""
         raise ValueError(
             f"{study.path}: {len(stale)} runs in {study.folder} were trained with another base, {run.folder} with "
-            f"{'; '.join(found[:3])}{more}: change it back, give another --dump_folder, or put them aside and train "
-            "anew with --force"
+            f"{'; '.join(changed_keys[:3])}{more}: change it back, give another --dump_folder, or put them aside and "
+            "train anew with --force"
         )
     if going := [run for run, _ in stale if is_going(run.folder)]:
         raise ValueError(f"{going[0].folder} is still training with another base: stop it first")
+
+    # They cost hours of training, so they are moved, never removed; each move has a folder of its own.
     aside = study.folder / "replaced" / f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
     for run, _ in stale:
         target = aside / run.folder.relative_to(study.folder / "runs")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titan_moe.config import Config, merge_layers
-from titan_moe.config.layers import Layer, split_key
+from titan_moe.config.layers import Layer, insert
 from titan_moe.config.sections import Job
-from titan_moe.study.spec import Axis, Study
+from titan_moe.study.spec import Study
 
 Point = Mapping[str, Any]  # axis id -> value; of an axis with options the option's name
 LONGEST = 150  # characters of a folder's name; file systems allow 255 bytes
@@ -27,10 +27,12 @@ class Run(NamedTuple):
 
 
 def expand(study: Study) -> list[Point]:
-    """The study's points, the last axis fastest; two that are the same are a ValueError."""
+    """The study's points, the last axis fastest; ValueError for two that are the same, or axes that make none."""
     for axis in study.axes:
         if not axis.values and study.section.combine != "points":
             raise ValueError(f"{study.path}: axes.{axis.id}.values: is missing or empty: give a list of values")
+
+    # The axes' values in each of the three ways; "points" makes none of its own and needs explicit ones.
     if study.section.combine == "points":
         grid: list[tuple[Any, ...]] = []
         if not study.points:
@@ -43,6 +45,8 @@ def expand(study: Study) -> list[Point]:
         grid = list(zip(*(axis.values for axis in study.axes), strict=True))
     else:
         grid = list(itertools.product(*(axis.values for axis in study.axes)))
+
+    # Explicit points come on top in all three.
     ids = [axis.id for axis in study.axes]
     points = [*(dict(zip(ids, values, strict=True)) for values in grid), *study.points]
     _check_distinct(study, points)
@@ -64,6 +68,7 @@ def baseline_of(study: Study, points: Sequence[Point]) -> Point:
 
 
 def _check_distinct(study: Study, points: Sequence[Point]) -> None:
+    """Raise ValueError for two points of one folder: they would train over each other."""
     folders: dict[str, Point] = {}
     for point in points:
         other = folders.setdefault(folder_name(point), point)
@@ -75,7 +80,7 @@ def _check_distinct(study: Study, points: Sequence[Point]) -> None:
 
 
 def runs_of(study: Study) -> list[Run]:
-    """Every run of the study with its configuration checked; an axis that names no key or a wrong value is an error."""
+    """Every run of the study with its configuration checked; ValueError where an axis names no key or a wrong value."""
     runs, same = [], dict[str, Point]()
     points = expand(study)
     baseline_of(study, points)
@@ -83,6 +88,9 @@ def runs_of(study: Study) -> list[Run]:
         for seed in study.section.seeds:
             folder = study.folder / "runs" / folder_name(point) / f"seed-{seed}"
             runs.append(Run(point, seed, folder, resolve(study, point, seed, folder)))
+
+        # Points with different names can be the same configuration, such as two options that set the same values. They
+        # would train twice, and be level in every table.
         key = repr(without_job(runs[-1].config))
         other = same.setdefault(key, point)
         if other is not point:
@@ -96,9 +104,9 @@ def runs_of(study: Study) -> list[Run]:
 def resolve(study: Study, point: Point, seed: int, folder: Path) -> Config:
     """Build the configuration of one run."""
     layers = [*study.config, *point_layers(study, point)]
-    own = {"job": {"dump_folder": str(folder), "description": f"{study.name}: {point_text(point)}, seed {seed}"}}
+    job_table = {"job": {"dump_folder": str(folder), "description": f"{study.name}: {point_text(point)}, seed {seed}"}}
     seeded = Layer(f"{study.path}: study.seeds", {"training": {"seed": seed}})
-    config = merge_layers([*layers, Layer(study.path, own), seeded])
+    config = merge_layers([*layers, Layer(study.path, job_table), seeded])
     if not config.validation.enable:
         raise ValueError(f"{study.path}: validation.enable = false: a study compares validation losses: set it to true")
     return config
@@ -107,25 +115,15 @@ def resolve(study: Study, point: Point, seed: int, folder: Path) -> Config:
 def point_layers(study: Study, point: Point) -> Iterator[Layer]:
     """One layer of configuration for each axis of a point, whose errors name the axis."""
     for axis in study.axes:
-        yield Layer(f"{study.path}: axes.{axis.id}", settings(axis, point[axis.id]))
-
-
-def settings(axis: Axis, value: Any) -> dict[str, Any]:
-    """What an axis sets at one of its values, as a table of a configuration file."""
-    if axis.options:
-        return dict(axis.options[value])
-    document: dict[str, Any] = {}
-    for key in axis.keys:
-        *parents, last = split_key(key)
-        table = document
-        for parent in parents:
-            table = table.setdefault(parent, {})
-        table[last] = value
-    return document
+        origin, value = f"{study.path}: axes.{axis.id}", point[axis.id]
+        table = dict(axis.options[value]) if axis.options else {}
+        for key in axis.keys:
+            insert(table, key, value, origin)
+        yield Layer(origin, table)
 
 
 def without_job(config: Config) -> Config:
-    """The configuration without where it is written and its description, and without where tokens are cached."""
+    """The configuration without what does not change the run: [job] and the folder where tokens are cached."""
     data = dataclasses.replace(config.data, cache_folder="")
     return dataclasses.replace(config, job=Job(), data=data)
 
@@ -141,7 +139,7 @@ def value_text(value: Any) -> str:
 
 
 def folder_name(point: Point) -> str:
-    """A point as the name of a folder, the same whatever else is in the study: `coeff=0.1,experts=8`."""
+    """A point as the name of a folder: `coeff=0.1,experts=8`. It depends on nothing else that is in the study."""
     whole = {name: int(v) if isinstance(v, float) and v.is_integer() else v for name, v in point.items()}  # 1.0 is 1
     text = ",".join(f"{name}={value}" for name, value in whole.items())
     name = re.sub(r"[^A-Za-z0-9._=,+-]+", "_", text) or "base"

@@ -18,47 +18,50 @@ def statuses(runs: Sequence[Run]) -> list[Status]:
     return [status(run.folder, run.config.training.steps) for run in runs]
 
 
-def counts(found: Sequence[Status]) -> str:
+def counts(run_statuses: Sequence[Status]) -> str:
     """`3 finished, 2 running, 7 new`."""
-    total = {state: sum(one.state == state for one in found) for state in ORDER}
+    total = {state: sum(run_status.state == state for run_status in run_statuses) for state in ORDER}
     return ", ".join(f"{total[state]} {state}" for state in ORDER if total[state]) or "no runs"
 
 
-def seconds_left(runs: Sequence[Run], found: Sequence[Status], jobs: int) -> float | None:
-    """Estimate from the steps that are left and the mean time of the last steps seen, None before the first."""
-    speeds = [one.train["step_seconds"] for one in found if one.train and "step_seconds" in one.train]
-    left = sum(r.config.training.steps - s.step for r, s in zip(runs, found, strict=True) if s.state != "failed")
+def seconds_left(runs: Sequence[Run], run_statuses: Sequence[Status], jobs: int) -> float | None:
+    """Steps that are left times the mean time of the last step of each run, over `jobs`; None before the first step."""
+    speeds = [s.train["step_seconds"] for s in run_statuses if s.train and "step_seconds" in s.train]
+    left = sum(r.config.training.steps - s.step for r, s in zip(runs, run_statuses, strict=True) if s.state != "failed")
     return left * sum(speeds) / len(speeds) / jobs if speeds else None
 
 
-def table(title: str, runs: Sequence[Run], found: Sequence[Status], jobs: int, height: int) -> Any:
-    """Runs and how far they are, at most `height` rows: those that are going or failed come first."""
+def table(title: str, runs: Sequence[Run], run_statuses: Sequence[Status], jobs: int, height: int) -> Any:
+    """The table of runs and how far they are, of at most `height` rows."""
     from rich.markup import escape
     from rich.table import Table
 
-    left = seconds_left(runs, found, jobs)
-    caption = counts(found) + (f"; about {clock(left)} left" if left else "")
-    made = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left", expand=False)
-    made.add_column("run", overflow="fold", ratio=1)
+    # Titles and points are users' text: rich would take brackets in them for markup.
+    left = seconds_left(runs, run_statuses, jobs)
+    caption = counts(run_statuses) + (f"; about {clock(left)} left" if left else "")
+    view = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left", expand=False)
+    view.add_column("run", overflow="fold", ratio=1)
     for name in ("seed", "state", "step", "loss", "validation", "MaxVio", "tokens/s"):
-        made.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
-    rows = sorted(zip(runs, found, strict=True), key=lambda row: ORDER.index(row[1].state))
+        view.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
+
+    # A terminal may have fewer lines than a study has runs: what goes on, or went wrong, comes first.
+    rows = sorted(zip(runs, run_statuses, strict=True), key=lambda row: ORDER.index(row[1].state))
     shown = rows if len(rows) <= height else rows[: height - 1]
-    for run, one in shown:
-        train, validation = one.train or {}, one.validation or {}
-        made.add_row(
+    for run, run_status in shown:
+        train, validation = run_status.train or {}, run_status.validation or {}
+        view.add_row(
             escape(point_text(run.point)),
             str(run.seed),
-            f"[{STYLES[one.state]}]{one.state}[/]",
-            f"{one.step}/{run.config.training.steps}",
+            f"[{STYLES[run_status.state]}]{run_status.state}[/]",
+            f"{run_status.step}/{run.config.training.steps}",
             _number(train.get("loss"), ".4f"),
             _number(validation.get("loss"), ".4f"),
             _number(train.get("maxvio_batch"), ".3f"),
             _number(train.get("tokens_per_second"), ",.0f"),
         )
     if len(shown) < len(rows):
-        made.add_row(f"and {len(rows) - len(shown)} more", *[""] * 7)
-    return made
+        view.add_row(f"and {len(rows) - len(shown)} more", *[""] * 7)
+    return view
 
 
 def _number(value: float | None, form: str) -> str:
@@ -70,25 +73,32 @@ Show = Callable[..., None]
 
 @contextmanager
 def progress(title: str, runs: Sequence[Run], jobs: int, every: float = 1.0) -> Iterator[tuple[Show, Show]]:
-    """Give two functions: one to call often, which keeps the table new, and one for a run that has just ended."""
+    """Show the progress of the runs; yield a function to call often, and one to call with a run that has just ended.
+
+    On a terminal the table is drawn again at most every `every` seconds.
+    """
     from rich.console import Console
     from rich.live import Live
 
+    # Six lines are the table's own: title, head, frame and caption.
     console = Console()
     drawn = 0.0
 
     def draw() -> Any:
         return table(title, runs, statuses(runs), jobs, max(5, console.height - 6))
 
+    # A file or a pipe cannot be drawn over: a line for each run that ends is all that it gets.
     if not console.is_terminal:
 
-        def said(run: Run) -> None:
-            one = status(run.folder, run.config.training.steps)
-            loss = f"validation loss {one.validation['loss']:.4f}" if one.validation else one.message
-            print(f"{one.state:<11} {point_text(run.point)}, seed {run.seed}: {loss}", flush=True)
+        def print_end(run: Run) -> None:
+            s = status(run.folder, run.config.training.steps)
+            text = f"validation loss {s.validation['loss']:.4f}" if s.validation else s.message
+            print(f"{s.state:<11} {point_text(run.point)}, seed {run.seed}: {text}", flush=True)
 
-        yield (lambda *_: None), said
+        yield (lambda *_: None), print_end
         return
+
+    # Each drawing reads the ends of all runs' files, so the caller's ticks are thinned out.
     with Live(draw(), console=console, auto_refresh=False) as live:
 
         def tick(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Points that several studies share are trained once: a finished run is copied from one study's folder to another's."""
+"""Train points that several studies share once: copy a finished run from one study's folder to another's."""
 
 import os
 import shutil
@@ -12,14 +12,14 @@ from titan_moe.study.runs import LOCK, POINT, prepare, status
 
 
 def reuse(runs: Sequence[Run], folders: Sequence[str]) -> int:
-    """Copy, for each new run, a finished one of the same configuration from `folders`; how many were found.
+    """For each new run copy a finished one of the same configuration from `folders`; the number of copies.
 
-    Checkpoints stay where they are. A folder without runs of a study is a ValueError.
+    Checkpoints are not copied. A folder without runs of a study is a ValueError.
     """
-    found = finished_in(folders)
+    sources = finished_in(folders)
     taken = 0
     for run in runs:
-        source = found.get(to_toml(without_job(run.config)))
+        source = sources.get(to_toml(without_job(run.config)))
         if source is not None and status(run.folder, run.config.training.steps).state == "new":
             copy_run(source, run)
             taken += 1
@@ -27,8 +27,9 @@ def reuse(runs: Sequence[Run], folders: Sequence[str]) -> int:
 
 
 def finished_in(folders: Sequence[str]) -> dict[str, Path]:
-    """The finished runs in the folders of studies, by their configurations."""
-    found: dict[str, Path] = {}
+    """Folders of the finished runs in the folders of studies, by configuration as TOML."""
+    # A run is known by its whole configuration: two studies may name the same point differently.
+    folders_by_config: dict[str, Path] = {}
     for folder in folders:
         points = sorted(Path(folder).glob(f"runs/*/*/{POINT}"))
         if not points:
@@ -36,15 +37,16 @@ def finished_in(folders: Sequence[str]) -> dict[str, Path]:
         for point in points:
             try:
                 config = read_saved(point)
-            except ValueError:  # a key of it has gone since: it is like no run of today
+            except ValueError:  # it has a key that no longer exists, so no run of today is like it
                 continue
             if status(point.parent, config.training.steps).state == "finished":
-                found.setdefault(to_toml(without_job(config)), point.parent)
-    return found
+                folders_by_config.setdefault(to_toml(without_job(config)), point.parent)
+    return folders_by_config
 
 
 def copy_run(source: Path, run: Run) -> None:
     """Copy a finished run into the folder of `run`, which appears whole or not at all."""
+    # Half a copy would look like a run of its own, interrupted or finished: the folder gets its name at the end.
     draft = temporary_path(run.folder)
     remove_leftovers(draft.parent)
     shutil.copytree(source, draft, symlinks=True, ignore=shutil.ignore_patterns(run.config.checkpoint.folder, LOCK))

@@ -1,4 +1,7 @@
-"""Runs as processes of this machine: some at a time, each with its share of cores and GPUs, one's end is no other's."""
+"""Train runs as processes of this machine: some at a time, each with its share of cores and GPUs.
+
+A run that fails, or whose process is killed, stops no other.
+"""
 
 import os
 import shutil
@@ -28,7 +31,7 @@ class Worker(NamedTuple):
 
     run: Run
     process: subprocess.Popen[bytes]
-    slot: int
+    slot: int  # below the pool's jobs: which share of the GPUs it has
     lock: TextIO
     log: TextIO
 
@@ -53,12 +56,12 @@ def train_command(nproc: int) -> Command:
 
 
 def check_pool(pool: Pool) -> None:
-    """Raise ValueError where this machine has fewer GPUs than the pool would use; without any it is the CPU."""
-    wanted, there = pool.jobs * pool.nproc, torch.cuda.device_count()
-    if there and wanted > there:
+    """Raise ValueError where this machine has fewer GPUs than the pool would use; one without any trains on the CPU."""
+    needed, available = pool.jobs * pool.nproc, torch.cuda.device_count()
+    if available and needed > available:
         raise ValueError(
-            f"--jobs {pool.jobs} times study.nproc {pool.nproc} is {wanted} GPUs, but this machine has {there}: "
-            f"give --jobs {max(1, there // pool.nproc)}"
+            f"--jobs {pool.jobs} times study.nproc {pool.nproc} is {needed} GPUs, but this machine has {available}: "
+            f"give --jobs {max(1, available // pool.nproc)}"
         )
 
 
@@ -80,22 +83,28 @@ def run_all(
     on_end: Callable[[Run], None],
     interval: float = 0.2,
 ) -> int:
-    """Train the runs, `pool.jobs` at a time; the signal that stopped it early, else 0.
+    """Train the runs, `pool.jobs` at a time; the number of the signal that stopped it early, else 0.
 
-    A run that fails, or whose process dies, stops no other. A run that another process works on is left to it. At a
-    signal the trainings are asked to stop, which lets them save; the same command goes on from there.
+    `on_tick` gets the trainings under way every `interval` seconds, `on_end` each run that has ended. A run that
+    another process works on is left to it. At a signal the trainings are asked to stop, and save; the same command goes
+    on from there.
     """
     stop, queue, free = StopRequest(), deque(runs), list(range(pool.jobs))
     active: list[Worker] = []
     try:
         while (queue and not stop.signal) or active:
+            # A slot is a share of the cores and certain GPUs, so a new training gets one that nobody has.
             while queue and free and not stop.signal:
                 worker = start_run(queue.popleft(), pool, free[0], command)
                 if worker is not None:
                     active.append(worker)
                     free.remove(worker.slot)
+
+            # From a signal on nothing starts. `_end` waits, so those asked to stop are over in the next paragraph.
             if stop.signal:
                 _end(active)
+
+            # Processes are polled, not waited for: any of them may be the next to end, and the table has to move.
             for worker in [worker for worker in active if worker.process.poll() is not None]:
                 active.remove(worker)
                 free.append(worker.slot)
@@ -105,17 +114,17 @@ def run_all(
             if active:
                 time.sleep(interval)
     finally:
-        _end(active)  # an error of ours: leave no training behind
+        # Only an error in here, such as a full disk, gets here with trainings under way: none is left behind.
+        _end(active)
         for worker in active:
             finish(worker, keep_checkpoints)
     return stop.signal
 
 
 def start_run(run: Run, pool: Pool, slot: int, command: Command) -> Worker | None:
-    """Start a training, None where another process works on the run.
-
-    The process inherits the lock on its folder: were this program to die, the lock would still end with the training.
-    """
+    """Start a training in a slot of the pool; None where another process works on the run."""
+    # Between the look and the lock another process may take it, so the lock decides. The look also sees a training
+    # that was started without a study.
     run.folder.mkdir(parents=True, exist_ok=True)
     if is_going(run.folder):
         return None
@@ -124,6 +133,9 @@ def start_run(run: Run, pool: Pool, slot: int, command: Command) -> Worker | Non
         lock.close()
         return None
     prepare(run)
+
+    # The training inherits the lock. If this process is killed, the training still holds it until its own end, and no
+    # second study starts the same run.
     log = open(run.folder / LOG, "a", encoding="utf-8")  # noqa: SIM115
     process = subprocess.Popen(
         command(run),
@@ -132,13 +144,13 @@ def start_run(run: Run, pool: Pool, slot: int, command: Command) -> Worker | Non
         stderr=log,
         env=environment(pool, slot),
         pass_fds=(lock.fileno(),),
-        start_new_session=True,  # a terminal's Ctrl-C comes to it through us alone
+        start_new_session=True,  # Ctrl-C reaches this process alone, which then asks the trainings to stop
     )
     return Worker(run, process, slot, lock, log)
 
 
 def finish(worker: Worker, keep_checkpoints: bool) -> None:
-    """Note how a training ended; of a finished one the checkpoints go unless they are wanted."""
+    """Write down how a training ended; remove the checkpoints of a finished one unless they are wanted."""
     run = worker.run
     code = worker.process.wait()
     worker.log.close()
@@ -149,7 +161,7 @@ def finish(worker: Worker, keep_checkpoints: bool) -> None:
 
 
 def _end(active: Sequence[Worker]) -> None:
-    """Ask the trainings to stop, wait for them, and kill those that have not ended in time."""
+    """Ask the trainings to stop, wait for them, and kill those that have not ended after PATIENCE seconds."""
     for worker in active:
         _signal(worker, signal.SIGTERM)
     limit = time.monotonic() + PATIENCE

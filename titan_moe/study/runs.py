@@ -1,7 +1,7 @@
-"""What is on the disk of a run: whether it is new, going, finished or failed, and what it measured.
+"""Read a run's folder: whether the run is new, running, finished or failed, and what it measured.
 
-A run's folder is the dump folder of a training. Beside what training writes there, a study leaves `point.toml` (the
-configuration that it asked for), `log.txt` (what training said) and `exit_code` (how the last try ended).
+The folder is the dump folder of a training. Beside what training writes there, a study leaves `point.toml` (the
+configuration that it asked for), `log.txt` (what training printed) and `exit_code` (how the last try ended).
 """
 
 import functools
@@ -46,18 +46,25 @@ class History(NamedTuple):
 
 
 def status(folder: Path, steps: int) -> Status:
-    """Say how far the run in `folder` has come on its way to `steps`."""
+    """How far the run in `folder` has come on its way to `steps`."""
+    # metrics.jsonl is believed before the exit code: a run whose last validation is there is finished, even where
+    # nobody saw its process end.
     train, validation = last_records(folder / METRICS)
     step = train["step"] if train else 0
     if is_going(folder):
         return Status("running", step, "", train, validation)
     if step >= steps and validation is not None and validation["step"] == step:
         return Status("finished", step, "", train, validation)
+
+    # Without an exit code nobody saw the end: the study itself was killed, or the machine.
     code = exit_code(folder)
     if code is None:
         started = (folder / LOG).exists() or step > 0
         message = f"stopped at step {step} of {steps}" if started else ""
         return Status("interrupted" if started else "new", step, message, train, validation)
+
+    # A signal (negative by subprocess, above 128 by a shell) came from outside, so the run may go on; any other code is
+    # the training's own, and trying again would fail again.
     if code < 0 or code >= 128:
         number = -code if code < 0 else code - 128
         message = f"ended by signal {number} at step {step} of {steps}"
@@ -70,7 +77,7 @@ def status(folder: Path, steps: int) -> Status:
 
 
 def exit_code(folder: Path) -> int | None:
-    """How the last try ended, None where it did not or nobody saw."""
+    """The exit code of the last try, None where it has not ended or nobody saw its end."""
     try:
         return int((folder / EXIT_CODE).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -78,7 +85,7 @@ def exit_code(folder: Path) -> int | None:
 
 
 def last_words(folder: Path) -> str:
-    """The last error in a run's log, or its last line."""
+    """The last line of a run's log that begins with `error: `, else its last line."""
     try:
         with open(folder / LOG, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
@@ -91,7 +98,7 @@ def last_words(folder: Path) -> str:
 
 
 def history(path: Path) -> History:
-    """Read metrics.jsonl; a file that has not changed is read once."""
+    """Read metrics.jsonl; a file that has not changed since is not read again."""
     try:
         facts = path.stat()
     except FileNotFoundError:
@@ -101,6 +108,7 @@ def history(path: Path) -> History:
 
 @functools.lru_cache(maxsize=1024)
 def _history(path: Path, size: int, changed: int) -> History:
+    # By step: of a step that stands in the file twice the later line counts.
     curves: dict[str, dict[int, float]] = {}
     validations: list[Record] = []
     load = None
@@ -110,7 +118,9 @@ def _history(path: Path, size: int, changed: int) -> History:
             if record is None:
                 continue
             step, kind = record["step"], record["kind"]
-            for key in _kept(kind):
+
+            # A line holds numbers of every layer and expert: only those that a report draws are kept in memory.
+            for key in _curve_keys(kind):
                 if key in record:
                     curves.setdefault(f"{kind}/{key}", {})[step] = record[key]
             if kind == "validation":
@@ -120,7 +130,8 @@ def _history(path: Path, size: int, changed: int) -> History:
     return History(points, validations, load)
 
 
-def _kept(kind: str) -> list[str]:
+def _curve_keys(kind: str) -> list[str]:
+    """The keys of a record of a kind that a report draws or `measure` reads."""
     extra = ["step_seconds", "peak_memory_gib", "num_tokens"] if kind == "train" else []
     return [name.partition("/")[2] for name in CURVES if name.startswith(f"{kind}/")] + extra
 
@@ -136,21 +147,26 @@ def _load(record: Record) -> list[list[float]] | None:
     return rows or None
 
 
-def measure(found: History) -> dict[str, float]:
+def measure(run_history: History) -> dict[str, float]:
     """The measures of a run (see `measures.MEASURES`); those that it does not have are absent.
 
     Validation numbers are of the last validation, `best_` ones of the best. Speed is the median over the steps after
     the first, memory the peak; `maxvio_batch` is the mean over all steps (the paper, 3.3.4). Numbers of training leave
-    out the steps where they are not finite, NaN where that is all of them.
+    out the steps where they are not finite, and are NaN where none is.
     """
+    # The last validation is taken as it is, also where it is NaN: that a run diverged must not be hidden. The best one
+    # is of the finite ones.
     results: dict[str, float] = {}
-    if found.validations:
-        last = found.validations[-1]
+    if run_history.validations:
+        last = run_history.validations[-1]
         keys = ("loss", "perplexity", "accuracy", "maxvio_global", "aux_loss", "z_loss")
         results |= {key: last[key] for key in keys if key in last}
         for key, choose in (("loss", min), ("perplexity", min), ("accuracy", max)):
-            values = [record[key] for record in found.validations if math.isfinite(record.get(key, math.nan))]
+            values = [record[key] for record in run_history.validations if math.isfinite(record.get(key, math.nan))]
             results |= {f"best_{key}": choose(values)} if values else {}
+
+    # Each measure over the steps has its own reduction: the last tenth for what should have settled, the median for
+    # times, which a few slow steps do not move.
     of_curves: dict[str, tuple[str, Callable[[list[float]], float]]] = {
         "train_loss": ("loss", _last_tenth),
         "maxvio_batch": ("maxvio_batch", fmean),
@@ -163,7 +179,7 @@ def measure(found: History) -> dict[str, float]:
         "train_seconds": ("step_seconds", sum),
     }
     for name, (key, reduce) in of_curves.items():
-        if curve := found.curves.get(f"train/{key}"):
+        if curve := run_history.curves.get(f"train/{key}"):
             values = [value for _, value in curve if math.isfinite(value)]
             results[name] = reduce(values) if values else math.nan
     return results
@@ -173,24 +189,25 @@ def _last_tenth(values: list[float]) -> float:
     return fmean(values[-max(1, len(values) // 10) :])
 
 
-def until(found: History, tokens: int) -> History:
-    """What a run had measured when it had seen so many tokens."""
-    last = max((step for step, seen in found.curves.get(TOKENS, []) if seen <= tokens), default=0)
-    curves = {name: [point for point in curve if point[0] <= last] for name, curve in found.curves.items()}
-    return History(curves, [record for record in found.validations if record["step"] <= last], None)
+def until(run_history: History, tokens: int) -> History:
+    """The history of a run up to the last step by which it had seen at most `tokens` tokens; without the load."""
+    last = max((step for step, seen in run_history.curves.get(TOKENS, []) if seen <= tokens), default=0)
+    curves = {name: [point for point in curve if point[0] <= last] for name, curve in run_history.curves.items()}
+    return History(curves, [record for record in run_history.validations if record["step"] <= last], None)
 
 
-def validated_at(found: History) -> set[int]:
-    """The numbers of tokens that a run had seen at its validations."""
-    seen = dict(found.curves.get(TOKENS, []))
-    return {int(seen[record["step"]]) for record in found.validations if record["step"] in seen}
+def validated_at(run_history: History) -> set[int]:
+    """How many tokens a run had seen at each of its validations."""
+    seen = dict(run_history.curves.get(TOKENS, []))
+    return {int(seen[record["step"]]) for record in run_history.validations if record["step"] in seen}
 
 
 def changes(run: Run) -> list[str]:
-    """What differs between the configuration on disk and the run's: `training.steps: 300, now 400`; empty if nothing.
+    """What differs between the configuration on disk and the run's, such as `training.steps: 300, now 400`.
 
-    Only a run that has taken steps has something to lose: for others it is empty.
+    Empty where nothing differs, and for a run that has taken no step. ValueError where the folder holds another run.
     """
+    # Without a step nothing is lost by training anew, so nobody needs to be asked.
     path = run.folder / POINT
     train, _ = last_records(run.folder / METRICS)
     if train is None:
@@ -200,15 +217,17 @@ def changes(run: Run) -> list[str]:
             f"{run.folder} holds a run that is not of this study (it has no {POINT}): "
             "move it away, or give another study.dump_folder"
         )
+
+    # A file that can no longer be read is a difference, too, and the error says which.
     try:
         before = read_saved(path)
-    except ValueError as error:  # a key of it has gone since
+    except ValueError as error:  # it has a key that no longer exists
         return [str(error)]
     return differences(without_job(before), without_job(run.config))
 
 
 def prepare(run: Run) -> None:
-    """Make a run's folder ready for a try: its configuration is there, the last exit code is not."""
+    """Make a run's folder ready for a try: write its configuration, remove the exit code of the last try."""
     run.folder.mkdir(parents=True, exist_ok=True)
     write_atomic(run.folder / POINT, to_toml(run.config))
     (run.folder / EXIT_CODE).unlink(missing_ok=True)
@@ -229,16 +248,17 @@ def read_facts(folder: Path) -> Record:
 
 
 def result(run: Run, state: str) -> Record:
-    """One line of results.jsonl."""
-    found, data = history(run.folder / METRICS), run.config.data
+    """One line of results.jsonl: what was run, how far it came, what it measured, on what data and machine."""
+    # The point and the data are the configuration's; what the machine and the data were in fact, run.json says.
+    run_history, data = history(run.folder / METRICS), run.config.data
     return {
         "point": dict(run.point),
         "name": point_text(run.point),
         "seed": run.seed,
         "state": state,
         "steps": run.config.training.steps,
-        **reached(found),
-        **measure(found),
+        **reached(run_history),
+        **measure(run_history),
         "folder": str(run.folder),
         "dataset": data.dataset,
         "path": list(data.path),
@@ -248,13 +268,13 @@ def result(run: Run, state: str) -> Record:
     }
 
 
-def reached(found: History) -> Record:
-    """How far a run has come: steps and tokens, the tokens it is validated on, and its steps without a finite loss."""
-    losses, tokens = found.curves.get("train/loss", []), found.curves.get(TOKENS, [])
+def reached(run_history: History) -> Record:
+    """Steps and tokens that a run has come to, tokens that it is validated on, steps without a finite loss."""
+    losses, tokens = run_history.curves.get("train/loss", []), run_history.curves.get(TOKENS, [])
     return {
         "step": losses[-1][0] if losses else 0,
         "num_tokens": int(tokens[-1][1]) if tokens else None,
-        "validation_tokens": found.validations[-1].get("num_tokens") if found.validations else None,
+        "validation_tokens": run_history.validations[-1].get("num_tokens") if run_history.validations else None,
         "nonfinite_steps": sum(not math.isfinite(value) for _, value in losses),
     }
 

@@ -1,4 +1,4 @@
-"""The SLURM launcher: one job array for the runs that are left, whose tasks are trainings."""
+"""The SLURM launcher: a job array, of which each task trains one of the runs that are left."""
 
 import re
 import shlex
@@ -42,8 +42,9 @@ echo "$code" > "$run/{exit_code}"
 def submit(study: Study, runs: Sequence[Run], jobs: int = 1) -> None:
     """Write the job array of the runs, at most `jobs` of them at a time, and submit it.
 
-    Raises ValueError where there is no sbatch, it refuses, or an array of this study is still queued or running.
+    ValueError where there is no sbatch, where it refuses, or where an array of this study is still queued or running.
     """
+    # A task reads the list of runs when it starts, so no list may be replaced whose array is still queued.
     folder = study.folder / "slurm"
     if not runs:
         print("nothing is left to submit")
@@ -51,19 +52,23 @@ def submit(study: Study, runs: Sequence[Run], jobs: int = 1) -> None:
     if shutil.which("sbatch") is None:
         raise ValueError("--launcher slurm needs sbatch, which is not here: run it on a login node, or leave it out")
     check_idle(folder)
+
+    # What a task reads is on the disk before SLURM knows of it: a task may start at once.
     script = write_script(study, runs, jobs)
     for run in runs:
         prepare(run)
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"sbatch refused {script}: {' '.join(done.stderr.split())}: see study.sbatch in {study.path}")
+
+    # Its number is kept for `check_idle`; with several clusters sbatch prints NUMBER;CLUSTER.
     job = done.stdout.strip().partition(";")[0]
     write_atomic(folder / JOB, job + "\n")
     print(f"submitted {len(runs)} runs as job array {job}; --report --watch shows how they go")
 
 
 def check_idle(folder: Path) -> None:
-    """Raise ValueError where SLURM still has the array that was submitted last."""
+    """Raise ValueError where SLURM still has the array that was submitted last; `folder` is the study's for SLURM."""
     try:
         job = (folder / JOB).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
@@ -76,7 +81,8 @@ def check_idle(folder: Path) -> None:
 
 
 def write_script(study: Study, runs: Sequence[Run], jobs: int) -> Path:
-    """Write the list of runs and the script that trains one of them for each task of the array."""
+    """Write the list of runs and the script whose tasks each train one of them; the script's path."""
+    # Paths are absolute, and tasks go to the folder that this command runs in: data may be named relative to it.
     folder = study.folder.absolute() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / LIST, "".join(f"{run.folder.absolute()}\n" for run in runs))

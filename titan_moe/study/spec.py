@@ -1,7 +1,7 @@
-"""A study file: what its runs start from, its axes, its seeds and what to report.
+"""A study file: the configuration that its runs start from, its axes, its seeds and what to report.
 
-It inherits from others by `base`, as configurations do: later values win, key by key. [config] is what every run starts
-from, with a `base` of its own; each table of [axes] is one axis.
+It inherits from others by `base`, as configurations do: later values win, key by key. [config] is the configuration
+that every run starts from, with a `base` of its own; each table of [axes] is one axis.
 """
 
 import os
@@ -78,7 +78,7 @@ class Axis(NamedTuple):
 
 
 class Study(NamedTuple):
-    """A study file, read and checked by itself; its values are not yet checked as a configuration."""
+    """A study file, read and checked. Values of its axes are not: only a run's whole configuration can be checked."""
 
     path: str
     section: Section
@@ -98,6 +98,8 @@ def load_study(path: str, overrides: Sequence[str] = (), dump_folder: str = "") 
 
     A mistake is a ValueError (an OSError for a file that cannot be read) of one line, as for configurations.
     """
+    # Each file is checked before it is merged, so that an error names the file that has the mistake. Axes merge key by
+    # key; a list of points replaces the one before, as lists do in configurations.
     layers = file_layers(path, key="STUDY.toml")
     merged: dict[str, Any] = {"study": {}, "axes": {}}
     origins: dict[str, str] = {}
@@ -113,9 +115,13 @@ def load_study(path: str, overrides: Sequence[str] = (), dump_folder: str = "") 
             origins[axis] = layer.origin
         if "points" in layer.table:
             merged["points"] = layer.table["points"]
+
+    # An axis whose `key` is an empty list sets nothing, and is left out: so a file takes back an axis of its base.
     section = Section(**merged["study"])
     axes = tuple(_axis(origins[name], name, table) for name, table in merged["axes"].items())
     axes = tuple(axis for axis in axes if axis.keys or axis.options)
+
+    # The command line is the last layer, above the files, and is checked against what the axes set.
     folder = dump_folder or section.dump_folder or os.path.join("outputs", "studies", Path(path).stem)
     config = (*_config_layers(layers), command_line_layer(list(overrides)))
     _check_axes(path, axes, config[-1])
@@ -137,8 +143,12 @@ def _checked_section(table: dict[str, Any], origin: str) -> dict[str, Any]:
 
 
 def _config_layers(layers: Sequence[Layer]) -> list[Layer]:
-    """The layers of [config]: of the last file that names a base for it that base, then each file's own values."""
-    found: list[Layer] = []
+    """The layers of [config]: the base that the last file names, then the values of each file.
+
+    A base is relative to the file that names it.
+    """
+    # Only one base is in force: of a study and its own base, both naming one, the study's.
+    values_of_files: list[Layer] = []
     base: list[Layer] = []
     for layer in layers:
         table = dict(layer.table.get("config", {}))
@@ -146,14 +156,15 @@ def _config_layers(layers: Sequence[Layer]) -> list[Layer]:
             name = table.pop("base")
             if not isinstance(name, str):
                 raise key_error(layer.origin, "config.base", "must be the name of a configuration file", name)
-            where = os.path.normpath(os.path.join(os.path.dirname(layer.origin), name))
-            base = file_layers(where, layer.origin, "config.base")
-        found.append(Layer(f"{layer.origin}: [config]", table))
-    return [*base, *found]
+            base_path = os.path.normpath(os.path.join(os.path.dirname(layer.origin), name))
+            base = file_layers(base_path, layer.origin, "config.base")
+        values_of_files.append(Layer(f"{layer.origin}: [config]", table))
+    return [*base, *values_of_files]
 
 
 def _axis(origin: str, name: str, table: dict[str, Any]) -> Axis:
-    """Read one [axes.NAME]; one without key and options is taken back (`keys` and `options` empty)."""
+    """Read one [axes.NAME], merged from all files; errors name the last of these. With `key = []` it sets nothing."""
+    # The id is part of names of folders and figures, and must be one on every file system.
     prefix = f"axes.{name}"
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise key_error(
@@ -164,6 +175,8 @@ def _axis(origin: str, name: str, table: dict[str, Any]) -> Axis:
         if key not in known:
             raise unknown_key(origin, f"{prefix}.{key}", tuple(known))
     given = {key: check_value(known[key], value, origin, f"{prefix}.{key}") for key, value in table.items()}
+
+    # An axis with options: each sets several keys, and its name is the value.
     label, options = given.get("label", name), given.get("options", {})
     if ("key" in given) == ("options" in given):
         raise key_error(origin, prefix, "an axis has either key and values, or options: give one of them")
@@ -175,6 +188,8 @@ def _axis(origin: str, name: str, table: dict[str, Any]) -> Axis:
         return Axis(name, label, (), values, options)
     if "options" in given:
         raise key_error(origin, f"{prefix}.options", "is empty: give each option a table [axes.NAME.options.OPTION]")
+
+    # An axis with keys, which all take the same value. Folders and seeds are the study's to set.
     keys = (given["key"],) if isinstance(given["key"], str) else tuple(given["key"])
     for key in keys:
         if key.count(".") < 1 or not all(key.split(".")):
@@ -186,7 +201,8 @@ def _axis(origin: str, name: str, table: dict[str, Any]) -> Axis:
 
 
 def _check_axes(path: str, axes: Sequence[Axis], command_line: Layer) -> None:
-    """Refuse a key that two axes set, and one that the command line would set for all points."""
+    """Raise ValueError for a key that two axes set, and for one that the command line would set for all points."""
+    # Without this the later of two axes would win silently, and every axis over the command line.
     owner: dict[str, str] = {}
     for axis in axes:
         for key in axis.keys:
@@ -201,7 +217,8 @@ def _check_axes(path: str, axes: Sequence[Axis], command_line: Layer) -> None:
 
 
 def _explicit_point(path: str, axes: Sequence[Axis], number: int, point: Any) -> dict[str, Any]:
-    """Check that one of [[points]] has a value for each axis and for nothing else."""
+    """Check that one of [[points]] has a value for each axis and for nothing else, and give it in the axes' order."""
+    # All points have the same axes, so that each fills its row of the table.
     prefix = f"points[{number + 1}]"
     _check_table(path, prefix, point, dict)
     ids = tuple(axis.id for axis in axes)

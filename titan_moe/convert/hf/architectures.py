@@ -1,4 +1,4 @@
-"""Which Hugging Face architecture a model is: its config.json from our configuration, and back.
+"""Which Hugging Face architecture a model is, and its config.json from our configuration (back: read_config.py).
 
 Every choice here was compared with transformers' own model: logits agree to 1e-4 (tests/interop).
 """
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from titan_moe.config import Config
 from titan_moe.model.transformer import moe_layer_ids
 
+# model_type -> the class in transformers
 NAMES = {
     "llama": "LlamaForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -21,7 +22,7 @@ SOFTMAX = ("topk_softmax", "softmax_topk", "switch")
 
 
 class Architecture(NamedTuple):
-    """A model type of transformers, and what of it our tensors depend on."""
+    """A model type of transformers, and what the map of tensors must know of it."""
 
     model_type: str
     has_zero_shared: bool = False  # it always has a shared expert, ours has none: one whose weights are 0
@@ -39,6 +40,7 @@ def architecture_of(config: Config) -> Architecture:
     Noise and capacity act in training only and the temperature is divided into the router's weight, so they are no
     obstacle.
     """
+    # The router decides: only Glm4Moe has sigmoid scores, and with them groups of experts.
     moe, router, qk_norm = config.moe, config.router, config.model.qk_norm
     if moe.num_experts == 0:
         return Architecture("qwen3" if qk_norm else "llama")
@@ -52,6 +54,8 @@ def architecture_of(config: Config) -> Architecture:
         )
     if (groups := router.arguments.get("num_groups", 1)) > 1:
         raise ValueError(f"router.num_groups = {groups} has a counterpart in Hugging Face only with router 'sigmoid'")
+
+    # Of those with softmax Qwen3Moe alone has a QK-norm, and it has no shared experts.
     if qk_norm:
         if moe.num_shared_experts:
             raise ValueError(
@@ -59,6 +63,9 @@ def architecture_of(config: Config) -> Architecture:
                 "Face only with router 'sigmoid'"
             )
         return Architecture("qwen3_moe")
+
+    # Mixtral where it fits. Everything else with softmax is a Qwen2Moe: that also has dense layers, shared experts, and
+    # weights of a token that don't sum to 1.
     every_layer = len(moe_layers(config)) == config.model.num_layers
     if router.name == "topk_softmax" and moe.num_shared_experts == 0 and every_layer:
         return Architecture("mixtral")
@@ -66,22 +73,26 @@ def architecture_of(config: Config) -> Architecture:
 
 
 def _check_glm(config: Config) -> None:
+    """Raise ValueError where Glm4Moe would compute something else."""
     layers, num_layers, arguments = moe_layers(config), config.model.num_layers, config.router.arguments
     if layers != range(layers[0], num_layers):
         raise ValueError(
             f"moe.layer_freq = {config.moe.layer_freq} has no counterpart in Hugging Face with router 'sigmoid': "
             "Glm4Moe has dense layers at the bottom only"
         )
-    groups, kept, top_k = arguments["num_groups"], arguments["topk_groups"], config.moe.top_k
-    if groups > 1 and max(1, top_k // kept) != 2:
+
+    # We rate a group by its top_k / topk_groups best experts.
+    groups, topk_groups, top_k = arguments["num_groups"], arguments["topk_groups"], config.moe.top_k
+    if groups > 1 and max(1, top_k // topk_groups) != 2:
         raise ValueError(
-            f"router.topk_groups = {kept} with moe.top_k = {top_k} has no counterpart in Hugging Face: Glm4Moe rates a "
-            "group by its 2 best experts, so top_k / topk_groups must be 2"
+            f"router.topk_groups = {topk_groups} with moe.top_k = {top_k} has no counterpart in Hugging Face: Glm4Moe "
+            "rates a group by its 2 best experts, so top_k / topk_groups must be 2"
         )
 
 
 def hf_config(config: Config, architecture: Architecture, *, dtype: str, special_ids: dict[str, Any]) -> dict[str, Any]:
-    """The content of config.json; `special_ids` are its keys on the beginning and end of texts."""
+    """The content of config.json; `special_ids` are its keys for the tokens that begin and end texts and pad them."""
+    # What all architectures call the same. Some of it stands twice, for programs that know only an older key.
     model, moe, kind = config.model, config.moe, architecture.model_type
     theta = model.rope_theta
     common = {
@@ -105,12 +116,14 @@ def hf_config(config: Config, architecture: Architecture, *, dtype: str, special
         **special_ids,
         "use_cache": True,
         "dtype": dtype,
-        "torch_dtype": dtype,
+        "torch_dtype": dtype,  # for readers from before dtype
     }
-    return common | _OWN[kind](config)
+    return common | _SPECIFIC_KEYS[kind](config)
 
 
 def _experts(config: Config) -> dict[str, Any]:
+    """The keys on experts that Qwen2Moe and Qwen3Moe share."""
+    # decoder_sparse_step can't say where the first experts are: the dense layers are listed one by one.
     dense = sorted(set(range(config.model.num_layers)) - set(moe_layers(config)))
     return {
         "num_experts": config.moe.num_experts,
@@ -125,6 +138,7 @@ def _experts(config: Config) -> dict[str, Any]:
 
 
 def _glm4_moe(config: Config) -> dict[str, Any]:
+    # partial_rotary_factor stands twice, for programs that look for it outside of rope_parameters: left out it is 1/2.
     moe, arguments = config.moe, config.router.arguments
     rope = {"rope_type": "default", "rope_theta": config.model.rope_theta, "partial_rotary_factor": 1.0}
     return {
@@ -145,7 +159,8 @@ def _glm4_moe(config: Config) -> dict[str, Any]:
     }
 
 
-_OWN: dict[str, Callable[[Config], dict[str, Any]]] = {
+# model_type -> the keys that not every architecture has
+_SPECIFIC_KEYS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "llama": lambda config: {"attention_bias": False, "mlp_bias": False},
     "qwen3": lambda config: {"attention_bias": False, "use_sliding_window": False},
     "mixtral": lambda config: {

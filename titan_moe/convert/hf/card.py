@@ -1,4 +1,4 @@
-"""The model card of an exported checkpoint: what it is, what it saw, how well it does."""
+"""The model card of an exported checkpoint: its shape, its training, its losses."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,8 @@ from titan_moe.markdown import code, plain
 
 
 def model_card(step_folder: Path, config: Config, model_type: str) -> str:
-    """README.md in Markdown, with the numbers of the checkpoint and, if there, of its run's metrics.jsonl."""
+    """README.md in Markdown, with the numbers of the checkpoint and, if it is there, of its run's metrics.jsonl."""
+    # The configuration may be a stranger's: `plain` and `code` keep its texts from being Markdown or HTML.
     manifest = read_manifest(step_folder)
     extra = read_common(step_folder)["extra"]
     model, moe, training, data = config.model, config.moe, config.training, config.data
@@ -25,6 +26,8 @@ def model_card(step_folder: Path, config: Config, model_type: str) -> str:
         else f"dense feed-forward networks of width {model.ffn_dim}"
     )
     lr = config.optimizer.arguments.get("lr")
+
+    # One row of the table each. What the run changed on its way stands among them, because all others are of its end.
     facts = {
         "Parameters": f"{manifest['model']['elements']:,}",
         "Shape": f"{model.num_layers} layers of width {model.dim}, {model.num_heads} heads",
@@ -39,6 +42,8 @@ def model_card(step_folder: Path, config: Config, model_type: str) -> str:
         **_changes(step_folder),
         **_losses(step_folder, manifest["step"]),
     }
+
+    # The head between dashes is YAML for the hub.
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     about = f"\n{plain(config.job.description)}\n" if config.job.description else ""
     tags = "tags: [moe]" if moe.num_experts else "tags: [dense]"
@@ -57,7 +62,7 @@ def _plain(arguments: dict[str, Any]) -> str:
 
 
 def _changes(step_folder: Path) -> dict[str, str]:
-    """What the run changed on its way: the facts above are those of its end."""
+    """What the run changed on its way, as a fact of the table."""
     way = [f"after step {step}: {'; '.join(texts(changes))}" for step, changes in changes_on_the_way(step_folder)]
     return {"Changed on the way": plain(". ".join(way))} if way else {}
 
@@ -67,6 +72,8 @@ def _losses(step_folder: Path, step: int) -> dict[str, str]:
     metrics = step_folder.absolute().parent.parent / "metrics.jsonl"
     if not metrics.exists():
         return {"Losses": "not recorded"}
+
+    # Validations are not at every step, and a step may have no finite loss: the last that has one counts.
     last: dict[str, dict[str, Any]] = {}
     with open(metrics, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -76,10 +83,12 @@ def _losses(step_folder: Path, step: int) -> dict[str, str]:
                 continue
             if record["step"] <= step and record.get("loss") is not None:  # null: not finite
                 last[record["kind"]] = record
-    found = {
+    labels = {
         "train": "Training loss (nats/token)",
         "validation": "Validation loss (nats/token)",
     }
     return {
-        label: f"{last[kind]['loss']:.4f} at step {last[kind]['step']}" for kind, label in found.items() if kind in last
+        label: f"{last[kind]['loss']:.4f} at step {last[kind]['step']}"
+        for kind, label in labels.items()
+        if kind in last
     } or {"Losses": "not recorded"}

@@ -1,6 +1,6 @@
 """To and from Hugging Face: a folder with config.json, safetensors, tokenizer files and a model card.
 
-Tensors are read, changed and written one at a time: memory is that of the largest, not of the model.
+Tensors are read, changed and written one at a time, so that memory is that of the largest and not of the model.
 """
 
 import logging
@@ -29,7 +29,7 @@ from titan_moe.runtime.dtypes import DTYPES
 
 logger = logging.getLogger(__name__)
 OUR_CONFIG = "titan_moe.toml"  # the run's configuration, which config.json has no place for
-IGNORED = (".rotary_emb.inv_freq",)  # follow from the configuration
+IGNORED = (".rotary_emb.inv_freq",)  # old exports have them; they follow from the configuration
 
 
 def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
@@ -41,8 +41,8 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
 
 def model_tensors(step_folder: Path) -> LazyTensors:
     """The model's tensors of a checkpoint, by their names in the model, without what balancers keep for training."""
-    found = {name: tensor for name, tensor in read_lazily(step_folder).items() if not is_balancer_state(name)}
-    return {name.removeprefix("model."): t for name, t in found.items() if name.startswith("model.")}
+    tensors = {name: tensor for name, tensor in read_lazily(step_folder).items() if not is_balancer_state(name)}
+    return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
 
 
 def to_hf(
@@ -56,16 +56,20 @@ def to_hf(
 ) -> None:
     """Write the model of a checkpoint as the folder `out` of a Hugging Face model.
 
-    `dtype` of DTYPES, empty: the checkpoint's; `trust_components` as in `load_model`. Raises ValueError for models that
-    no architecture there represents, and when the check finds other logits; then nothing is left.
+    `dtype` of DTYPES, empty: the checkpoint's; files of weights have at most `shard_bytes`; `trust_components` as in
+    `load_model`. Raises ValueError for models that no architecture there represents, and when the check finds other
+    logits; then nothing is left.
     """
+    # What can't be represented is refused before the folder is made.
     step_folder = resolve_checkpoint(checkpoint)
     config = read_config(step_folder, trust_components)
     architecture = architecture_of(config)
     ours = model_tensors(step_folder)
-    made = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in ours))
+    table = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in ours))
     dtype = dtype or str(ours["tok_embeddings.weight"].dtype).removeprefix("torch.")
-    theirs = exported(made, ours, DTYPES[dtype], architecture)
+    theirs = exported(table, ours, DTYPES[dtype], architecture)
+
+    # The check is inside of the block, on the files as written: where it fails the folder never gets its name.
     with new_folder(out) as folder:
         write_shards(folder, theirs, shard_bytes)
         files, special_ids = exported_files(step_folder, config)
@@ -79,20 +83,23 @@ def to_hf(
     logger.info("wrote %s (%s, %s)", out, architecture.model_type, dtype)
 
 
-def exported(made: TensorMap, ours: LazyTensors, dtype: torch.dtype, architecture: Architecture) -> LazyTensors:
-    """The tensors of the other side, in the order of the map."""
-    for name in made.blank:
+def exported(table: TensorMap, ours: LazyTensors, dtype: torch.dtype, architecture: Architecture) -> LazyTensors:
+    """The tensors of the other side in `dtype`, in the order of the map; ValueError for a bias that it can't have."""
+    # A bias of 0 may be left out. One that loss_free has moved chooses experts, and without it others would be chosen.
+    for name in table.blank:
         if bool(ours[name].load().any()):
             raise ValueError(
                 f"{name} is not 0, but {architecture.model_type} has no selection bias: of the routers with loss_free "
                 "only 'sigmoid' has a counterpart in Hugging Face"
             )
+
+    # The experts are rows of one tensor here and matrices there; a scale (temperature) moves into the weight.
     theirs: LazyTensors = {}
-    for pair in made.pairs:
+    for pair in table.pairs:
         parts = unstacked(ours[pair.ours]) if pair.by_row else [ours[pair.ours]]
         theirs |= {name: _scaled(part, pair.scale) for name, part in zip(pair.theirs, parts, strict=True)}
-    theirs |= {name: _zero(shape) for name, shape in made.zeros.items()}
-    theirs |= {name: ours[source] for name, source in made.copies.items()}
+    theirs |= {name: _zero(shape) for name, shape in table.zeros.items()}
+    theirs |= {name: ours[source] for name, source in table.copies.items()}
     return {name: t if name.endswith(FP32) else cast(t, dtype, name) for name, t in theirs.items()}
 
 
@@ -104,29 +111,38 @@ def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: S
     """
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder: give one that holds config.json and safetensors")
+
+    # The architecture is derived from our configuration once more, not taken from config.json: so the map is the one
+    # that an export of this model would use.
     theirs = read_folder(source)
     config = _config_of(source, read_json(source / "config.json"), theirs, trust_components)
     files = {"config.toml": to_toml(config), **imported_files(source)}
     architecture = architecture_of(config)
     shapes = shapes_of(config)
-    made = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in shapes))
-    ours = imported(made, theirs, shapes, source)
+    table = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in shapes))
+    ours = imported(table, theirs, shapes, source)
     tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
-    with new_checkpoint(out, 0, tensors, files=files) as made_folder:
+
+    # The check is inside of the block: where it fails the checkpoint never gets its name.
+    with new_checkpoint(out, 0, tensors, files=files) as step_folder:
         if verify:
-            check_against_transformers(made_folder, source, config, theirs["model.embed_tokens.weight"].dtype)
+            check_against_transformers(step_folder, source, config, theirs["model.embed_tokens.weight"].dtype)
     logger.info("wrote %s", out)
 
 
 def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_components: Sequence[str]) -> Config:
-    """Our configuration: of the run if the folder holds it, with what config.json says of the model."""
+    """Our configuration: that of the run if the folder holds it, with what config.json says of the model."""
+    # Shared experts whose output is 0 stand for none: an export adds one where the architecture demands it.
     arguments = arguments_of(source, values)
     shared = [name for name in theirs if ".mlp.shared_expert" in name and name.endswith("down_proj.weight")]
     if shared and not any(bool(theirs[name].load().any()) for name in shared):
         arguments["moe.num_shared_experts"] = 0
-    own = source / OUR_CONFIG
-    if own.exists():
-        run = load_saved(own, trust_components=trust_components)
+
+    # config.json has the last word on the model, since it describes the weights; all else is the run's, or a default
+    # with which an imported model can be trained on.
+    run_config = source / OUR_CONFIG
+    if run_config.exists():
+        run = load_saved(run_config, trust_components=trust_components)
         arguments = _like_the_run(arguments, run, values["model_type"])
     else:
         arguments |= {"training.seq_len": min(values.get("max_position_embeddings", 2048), 4096)}
@@ -135,48 +151,60 @@ def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_
             arguments["data.tokenizer"] = str(source / "tokenizer.json")
         if values["model_type"] == "glm4_moe":
             arguments["balancer.loss_free"] = True
+
+    # As words of a command line, so that they pass the same checks as a user's.
     words: list[str] = []
     for key, value in arguments.items():
         words += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
     try:
-        return load_saved(own, words, trust_components=trust_components) if own.exists() else load_config(words)
+        if run_config.exists():
+            return load_saved(run_config, words, trust_components=trust_components)
+        return load_config(words)
     except ValueError as error:
         raise ValueError(f"{source / 'config.json'}: {error}") from error
 
 
 def _like_the_run(arguments: dict[str, Any], run: Config, model_type: str) -> dict[str, Any]:
-    """Leave out what says the same in other words than the run's configuration, so that this comes back as it was."""
-    kept = dict(arguments)
-    if kept["model.num_kv_heads"] == (run.model.num_kv_heads or run.model.num_heads):
-        del kept["model.num_kv_heads"]
+    """The arguments without those that say what the run's configuration says in other words.
+
+    So the configuration comes back from an export as it was.
+    """
+    remaining = dict(arguments)
+    if remaining["model.num_kv_heads"] == (run.model.num_kv_heads or run.model.num_heads):
+        del remaining["model.num_kv_heads"]
     if model_type == "mixtral":  # has no dense width
-        del kept["model.ffn_dim"]
+        del remaining["model.ffn_dim"]
     if model_type == "glm4_moe" and run.model.tie_embeddings:
-        kept["model.tie_embeddings"] = True  # is written untied with a copy, which `imported` compares
-    if run.router.name == "switch" and kept.get("router.name") == "softmax_topk":
-        del kept["router.name"]
-    return kept
+        remaining["model.tie_embeddings"] = True  # is written untied with a copy, which `imported` compares
+    if run.router.name == "switch" and remaining.get("router.name") == "softmax_topk":
+        del remaining["router.name"]
+    return remaining
 
 
-def imported(made: TensorMap, theirs: LazyTensors, shapes: dict[str, tuple[int, ...]], source: Path) -> LazyTensors:
+def imported(table: TensorMap, theirs: LazyTensors, shapes: dict[str, tuple[int, ...]], source: Path) -> LazyTensors:
     """Our tensors in fp32; ValueError where theirs are missing, left over, of another shape, or not 0 as is needed."""
-    wanted = [name for pair in made.pairs for name in pair.theirs]
+    # Every tensor of theirs must have a place: one that was ignored would be a part of the model that ours lacks.
+    wanted = [name for pair in table.pairs for name in pair.theirs]
     if missing := [name for name in wanted if name not in theirs]:
         raise ValueError(f"{source} lacks {_listed(missing)}")
-    known = {*wanted, *made.zeros, *made.copies}
+    known = {*wanted, *table.zeros, *table.copies}
     if "lm_head.weight" not in known and "tok_embeddings.weight" in shapes:
-        made.copies["lm_head.weight"] = "tok_embeddings.weight"  # some write it although it is tied
+        table.copies["lm_head.weight"] = "tok_embeddings.weight"  # some write it although it is tied
         known.add("lm_head.weight")
-    if left := [name for name in theirs if name not in known and not name.endswith(IGNORED)]:
-        raise ValueError(f"{source} holds tensors that a model of ours has no place for: {_listed(left)}")
-    for name in made.zeros:
+    if unknown := [name for name in theirs if name not in known and not name.endswith(IGNORED)]:
+        raise ValueError(f"{source} holds tensors that a model of ours has no place for: {_listed(unknown)}")
+
+    # Those that have no counterpart of ours are compared with what our model does without them: 0, or a copy.
+    for name in table.zeros:
         if name in theirs and bool(theirs[name].load().any()):
             raise ValueError(f"{source}: {name} is not 0, which a model of ours cannot represent")
-    ours = {pair.ours: _import(pair, theirs) for pair in made.pairs}
-    for name, copied in made.copies.items():
+    ours = {pair.ours: _import(pair, theirs) for pair in table.pairs}
+    for name, copied in table.copies.items():
         if name in theirs and not torch.equal(theirs[name].load().float(), ours[copied].load()):
             raise ValueError(f"{source}: {name} differs from the embeddings, but the two are tied")
-    ours |= {name: _zero(shapes[name]) for name in made.blank}
+    ours |= {name: _zero(shapes[name]) for name in table.blank}
+
+    # The weights' headers and config.json are two files, and need not agree.
     for name, shape in shapes.items():
         if ours[name].shape != shape:
             raise ValueError(f"{source}: {name} is of shape {ours[name].shape}, config.json makes it {shape}")
@@ -184,10 +212,11 @@ def imported(made: TensorMap, theirs: LazyTensors, shapes: dict[str, tuple[int, 
 
 
 def _import(pair: Pair, theirs: LazyTensors) -> Lazy:
+    """One tensor of ours from its counterpart, or from those of all experts."""
     parts = [theirs[name] for name in pair.theirs]
-    odd = next((name for name in pair.theirs if theirs[name].shape != parts[0].shape), None)
-    if odd:
-        raise ValueError(f"{odd} is of shape {theirs[odd].shape}, {pair.theirs[0]} of {parts[0].shape}")
+    unequal = next((name for name in pair.theirs if theirs[name].shape != parts[0].shape), None)
+    if unequal:
+        raise ValueError(f"{unequal} is of shape {theirs[unequal].shape}, {pair.theirs[0]} of {parts[0].shape}")
     whole = stacked(parts) if pair.by_row else parts[0]
     return _scaled(cast(whole, torch.float32, pair.ours), 1 / pair.scale)
 

@@ -26,9 +26,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "use_qk_norm": False,
     },
 }
-# Why a model type that looks like ours is not.
+# Model types that look like ours and are not, and why.
 UNLIKE = {"olmoe": "its QK-norm is over all heads together, that of a model of ours over each head"}
-# What a model of ours always is; of a key that is absent transformers takes the same.
+# What every model of ours has; None: the key may be absent, and transformers then takes what comes first here.
 REQUIRED = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -53,48 +53,53 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def arguments_of(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Our keys, dotted, for a config.json; ValueError names what cannot be represented."""
+    # A key that is null is taken for absent: the architecture's default.
     kind = values.get("model_type")
-    where = folder / "config.json"
+    file = folder / "config.json"
     if kind not in NAMES:
         why = f": {UNLIKE[kind]}" if kind in UNLIKE else ""
-        raise ValueError(f"{where}: model_type = {kind!r} cannot be read{why}; {', '.join(NAMES)} can")
+        raise ValueError(f"{file}: model_type = {kind!r} cannot be read{why}; {', '.join(NAMES)} can")
     values = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
     try:
-        _check(where, kind, values)
-        return _model(where, values) | _moe(where, kind, values)
+        _check(file, kind, values)
+        return _model(values) | _moe(file, kind, values)
     except KeyError as error:
-        raise ValueError(f"{where} lacks {error.args[0]}") from None
+        raise ValueError(f"{file} lacks {error.args[0]}") from None
 
 
-def _check(where: Path, kind: str, values: dict[str, Any]) -> None:
+def _check(file: Path, kind: str, values: dict[str, Any]) -> None:
+    """Raise ValueError for what a model of ours cannot compute, whatever its architecture."""
     for key, allowed in REQUIRED.items():
         if values.get(key) not in allowed:
-            raise _unlike(where, key, values[key], f"only {allowed[0]} can be")
+            raise _unlike(file, key, values[key], f"only {allowed[0]} can be")
     if kind == "mixtral" and values.get("sliding_window"):
-        raise _unlike(where, "sliding_window", values["sliding_window"], "attention is over the whole context")
+        raise _unlike(file, "sliding_window", values["sliding_window"], "attention is over the whole context")
     if any(layer != "full_attention" for layer in values.get("layer_types") or ()):
-        raise _unlike(where, "layer_types", values["layer_types"], "attention is over the whole context")
+        raise _unlike(file, "layer_types", values["layer_types"], "attention is over the whole context")
+
+    # transformers has moved these keys (rope_scaling and the top level, then rope_parameters): files have either.
     rope = _rope(values)
     scaling = rope.get("rope_type", rope.get("type", "default"))
     if scaling != "default":
-        raise _unlike(where, "rope scaling", scaling, "positions are rotated without scaling")
+        raise _unlike(file, "rope scaling", scaling, "positions are rotated without scaling")
     part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     if part != 1.0:
-        raise _unlike(where, "partial_rotary_factor", part, "all channels of a head are rotated")
+        raise _unlike(file, "partial_rotary_factor", part, "all channels of a head are rotated")
     head_dim = values["hidden_size"] // values["num_attention_heads"]
     if values.get("head_dim", head_dim) != head_dim:
-        raise _unlike(where, "head_dim", values["head_dim"], f"it is hidden_size / num_attention_heads ({head_dim})")
+        raise _unlike(file, "head_dim", values["head_dim"], f"it is hidden_size / num_attention_heads ({head_dim})")
 
 
-def _unlike(where: Path, key: str, value: Any, ours: str) -> ValueError:
-    return ValueError(f"{where}: {key} = {value!r} cannot be represented: {ours}")
+def _unlike(file: Path, key: str, value: Any, ours: str) -> ValueError:
+    return ValueError(f"{file}: {key} = {value!r} cannot be represented: {ours}")
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
     return {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
 
 
-def _model(where: Path, values: dict[str, Any]) -> dict[str, Any]:
+def _model(values: dict[str, Any]) -> dict[str, Any]:
+    # All that has a default is given as well: see `_moe`.
     heads = values["num_attention_heads"]
     return {
         "model.dim": values["hidden_size"],
@@ -110,9 +115,11 @@ def _model(where: Path, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _moe(where: Path, kind: str, values: dict[str, Any]) -> dict[str, Any]:
+def _moe(file: Path, kind: str, values: dict[str, Any]) -> dict[str, Any]:
     if kind in ("llama", "qwen3"):
         return {"moe.num_experts": 0}
+
+    # All are given, defaults too: the configuration of a run lies underneath, and may say something else of them.
     arguments: dict[str, Any] = {
         "moe.top_k": values["num_experts_per_tok"],
         "moe.first_dense_layers": 0,
@@ -128,8 +135,10 @@ def _moe(where: Path, kind: str, values: dict[str, Any]) -> dict[str, Any]:
         }
     arguments["moe.expert_dim"] = values["moe_intermediate_size"]
     if kind == "glm4_moe":
-        return arguments | _glm4_moe(where, values)
-    first, freq = _progression(where, values)
+        return arguments | _glm4_moe(file, values)
+
+    # The two of Qwen differ in shared experts alone.
+    first, freq = _progression(file, values)
     arguments |= {
         "moe.num_experts": values.get("num_experts", values.get("num_local_experts")),
         "moe.first_dense_layers": first,
@@ -137,14 +146,16 @@ def _moe(where: Path, kind: str, values: dict[str, Any]) -> dict[str, Any]:
         "router.name": "topk_softmax" if values["norm_topk_prob"] else "softmax_topk",
     }
     if kind == "qwen2_moe":
-        arguments["moe.num_shared_experts"] = _shared(where, values["shared_expert_intermediate_size"], values)
+        arguments["moe.num_shared_experts"] = _shared(file, values["shared_expert_intermediate_size"], values)
     return arguments
 
 
-def _glm4_moe(where: Path, values: dict[str, Any]) -> dict[str, Any]:
-    groups, kept, top_k = values["n_group"], values["topk_group"], values["num_experts_per_tok"]
-    if groups > 1 and max(1, top_k // kept) != 2:
-        raise _unlike(where, "topk_group", kept, f"num_experts_per_tok / topk_group ({top_k} / {kept}) must be 2")
+def _glm4_moe(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    # Glm4Moe rates a group by its 2 best experts, our router by its top_k / topk_groups best.
+    groups, topk_groups, top_k = values["n_group"], values["topk_group"], values["num_experts_per_tok"]
+    if groups > 1 and max(1, top_k // topk_groups) != 2:
+        ours = f"num_experts_per_tok / topk_group ({top_k} / {topk_groups}) must be 2"
+        raise _unlike(file, "topk_group", topk_groups, ours)
     return {
         "moe.num_experts": values.get("n_routed_experts", values.get("num_local_experts")),
         "moe.first_dense_layers": values["first_k_dense_replace"],
@@ -153,27 +164,29 @@ def _glm4_moe(where: Path, values: dict[str, Any]) -> dict[str, Any]:
         "router.norm_topk": values["norm_topk_prob"],
         "router.score_scale": float(values["routed_scaling_factor"]),
         "router.num_groups": groups,
-        "router.topk_groups": kept,
+        "router.topk_groups": topk_groups,
     }
 
 
-def _shared(where: Path, width: int, values: dict[str, Any]) -> int:
+def _shared(file: Path, width: int, values: dict[str, Any]) -> int:
     expert = values["moe_intermediate_size"]
     if width % expert:
         raise _unlike(
-            where, "shared_expert_intermediate_size", width, f"it is a multiple of moe_intermediate_size ({expert})"
+            file, "shared_expert_intermediate_size", width, f"it is a multiple of moe_intermediate_size ({expert})"
         )
     return width // expert
 
 
-def _progression(where: Path, values: dict[str, Any]) -> tuple[int, int]:
-    """First and step of the layers with experts."""
+def _progression(file: Path, values: dict[str, Any]) -> tuple[int, int]:
+    """The first layer with experts and the distance between two of them; ValueError where it varies."""
     count, step = values["num_hidden_layers"], values["decoder_sparse_step"]
     dense = values["mlp_only_layers"] or []
     layers = [i for i in range(count) if i not in dense and (i + 1) % step == 0]
     if not layers:
-        raise ValueError(f"{where}: mlp_only_layers and decoder_sparse_step leave no layer with experts")
+        raise ValueError(f"{file}: mlp_only_layers and decoder_sparse_step leave no layer with experts")
+
+    # One layer alone has no distance to a next: any will do that leads past the end.
     freq = layers[1] - layers[0] if len(layers) > 1 else 1 if layers == [count - 1] else count
     if layers != list(range(layers[0], count, freq)):
-        raise _unlike(where, "mlp_only_layers", dense, f"experts would be in layers {layers}, not in every n-th")
+        raise _unlike(file, "mlp_only_layers", dense, f"experts would be in layers {layers}, not in every n-th")
     return layers[0], freq

@@ -1,8 +1,8 @@
 """The safetensors format, read and written one tensor at a time.
 
 A file is the length of its header (8 bytes, little-endian), the header (JSON: name -> dtype, shape, offsets) and the
-tensors' bytes. The library of that name writes a whole dict at once and maps whole files, which count as memory.
-Source: the format's description, https://github.com/huggingface/safetensors.
+tensors' bytes. The library of that name is not used, because it writes a whole dict at once and maps whole files, which
+count as memory. Source: the format's description, https://github.com/huggingface/safetensors.
 """
 
 import json
@@ -36,10 +36,11 @@ SINGLE = "model.safetensors"
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int) -> list[str]:
-    """Write tensors into model.safetensors, or into shards of at most `shard_bytes` with an index; their names.
+    """Write tensors into model.safetensors, or into shards of at most `shard_bytes` with an index; return files' names.
 
     A tensor larger than a shard has one of its own.
     """
+    # Sizes are known before anything is loaded: a shard's name says how many there are.
     shards: list[dict[str, Lazy]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
@@ -52,6 +53,8 @@ def write_shards(folder: Path, tensors: Mapping[str, Lazy], shard_bytes: int) ->
     if len(shards) == 1:
         _write_file(folder / SINGLE, shards[0])
         return [SINGLE]
+
+    # The index comes last: a folder without it is not taken for a model.
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
         _write_file(folder / name, shard)
@@ -72,6 +75,8 @@ def read_folder(folder: Path) -> LazyTensors:
         return tensors
     if (folder / SINGLE).exists():
         return _read_file(folder / SINGLE)
+
+    # The usual reason is a model in another format: the message names its file.
     others = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in folder.glob(pattern))
     hint = f"; {others[0]} is of another format: save it as safetensors" if others else ""
     raise ValueError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}{hint}")
@@ -86,15 +91,18 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """Which file has which tensor, as the index says; files are of the same folder."""
     try:
         weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        found = {name: str(file) for name, file in weight_map.items()}
+        files = {name: str(file) for name, file in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / INDEX} cannot be read ({type(error).__name__})") from error
-    if outside := [file for file in found.values() if not is_plain_name(file)]:
+    if outside := [file for file in files.values() if not is_plain_name(file)]:
         raise ValueError(f"{folder / INDEX} names the file {outside[0]!r}: only files in the same folder are read")
-    return found
+    return files
 
 
 def _write_file(path: Path, tensors: Mapping[str, Lazy]) -> None:
+    """Write tensors into one file, each made when its turn comes."""
+    # The header comes first in the file: it is made of the announced shapes, and padded to multiples of 8 bytes so that
+    # tensors are aligned for readers that map the file.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, tensor in tensors.items():
@@ -103,17 +111,21 @@ def _write_file(path: Path, tensors: Mapping[str, Lazy]) -> None:
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
+
+    # A tensor of another size would shift all after it, and each be read as garbage.
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, made in tensors.items():
-            tensor = made.load()
-            assert (tuple(tensor.shape), tensor.dtype) == (made.shape, made.dtype), name
+        for name, planned in tensors.items():
+            tensor = planned.load()
+            assert (tuple(tensor.shape), tensor.dtype) == (planned.shape, planned.dtype), name
             file.write(_bytes_of(tensor))
         file.flush()
         os.fsync(file.fileno())
 
 
 def _read_file(path: Path) -> LazyTensors:
+    """The tensors of one file by name; ValueError in one line for what is wrong with it."""
+    # The length may be any number in a broken file: it is compared with the file's size before so much is read.
     broken = f"{path} is broken"
     try:
         size = path.stat().st_size
@@ -122,6 +134,8 @@ def _read_file(path: Path) -> LazyTensors:
             if not 2 <= length <= size - 8:
                 raise ValueError(f"{broken}: its header does not fit into {size} bytes")
             header = json.loads(file.read(length))
+
+        # Every tensor is checked to lie within the file now, not only when its turn comes.
         header.pop("__metadata__", None)
         start, tensors = 8 + length, {}
         for name, entry in header.items():
@@ -141,6 +155,7 @@ def _read_file(path: Path) -> LazyTensors:
 
 def _reader(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Callable[[], Tensor]:
     def load() -> Tensor:
+        # Straight into the tensor's memory, without a copy in between; a read may give less than was asked for.
         tensor = torch.empty(shape, dtype=dtype)
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)

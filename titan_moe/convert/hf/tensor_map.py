@@ -1,6 +1,6 @@
-"""The tensors of a model here and in Hugging Face's files: one table for both ways.
+"""Which tensors of ours are which in Hugging Face's files: one table for both ways.
 
-On disk the experts are separate matrices there and rows of one tensor here; everything else is name for name.
+There each expert has matrices of its own, here they are rows of one tensor; everything else is name for name.
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ FP32 = ("e_score_correction_bias",)  # kept in fp32 whatever the dtype of the ex
 
 
 class Pair(NamedTuple):
-    """A tensor of ours and those there that hold the same numbers: one, or its rows; theirs = scale * ours."""
+    """A tensor of ours and its counterpart there, or those of its rows; theirs = scale * ours."""
 
     ours: str
     theirs: tuple[str, ...]
@@ -30,26 +30,30 @@ class TensorMap(NamedTuple):
 
 
 def tensor_map(config: Config, architecture: Architecture, *, has_bias: bool) -> TensorMap:
-    """The map for a model of `config`; `has_bias`: our MoE layers have a selection bias. The temperature is in it."""
-    made = TensorMap([], {}, {}, [])
+    """The map for a model of `config`; `has_bias`: our MoE layers have a selection bias."""
+    # From the first layer to the last, because an export writes files in this order.
+    table = TensorMap([], {}, {}, [])
     kind, with_experts = architecture.model_type, moe_layers(config)
-    made.pairs.append(Pair("tok_embeddings.weight", ("model.embed_tokens.weight",)))
+    table.pairs.append(Pair("tok_embeddings.weight", ("model.embed_tokens.weight",)))
     for layer in range(config.model.num_layers):
         ours, theirs = f"layers.{layer}.", f"model.layers.{layer}."
-        _attention(made, config, kind, ours, theirs)
+        _attention(table, config, kind, ours, theirs)
         if layer in with_experts:
-            _moe(made, config, architecture, ours, theirs, has_bias)
+            _moe(table, config, architecture, ours, theirs, has_bias)
         else:
-            _swiglu(made, ours + "feed_forward.", theirs + "mlp.")
-    made.pairs.append(Pair("norm.weight", ("model.norm.weight",)))
+            _swiglu(table, ours + "feed_forward.", theirs + "mlp.")
+    table.pairs.append(Pair("norm.weight", ("model.norm.weight",)))
+
+    # A tied head has no tensor of its own, except where readers ignore tying.
     if not config.model.tie_embeddings:
-        made.pairs.append(Pair("output.weight", ("lm_head.weight",)))
+        table.pairs.append(Pair("output.weight", ("lm_head.weight",)))
     elif kind == "glm4_moe":
-        made.copies["lm_head.weight"] = "tok_embeddings.weight"
-    return made
+        table.copies["lm_head.weight"] = "tok_embeddings.weight"
+    return table
 
 
-def _attention(made: TensorMap, config: Config, kind: str, ours: str, theirs: str) -> None:
+def _attention(table: TensorMap, config: Config, kind: str, ours: str, theirs: str) -> None:
+    # The norms of a layer have fixed names on both sides, so this is where they are mapped, too.
     pairs = {
         "attention_norm": "input_layernorm",
         "attention.wq": "self_attn.q_proj",
@@ -60,44 +64,50 @@ def _attention(made: TensorMap, config: Config, kind: str, ours: str, theirs: st
     }
     if config.model.qk_norm:
         pairs |= {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
-    made.pairs.extend(Pair(f"{ours}{a}.weight", (f"{theirs}{b}.weight",)) for a, b in pairs.items())
+    table.pairs.extend(Pair(f"{ours}{a}.weight", (f"{theirs}{b}.weight",)) for a, b in pairs.items())
+
+    # Qwen2Moe has biases here that we lack: 0 changes nothing.
     if kind == "qwen2_moe":
         model = config.model
         kv_dim = model.dim // model.num_heads * (model.num_kv_heads or model.num_heads)
         for name, width in (("q", model.dim), ("k", kv_dim), ("v", kv_dim)):
-            made.zeros[f"{theirs}self_attn.{name}_proj.bias"] = (width,)
+            table.zeros[f"{theirs}self_attn.{name}_proj.bias"] = (width,)
 
 
-def _swiglu(made: TensorMap, ours: str, theirs: str, down_scale: float = 1.0) -> None:
+def _swiglu(table: TensorMap, ours: str, theirs: str, down_scale: float = 1.0) -> None:
     for a, b, scale in (("w1", "gate_proj", 1.0), ("w3", "up_proj", 1.0), ("w2", "down_proj", down_scale)):
-        made.pairs.append(Pair(f"{ours}{a}.weight", (f"{theirs}{b}.weight",), scale))
+        table.pairs.append(Pair(f"{ours}{a}.weight", (f"{theirs}{b}.weight",), scale))
 
 
-def _moe(made: TensorMap, config: Config, architecture: Architecture, ours: str, theirs: str, has_bias: bool) -> None:
+def _moe(table: TensorMap, config: Config, architecture: Architecture, ours: str, theirs: str, has_bias: bool) -> None:
+    # The router divides its logits by the temperature, which no architecture knows: its weight is divided instead.
     kind, moe, dim = architecture.model_type, config.moe, config.model.dim
     block = "block_sparse_moe." if kind == "mixtral" else "mlp."
     temperature = config.router.arguments.get("temperature", 1.0)
-    made.pairs.append(Pair(f"{ours}moe.router.weight", (f"{theirs}{block}gate.weight",), 1 / temperature))
+    table.pairs.append(Pair(f"{ours}moe.router.weight", (f"{theirs}{block}gate.weight",), 1 / temperature))
     parts = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     for a, b in zip(("w1", "w3", "w2"), parts, strict=True):
         names = tuple(f"{theirs}{block}experts.{e}.{b}.weight" for e in range(moe.num_experts))
-        made.pairs.append(Pair(f"{ours}moe.experts.{a}", names, by_row=True))
+        table.pairs.append(Pair(f"{ours}moe.experts.{a}", names, by_row=True))
 
+    # Glm4Moe always has a selection bias, the others never: what one side lacks must be 0 on the other.
     bias, their_bias = f"{ours}moe.expert_bias", f"{theirs}{block}gate.e_score_correction_bias"
     if kind == "glm4_moe" and has_bias:
-        made.pairs.append(Pair(bias, (their_bias,)))
+        table.pairs.append(Pair(bias, (their_bias,)))
     elif kind == "glm4_moe":
-        made.zeros[their_bias] = (moe.num_experts,)
+        table.zeros[their_bias] = (moe.num_experts,)
     elif has_bias:
-        made.blank.append(bias)
+        table.blank.append(bias)
 
+    # Both of these always have a shared expert: where we have none its weights are 0. That of Qwen2Moe is weighed by
+    # sigmoid(gate), which is 1/2 for a gate of 0: down_proj is doubled.
     shared = {"qwen2_moe": f"{theirs}mlp.shared_expert.", "glm4_moe": f"{theirs}mlp.shared_experts."}.get(kind)
     if shared is None:
         return
-    if kind == "qwen2_moe":  # its shared expert is weighed by sigmoid(gate): 1/2 for a gate of 0
-        made.zeros[f"{theirs}mlp.shared_expert_gate.weight"] = (1, dim)
+    if kind == "qwen2_moe":
+        table.zeros[f"{theirs}mlp.shared_expert_gate.weight"] = (1, dim)
     if architecture.has_zero_shared:
-        made.zeros.update({f"{shared}{name}_proj.weight": (moe.expert_dim, dim) for name in ("gate", "up")})
-        made.zeros[f"{shared}down_proj.weight"] = (dim, moe.expert_dim)
+        table.zeros.update({f"{shared}{name}_proj.weight": (moe.expert_dim, dim) for name in ("gate", "up")})
+        table.zeros[f"{shared}down_proj.weight"] = (dim, moe.expert_dim)
     else:
-        _swiglu(made, f"{ours}moe.shared_experts.", shared, 2.0 if kind == "qwen2_moe" else 1.0)
+        _swiglu(table, f"{ours}moe.shared_experts.", shared, 2.0 if kind == "qwen2_moe" else 1.0)

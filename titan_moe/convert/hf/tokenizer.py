@@ -1,7 +1,7 @@
-"""Tokenizer, special tokens, chat template and generation settings of a Hugging Face folder: what it held comes back.
+"""Tokenizer, special tokens, chat template and generation settings of a Hugging Face folder.
 
-A checkpoint carries the files of a folder as they were, and an export writes them so. For a model that comes from no
-such folder they are made from its tokenizer.
+A checkpoint carries these files as they were in the folder that its tokenizer came from, and an export writes them back
+unchanged. Where the tokenizer came from no such folder they are made from it.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ OTHER_TEMPLATES = "additional_chat_templates"
 
 
 def imported_files(source: Path) -> dict[str, str]:
-    """The tokenizer's files of a Hugging Face folder, once it is sure that generate and evaluate can use them."""
+    """The tokenizer's files of a Hugging Face folder; ValueError where generate and evaluate could not use them."""
     files = read_tokenizer_files(source)
     if TOKENIZER in files:
         tokenizer_from_files(files, str(source / TOKENIZER))
@@ -47,16 +47,22 @@ def exported_files(step_folder: Path, config: Config) -> tuple[dict[str, str], d
     else:
         logger.warning("%s has no tokenizer.json: none is exported", step_folder)
 
+    # Which tokens begin, end and pad texts: as the folder's config.json said, else its generation_config.json, else the
+    # tokenizer.
     generation, ids = table(files, GENERATION), table(files, MODEL)
     ids = ids or {key: generation[key] for key in SPECIAL_IDS if key in generation} or _ids(tokenizer)
     generation = generation or {key: value for key, value in ids.items() if value is not None}
+
+    # The embedding may have more rows than there are tokens: generation must not choose one of those.
     if tokenizer is not None:
         padding = set(range(tokenizer.vocab_size, config.model.vocab_size))  # ids that no token has
         suppressed = padding | set(generation.get("suppress_tokens") or ())
         generation |= {"suppress_tokens": sorted(suppressed)} if suppressed else {}
-        files |= _own_settings(files, tokenizer, config.training.seq_len)
-    made = {name: content for name, content in files.items() if name != MODEL}
-    return made | {GENERATION: to_text(generation)}, ids
+        files |= _default_settings(files, tokenizer, config.training.seq_len)
+
+    # The caller writes config.json, with these ids in it.
+    exported = {name: content for name, content in files.items() if name != MODEL}
+    return exported | {GENERATION: to_text(generation)}, ids
 
 
 def _ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -66,13 +72,13 @@ def _ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
     return dict(zip(SPECIAL_IDS, (tokenizer.bos_id, eos if eos[1:] else eos[0], tokenizer.eot_id), strict=True))
 
 
-def _own_settings(files: Files, tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
-    """What transformers wants to know of a tokenizer, where the files are not from there: those name a class."""
+def _default_settings(files: Files, tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
+    """The settings that transformers needs of a tokenizer; none if the files have them, which then name a class."""
     settings = table(files, TOKENIZER_CONFIG)
     if "tokenizer_class" in settings:
         return {}
     bos, eot = map(tokenizer.backend.id_to_token, (tokenizer.bos_id, tokenizer.eot_id))
     special = {"bos_token": bos, "eos_token": eot, "pad_token": eot}
-    own = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, **special}
-    own |= {"clean_up_tokenization_spaces": False, **settings}
-    return {TOKENIZER_CONFIG: to_text(own), SPECIAL_TOKENS: files.get(SPECIAL_TOKENS) or to_text(special)}
+    defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, **special}
+    defaults |= {"clean_up_tokenization_spaces": False, **settings}
+    return {TOKENIZER_CONFIG: to_text(defaults), SPECIAL_TOKENS: files.get(SPECIAL_TOKENS) or to_text(special)}

@@ -1,7 +1,10 @@
-"""To and from Megatron-core's `torch_dist` checkpoints, which are ones of torch.distributed under other names.
+"""To and from Megatron-core's `torch_dist` checkpoints: those of torch.distributed, with other names for the tensors.
 
-Layers of one kind are stacked there along a leading dimension of layers, else numbered. The norm before a MoE layer's
-experts has two names, by the spec of the layer: of torch's own modules (`local`) or of the Transformer Engine (`te`).
+Where all layers are of one kind a tensor there is that of all of them, stacked along dim 0; else layers are numbered.
+The norm before a MoE layer's experts has two names, by the spec of the layer: of torch's own modules (`local`) or of
+the Transformer Engine (`te`).
+
+Shapes: L layers, G groups of heads, Q queries of a group, H channels of a head, D model width, F feed-forward width.
 """
 
 import hashlib
@@ -40,7 +43,7 @@ OTHER_STATE = ("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_
 
 
 class Part(NamedTuple):
-    """One tensor of a layer there and ours that it holds; `join` and `split` go between them."""
+    """One tensor of a layer there and those of ours that it holds; `join` makes it of ours, `split` ours of it."""
 
     theirs: str
     ours: tuple[str, ...]
@@ -57,9 +60,13 @@ def to_megatron(
     ValueError where none do, and when the check finds other logits; then nothing is left. What was written is read
     back and compared bit for bit. `trust_components` as in `load_model`.
     """
+    # What Megatron can't compute is refused before the folder is made.
     step_folder = resolve_checkpoint(checkpoint)
     config = read_config(step_folder, trust_components)
     arguments = transformer_config(config)
+
+    # Without sigmoid Megatron has no bias, and it never has a temperature: a bias of 0 may go, and the temperature is
+    # divided into the router's weight.
     ours = model_tensors(step_folder)
     if config.router.name != "sigmoid":
         for name in [name for name in ours if name.endswith("expert_bias")]:
@@ -69,13 +76,16 @@ def to_megatron(
     if config.moe.num_experts and temperature != 1:
         routers = {name: t.map(lambda w: w / temperature) for name, t in ours.items() if ".router." in name}
         ours |= routers
+
+    # All checks are inside of the block: where one fails the folder never gets its name. The first reads every tensor
+    # back, and needs no Megatron-core.
     with new_folder(out) as folder:
-        run_on_all_ranks(lambda: write_lazily(folder, _theirs(config, ours, spec)))  # for its errors
+        run_on_all_ranks(lambda: write_lazily(folder, _theirs(config, ours, spec)))  # one line for a full disk
         write_backend(folder)
         _write_json(folder / "transformer_config.json", arguments)
         (folder / OUR_CONFIG).write_text(to_toml(config), encoding="utf-8")
-        for name, again in _ours(config, read_lazily(folder), folder).items():
-            if _digest(again) != _digest(ours[name]):  # so that one of the two is in memory at a time
+        for name, written in _ours(config, read_lazily(folder), folder).items():
+            if _digest(written) != _digest(ours[name]):  # by digests, so that one of the two is in memory at a time
                 raise ValueError(f"the check of the conversion failed: {name} is not what was written")
         if verify:
             check_against_megatron(step_folder, folder, config, arguments)
@@ -95,33 +105,38 @@ def from_megatron(
     """Write the model of a `torch_dist` folder as a checkpoint of weights, `out` a dump folder or `.../step-N`.
 
     Megatron's folders don't say which model they hold: `config_file` does, or the file that `to_megatron` left there.
-    Both spellings of the MoE layers' norm are read; optimizer states and the like are left aside. `trust_components` as
-    in `load_model`; a `config_file` of one's own needs none.
+    Both names of the MoE layers' norm are read; optimizer states and the like are left out. `trust_components` as in
+    `load_model`; a `config_file` of one's own needs none.
     """
-    own = source / OUR_CONFIG
-    if not config_file and not own.exists():
+    run_config = source / OUR_CONFIG
+    if not config_file and not run_config.exists():
         raise ValueError(f"{source} does not say which model it holds: give --job.config_file FILE, in our format")
     theirs = read_lazily(source)
     if verify:
         check_sums(source)
+
+    # The file that `to_megatron` left may be a stranger's, and is read as one; that of the user is not.
     words: list[str] = []
 
     def configuration() -> Config:
         if config_file:
             return load_config(["--job.config_file", config_file, *words])
-        return load_saved(own, words, trust_components=trust_components)
+        return load_saved(run_config, words, trust_components=trust_components)
 
+    # The vocabulary's size may be left to the tokenizer, which is not there; the embedding says it.
     if not configuration().model.vocab_size and "embedding.word_embeddings.weight" in theirs:
         words += ["--model.vocab_size", str(theirs["embedding.word_embeddings.weight"].shape[0])]
     if not config_file and configuration().moe.num_experts:
         words += ["--router.temperature", "1.0"]  # it was divided into the router's weight
     config = configuration()
+
+    # A model that Megatron can't compute is refused here: the tensors may fit all the same.
     arguments = transformer_config(config)
     ours = _ours(config, theirs, source)
     tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
-    with new_checkpoint(out, 0, tensors, files={"config.toml": to_toml(config)}) as made_folder:
+    with new_checkpoint(out, 0, tensors, files={"config.toml": to_toml(config)}) as step_folder:
         if verify:
-            check_against_megatron(made_folder, source, config, arguments)
+            check_against_megatron(step_folder, source, config, arguments)
     logger.info("wrote %s", out)
 
 
@@ -144,6 +159,8 @@ def transformer_config(config: Config) -> dict[str, Any]:
     }
     if not moe.num_experts:
         return arguments
+
+    # Balancing acts in training only. Without a layer_freq Megatron has experts in every layer.
     arguments |= {
         "num_moe_experts": moe.num_experts,
         "moe_router_topk": moe.top_k,
@@ -160,30 +177,35 @@ def transformer_config(config: Config) -> dict[str, Any]:
 
 
 def _router(config: Config) -> dict[str, Any]:
+    """The arguments on the router; ValueError where Megatron has no such one."""
+    # Megatron refuses softmax after the choice of a single expert, whose gradient would be 0. It divides sigmoid scores
+    # by their sum if several experts are chosen, and only then.
     name, arguments, top_k = config.router.name, config.router.arguments, config.moe.top_k
-    found: dict[str, Any]
+    router: dict[str, Any]
     if name in ("softmax_topk", "switch"):
-        found = {"moe_router_pre_softmax": True}
+        router = {"moe_router_pre_softmax": True}
     elif name == "topk_softmax" and top_k > 1:
-        found = {"moe_router_pre_softmax": False}
+        router = {"moe_router_pre_softmax": False}
     elif name == "sigmoid" and arguments["norm_topk"] == (top_k > 1):
-        found = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+        router = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
         if arguments["score_scale"] != 1:
-            found["moe_router_topk_scaling_factor"] = arguments["score_scale"]
+            router["moe_router_topk_scaling_factor"] = arguments["score_scale"]
     else:
         why = f", norm_topk = {arguments['norm_topk']}" if name == "sigmoid" else ""
         raise ValueError(f"router.name = {name!r} with moe.top_k = {top_k}{why} has no counterpart in Megatron-core")
     if (groups := arguments.get("num_groups", 1)) > 1:
-        found |= {"moe_router_num_groups": groups, "moe_router_group_topk": arguments["topk_groups"]}
-    return found
+        router |= {"moe_router_num_groups": groups, "moe_router_group_topk": arguments["topk_groups"]}
+    return router
 
 
 def _is_uniform(config: Config) -> bool:
+    """Whether all layers are of one kind, with experts or dense: Megatron then stacks them."""
     return len(moe_layers(config)) in (0, config.model.num_layers)
 
 
 def _parts(config: Config, layer: int, norm: str, has_bias: bool) -> list[Part]:
-    """The tensors of a layer there; `norm` is the name of the one before a MoE layer's experts."""
+    """The tensors of a layer there; `norm` is the name of the norm before a MoE layer's experts."""
+    # Both specs save a norm under the name of the linear layer after it, because the Transformer Engine fuses the two.
     ours = f"layers.{layer}."
     heads, groups = config.model.num_heads, config.model.num_kv_heads or config.model.num_heads
     qkv = tuple(f"{ours}attention.{w}.weight" for w in ("wq", "wk", "wv"))
@@ -195,6 +217,8 @@ def _parts(config: Config, layer: int, norm: str, has_bias: bool) -> list[Part]:
     ]
     if config.model.qk_norm:
         parts += [Part(f"self_attention.{n}_layernorm.weight", (f"{ours}attention.{n}_norm.weight",)) for n in "qk"]
+
+    # Before experts there is no linear layer to fuse with: there the specs differ.
     if layer not in moe_layers(config):
         norm_part = Part("mlp.linear_fc1.layer_norm_weight", (f"{ours}ffn_norm.weight",))
         return [*parts, norm_part, *_swiglu("mlp.", f"{ours}feed_forward.", ".weight")]
@@ -211,7 +235,10 @@ def _parts(config: Config, layer: int, norm: str, has_bias: bool) -> list[Part]:
 
 
 def _swiglu(theirs: str, ours: str, suffix: str) -> list[Part]:
-    """The gate and the up projection are one matrix there, the gate first."""
+    """The parts of a SwiGLU: gate (F, D) and up projection (F, D) are one matrix (2 F, D) there, the gate first.
+
+    Of stacked experts each matrix has a leading dimension.
+    """
 
     def split(whole: Lazy) -> list[Lazy]:
         half = whole.shape[-2] // 2
@@ -227,24 +254,26 @@ def _swiglu(theirs: str, ours: str, suffix: str) -> list[Part]:
 
 
 def _qkv(head_dim: int, queries: int, groups: int) -> tuple[Callable[[list[Lazy]], Lazy], Callable[[Lazy], list[Lazy]]]:
-    """One matrix there: for each group of heads its queries, its key, its value."""
+    """The functions between wq (G Q H, D), wk (G H, D), wv (G H, D) and the one matrix there, (G (Q + 2) H, D)."""
+    # Its rows go by groups of heads: the queries of the group, then its key, then its value.
     sizes = [queries * head_dim, head_dim, head_dim]
 
     def join(parts: list[Lazy]) -> Lazy:
         def load() -> Tensor:
-            return torch.cat([part.load().unflatten(0, (groups, -1)) for part in parts], 1).flatten(0, 1)
+            grouped = [part.load().unflatten(0, (groups, -1)) for part in parts]  # (G Q H, D) -> (G, Q H, D)
+            return torch.cat(grouped, 1).flatten(0, 1)  # (G, (Q + 2) H, D) -> (G (Q + 2) H, D)
 
         return Lazy((groups * sum(sizes), parts[0].shape[1]), parts[0].dtype, load)
 
     def split(whole: Lazy) -> list[Lazy]:
-        def take(index: int) -> Callable[[], Tensor]:
+        def loader(index: int) -> Callable[[], Tensor]:
             def load() -> Tensor:
-                grouped = whole.load().unflatten(0, (groups, -1))
+                grouped = whole.load().unflatten(0, (groups, -1))  # (G, (Q + 2) H, D)
                 return grouped.split(sizes, 1)[index].flatten(0, 1).contiguous()
 
             return load
 
-        return [Lazy((groups * size, whole.shape[1]), whole.dtype, take(i)) for i, size in enumerate(sizes)]
+        return [Lazy((groups * size, whole.shape[1]), whole.dtype, loader(i)) for i, size in enumerate(sizes)]
 
     return join, split
 
@@ -259,8 +288,8 @@ def _outer(config: Config) -> dict[str, str]:
 
 
 def _theirs(config: Config, ours: LazyTensors, spec: str) -> LazyTensors:
-    """Our tensors under their names."""
-    made = {theirs: ours[name] for theirs, name in _outer(config).items()}
+    """Our tensors under their names, joined as they are there."""
+    tensors = {theirs: ours[name] for theirs, name in _outer(config).items()}
     has_bias = any(name.endswith("expert_bias") for name in ours)
     layers = [
         {
@@ -269,48 +298,60 @@ def _theirs(config: Config, ours: LazyTensors, spec: str) -> LazyTensors:
         }
         for i in range(config.model.num_layers)
     ]
+
+    # With sigmoid Megatron's router always has a bias, and its loader wants it.
     if config.router.name == "sigmoid" and not has_bias:
         for i in moe_layers(config):
             layers[i]["mlp.router.expert_bias"] = _zeros((config.moe.num_experts,))
+
+    # One shard for each layer: so that a tensor of all layers is never in memory as a whole.
     if _is_uniform(config):
-        return made | {f"decoder.layers.{name}": sharded([layer[name] for layer in layers]) for name in layers[0]}
-    return made | {f"decoder.layers.{i}.{name}": t for i, layer in enumerate(layers) for name, t in layer.items()}
+        return tensors | {f"decoder.layers.{name}": sharded([layer[name] for layer in layers]) for name in layers[0]}
+    return tensors | {f"decoder.layers.{i}.{name}": t for i, layer in enumerate(layers) for name, t in layer.items()}
 
 
 def _ours(config: Config, theirs: LazyTensors, source: Path) -> LazyTensors:
     """Their tensors under our names; ValueError for what is missing, left over or of another shape."""
+    # Each tensor that is found leaves `unused`: what stays there is a part of a model that ours lacks.
     shapes = shapes_of(config)
     has_bias = any(name.endswith("expert_bias") for name in shapes)
-    left = {name: tensor for name, tensor in theirs.items() if not name.startswith(OTHER_STATE)}
-    is_stacked = not any(name.startswith("decoder.layers.0.") for name in left)
+    unused = {name: tensor for name, tensor in theirs.items() if not name.startswith(OTHER_STATE)}
+    is_stacked = not any(name.startswith("decoder.layers.0.") for name in unused)
     layers: dict[str, list[Lazy]] = {}
 
-    def take(name: str, layer: int | None = None) -> Lazy:
+    def find(name: str, layer: int | None = None) -> Lazy:
         key = name if layer is None else f"decoder.layers.{name}" if is_stacked else f"decoder.layers.{layer}.{name}"
         if key not in theirs:
             raise ValueError(f"{source} lacks {key}")
-        left.pop(key, None)
+        unused.pop(key, None)
         if layer is None or not is_stacked:
             return theirs[key]
         if theirs[key].shape[0] != config.model.num_layers:
             raise ValueError(
                 f"{source}: {key} is of {theirs[key].shape[0]} layers, model.num_layers is {config.model.num_layers}"
             )
+
+        # Made once for all layers, because the rows share the reading of the whole.
         return layers.setdefault(key, unstacked(theirs[key]))[layer]
 
-    ours = {name: take(their_name) for their_name, name in _outer(config).items()}
+    # The norm before experts may have either name. A bias is expected only if the router has one on both sides.
+    ours = {name: find(their_name) for their_name, name in _outer(config).items()}
     for layer in range(config.model.num_layers):
         prefix = "decoder.layers." if is_stacked else f"decoder.layers.{layer}."
         norm = next((norm for norm in MOE_NORM.values() if prefix + norm in theirs), MOE_NORM["te"])
         for part in _parts(config, layer, norm, has_bias and config.router.name == "sigmoid"):
-            ours |= dict(zip(part.ours, part.split(take(part.theirs, layer)), strict=True))
+            ours |= dict(zip(part.ours, part.split(find(part.theirs, layer)), strict=True))
+
+    # A bias that only one side has must be 0: made so here, checked to be so there.
     ours |= {name: _zeros(shapes[name]) for name in shapes if name.endswith("expert_bias") and name not in ours}
     if not has_bias:
-        for name in [name for name in left if name.endswith("mlp.router.expert_bias")]:
-            if bool(left.pop(name).load().any()):
+        for name in [name for name in unused if name.endswith("mlp.router.expert_bias")]:
+            if bool(unused.pop(name).load().any()):
                 raise ValueError(f"{source}: {name} is not 0: the configuration needs [balancer.loss_free]")
-    if left:
-        raise ValueError(f"{source} holds tensors that the model has no place for: {', '.join(sorted(left)[:3])}")
+    if unused:
+        raise ValueError(f"{source} holds tensors that the model has no place for: {', '.join(sorted(unused)[:3])}")
+
+    # The configuration may be that of another model with the same names.
     for name, shape in shapes.items():
         if ours[name].shape != shape:
             raise ValueError(f"{source}: {name} is of shape {ours[name].shape} there, {shape} in the configuration")
@@ -318,6 +359,7 @@ def _ours(config: Config, theirs: LazyTensors, source: Path) -> LazyTensors:
 
 
 def _digest(tensor: Lazy) -> bytes:
+    """A hash of a tensor's bits."""
     data: Any = tensor.load().contiguous().flatten().view(torch.uint8).numpy()
     buffer: Any = memoryview(data)
     return hashlib.blake2b(buffer).digest()

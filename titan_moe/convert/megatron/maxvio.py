@@ -21,13 +21,14 @@ Report = Callable[[Literal["batch", "global"]], dict[str, float]]
 
 
 def watch_maxvio(model: nn.Module | Sequence[nn.Module]) -> Report:
-    """Count what the TopKRouters of a model choose; gives the function that reports it and begins anew.
+    """Count what the TopKRouters of a model choose; return the function that reports it and counts from 0 again.
 
     *batch* is everything that was routed in training since the last such report, *global* in evaluation. Both are of
     all ranks and pipeline stages: every rank must call the report, and gets the same numbers. Forward passes that are
     only there for recomputation are not counted, nor is padding that the router is told of. Raises ValueError for
     models without such a router, and with a capacity: their routers tell only what they kept, not what was chosen.
     """
+    # All layers have a row in the count, also those of other pipeline stages: so ranks can add theirs up.
     from megatron.core.transformer.moe.router import TopKRouter
 
     chunks = [model] if isinstance(model, nn.Module) else list(model)
@@ -46,7 +47,7 @@ def watch_maxvio(model: nn.Module | Sequence[nn.Module]) -> Report:
         padding = args[1] if len(args) > 1 else kwargs.get("padding_mask")
         if padding is not None:
             chosen = chosen & ~padding.reshape(-1, 1)
-        # Megatron recomputes by a first forward pass without gradients
+        # With recomputation Megatron runs a layer twice, the first time without gradients: that one is not counted.
         if not router.training or torch.is_grad_enabled():
             loads[0 if router.training else 1, router.layer_number - 1] += chosen.sum(0)
 
@@ -54,9 +55,9 @@ def watch_maxvio(model: nn.Module | Sequence[nn.Module]) -> Report:
         router.register_forward_hook(count, with_kwargs=True)
 
     def report(kind: Literal["batch", "global"]) -> dict[str, float]:
-        mine = loads[["batch", "global"].index(kind)]
-        load = _over_all_ranks(mine.clone())
-        mine.zero_()
+        counted = loads[["batch", "global"].index(kind)]
+        load = _over_all_ranks(counted.clone())
+        counted.zero_()
         load = load[load.sum(-1) > 0]  # layers that have experts
         if not len(load):
             raise ValueError(f"watch_maxvio: nothing was routed for a {kind} report: call it after the step")

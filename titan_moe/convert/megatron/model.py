@@ -2,8 +2,8 @@
 
 GIVEN is a file of torch.save: `folder` (torch_dist), `arguments` (of its TransformerConfig), `vocab_size`, `tied`,
 `theta`, `tokens` (B, S). OUT gets `logits` (B, S, V) and `experts`, the choices (B, S, K) of each MoE layer. Megatron
-asks for a GPU in places that have no need of it; what stands in for one here would mislead every other user of torch,
-hence the process.
+asks for a GPU in places that have no need of it. What stands in for one here would mislead every other user of torch,
+hence a process of its own.
 
 Shapes: B sequences, S positions, V vocabulary, E experts, K top_k.
 """
@@ -29,7 +29,8 @@ NOT_WEIGHTS = ("_extra_state", "tokens_per_expert", "checkpoint_version", "itera
 
 
 def prepare(rank: int = 0, world_size: int = 1, store: dist.Store | None = None) -> None:
-    """Make this process one without a GPU, as far as Megatron can tell."""
+    """Let Megatron run in this process on the CPU, as one of `world_size` ranks."""
+    # Where it asks for a GPU it gets the CPU.
     dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=world_size)
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
@@ -38,6 +39,8 @@ def prepare(rank: int = 0, world_size: int = 1, store: dist.Store | None = None)
     from megatron.core.tensor_parallel import random as tensor_random
     from megatron.core.transformer.moe import moe_utils
 
+    # The Transformer Engine's product in the router needs a GPU, and so do the forked random states of one: nothing is
+    # random in evaluation.
     moe_utils.te_general_gemm = None
     tracker: Any = tensor_random.CudaRNGStatesTracker
     tracker.fork = lambda self, name=None: contextlib.nullcontext()
@@ -45,7 +48,8 @@ def prepare(rank: int = 0, world_size: int = 1, store: dist.Store | None = None)
 
 
 def build(arguments: dict[str, Any], *, vocab_size: int, tied: bool, theta: Any) -> Any:
-    """Build a stock GPTModel of torch's own modules."""
+    """Build a stock GPTModel of torch's own modules, in evaluation mode."""
+    # Where some layers are dense and some have experts each layer has its own spec, else all share one.
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
@@ -59,7 +63,7 @@ def build(arguments: dict[str, Any], *, vocab_size: int, tied: bool, theta: Any)
         spec = get_gpt_layer_local_spec(
             num_experts=experts, moe_grouped_gemm=False, qk_layernorm=qk_norm, normalization="RMSNorm"
         )
-    layers: Any = spec  # there a block of them fits as well, though its annotation is of one
+    layers: Any = spec  # GPTModel takes a block of specs as well, though its annotation says one
     return GPTModel(
         config,
         layers,
@@ -73,30 +77,33 @@ def build(arguments: dict[str, Any], *, vocab_size: int, tied: bool, theta: Any)
 
 @contextlib.contextmanager
 def tensors_alone(folder: Path, metadata: Metadata) -> Iterator[Path]:
-    """A folder that holds of another the tensors, as links, and nothing else: Megatron's loader runs its pickles."""
+    """A folder with links to the tensors of another and nothing else of it: Megatron's loader would run its pickles."""
     with tempfile.TemporaryDirectory() as name:
-        made = Path(name)
+        links = Path(name)
         for file in {place.relative_path for place in metadata.storage_data.values()}:
-            (made / file).symlink_to((folder / file).absolute())
-        (made / METADATA).write_bytes(pickle.dumps(metadata))
-        write_backend(made)
-        yield made
+            (links / file).symlink_to((folder / file).absolute())
+        (links / METADATA).write_bytes(pickle.dumps(metadata))
+        write_backend(links)
+        yield links
 
 
 def load(model: Any, folder: Path) -> None:
-    """Load the weights, by Megatron's own loader; ValueError where it finds others than the model has."""
+    """Load the weights by Megatron's own loader; ValueError where the folder and the model differ."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
+    # The layers here have the names of torch's modules, a folder may have those of the Transformer Engine.
     metadata = read_metadata(folder)
     saved = metadata.state_dict_metadata
     state = {name: value for name, value in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
-    for value in state.values():  # the layers here have torch's norms, a folder may have the Transformer Engine's
-        other = value.key.replace(MOE_NORM["local"], MOE_NORM["te"])
-        if value.key not in saved and other in saved:
-            value.key = other
-    with tensors_alone(folder, metadata) as made:
-        loaded = dist_checkpointing.load(state, str(made), strict=StrictHandling.RAISE_UNEXPECTED)
+    for value in state.values():
+        te_key = value.key.replace(MOE_NORM["local"], MOE_NORM["te"])
+        if value.key not in saved and te_key in saved:
+            value.key = te_key
+    with tensors_alone(folder, metadata) as links:
+        loaded = dist_checkpointing.load(state, str(links), strict=StrictHandling.RAISE_UNEXPECTED)
+
+    # Not strict in loading, because states that are no weights may be missing; all others are named.
     missing, unexpected = model.load_state_dict(loaded, strict=False)
     if wrong := [name for name in [*missing, *unexpected] if not name.endswith(NOT_WEIGHTS)]:
         raise ValueError(f"Megatron-core's model and the folder differ in {wrong[0]}")
@@ -104,30 +111,33 @@ def load(model: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def run(model: Any, tokens_BS: Tensor) -> dict[str, Any]:
-    """Logits, and the experts that each router chose."""
+    """`logits` (B, S, V), and `experts` (B, S, K) that the router of each MoE layer chose."""
+    # A router returns a mask of the chosen experts: the largest entries of it tell their numbers.
     batch, length = tokens_BS.shape
     experts: list[Tensor] = []
 
     def note(module: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-        chosen_SBE = output[1].view(length, batch, -1)
+        chosen_SBE = output[1].view(length, batch, -1)  # (S B, E) -> (S, B, E)
         experts.append(chosen_SBE.transpose(0, 1).float().topk(module.topk).indices)
 
     for name, module in model.named_modules():
         if name.endswith(".mlp.router"):
             module.register_forward_hook(note)
-    future = torch.triu(torch.ones(length, length), 1).bool()[None, None]
+
+    # torch's attention in Megatron takes a mask of what it must not see.
+    future = torch.triu(torch.ones(length, length), 1).bool()[None, None]  # (1, 1, S, S)
     positions = torch.arange(length)[None].expand_as(tokens_BS)
     return {"logits": model(tokens_BS, positions, future), "experts": experts}
 
 
 def main(given: Path, result: Path) -> None:
-    """Load and run."""
+    """Load the model that `given` describes, run its tokens, and write the outputs to `result`."""
     warnings.simplefilter("ignore")
-    want = torch.load(given, weights_only=True)
+    request = torch.load(given, weights_only=True)
     prepare()
-    model = build(want["arguments"], vocab_size=want["vocab_size"], tied=want["tied"], theta=want["theta"])
-    load(model, Path(want["folder"]))
-    torch.save(run(model, want["tokens"]), result)
+    model = build(request["arguments"], vocab_size=request["vocab_size"], tied=request["tied"], theta=request["theta"])
+    load(model, Path(request["folder"]))
+    torch.save(run(model, request["tokens"]), result)
     dist.destroy_process_group()
 
 

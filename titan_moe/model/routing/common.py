@@ -48,7 +48,7 @@ class ParametricRouter(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The arguments that all routers have in which a token chooses its experts."""
+    """The arguments shared by the routers in which each token chooses its experts."""
 
     top_k: int
     temperature: float
@@ -60,7 +60,7 @@ class Options(NamedTuple):
     drop_policy: DropPolicy = "position"
 
     def check(self) -> None:
-        """Raise ValueError for values that no number of experts makes right."""
+        """Raise ValueError for values that are wrong whatever the number of experts."""
         check_top_k(self.top_k, self.temperature)
         if self.num_groups < 1 or not 1 <= self.topk_groups <= self.num_groups:
             raise ValueError(
@@ -74,7 +74,7 @@ class Options(NamedTuple):
 
 
 def check_top_k(top_k: int, temperature: float) -> None:
-    """Raise ValueError unless there is something to choose and to divide by."""
+    """Raise ValueError unless top_k is at least 1 and the temperature above 0."""
     if top_k < 1:
         raise ValueError(f"router top_k ({top_k}) must be at least 1")
     if not temperature > 0:
@@ -138,19 +138,24 @@ def limit_groups(selection_TE: Tensor, options: Options) -> Tensor:
     (2024), section 2.1.2, node-limited routing; Megatron-core's `group_limited_topk`. Raises ValueError when the
     groups don't divide the experts or the chosen ones hold fewer than top_k.
     """
+    # A router is built without knowing the number of experts, so this is the first place where it can be compared.
     T, E = selection_TE.shape
-    groups, kept = options.num_groups, options.topk_groups
-    if E % groups:
-        raise ValueError(f"router.num_groups ({groups}) must divide moe.num_experts ({E})")
-    if kept * (E // groups) < options.top_k:
+    G, topk_groups = options.num_groups, options.topk_groups
+    if E % G:
+        raise ValueError(f"router.num_groups ({G}) must divide moe.num_experts ({E})")
+    if topk_groups * (E // G) < options.top_k:
         raise ValueError(
-            f"router.topk_groups ({kept}) of router.num_groups ({groups}) hold {kept * (E // groups)} experts, fewer "
-            f"than moe.top_k ({options.top_k})"
+            f"router.topk_groups ({topk_groups}) of router.num_groups ({G}) hold {topk_groups * (E // G)} experts, "
+            f"fewer than moe.top_k ({options.top_k})"
         )
-    grouped_TGE = selection_TE.view(T, groups, -1)
-    best = min(max(1, options.top_k // kept), E // groups)
-    value_TG = grouped_TGE.topk(best, dim=-1).values.sum(-1)
-    chosen_TKG = value_TG.topk(kept, dim=-1).indices.unsqueeze(-1) == torch.arange(groups, device=value_TG.device)
+
+    # A group is worth its best experts, as many as a token takes of each chosen group when it takes equally of all.
+    grouped_TGE = selection_TE.view(T, G, -1)  # (T, G, E / G)
+    experts_that_count = min(max(1, options.top_k // topk_groups), E // G)
+    value_TG = grouped_TGE.topk(experts_that_count, dim=-1).values.sum(-1)  # (T, G)
+
+    # The mask is made by comparing, not by a scatter, for the reason in `rank_in_expert`.
+    chosen_TKG = value_TG.topk(topk_groups, dim=-1).indices.unsqueeze(-1) == torch.arange(G, device=value_TG.device)
     return grouped_TGE.masked_fill(~chosen_TKG.any(1).unsqueeze(-1), -math.inf).view(T, E)
 
 
@@ -167,8 +172,8 @@ def make_routing(
     selection_TE: Tensor | None = None,
 ) -> Routing:
     """A Routing with its counts; a scatter because bincount has a data-dependent shape."""
-    ids_N = topk_experts_TK.flatten()
-    counts_E = ids_N.new_zeros(logits_TE.shape[-1]).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    ids_N = topk_experts_TK.flatten()  # (T, K) -> (N,)
+    counts_E = ids_N.new_zeros(logits_TE.shape[-1]).scatter_add_(0, ids_N, torch.ones_like(ids_N))  # (E,)
     selection_TE = None if selection_TE is None else selection_TE.detach()
     return Routing(logits_TE, scores_TE, topk_scores_TK, topk_experts_TK, counts_E, selection_TE)
 
@@ -179,7 +184,7 @@ def drop_over_capacity(routing: Routing, options: Options) -> Routing:
     An expert computes ceil(T * K / E * capacity_factor) tokens of a forward pass on one rank. By `position` the first
     ones, all first choices before all second ones (GShard, algorithm 1; Switch, section 2.2); by `score` those with the
     largest probability of the expert (batch-prioritised routing, Riquelme et al. 2021; Megatron-core's `probs`). The
-    weights of what is kept don't change, a token without any expert passes by the residual alone. Evaluation drops
+    weights of what is kept don't change; a token that no expert computes passes by the residual alone. Evaluation drops
     nothing: what a token gets there must not depend on the others of its batch.
     """
     if options.capacity_factor[0] == 0 or not torch.is_grad_enabled():
@@ -188,11 +193,16 @@ def drop_over_capacity(routing: Routing, options: Options) -> Routing:
     T, K = ids_TK.shape
     E = routing.scores.shape[-1]
     capacity = capacity_of(T, K, E, options.capacity_factor)
+
+    # The order in which choices ask for room. By position all first choices come before all second ones, so that no
+    # token loses its first choice to another's second.
     if options.drop_policy == "score":
         order_N = routing.scores.detach().gather(-1, ids_TK).flatten().argsort(descending=True, stable=True)
     else:
-        order_N = torch.arange(T * K, device=ids_TK.device).view(T, K).t().flatten()
-    kept_TK = rank_in_expert(ids_TK.flatten(), order_N, routing.tokens_per_expert).view(T, K) < capacity
+        order_N = torch.arange(T * K, device=ids_TK.device).view(T, K).t().flatten()  # (N,)
+    kept_TK = rank_in_expert(ids_TK.flatten(), order_N, routing.tokens_per_expert).view(T, K) < capacity  # (T, K)
+
+    # The load stays as it was chosen: balancing must see what the router wanted, not what fitted.
     return Routing(  # not _replace, which torch.compile can't give out of a graph in torch 2.11
         router_logits=routing.router_logits,
         scores=routing.scores,
@@ -229,10 +239,13 @@ def capacity_of(num_tokens: int, top_k: int, num_experts: int, factor: Factor) -
 
 def rank_in_expert(expert_N: Tensor, order_N: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
     """How many entries of the same expert come before each entry, in the order given: (N,) int64."""
-    sorted_N = order_N[expert_N[order_N].argsort(stable=True)]  # by expert, then by the order
+    # Sorted by expert and then by the order, an entry's rank is its distance from the first entry of its expert.
+    sorted_N = order_N[expert_N[order_N].argsort(stable=True)]
     start_E = tokens_per_expert_E.cumsum(0) - tokens_per_expert_E
     rank_N = torch.arange(expert_N.numel(), device=expert_N.device) - start_E[expert_N[sorted_N]]
-    return rank_N[sorted_N.argsort()]  # not a scatter: inductor 2.13 reads a fused scatter's output before it writes it
+
+    # Back to the entries' own places. Not a scatter: inductor 2.13 reads a fused scatter's output before it writes it.
+    return rank_N[sorted_N.argsort()]
 
 
 def force_balanced(router: Router) -> Router:
@@ -246,7 +259,7 @@ def force_balanced(router: Router) -> Router:
         routing = router(router_logits_TE, expert_bias_E, **asked)
         ids_TK = routing.topk_experts
         slots_N = torch.arange(ids_TK.numel(), device=ids_TK.device)
-        dealt_TK = (slots_N % routing.scores.shape[-1]).view_as(ids_TK)
+        dealt_TK = (slots_N % routing.scores.shape[-1]).view_as(ids_TK)  # (N,) -> (T, K)
         dealt_scores_TK = routing.scores.gather(-1, dealt_TK)
         return make_routing(routing.router_logits, routing.scores, dealt_scores_TK, dealt_TK, routing.selection)
 

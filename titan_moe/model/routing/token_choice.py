@@ -1,6 +1,6 @@
 """Routers in which each token chooses its experts.
 
-Arguments that several have: `num_groups`, `topk_groups` (`common.limit_groups`), `jitter`, `noise_std`
+Arguments that several routers take: `num_groups`, `topk_groups` (`common.limit_groups`), `jitter`, `noise_std`
 (`common.scaled_logits`), `capacity_factor` (0: dropless), `drop_policy` (`common.drop_over_capacity`).
 
 Shapes: T tokens, E experts, K top_k.
@@ -48,8 +48,10 @@ def topk_softmax(
     def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None) -> Routing:
         logits_TE = router_logits_TE.float()
         z_TE = scaled_logits(logits_TE, options)
-        topk_experts_TK = select(z_TE, expert_bias_E, options)
-        topk_scores_TK = z_TE.gather(-1, topk_experts_TK).softmax(-1)
+
+        # The bias is added to the logits for the choice alone: weights and probabilities are of the logits without it.
+        topk_experts_TK = select(z_TE, expert_bias_E, options)  # (T, E) -> (T, K)
+        topk_scores_TK = z_TE.gather(-1, topk_experts_TK).softmax(-1)  # (T, E) -> (T, K)
         routing = make_routing(logits_TE, z_TE.softmax(-1), topk_scores_TK, topk_experts_TK, z_TE)
         return drop_over_capacity(routing, options)
 
@@ -80,7 +82,10 @@ def softmax_topk(
     def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None) -> Routing:
         logits_TE = router_logits_TE.float()
         z_TE = scaled_logits(logits_TE, options)
-        topk_experts_TK = select(z_TE, expert_bias_E, options)
+
+        # The choice compares logits although the weights are probabilities: so the bias has the same units as that of
+        # `topk_softmax`, and both routers choose alike.
+        topk_experts_TK = select(z_TE, expert_bias_E, options)  # (T, E) -> (T, K)
         scores_TE = z_TE.softmax(-1)
         routing = make_routing(logits_TE, scores_TE, scores_TE.gather(-1, topk_experts_TK), topk_experts_TK, z_TE)
         return drop_over_capacity(routing, options)
@@ -99,7 +104,7 @@ def switch(
 ) -> Router:
     """Choose the one most probable expert, weigh by its probability.
 
-    z = logits / temperature; expert = argmax(z + bias); weight = softmax(z)[expert]; scores = softmax(z), which is
+    z = logits / temperature; expert = argmax(z + bias); weight = softmax(z)[expert]; scores = softmax(z). This is
     `softmax_topk` for one expert. Source: Switch (Fedus et al., 2021), equations 1 and 2, which trains with capacity
     factors from 1 to 2 (here off by default). Raises ValueError when top_k is not 1 and for arguments out of range.
     """
@@ -130,7 +135,7 @@ def sigmoid(
 
     s = sigmoid(logits / temperature); experts = topk(s + bias); weights = score_scale * s[experts], divided by their
     sum + 1e-20 when `norm_topk`; scores = s / (sum of s over experts + 1e-20). Source: DeepSeek-V3 (2024), equations
-    13 to 16, bias of Wang et al. (2024); Glm4Moe with norm_topk_prob and routed_scaling_factor. Dropless, as these.
+    13 to 16, bias of Wang et al. (2024); Glm4Moe with norm_topk_prob and routed_scaling_factor. Dropless, as these are.
     Raises ValueError for arguments out of range, and when it is called with fewer than top_k experts.
     """
     options = Options(top_k, temperature, num_groups, topk_groups, jitter, noise_std)
@@ -139,10 +144,14 @@ def sigmoid(
     def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None) -> Routing:
         logits_TE = router_logits_TE.float()
         s_TE = scaled_logits(logits_TE, options).sigmoid()
-        topk_experts_TK = select(s_TE, expert_bias_E, options)
-        topk_scores_TK = s_TE.gather(-1, topk_experts_TK)
+
+        # The choice compares sigmoids, so the bias is in their units. The weights are of the sigmoids without it.
+        topk_experts_TK = select(s_TE, expert_bias_E, options)  # (T, E) -> (T, K)
+        topk_scores_TK = s_TE.gather(-1, topk_experts_TK)  # (T, E) -> (T, K)
         if norm_topk:
             topk_scores_TK = normalized(topk_scores_TK)
+
+        # A balance loss needs probabilities: each expert's share of the token's sigmoids (DeepSeek-V3, equation 19).
         return make_routing(logits_TE, normalized(s_TE), topk_scores_TK * score_scale, topk_experts_TK, s_TE)
 
     return route

@@ -1,8 +1,8 @@
-"""A page of claims about studies that ran: what each says, what was measured, and whether it holds.
+"""Write a page of claims about studies that ran: what each claim says, what was measured, and whether it holds.
 
-A claim is one or more contrasts. A contrast is a sum over points of one study, `plus` less `minus`, taken for each
-seed, so that its interval has no more noise than paired runs leave (`analysis.paired_difference`). What the page says
-of models, data and lengths is read from the runs; what they mean is for their owner to write.
+A claim is one or more contrasts. A contrast is a sum over points of one study, `plus` minus `minus`, taken for each
+seed; runs of one seed share their noise, so the interval of the sum is narrow (`analysis.paired_difference`). What the
+page says of models, data and lengths is read from the runs; what they mean is for the claims' author to write.
 """
 
 import json
@@ -49,32 +49,37 @@ def claims(args: list[str]) -> int:
     parser.add_argument("--studies", type=Path, required=True, help="folder that has the folders of the studies")
     parser.add_argument("--out", type=Path, required=True, help="folder of the page, its tables and figures")
     options = parser.parse_args(args)
+
+    # Studies may be run one after the other: a claim on one that has not run yet is "not run", and no error.
     document = tomllib.loads(options.claims.read_text(encoding="utf-8-sig"))
     check_document(options.claims, document)
-    found = {name: read_results(options.studies / name) for name in document["studies"]}
-    if not any(found.values()):
+    results_of = {name: read_results(options.studies / name) for name in document["studies"]}
+    if not any(results_of.values()):
         raise ValueError(
-            f"--studies {options.studies}: none of {', '.join(found)} has results here: run one by "
+            f"--studies {options.studies}: none of {', '.join(results_of)} has results here: run one by "
             "python -m titan_moe.study, or give another folder"
         )
-    findings = judge_all(document, found)
+    findings = judge_all(document, results_of)
+
+    # The page stands alone: tables and figures that it shows are copied beside it.
     options.out.mkdir(parents=True, exist_ok=True)
     figures = {
         name: copy_report(options.studies / name, options.out / name, document.get("figures", {}).get(name, []))
-        for name, results in found.items()
+        for name, results in results_of.items()
         if results
     }
-    write_atomic(options.out / "README.md", page(document, findings, found, figures))
+    write_atomic(options.out / "README.md", page(document, findings, results_of, figures))
     say(document, findings)
     print(f"page         {options.out / 'README.md'}")
     return 0
 
 
-def judge_all(document: Mapping[str, Any], found: Mapping[str, Results]) -> list[list[Finding]]:
-    """The findings of each claim; as many contrasts hold at once as have an interval."""
+def judge_all(document: Mapping[str, Any], results_of: Mapping[str, Results]) -> list[list[Finding]]:
+    """The findings of each claim, by intervals of 95 % and by intervals that hold for all contrasts at once."""
 
+    # How many hold at once is known only after all were judged: as many as have an interval.
     def judged(count: int) -> list[list[Finding]]:
-        return [[judge(one, found[one["study"]], count) for one in claim["contrasts"]] for claim in document["claims"]]
+        return [[judge(c, results_of[c["study"]], count) for c in claim["contrasts"]] for claim in document["claims"]]
 
     return judged(len(with_interval(judged(1))))
 
@@ -88,8 +93,8 @@ def say(document: Mapping[str, Any], findings: Sequence[Sequence[Finding]]) -> N
     """Print each claim's verdict with its numbers, and how many there are of each."""
     for claim, row in zip(document["claims"], findings, strict=True):
         print(f"{overall(row):<14} {claim['claim']}")
-        for one in row:
-            print(f"{'':14} {one.text}: {one.number}")
+        for finding in row:
+            print(f"{'':14} {finding.text}: {finding.number}")
     total = Counter(overall(row) for row in findings)
     counted = ", ".join(f"{total[word]} {word}" for word in VERDICTS if total[word])
     print(f"\n{len(findings)} claim{'' if len(findings) == 1 else 's'}: {counted}")
@@ -97,7 +102,7 @@ def say(document: Mapping[str, Any], findings: Sequence[Sequence[Finding]]) -> N
 
 
 def chance(findings: Sequence[Sequence[Finding]]) -> str:
-    """How many differences were judged, and what their intervals promise together."""
+    """A sentence on how many differences were judged, and on how many of their intervals to believe at once."""
     judged = with_interval(findings)
     if len(judged) < 2:
         return f"{len(judged)} difference{' was' if judged else 's were'} judged, by a 95 % interval."
@@ -121,36 +126,40 @@ def read_results(folder: Path) -> Results:
 
 
 def check_document(path: Path, document: Mapping[str, Any]) -> None:
-    """Raise ValueError for a file of claims that misses something, or a contrast that can't be one."""
+    """Raise ValueError for a missing or unknown key in a file of claims, or a contrast with a wrong value."""
+    # Each error names the claim by its number: claims have no names, and there are many in a file.
     _check_keys(f"{path}", document, DOCUMENT)
     for number, claim in enumerate(document["claims"], 1):
-        where = f"{path}: claims[{number}]"
-        _check_keys(where, claim, CLAIM)
+        place = f"{path}: claims[{number}]"
+        _check_keys(place, claim, CLAIM)
         for contrast in claim["contrasts"]:
-            _check_keys(f"{where}: contrasts", contrast, CONTRAST)
+            _check_keys(f"{place}: contrasts", contrast, CONTRAST)
             if contrast["study"] not in document["studies"]:
-                raise ValueError(f"{where}: study {contrast['study']!r} is not among studies: add it there")
+                raise ValueError(f"{place}: study {contrast['study']!r} is not among studies: add it there")
             if contrast["measure"] not in MEASURES:
-                raise ValueError(f"{where}: measure {contrast['measure']!r} is none of {', '.join(MEASURES)}")
+                raise ValueError(f"{place}: measure {contrast['measure']!r} is none of {', '.join(MEASURES)}")
             if contrast["expect"] not in EXPECTED:
-                raise ValueError(f"{where}: expect {contrast['expect']!r} is none of {', '.join(EXPECTED)}")
+                raise ValueError(f"{place}: expect {contrast['expect']!r} is none of {', '.join(EXPECTED)}")
             if (contrast["expect"] == "equal") != ("margin" in contrast):
-                raise ValueError(f'{where}: margin is for expect = "equal", and "equal" needs one')
+                raise ValueError(f'{place}: margin is for expect = "equal", and "equal" needs one')
 
 
-def _check_keys(where: str, table: Mapping[str, Any], known: Mapping[str, bool]) -> None:
+def _check_keys(place: str, table: Mapping[str, Any], known: Mapping[str, bool]) -> None:
     if unknown := sorted(set(table) - set(known)):
-        raise ValueError(f"{where}.{unknown[0]}: there is no such key: {', '.join(known)}")
+        raise ValueError(f"{place}.{unknown[0]}: there is no such key: {', '.join(known)}")
     if missing := [key for key, needed in known.items() if needed and key not in table]:
-        raise ValueError(f"{where}.{missing[0]}: is missing")
+        raise ValueError(f"{place}.{missing[0]}: is missing")
 
 
 def judge(contrast: Mapping[str, Any], results: Results, count: int = 1) -> Finding:
     """Measure a contrast and say agree, disagree, can't tell, not comparable, or not run.
 
     It agrees where the whole interval lies on the expected side of zero, or for "equal" within the margin; it
-    disagrees where the whole interval lies on the other side, or outside of the margin. `count` contrasts are judged.
+    disagrees where the whole interval lies on the other side, or outside of the margin. `count` contrasts are judged
+    in all.
     """
+    # Without a seed that all points have there is no difference; with runs that differ in more than the points there
+    # is one, but it would mean nothing.
     measure = MEASURES[contrast["measure"]]
     text = f"{contrast['says']} ({measure.label})"
     of_points = runs_of_points(contrast, results)
@@ -160,32 +169,36 @@ def judge(contrast: Mapping[str, Any], results: Results, count: int = 1) -> Find
     used = [record for records in of_points for record in records.values()]
     if reason := unlike(used, contrast["measure"]):
         return Finding(text, None, "not comparable", f"not comparable: {reason}")
-    found = interval(values)
+
+    # How many seeds it rests on is part of the number, and how many were run where these are more.
+    value = interval(values)
     points = [*contrast["plus"], *contrast["minus"]]
     all_seeds = len({r["seed"] for r in results if r["point"] in points})
-    seeds = f"{found.count} seed{'' if found.count == 1 else 's'}"
-    seeds = seeds if found.count == all_seeds else f"{found.count} of {all_seeds} seeds"
-    mean = _points(format(found.mean, f"+{measure.digits}"))
-    if found.count < 2:
-        return Finding(text, found, "can't tell", f"{mean} ({seeds}, no interval, can't tell)")
-    said = verdict(contrast, found)
-    at_once = count > 1 and verdict(contrast, interval(values, 1 - (1 - LEVEL) / count)) == said != "can't tell"
+    seeds = f"{value.count} seed{'' if value.count == 1 else 's'}"
+    seeds = seeds if value.count == all_seeds else f"{value.count} of {all_seeds} seeds"
+    mean = _points(format(value.mean, f"+{measure.digits}"))
+    if value.count < 2:
+        return Finding(text, value, "can't tell", f"{mean} ({seeds}, no interval, can't tell)")
+
+    # The dagger marks what holds by Bonferroni's interval, too.
+    word = verdict(contrast, value)
+    at_once = count > 1 and verdict(contrast, interval(values, 1 - (1 - LEVEL) / count)) == word != "can't tell"
     margin = ""
     if "margin" in contrast:
         wide = contrast["margin"]
         margin = f", margin {100 * wide:g} points" if measure.digits.endswith("%") else f", margin {wide:g}"
-    number = f"{mean} ± {_points(format(found.half, measure.digits))} ({seeds}{margin}, {said}{'†' if at_once else ''})"
-    return Finding(text, found, said, number, at_once)
+    number = f"{mean} ± {_points(format(value.half, measure.digits))} ({seeds}{margin}, {word}{'†' if at_once else ''})"
+    return Finding(text, value, word, number, at_once)
 
 
 def _points(text: str) -> str:
-    """A difference of percentages is in points."""
+    """The text of a difference of percentages, which is in points."""
     return text.replace("%", " points")
 
 
-def verdict(contrast: Mapping[str, Any], found: Interval) -> str:
-    """What an interval says of a contrast."""
-    low, high = found.mean - found.half, found.mean + found.half
+def verdict(contrast: Mapping[str, Any], difference: Interval) -> str:
+    """Whether a contrast with this interval is "agree", "disagree" or "can't tell"."""
+    low, high = difference.mean - difference.half, difference.mean + difference.half
     margin = contrast.get("margin", 0.0)
     agrees = {"lower": high < 0, "higher": low > 0, "equal": -margin <= low and high <= margin}
     refutes = {"lower": low > 0, "higher": high < 0, "equal": low > margin or high < -margin}
@@ -216,7 +229,10 @@ def by_seed(contrast: Mapping[str, Any], of_points: Sequence[Mapping[int, Mappin
 
 
 def overall(findings: Sequence[Finding]) -> str:
-    """One word for a claim of several contrasts: partly where some agree, disagree where none does and one refutes."""
+    """The verdict on a claim of several contrasts.
+
+    "partly" where some but not all agree, else "disagree" where one does, else "can't tell".
+    """
     verdicts = {finding.verdict for finding in findings}
     if len(verdicts) == 1:
         return verdicts.pop()
@@ -226,23 +242,25 @@ def overall(findings: Sequence[Finding]) -> str:
 def page(
     document: Mapping[str, Any],
     findings: Sequence[Sequence[Finding]],
-    found: Mapping[str, Results],
+    results_of: Mapping[str, Results],
     figures: Mapping[str, Sequence[str]],
 ) -> str:
-    """The page as Markdown."""
+    """The page as Markdown: a table of the claims, a table of the runs, a list of the studies with their figures."""
     lines = [f"# {document['title']}", "", document["introduction"].strip(), "", chance(findings), ""]
     lines += [
         "| claim | the paper | measured: difference and 95 % interval over seeds | verdict |",
         "|---|---|---|---|",
     ]
     for claim, row in zip(document["claims"], findings, strict=True):
-        measured = "<br>".join(f"{one.text}: {one.number}" for one in row)
-        lines.append(f"| {claim['claim']} ({claim['where']}) | {claim['paper']} | {measured} | **{overall(row)}** |")
+        numbers = "<br>".join(f"{finding.text}: {finding.number}" for finding in row)
+        lines.append(f"| {claim['claim']} ({claim['where']}) | {claim['paper']} | {numbers} | **{overall(row)}** |")
+
+    # What was run stands beside what was measured: the verdicts hold for models and data of this size.
     lines += ["", "## The runs", ""]
     lines += ["| study | parameters (active a token) | a run | seeds | finished | data | tokenizer | machine |"]
-    lines += ["|---|---|---|---|---|---|---|---|", *(facts(name, found[name]) for name in document["studies"])]
+    lines += ["|---|---|---|---|---|---|---|---|", *(facts(name, results_of[name]) for name in document["studies"])]
     for name, about in document["studies"].items():
-        finished = [r for r in found[name] if r["state"] == "finished"]
+        finished = [r for r in results_of[name] if r["state"] == "finished"]
         lines += ["", f"- `{name}`: {about} " + (f"[Table]({name}/table.md)." if finished else "Not run.")]
         lines += [f"  - {plain(caution)}" for caution in cautions(finished)]
         lines += [f"\n  ![{name}: {figure}]({name}/{figure}.png)" for figure in figures.get(name, [])]
@@ -250,7 +268,8 @@ def page(
 
 
 def facts(name: str, results: Results) -> str:
-    """A row on the runs of a study, from what they left."""
+    """A row of the page's table on the runs of a study, from what the finished ones recorded."""
+    # Of runs that differ each value is listed once; what an older run did not record is said to be so.
     finished = [r for r in results if r["state"] == "finished"]
     if not finished:
         return f"| `{name}` | - | - | - | {len(finished)} of {len(results)} | - | - | - |"
@@ -273,10 +292,10 @@ def _millions(count: int) -> str:
 
 
 def copy_report(study: Path, out: Path, figures: Sequence[str]) -> list[str]:
-    """Copy a study's table and the figures that the page shows beside the page; which of these there are."""
+    """Copy a study's table and the figures that the page shows to a folder beside it; the figures that exist."""
     out.mkdir(parents=True, exist_ok=True)
     shutil.copy(study / "table.md", out)
-    there = [figure for figure in figures if (study / "figures" / f"{figure}.png").exists()]
-    for figure in there:
+    copied = [figure for figure in figures if (study / "figures" / f"{figure}.png").exists()]
+    for figure in copied:
         shutil.copy(study / "figures" / f"{figure}.png", out)
-    return there
+    return copied

@@ -21,6 +21,7 @@ MOST_AXES = 3  # runs that differ in more keys are told apart by their folders
 
 def compare(folders: Sequence[str], target: Path, watch: float | None) -> int:
     """Write a report on the runs in `folders` (or below, where they are studies) into `target`; again with `watch`."""
+    # These runs have no study file: the keys that differ are the axes, and the first run is the baseline.
     runs, labels, differ = read_runs(find_runs(folders))
     page = Page(
         f"Comparison of {len(runs)} run{'' if len(runs) == 1 else 's'}",
@@ -32,14 +33,18 @@ def compare(folders: Sequence[str], target: Path, watch: float | None) -> int:
         runs[0].point,
         differ,
     )
+
+    # Runs may be going: each round reads their files again.
     stop = StopRequest() if watch else None
     while True:
         report = write_report(page, runs, target, watch)
-        found = statuses(runs)
-        print(f"{datetime.datetime.now():%H:%M:%S}  {counts(found)}  {report.path}", flush=True)
-        if watch is None or stop is None or all(one.state in ("finished", "failed") for one in found):
+        states = statuses(runs)
+        print(f"{datetime.datetime.now():%H:%M:%S}  {counts(states)}  {report.path}", flush=True)
+        if watch is None or stop is None or all(s.state in ("finished", "failed") for s in states):
             print("\n".join(report.findings))
             return 0
+
+        # Short naps, so that a signal is answered at once.
         limit = time.monotonic() + watch
         while time.monotonic() < limit and not stop.signal:
             time.sleep(min(0.2, watch))
@@ -48,8 +53,11 @@ def compare(folders: Sequence[str], target: Path, watch: float | None) -> int:
 
 
 def find_runs(folders: Sequence[str]) -> list[Path]:
-    """The folders of runs that were named, or that are in those named; a folder without any is a ValueError."""
-    found: list[Path] = []
+    """The folders of runs that were named, or that lie in the studies named; ValueError for a folder without any run.
+
+    A run that is named twice is given once.
+    """
+    run_folders: list[Path] = []
     for name in folders:
         folder = Path(name)
         if not folder.is_dir():
@@ -57,8 +65,8 @@ def find_runs(folders: Sequence[str]) -> list[Path]:
         inside = [folder] if _is_run(folder) else sorted(p for p in (folder / "runs").glob("*/*") if _is_run(p))
         if not inside:
             raise ValueError(f"--compare {name}: holds no run (no config.toml with {METRICS}) and no study")
-        found += [run for run in inside if run.resolve() not in {other.resolve() for other in found}]
-    return found
+        run_folders += [run for run in inside if run.resolve() not in {other.resolve() for other in run_folders}]
+    return run_folders
 
 
 def _is_run(folder: Path) -> bool:
@@ -66,10 +74,12 @@ def _is_run(folder: Path) -> bool:
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], Mapping[str, str], list[str]]:
-    """The runs with their points, the names of the axes, which are the keys that differ, and these where they are not.
+    """The runs with their points, the labels of the axes, and sentences on what differs.
 
-    The last are sentences: of runs that are told apart by their folders, what differs between them.
+    The axes are the keys in which the configurations differ. Where these are too many, or do not tell the runs apart,
+    the only axis is the run's folder, and a sentence says what differs; else there is no sentence.
     """
+    # The last part of a key is its label, unless two keys end alike.
     configs = [read_saved(_config_file(folder)) for folder in folders]
     keys = differing([without_seed(config) for config in configs])
     short = {key: key.rpartition(".")[2] for key in keys}
@@ -77,6 +87,8 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], Mapping[str, str], li
         short = {key: key for key in keys}
     tables = [flat(config) for config in configs]
     points: list[dict[str, Any]] = [{short[key]: _plain(table.get(key)) for key in keys} for table in tables]
+
+    # Two runs with the same point and seed would be taken for one, and a point of many keys is no name to read.
     differ: list[str] = []
     same = [repr((point, config.training.seed)) for point, config in zip(points, configs, strict=True)]
     if len(keys) > MOST_AXES or len(set(same)) < len(same):
@@ -91,7 +103,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], Mapping[str, str], li
 
 
 def told(keys: Sequence[str], tables: Sequence[Mapping[str, Any]]) -> list[str]:
-    """In what the configurations of runs differ, in a sentence; that they do not, where they do not."""
+    """A sentence that says in which keys the configurations of runs differ, or that they do not differ."""
     if not keys:
         return ["The configurations do not differ but for the seed: what differs in the results is not of a setting."]
     parts = []
@@ -107,12 +119,12 @@ def _config_file(folder: Path) -> Path:
 
 
 def without_seed(config: Config) -> dict[str, Any]:
-    """Every key that can tell runs apart."""
+    """Every key of a configuration that can tell runs apart, with its value."""
     return {key: value for key, value in flat(without_job(config)).items() if key != "training.seed"}
 
 
 def differing(tables: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that are not the same in all."""
+    """The keys whose value is not the same in all tables."""
     keys = list(dict.fromkeys(key for table in tables for key in table))
     return [key for key in keys if any(table.get(key) != tables[0].get(key) for table in tables)]
 
@@ -122,7 +134,7 @@ def _plain(value: Any) -> Any:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """A name for each folder: as few of the last parts of its path as tell all of them apart."""
     parts = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]

@@ -1,4 +1,4 @@
-"""Figures of how runs went: numbers over the steps, and the loads that their experts ended with."""
+"""Figures of the course of runs: numbers over the steps, and the loads of their experts at the end."""
 
 import math
 import textwrap
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 MOST_LINES = 10  # of one figure: more cannot be told apart
 MOST_POINTS = 160  # of one line
 MOST_LOADS = 12
-FALLING = ("/loss", "/perplexity")  # curves whose first fall would hide the rest
+FALLING = ("/loss", "/perplexity")  # curves whose fall at the beginning would hide the rest
 
 
 def curve_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], names: Sequence[str]) -> list[Panel]:
-    """Numbers over the steps, a line for each point with the range of its seeds."""
+    """A panel for each number that a run has over its steps: a line for each point, with the range of its seeds."""
+    # More lines cannot be told apart. The best by loss are shown, in the order of the study, as in the other figures.
     ranked = sorted(summaries, key=lambda s: s.measures["loss"].mean if "loss" in s.measures else math.inf)
-    kept = {id(summary) for summary in ranked[:MOST_LINES]}
-    shown = [summary for summary in summaries if id(summary) in kept]
+    shown_ids = {id(summary) for summary in ranked[:MOST_LINES]}
+    shown = [summary for summary in summaries if id(summary) in shown_ids]
+
+    # The caption says all that the figure leaves out or shows otherwise.
     panels = []
     for name in names:
         figure = curves(shown, axes, name)
@@ -46,6 +49,7 @@ def curves(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo], name: st
     """A number over the steps, a line for each point; None where no run has it."""
     from matplotlib.ticker import MaxNLocator
 
+    # With one axis its values are enough for a legend, under the axis' name.
     lines = []
     title = axes_info[0].label if len(axes_info) == 1 else None
     for index, summary in enumerate(summaries):
@@ -55,11 +59,15 @@ def curves(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo], name: st
             lines.append((index, label, *_band(of_seeds, CURVES[name].smooth)))
     if not lines:
         return None
+
+    # The legend is below the axes, so the figure grows with its rows, and columns depend on the longest label.
     alone = [(index, curve) for index, summary in enumerate(summaries) for curve in _alone(summary, name)]
     longest = max(len(label) for _, label, *_ in lines)
     columns = 4 if longest < 7 else 2 if longest < 24 else 1
     figure = new_figure(2.9 + 0.19 * math.ceil(len(lines) / columns) + (0.2 if title else 0))
     axes = figure.add_subplot()
+
+    # A line has its colour by the point's place, also where others have no such number: it is the same in all figures.
     for index, label, steps, mean, low, high in lines:
         style: dict[str, Any] = {"color": colour(index), "linestyle": dashes(index)}
         every = 1 if len(steps) <= 24 else len(steps) // 6
@@ -77,7 +85,7 @@ def curves(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo], name: st
 
 
 def _alone(summary: Summary, name: str) -> list[Curve]:
-    """What the mean over seeds leaves out: runs that do not count, and steps that not all seeds have come to."""
+    """The curves that the mean over seeds leaves out: runs that do not count, steps that not all seeds have reached."""
     counted = [entry.history.curves[name] for entry in summary.counted if entry.history.curves.get(name)]
     last = min((curve[-1][0] for curve in counted), default=0)
     ahead = [[point for point in curve if point[0] >= last] for curve in counted]
@@ -90,27 +98,31 @@ def _alone(summary: Summary, name: str) -> list[Curve]:
 
 
 def _band(of_seeds: Sequence[Sequence[tuple[int, float]]], smooth: bool) -> tuple[np.ndarray, ...]:
-    """Steps that all seeds have, and at them the mean, the lowest and the highest of the (smoothed) curves."""
+    """The steps (K,) that all seeds have, and the mean, lowest and highest (K,) of the (smoothed) curves at them."""
     common = sorted(set.intersection(*({step for step, _ in curve} for curve in of_seeds)))
-    steps = np.array(common)
+    steps = np.array(common)  # (N,)
     values_SN = np.array([[dict(curve)[step] for step in common] for curve in map(list, of_seeds)], dtype=float)
+
+    # A running mean of the steps before, at the beginning of those that there are, so that no curve looks ahead.
     window = max(1, len(common) // 30) if smooth else 1
     if window > 1:
         kernel = np.ones(window)
         counts = np.convolve(np.ones(len(common)), kernel)[: len(common)]
         values_SN = np.stack([np.convolve(row, kernel)[: len(common)] / counts for row in values_SN])
-    kept = np.unique(np.linspace(0, len(common) - 1, min(len(common), MOST_POINTS)).round().astype(int))
-    values_SN = values_SN[:, kept]
-    return steps[kept], values_SN.mean(0), values_SN.min(0), values_SN.max(0)
+
+    # An SVG has every point of a line in it: thousands would make the page large, and no eye tells them apart.
+    plotted = np.unique(np.linspace(0, len(common) - 1, min(len(common), MOST_POINTS)).round().astype(int))
+    values_SN = values_SN[:, plotted]  # (S, N) -> (S, K)
+    return steps[plotted], values_SN.mean(0), values_SN.min(0), values_SN.max(0)
 
 
 def _beginning(name: str) -> str:
-    """What a caption says of a curve whose beginning may be off the scale."""
+    """Words for the caption of a curve whose beginning may be off the scale."""
     return "; its fall in the first quarter may be off the scale" if name.endswith(FALLING) else ""
 
 
 def _cut_beginning(axes: "Axes", lines: Sequence[tuple[np.ndarray, np.ndarray]], name: str) -> None:
-    """Give the y axis to what comes after the first quarter of the steps, where a loss would hide it by its fall."""
+    """Fit the y axis to what comes after the first quarter of the steps, where the fall before would hide it."""
     if not name.endswith(FALLING):
         return
     last = max(steps[-1] for steps, _ in lines)
@@ -122,16 +134,19 @@ def _cut_beginning(axes: "Axes", lines: Sequence[tuple[np.ndarray, np.ndarray]],
 
 
 def load_panel(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo]) -> list[Panel]:
-    """Loads of the last validation, layers x experts, of the first run of each point."""
-    found: list[tuple[str, Entry]] = []
+    """A panel with the load at the last validation, layers x experts, of the first run of each point that has one."""
+    # A mean over seeds would hide what is shown: which experts are full differs from seed to seed.
+    entries: list[tuple[str, Entry]] = []
     for summary in summaries:
         entry = next((entry for entry in summary.counted if entry.history.load), None)
         if entry is not None:
-            found.append((short_name(summary.point, axes_info), entry))
-    if not found:
+            entries.append((short_name(summary.point, axes_info), entry))
+    if not entries:
         return []
-    shown = found[:MOST_LOADS]
-    of = f" (the first {MOST_LOADS} points)" if len(found) > MOST_LOADS else ""
+    shown = entries[:MOST_LOADS]
+    of = f" (the first {MOST_LOADS} points)" if len(entries) > MOST_LOADS else ""
+
+    # Seed and step stand once in the caption where they are the same for all, else with each name.
     alike = {
         len({entry.run.seed for _, entry in shown}),
         len({entry.history.validations[-1]["step"] for _, entry in shown}),
@@ -149,22 +164,25 @@ def load_panel(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo]) -> l
     return [Panel("loads", text, loads([(name, np.array(entry.history.load)) for name, entry in shown]))]
 
 
-def loads(found: Sequence[tuple[str, np.ndarray]]) -> "Figure":
-    """Small heatmaps of loads (L, E), each layer over its mean, with one scale from 0 to 2."""
+def loads(named_loads: Sequence[tuple[str, np.ndarray]]) -> "Figure":
+    """Small heatmaps of loads (L, E), each layer divided by its mean, on one scale from 0 to 2."""
     from matplotlib.colors import Normalize
 
-    columns = min(2, len(found))
-    lines = math.ceil(len(found) / columns)
-    layers = max(load_LE.shape[0] for _, load_LE in found)
+    # Maps are as high as they have layers, up to a limit, and as wide as the page allows.
+    columns = min(2, len(named_loads))
+    lines = math.ceil(len(named_loads) / columns)
+    layers = max(load_LE.shape[0] for _, load_LE in named_loads)
     figure = new_figure(lines * (0.55 + min(2.2, 0.13 * layers + 0.25)) + 0.75, WIDTH)
     grid = figure.subplots(lines, columns, squeeze=False)
+
+    # One scale for all maps, so that a colour means the same in each. A layer without tokens is 0, not NaN.
     norm, mesh = Normalize(0.0, 2.0), None
     for place, axes in enumerate(grid.flat):
         axes.grid(visible=False)
-        if place >= len(found):
+        if place >= len(named_loads):
             axes.set_visible(False)
             continue
-        name, load_LE = found[place]
+        name, load_LE = named_loads[place]
         mean_L1 = load_LE.mean(1, keepdims=True)
         ratio_LE = np.divide(load_LE, mean_L1, out=np.zeros_like(load_LE, dtype=float), where=mean_L1 > 0)
         mesh = axes.pcolormesh(ratio_LE, cmap="RdBu_r", norm=norm, edgecolors=GRID, linewidth=0.3)
@@ -173,6 +191,8 @@ def loads(found: Sequence[tuple[str, np.ndarray]]) -> "Figure":
         axes.set_xticks([0.5, load_LE.shape[1] - 0.5], ["0", str(load_LE.shape[1] - 1)])
         axes.set_yticks([0.5, load_LE.shape[0] - 0.5], ["0", str(load_LE.shape[0] - 1)])
         axes.tick_params(length=0, labelsize=8)
+
+    # Axes are named once, in the corner, and one bar serves all maps.
     assert mesh is not None
     grid[-1, 0].set_xlabel("expert")
     grid[-1, 0].set_ylabel("layer")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Panel(NamedTuple):
-    """A figure with its name (of the files) and what it shows."""
+    """A figure with the name of its files and its caption."""
 
     name: str
     caption: str
@@ -41,75 +41,86 @@ class Panel(NamedTuple):
 
 
 def measure_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measure: str) -> list[Panel]:
-    """How a measure depends on the axes: one numeric axis gives a curve, two a heatmap too, names give rows."""
-    found = [summary for summary in summaries if summary.is_ranked and measure in summary.measures]
-    if len(found) < 2 or not axes:
+    """Panels of how a measure depends on the axes; none with fewer than two points that can be compared.
+
+    A numeric axis of three values or more gives a curve, a line for each value of a second axis; two numeric axes also
+    give a heatmap; everything else gives rows.
+    """
+    comparable = [summary for summary in summaries if summary.is_ranked and measure in summary.measures]
+    if len(comparable) < 2 or not axes:
         return []
+
+    # The numeric axis with the most values goes along the curve: fewer lines are easier to read.
     numeric = [axis for axis in axes if axis.is_numeric]
     panels = []
     x = max(numeric, key=lambda axis: len(axis.values), default=None)
     if len(axes) <= 2 and x is not None and len(x.values) > 2:
         hue = next((axis for axis in axes if axis is not x), None)
-        text = _caption(found, measure, x.label, "ringed")
-        panels.append(Panel(f"{measure}_by_{_in_a_name(x.id)}", text, u_curve(found, x, hue, measure)))
+        text = _caption(comparable, measure, x.label, "ringed")
+        panels.append(Panel(f"{measure}_by_{_in_a_name(x.id)}", text, u_curve(comparable, x, hue, measure)))
     if len(axes) == 2 and len(numeric) == 2:
-        figure = heatmap(found, axes[0], axes[1], measure)
-        text = f"{MEASURES[measure].label} by {axes[0].label} and {axes[1].label}: mean over {_seeds(found)}"
-        panels.append(Panel(f"{measure}_heatmap", text + _mark_text(found, measure, "framed"), figure))
+        figure = heatmap(comparable, axes[0], axes[1], measure)
+        text = f"{MEASURES[measure].label} by {axes[0].label} and {axes[1].label}: mean over {_seeds(comparable)}"
+        panels.append(Panel(f"{measure}_heatmap", text + _mark_text(comparable, measure, "framed"), figure))
+
+    # Names have no order, two values make no curve, and three axes need more than a plane.
     if not panels:
-        text = _caption(found, measure, "point", "orange")
-        panels.append(Panel(f"{measure}_by_point", text, dots_in_rows(found, axes, measure)))
+        text = _caption(comparable, measure, "point", "orange")
+        panels.append(Panel(f"{measure}_by_point", text, dots_in_rows(comparable, axes, measure)))
     return panels
 
 
 def _in_a_name(axis: str) -> str:
-    """The id of an axis as part of the names of files; in a comparison it is a key of anyone's configuration."""
+    """The id of an axis as part of a file's name; in a comparison the id is a key of a configuration, with dots."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", axis)
 
 
-def _caption(found: Sequence[Summary], measure: str, axis: str, mark: str) -> str:
-    text = f"{MEASURES[measure].label} by {axis}: mean over {_seeds(found)}"
-    if any(len(summary.counted) > 1 for summary in found):
+def _caption(summaries: Sequence[Summary], measure: str, axis: str, mark: str) -> str:
+    text = f"{MEASURES[measure].label} by {axis}: mean over {_seeds(summaries)}"
+    if any(len(summary.counted) > 1 for summary in summaries):
         text += " with its 95 % interval; small dots are single seeds"
-    return text + _mark_text(found, measure, mark)
+    return text + _mark_text(summaries, measure, mark)
 
 
-def _seeds(found: Sequence[Summary]) -> str:
-    """How many seeds the points of a figure have, and that one has no interval."""
-    least, most = (choose(len(summary.counted) for summary in found) for choose in (min, max))
+def _seeds(summaries: Sequence[Summary]) -> str:
+    """Words on how many seeds the points of a figure have, and that a single one has no interval."""
+    least, most = (choose(len(summary.counted) for summary in summaries) for choose in (min, max))
     if most == 1:
         return "one seed, so that there is no interval"
     return f"{most} seeds" if least == most else f"{least} to {most} seeds"
 
 
-def _mark_text(found: Sequence[Summary], measure: str, mark: str) -> str:
-    """What a caption says of the points that are marked, or why there are none."""
-    if reason := unlike(counted_results(found), measure):
+def _mark_text(summaries: Sequence[Summary], measure: str, mark: str) -> str:
+    """Words for a caption on the points that are marked, or on why none are."""
+    if reason := unlike(counted_results(summaries), measure):
         return f"; not ranked: {reason}"
-    place = standing(found, measure)
-    if not _marked(found, place) or place is None:
+    place = standing(summaries, measure)
+    if not _marked(summaries, place) or place is None:
         return ""
     if place.is_clear:
         return f"; {mark}: better than every other by its paired interval"
     return f"; {mark}: the best mean and all that are level with it by their paired intervals"
 
 
-def _marked(found: Sequence[Summary], place: Standing | None) -> Sequence[Summary]:
-    """The points to mark: none where all are level, which the title says."""
-    return () if place is None or len(place.marked) == len(found) else place.marked
+def _marked(summaries: Sequence[Summary], place: Standing | None) -> Sequence[Summary]:
+    """The points to mark; none where all are level, which the title says."""
+    return () if place is None or len(place.marked) == len(summaries) else place.marked
 
 
-def _title(found: Sequence[Summary], place: Standing | None, measure: str, where: str = "") -> str:
-    """Which point is best, or how many are level with the best mean."""
+def _title(summaries: Sequence[Summary], place: Standing | None, measure: str, place_text: str = "") -> str:
+    """A figure's title: which point is best, or how many are level with the best mean."""
+    # "best" is said only of a point that is better than every other; "lowest" and "highest" are true of any mean.
     if place is None:
         return ""
     value = number_text(measure, place.lead.measures[measure])[0]
     word = "lowest" if MEASURES[measure].better == "lower" else "highest"
     if place.is_clear:
-        return f"best{where}: {value}"
-    if len(place.level) == len(found) - 1:
+        return f"best{place_text}: {value}"
+    if len(place.level) == len(summaries) - 1:
         return f"all level ({word} mean {value})"
-    return f"{word}{where}: {value}" + (f", level with {len(place.level)}" if place.level else ", not known to be best")
+    return f"{word}{place_text}: {value}" + (
+        f", level with {len(place.level)}" if place.level else ", not known to be best"
+    )
 
 
 def _measure_label(measure: str) -> str:
@@ -117,40 +128,45 @@ def _measure_label(measure: str) -> str:
     return f"{shown.label} ({shown.unit})" if shown.unit else shown.label
 
 
-def u_curve(found: Sequence[Summary], x: AxisInfo, hue: AxisInfo | None, measure: str) -> "Figure":
-    """A measure over a numeric axis, a line for each value of `hue`; the best point is named, or those level ringed."""
+def u_curve(summaries: Sequence[Summary], x: AxisInfo, hue: AxisInfo | None, measure: str) -> "Figure":
+    """A measure over a numeric axis, a line for each value of `hue`; the best point, or those level, are ringed."""
     from matplotlib.transforms import ScaledTranslation
 
+    # The legend is below the axes, so the figure grows with it.
     figure = new_figure(3.3 + (0.2 * math.ceil(len(hue.values) / 2) + 0.2 if hue else 0.0))
     axes = figure.add_subplot()
-    place = standing(found, measure)
+    place = standing(summaries, measure)
     for index, group in enumerate(hue.values if hue else (None,)):
-        members = [s for s in found if hue is None or s.point[hue.id] == group]
+        members = [s for s in summaries if hue is None or s.point[hue.id] == group]
         members.sort(key=lambda s: s.point[x.id])
         if not members:
             continue
         points = [s.point[x.id] for s in members]
         means = [s.measures[measure].mean for s in members]
+
+        # Lines are shifted sideways by a few points of the screen, or intervals at one value would cover each other.
         halves = [0.0 if math.isnan(s.measures[measure].half) else s.measures[measure].half for s in members]
         look: dict[str, Any] = {"color": colour(index), "linestyle": dashes(index), "marker": marker(index)}
-        aside = 0.0 if hue is None else 2.5 * (index - (len(hue.values) - 1) / 2)  # points, so that intervals part
-        where = axes.transData + ScaledTranslation(aside / 72, 0, figure.dpi_scale_trans)
-        look["transform"] = where
+        shift = 0.0 if hue is None else 2.5 * (index - (len(hue.values) - 1) / 2)
+        shifted = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
+        look["transform"] = shifted
         label = None if group is None else value_text(group)
         axes.errorbar(points, means, yerr=halves if any(halves) else None, capsize=3, elinewidth=1, label=label, **look)
         seeds = [(s.point[x.id], value) for s in members for value in by_seed(s, measure).values() if s.counted[1:]]
         if seeds:
-            dots: dict[str, Any] = {"markersize": 4, "alpha": 0.5, "color": colour(index), "transform": where}
+            dots: dict[str, Any] = {"markersize": 4, "alpha": 0.5, "color": colour(index), "transform": shifted}
             axes.plot(*zip(*seeds, strict=True), ".", **dots)
-        # matplotlib takes no limits from what has a transform of its own
+
+        # matplotlib takes no limits from what has a transform of its own, and drew curves off the axes.
         ends = [(p, m + side * h) for p, m, h in zip(points, means, halves, strict=True) for side in (-1, 1)]
         axes.update_datalim([*ends, *seeds])
-        for summary in [s for s in _marked(found, place) if any(s is member for member in members)]:
+        for summary in [s for s in _marked(summaries, place) if any(s is member for member in members)]:
             ring: dict[str, Any] = {"markersize": 12, "markerfacecolor": "none", "markeredgecolor": INK}
-            axes.plot(summary.point[x.id], summary.measures[measure].mean, "o", transform=where, **ring)
+            axes.plot(summary.point[x.id], summary.measures[measure].mean, "o", transform=shifted, **ring)
+
     if place is not None:
         values = [place.lead.point[axis.id] for axis in (x, hue) if axis is not None]
-        axes.set_title(_title(found, place, measure, f" at {', '.join(map(value_text, values))}"))
+        axes.set_title(_title(summaries, place, measure, f" at {', '.join(map(value_text, values))}"))
     _numeric_scale(axes, x.values)
     axes.set_xlabel(x.label)
     axes.set_ylabel(_measure_label(measure))
@@ -164,6 +180,7 @@ def _numeric_scale(axes: "Axes", values: Sequence[float]) -> None:
     """Scale the x axis to its values, by logarithm where they span a factor of 20, and label those that have room."""
     from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+    # A coefficient of 0 is often one of the values, and has no logarithm: symlog is linear from there to the first.
     positive = [value for value in values if value > 0]
     wide = bool(positive) and max(positive) / min(positive) >= 20
     if wide and min(values) > 0:
@@ -172,6 +189,8 @@ def _numeric_scale(axes: "Axes", values: Sequence[float]) -> None:
         axes.set_xscale("symlog", linthresh=min(positive), linscale=0.6)
     axes.autoscale_view()  # with the margins of this scale
     axes.xaxis.set_minor_locator(NullLocator())
+
+    # Ticks are the study's values, not round numbers. Where labels would overlap, the ends go first, then what fits.
     places = axes.transData.transform([(value, axes.get_ylim()[0]) for value in values])[:, 0]
     span = places.max() - places.min()
     places = (places - places.min()) / (span or 1.0)
@@ -193,20 +212,25 @@ def _percent(axis: Any, measure: str) -> None:
         axis.set_major_formatter(PercentFormatter(1.0))
 
 
-def heatmap(found: Sequence[Summary], y: AxisInfo, x: AxisInfo, measure: str) -> "Figure":
-    """A measure over two axes: a cell for each pair of values, better is lighter, the best is framed."""
+def heatmap(summaries: Sequence[Summary], y: AxisInfo, x: AxisInfo, measure: str) -> "Figure":
+    """A measure over two axes: a cell for each pair of values; better is lighter, the best, or those level, framed."""
+    # A pair of values without a finished run stays NaN, an empty cell.
     grid_YX = np.full((len(y.values), len(x.values)), np.nan)
-    for summary in found:
+    for summary in summaries:
         place = y.values.index(summary.point[y.id]), x.values.index(summary.point[x.id])
         grid_YX[place] = summary.measures[measure].mean
     figure = new_figure(0.42 * len(y.values) + 1.45)
     axes = figure.add_subplot()
+
+    # The best value is the lightest whichever way is better, so that figures of different measures read alike.
     lower = MEASURES[measure].better == "lower"
     low, high = float(np.nanmin(grid_YX)), float(np.nanmax(grid_YX))
     span = high - low or 1.0
     colours: dict[str, Any] = {"cmap": "cividis_r" if lower else "cividis", "vmin": low, "vmax": low + span}
     axes.pcolormesh(grid_YX, edgecolors="white", linewidth=1, **colours)
-    place = standing(found, measure)
+
+    # Colours show the shape, numbers the size; a number is black or white, whichever can be read on its cell.
+    place = standing(summaries, measure)
     for (row, column), value in np.ndenumerate(grid_YX):
         if math.isnan(value):
             continue
@@ -215,7 +239,8 @@ def heatmap(found: Sequence[Summary], y: AxisInfo, x: AxisInfo, measure: str) ->
         ink = "#000000" if share > 0.55 else "#ffffff"
         size = 8.5 if len(x.values) <= 6 else 7
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=size)
-    for summary in _marked(found, place):
+
+    for summary in _marked(summaries, place):
         from matplotlib.patches import Rectangle
 
         corner = x.values.index(summary.point[x.id]), y.values.index(summary.point[y.id])
@@ -224,23 +249,26 @@ def heatmap(found: Sequence[Summary], y: AxisInfo, x: AxisInfo, measure: str) ->
     axes.set_yticks(np.arange(len(y.values)) + 0.5, [value_text(v) for v in y.values])
     axes.set_xlabel(x.label)
     axes.set_ylabel(y.label)
-    axes.set_title("\n".join(filter(None, [_measure_label(measure), _title(found, place, measure)])))
+    axes.set_title("\n".join(filter(None, [_measure_label(measure), _title(summaries, place, measure)])))
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return figure
 
 
-def dots_in_rows(found: Sequence[Summary], axes_info: Sequence[AxisInfo], measure: str) -> "Figure":
+def dots_in_rows(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo], measure: str) -> "Figure":
     """A row for each point: a bar where the size counts from zero, else a dot, with its interval and its seeds."""
+    # Names are wrapped to leave room for the data, so the figure's height counts their lines.
     shown = MEASURES[measure]
-    names = ["\n".join(textwrap.wrap(short_name(s.point, axes_info), 26)) for s in found]
+    names = ["\n".join(textwrap.wrap(short_name(s.point, axes_info), 26)) for s in summaries]
     lines = sum(name.count("\n") + 1 for name in names)
-    figure = new_figure(0.19 * lines + 0.16 * len(found) + 0.75)
+    figure = new_figure(0.19 * lines + 0.16 * len(summaries) + 0.75)
     axes = figure.add_subplot()
-    place = standing(found, measure)
-    marked = _marked(found, place)
-    for row, summary in enumerate(found):
+
+    # A bar's length is read from zero, so only measures whose size means something have one.
+    place = standing(summaries, measure)
+    marked = _marked(summaries, place)
+    for row, summary in enumerate(summaries):
         mean, half, _ = summary.measures[measure]
         is_marked = any(summary is one for one in marked)
         tone = colour(1) if is_marked else colour(0)
@@ -259,13 +287,15 @@ def dots_in_rows(found: Sequence[Summary], axes_info: Sequence[AxisInfo], measur
         seeds = list(by_seed(summary, measure).values())
         if len(seeds) > 1:
             axes.plot(seeds, [row + 0.22] * len(seeds), ".", color=INK, markersize=4, alpha=0.5)
-    axes.set_yticks(range(len(found)), names)
-    axes.set_ylim(len(found) - 0.4, -0.6)
+
+    # The first point is on top, as in the table.
+    axes.set_yticks(range(len(summaries)), names)
+    axes.set_ylim(len(summaries) - 0.4, -0.6)
     if shown.from_zero:
         axes.set_xlim(left=0)
     else:
         axes.margins(x=0.08)
-    axes.set_title(_title(found, place, measure), loc="right")
+    axes.set_title(_title(summaries, place, measure), loc="right")
     axes.set_xlabel(_measure_label(measure))
     axes.grid(visible=False, axis="y")
     axes.locator_params(axis="x", nbins=5)
@@ -276,15 +306,19 @@ def dots_in_rows(found: Sequence[Summary], axes_info: Sequence[AxisInfo], measur
 def difference_panels(
     summaries: Sequence[Summary], baseline: Point, axes: Sequence[AxisInfo], measure: str
 ) -> list[Panel]:
-    """How far each point is from the baseline, by seed; none where it or all others have nothing to compare."""
-    found = [summary for summary in summaries if summary.is_ranked and measure in summary.measures]
-    base = next((summary for summary in found if summary.point == baseline), None)
-    if base is None or unlike(counted_results(found), measure):
+    """A panel of how far each point is from the baseline, by seed; none where there is nothing to compare with it."""
+    comparable = [summary for summary in summaries if summary.is_ranked and measure in summary.measures]
+    base = next((summary for summary in comparable if summary.point == baseline), None)
+    if base is None or unlike(counted_results(comparable), measure):
         return []
-    pairs = [(s, list(seed_differences(s, base, measure).values())) for s in found if s is not base]
+
+    # Runs of one seed share their noise, so their difference shows what the two means may hide.
+    pairs = [(s, list(seed_differences(s, base, measure).values())) for s in comparable if s is not base]
     pairs = [(summary, values) for summary, values in pairs if values]
     if not pairs:
         return []
+
+    # The caption says how far to trust the intervals: how many seeds, and that they are not to be believed all at once.
     counts = sorted({len(values) for _, values in pairs})
     seeds = "one seed" if counts == [1] else f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
     text = f"{MEASURES[measure].label}, less that of the baseline ({short_name(baseline, axes)}) with the same seed: "
@@ -301,6 +335,7 @@ def differences(
     pairs: Sequence[tuple[Summary, Sequence[float]]], axes_info: Sequence[AxisInfo], measure: str
 ) -> "Figure":
     """A row for each point: its differences to the baseline by seed, their mean and its interval."""
+    # The caption names the number of seeds; only where it differs do the names have it, too.
     alike = len({len(values) for _, values in pairs}) == 1
     texts = [short_name(s.point, axes_info) + ("" if alike else f" ({len(values)} seeds)") for s, values in pairs]
     names = ["\n".join(textwrap.wrap(text, 26)) for text in texts]
@@ -308,13 +343,17 @@ def differences(
     figure = new_figure(0.19 * lines + 0.16 * len(pairs) + 0.75)
     axes = figure.add_subplot()
     axes.axvline(0, color=INK, linewidth=0.8)
+
+    # Grey for a difference that may be none, so that colour is for what was found.
     for row, (_, values) in enumerate(pairs):
-        found: Interval = interval(values)
-        tone = LIGHT[6] if contains_zero(found) else colour(0)
-        error = None if math.isnan(found.half) else found.half
-        axes.errorbar(found.mean, row, xerr=error, color=tone, marker="o", capsize=3, elinewidth=1.2)
+        difference: Interval = interval(values)
+        tone = LIGHT[6] if contains_zero(difference) else colour(0)
+        error = None if math.isnan(difference.half) else difference.half
+        axes.errorbar(difference.mean, row, xerr=error, color=tone, marker="o", capsize=3, elinewidth=1.2)
         if len(values) > 1:
             axes.plot(values, [row + 0.22] * len(values), ".", color=INK, markersize=4, alpha=0.5)
+
+    # The first point is on top, as in the table.
     axes.set_yticks(range(len(pairs)), names)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.margins(x=0.08)

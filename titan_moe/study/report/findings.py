@@ -19,7 +19,7 @@ from titan_moe.study.report.measures import MEASURES
 
 
 class Finding(NamedTuple):
-    """A sentence about one point, its name apart."""
+    """A sentence about one point, in three parts, so that a page can set its name apart."""
 
     before: str
     name: str
@@ -32,16 +32,19 @@ class Finding(NamedTuple):
 
 
 def headline(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measure: str = "loss") -> Finding | None:
-    """Which point is best in a measure, or with which it is level; None where fewer than two can be compared."""
+    """A sentence on which point is best in a measure, or which are level; None where fewer than two can be compared."""
+    # Where runs cannot be compared, the sentence says why, in place of a best point.
     shown = MEASURES[measure]
-    found = [summary for summary in compared(summaries) if measure in summary.measures]
-    if len(found) < 2:
+    comparable = [summary for summary in compared(summaries) if measure in summary.measures]
+    if len(comparable) < 2:
         return None
-    if reason := unlike(counted_results(found), measure):
+    if reason := unlike(counted_results(comparable), measure):
         return Finding(f"No best point: {reason}.", "", "")
     place = standing(summaries, measure)
     if place is None:
         return None
+
+    # The number and its seeds are the same whatever the sentence says of the others.
     mean, half = number_text(measure, place.lead.measures[measure])
     value = f"{mean} ± {half}" if half else mean
     value = f"{value} {shown.unit} ({seeds_text(place.lead)})".replace("  ", " ")
@@ -52,6 +55,8 @@ def headline(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measure: st
         side = "below" if shown.better == "lower" else "above"
         after = f" with {value}, {side} {others} by the paired 95 % interval of their difference."
         return Finding(f"{word.capitalize()} {shown.label}: ", name, after)
+
+    # Not better than every other: it is not called best, and the points that may be as good are named.
     parts = []
     if place.level:
         names = listed([short_name(summary.point, axes) for summary in place.level], "; ")
@@ -64,7 +69,7 @@ def headline(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measure: st
 
 
 def comparisons(place: Standing | None) -> str:
-    """How many differences a standing rests on, and whether their intervals hold at once."""
+    """A sentence on how many differences a standing rests on, and on what intervals that hold at once would say."""
     if place is None or not place.compared - len(place.untold):
         return ""
     count = place.compared - len(place.untold)
@@ -86,7 +91,7 @@ def seeds_text(summary: Summary) -> str:
 
 
 def baseline_note(summaries: Sequence[Summary], baseline: Point, axes: Sequence[AxisInfo]) -> list[str]:
-    """That there are no differences to the baseline, where it has no finished run but others have."""
+    """A sentence that differences to the baseline are not drawn, where it has no finished run but others have."""
     ranked = [summary.point for summary in summaries if summary.is_ranked]
     if baseline in ranked or not ranked or not axes:
         return []
@@ -94,18 +99,19 @@ def baseline_note(summaries: Sequence[Summary], baseline: Point, axes: Sequence[
 
 
 def notes(summaries: Sequence[Summary], axes: Sequence[AxisInfo]) -> list[str]:
-    """What to know of the runs before believing a comparison of them, a sentence each."""
-    found = []
+    """Sentences on what to know of the runs before believing a comparison of them."""
+    # Of each point: seeds that its means leave out, and seeds that diverged. Then what the runs do not share.
+    sentences = []
     for summary in summaries:
         name = short_name(summary.point, axes)
         states = [entry.status.state for entry in summary.entries]
         if summary.is_ranked and summary.left_out:
             others = [state for state in dict.fromkeys(states) if state != "finished"]
-            said = listed([f"{states.count(state)} {state}" for state in others])
-            found.append(f"{name}: the means are of {len(summary.counted)} of {len(states)} runs ({said}).")
+            states_text = listed([f"{states.count(state)} {state}" for state in others])
+            sentences.append(f"{name}: the means are of {len(summary.counted)} of {len(states)} runs ({states_text}).")
         if bad := {MEASURES[key].label: count for key, count in summary.nonfinite.items()}:
             count = max(bad.values())
-            found.append(
+            sentences.append(
                 f"{name}: NaN or infinite in {count} of {len(summary.counted)} runs ({listed(list(bad))}): not ranked."
             )
-    return [*found, *cautions(counted_results(compared(summaries)))]
+    return [*sentences, *cautions(counted_results(compared(summaries)))]

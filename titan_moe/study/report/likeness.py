@@ -1,4 +1,4 @@
-"""In what runs are not alike beside what a study varies: their length, data, seeds, hardware, and how they went."""
+"""Differences between runs that no axis of a study makes: length, data, seeds, hardware, and faults on the way."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,11 @@ MOST_SHOWN = 4  # values or names in a sentence
 
 def unlike(records: Records, measure: str) -> str:
     """Why a measure of these runs cannot be compared, empty where it can."""
+    # A longer run has a lower loss, a mean over more steps, and took more time, whatever the study varies.
     if len(lengths(records)) > 1:
         return "the runs differ in length"
+
+    # Numbers by token depend on what a token is, and on which ones are predicted; costs on the machine.
     if measure in PER_TOKEN:
         if len(values(records, "tokenizer_fingerprint")) > 1:
             return "the runs have different tokenizers, so their tokens are not the same"
@@ -29,12 +32,12 @@ def unlike(records: Records, measure: str) -> str:
 
 
 def lengths(records: Records) -> list[str]:
-    """The different lengths of runs: tokens seen and steps, as text; steps alone where tokens were not recorded."""
+    """The different lengths of runs as text, in steps and tokens; in steps alone where tokens were not recorded."""
     if values(records, "num_tokens"):
-        found = {r["num_tokens"]: length_text(r) for r in records if r.get("num_tokens") is not None}
+        texts = {r["num_tokens"]: length_text(r) for r in records if r.get("num_tokens") is not None}
     else:
-        found = {r.get("step", 0): length_text(r) for r in records}
-    return [found[key] for key in sorted(found)]
+        texts = {r.get("step", 0): length_text(r) for r in records}
+    return [texts[key] for key in sorted(texts)]
 
 
 def length_text(record: Mapping[str, Any]) -> str:
@@ -44,18 +47,18 @@ def length_text(record: Mapping[str, Any]) -> str:
 
 
 def values(records: Records, key: str) -> list[Any]:
-    """The different values of a key that are known, as they come."""
+    """The different known values of a key, in the order of the records."""
     return list({repr(r[key]): r[key] for r in records if r.get(key) is not None}.values())
 
 
 def differ_in_validation(records: Records) -> bool:
-    """Whether runs are validated on other files, or on what is held out of other data, or on more of it."""
+    """Whether runs are validated on different files, on what is held out of different data, or on more of it."""
     sets = {repr(r.get("validation_path") or r["data_fingerprint"]) for r in records if r.get("data_fingerprint")}
     return len(sets) > 1 or len(values(records, "validation_tokens")) > 1
 
 
 def cautions(records: Records) -> list[str]:
-    """What a reader of a comparison has to know of the runs that are compared, a sentence each."""
+    """Sentences on the differences between the runs that are compared, for the reader of the comparison."""
     return [
         *_of_lengths(records),
         *_of_data(records),
@@ -75,34 +78,34 @@ def _of_lengths(records: Records) -> list[str]:
 
 
 def _of_data(records: Records) -> list[str]:
-    found = []
+    sentences = []
     if len(values(records, "data_fingerprint")) > 1:
         named = [", ".join([r["dataset"], *map(str, r["path"])]) for r in records if "dataset" in r]
-        found.append(f"The runs were trained on different data{_of(named)}.")
+        sentences.append(f"The runs were trained on different data{_of(named)}.")
     if differ_in_validation(records):
-        found.append("The runs were validated on different data, so losses and accuracies are not ranked.")
+        sentences.append("The runs were validated on different data, so losses and accuracies are not ranked.")
     if len(values(records, "tokenizer_fingerprint")) > 1:
         named = [str(r["tokenizer"]) for r in records if "tokenizer" in r]
-        found.append(f"The runs have different tokenizers{_of(named)}: numbers by token are not ranked.")
-    return found
+        sentences.append(f"The runs have different tokenizers{_of(named)}: numbers by token are not ranked.")
+    return sentences
 
 
 def _of(named: Sequence[str]) -> str:
-    """The different ones of some names in brackets, nothing where they are the same."""
+    """The different ones among some names, in brackets; empty where all are the same."""
     return f" ({listed(different)})" if len(different := list(dict.fromkeys(named))) > 1 else ""
 
 
 def _of_machines(records: Records) -> list[str]:
-    found = []
+    sentences = []
     for key, name in MACHINE.items():
         if len(values(records, key)) > 1:
             counted = Counter(str(r[key]) for r in records if r.get(key) is not None)
             text = listed([f"{value} ({count} runs)" if count > 1 else value for value, count in counted.items()])
-            found.append(f"The runs differ in {name}: {text}. Times and memory are not ranked.")
+            sentences.append(f"The runs differ in {name}: {text}. Times and memory are not ranked.")
     for key, name in VERSIONS.items():
         if len(different := values(records, key)) > 1:
-            found.append(f"The runs differ in their {name}: {listed([short_version(one) for one in different])}.")
-    return found
+            sentences.append(f"The runs differ in their {name}: {listed([short_version(one) for one in different])}.")
+    return sentences
 
 
 def short_version(version: object) -> str:
@@ -115,24 +118,25 @@ def _of_seeds(records: Records) -> list[str]:
     seeds: dict[str, set[int]] = {}
     for record in records:
         seeds.setdefault(record["name"], set()).add(record["seed"])
-    if len({frozenset(found) for found in seeds.values()}) < 2:
+    if len({frozenset(seeds_of_point) for seeds_of_point in seeds.values()}) < 2:
         return []
     return ["The points were not run with the same seeds; differences are of the seeds that two points share."]
 
 
 def _of_trouble(records: Records) -> list[str]:
-    """Steps without a finite loss, and configurations that changed on the way."""
-    found = []
+    """Sentences on steps without a finite loss, and on configurations that changed on the way."""
+    # Both leave no trace in the measures: means over steps leave such steps out, and the end is all that is compared.
+    sentences = []
     if bad := [record for record in records if record.get("nonfinite_steps")]:
         steps = sum(record["nonfinite_steps"] for record in bad)
-        found.append(
+        sentences.append(
             f"{steps} step{'' if steps == 1 else 's'} had no finite loss, in {_runs(bad)}: means over steps leave "
             "them out."
         )
     if changed := [record for record in records if record.get("changed_keys")]:
         keys = listed(sorted({key for record in changed for key in record["changed_keys"]}))
-        found.append(f"The configuration ({keys}) was changed on the way in {_runs(changed)}: run.json says when.")
-    return found
+        sentences.append(f"The configuration ({keys}) was changed on the way in {_runs(changed)}: run.json says when.")
+    return sentences
 
 
 def _runs(records: Records) -> str:

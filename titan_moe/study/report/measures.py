@@ -1,4 +1,4 @@
-"""The measures of a run: what results.jsonl has of it, and how a report calls and writes it."""
+"""The measures of a run: their keys in results.jsonl, and how a report names and formats them."""
 
 from typing import NamedTuple
 

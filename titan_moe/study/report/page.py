@@ -53,7 +53,7 @@ class Page(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A report that was written, and what it found, a sentence each."""
+    """A report that was written, and its findings, a sentence each."""
 
     path: Path
     findings: Sequence[str]
@@ -69,10 +69,11 @@ class Block(NamedTuple):
 
 
 def study_report(study: Study, runs: Sequence[Run], refresh: float | None = None) -> Written:
-    """Write the report of a study into its folder; with `refresh` the page loads itself anew after these seconds."""
+    """Write the report of a study into its folder; with `refresh` the page loads itself again after so many seconds."""
+    # The command line is the last layer of the configuration. No file of the study shows it, so the page does.
     section = study.section
     given = flatten(study.config[-1].table)
-    changed = [f"{key} = {' '.join(found.words)}" for key, found in given.items() if key != "data.cache_folder"]
+    changed = [f"{key} = {' '.join(value.words)}" for key, value in given.items() if key != "data.cache_folder"]
     page = Page(
         section.title or study.name,
         section.mirrors,
@@ -87,7 +88,8 @@ def study_report(study: Study, runs: Sequence[Run], refresh: float | None = None
 
 
 def write_report(page: Page, runs: Sequence[Run], folder: Path, refresh: float | None = None) -> Written:
-    """Write everything that a report consists of."""
+    """Write a report into `folder`: results.jsonl, table.md, figures and report.html."""
+    # Runs of different length also get a second table, at the most tokens that all have seen: in it they are ranked.
     entries = read_entries(runs)
     summaries = summarize(entries)
     axes = axes_of(page.labels, runs)
@@ -97,11 +99,15 @@ def write_report(page: Page, runs: Sequence[Run], folder: Path, refresh: float |
     blocks = [block("Table", summaries, axes, page.report)]
     if common is not None:
         blocks.append(block(f"At {common[0]:,} tokens, the most that all have seen", common[1], axes, page.report))
+
+    # What a reader has to know stands in the Markdown and the page alike.
     missing = baseline_note(common[1] if common else summaries, page.baseline, axes)
     warnings = [*page.about, *notes(summaries, axes), *missing]
     write_atomic(folder / "table.md", markdown(blocks, warnings))
     with theme.style():
         sections = draw(page, summaries, common, axes, folder / "figures")
+
+    # The template formats nothing: numbers and names come to it as text.
     context = {
         "page": page,
         "blocks": blocks,
@@ -119,18 +125,18 @@ def write_report(page: Page, runs: Sequence[Run], folder: Path, refresh: float |
         "colours": list(zip(theme.LIGHT, theme.DARK, strict=True)),
     }
     write_atomic(folder / "report.html", render(context))
-    said = [one.finding.text for one in blocks[-1:] if one.finding] + [one.comparisons for one in blocks[-1:]]
-    return Written(folder / "report.html", [*filter(None, said), *warnings])
+    sentences = [item.finding.text for item in blocks[-1:] if item.finding] + [item.comparisons for item in blocks[-1:]]
+    return Written(folder / "report.html", [*filter(None, sentences), *warnings])
 
 
 def length_text(summaries: Sequence[Summary]) -> str:
-    """How long the compared runs are, where they are alike in it."""
-    found = lengths(counted_results(compared(summaries)))
-    return f"{found[0]} a run" if len(found) == 1 else ""
+    """How long the compared runs are, empty where they differ in length."""
+    texts = lengths(counted_results(compared(summaries)))
+    return f"{texts[0]} a run" if len(texts) == 1 else ""
 
 
 def block(title: str, summaries: Sequence[Summary], axes: Sequence[AxisInfo], report: Sequence[str]) -> Block:
-    """The table of some points and what it says."""
+    """The table of some points, with the sentence on the best one."""
     columns = [
         c for c in dict.fromkeys((*COLUMNS, *report)) if any(c in {*s.measures, *s.nonfinite} for s in summaries)
     ]
@@ -156,7 +162,8 @@ def draw(
     axes: Sequence[AxisInfo],
     folder: Path,
 ) -> list[dict[str, Any]]:
-    """Draw all figures into `folder` and give them, embedded, by section; files of figures no longer drawn go."""
+    """Draw all figures into `folder`, and return them as SVG to embed, by section of the page."""
+    # Runs of different length are ranked and paired at a common one; curves show all that was measured.
     tokens, ranked = common or (0, summaries)
     when = f", at {tokens:,} tokens" if common else ""
     panels = {
@@ -167,19 +174,23 @@ def draw(
         "Curves": curve_panels(summaries, axes, page.curves),
         "Load of the experts": load_panel(summaries, axes),
     }
+
+    # A section without figures has no title either.
     folder.mkdir(exist_ok=True)
-    kept = set()
+    file_names = set()
     sections = []
-    for title, found in panels.items():
+    for title, section_panels in panels.items():
         shown = []
-        for panel in found:
+        for panel in section_panels:
             svg = theme.save_figure(panel.figure, folder, panel.name)
-            kept |= {f"{panel.name}.png", f"{panel.name}.svg"}
+            file_names |= {f"{panel.name}.png", f"{panel.name}.svg"}
             shown.append({"caption": panel.caption, "name": panel.name, "svg": embed(panel, svg)})
         if shown:
             sections.append({"title": title, "panels": shown})
+
+    # Figures of an earlier report that are no longer drawn would contradict this one.
     for path in folder.iterdir():
-        if path.name not in kept and path.suffix in (".png", ".svg"):
+        if path.name not in file_names and path.suffix in (".png", ".svg"):
             path.unlink()
     return sections
 
@@ -211,10 +222,11 @@ class Table(NamedTuple):
 
 
 def table(summaries: Sequence[Summary], axes: Sequence[AxisInfo], places: Mapping[str, Standing | None]) -> Table:
-    """The axes, how many seeds and how long, each measure with its interval, how far the loss is from the lowest.
+    """A row for each point: axes, seeds, length, each measure with its interval, the difference to the lowest loss.
 
-    Marks say what the paired intervals do: one best point, or all that are level with the best mean.
+    Marks say what the paired intervals say: one best point, or all that are level with the best mean.
     """
+    # The length is a column only where it differs: else it stands once on the page.
     lead = places.get("loss")
     differ = len(lengths(counted_results([s for s in summaries if s.counted]))) > 1
     head = [(axis.label, "") for axis in axes] or [("point", "")]
@@ -222,6 +234,8 @@ def table(summaries: Sequence[Summary], axes: Sequence[AxisInfo], places: Mappin
     for measure in places:
         head.append((MEASURES[measure].label, MEASURES[measure].unit))
         head += [("loss above the lowest", "paired by seed")] if lead and measure == "loss" else []
+
+    # The difference to the lowest loss is paired by seed, so that it says more than the two means beside it.
     rows = []
     for summary in summaries:
         cells = [Cell(value_text(summary.point[axis.id]), is_number=axis.is_numeric) for axis in axes]
@@ -237,18 +251,18 @@ def table(summaries: Sequence[Summary], axes: Sequence[AxisInfo], places: Mappin
 
 
 def measure_cell(summary: Summary, measure: str, place: Standing | None) -> Cell:
-    """The mean of a measure with its interval and its mark; of how many runs it is no number, where it is none."""
-    found = summary.measures.get(measure)
-    if found is None:
+    """The mean of a measure with its interval and its mark; where it is NaN, in how many runs."""
+    value = summary.measures.get(measure)
+    if value is None:
         bad = summary.nonfinite.get(measure)
         return Cell(f"NaN in {bad} of {len(summary.counted)}" if bad else "-")
     is_marked = place is not None and any(summary is one for one in place.marked)
     mark = "" if place is None or not is_marked else BEST if place.is_clear else LEVEL
-    return Cell(*number_text(measure, found), mark)
+    return Cell(*number_text(measure, value), mark)
 
 
 def seeds_cell(summary: Summary) -> str:
-    """How many runs of a point count, of how many; how far it is where none has finished."""
+    """How many runs of a point count, and of how many; the step it is at where none has finished."""
     if not summary.is_ranked:
         steps = [entry.status.step for entry in summary.entries]
         return f"at step {max(steps)}" if max(steps) else "none"
@@ -257,19 +271,19 @@ def seeds_cell(summary: Summary) -> str:
 
 
 def range_text(summary: Summary, key: str) -> str:
-    """A length of a point's runs, from the least to the most."""
-    found = sorted({entry.result[key] for entry in summary.counted if entry.result.get(key) is not None})
-    return " to ".join(f"{value:,}" for value in dict.fromkeys((found[0], found[-1]))) if found else "-"
+    """The step or the tokens that a point's runs have come to, from the least to the most."""
+    numbers = sorted({entry.result[key] for entry in summary.counted if entry.result.get(key) is not None})
+    return " to ".join(f"{value:,}" for value in dict.fromkeys((numbers[0], numbers[-1]))) if numbers else "-"
 
 
 def difference(summary: Summary, lead: Summary) -> Cell:
-    """How far the loss of a point is above the lowest, paired by seed."""
+    """How far the loss of a point is above that of `lead`, paired by seed."""
     if summary is lead:
         return Cell("0")
-    found = paired_difference(summary, lead, "loss") if summary.is_ranked else None
-    if found is None:
+    gap = paired_difference(summary, lead, "loss") if summary.is_ranked else None
+    if gap is None:
         return Cell("-")
-    return Cell(format(found.mean, "+.4f"), "" if math.isnan(found.half) else format(found.half, ".4f"))
+    return Cell(format(gap.mean, "+.4f"), "" if math.isnan(gap.half) else format(gap.half, ".4f"))
 
 
 LEGEND = (
@@ -280,22 +294,23 @@ LEGEND = (
 
 
 def markdown(blocks: Sequence[Block], warnings: Sequence[str]) -> str:
-    """The tables as Markdown, with what they say; the best of each column is bold, where there is one."""
+    """The tables as Markdown, each with its findings; the best of each column is bold, where there is one."""
 
     def text(cell: Cell) -> str:
         shown = plain(f"{cell.text} ± {cell.half}" if cell.half else cell.text)
         return f"**{shown}**" if cell.mark == BEST else f"{shown} {cell.mark}".rstrip()
 
+    # Names of axes and points are users' text, so `plain` escapes what Markdown would read.
     parts = []
-    for made in blocks:
-        lines = [f"{plain(made.title)}:", ""] if len(blocks) > 1 else []
+    for item in blocks:
+        lines = [f"{plain(item.title)}:", ""] if len(blocks) > 1 else []
         lines.append(
-            "| " + " | ".join(plain(f"{title} ({unit})" if unit else title) for title, unit in made.table.head) + " |"
+            "| " + " | ".join(plain(f"{title} ({unit})" if unit else title) for title, unit in item.table.head) + " |"
         )
-        lines.append("|" + "---|" * len(made.table.head))
-        lines += ["| " + " | ".join(text(cell) for cell in cells) + " |" for _, cells in made.table.rows]
-        said = " ".join(filter(None, [made.finding.text if made.finding else "", made.comparisons]))
-        parts.append("\n".join([*lines, *(["", plain(said)] if said else [])]))
+        lines.append("|" + "---|" * len(item.table.head))
+        lines += ["| " + " | ".join(text(cell) for cell in cells) + " |" for _, cells in item.table.rows]
+        sentences = " ".join(filter(None, [item.finding.text if item.finding else "", item.comparisons]))
+        parts.append("\n".join([*lines, *(["", plain(sentences)] if sentences else [])]))
     parts.append(LEGEND.replace(f"{BEST}:", "Bold:"))
     parts += ["\n".join(f"- {plain(note)}" for note in warnings)] if warnings else []
     return "\n\n".join(parts) + "\n"
@@ -307,7 +322,8 @@ def point_context(summary: Summary, axes: Sequence[AxisInfo]) -> dict[str, Any]:
 
 
 def run_context(entry: Entry) -> dict[str, Any]:
-    """A run with its configuration in full: as it ran where it has begun, else as it will."""
+    """A run with its whole configuration: as training wrote it where it has begun, else as the study asks for it."""
+    # What training wrote has every value resolved, such as batch sizes and the vocabulary's.
     written = entry.run.folder / "config.toml"
     config = written.read_text(encoding="utf-8") if written.exists() else to_toml(entry.run.config)
     loss = entry.result.get("loss")

@@ -12,7 +12,7 @@ from titan_moe.runtime.files import write_atomic
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Told apart by the colour-blind (after Okabe and Ito), each with a contrast of 3 or more; dark are those of dark mode.
+# Colours that the colour-blind can tell apart (after Okabe and Ito), each with a contrast of 3 or more to its page.
 LIGHT = ("#0072b2", "#d55e00", "#00805d", "#b5548c", "#a66f00", "#3290c5", "#5d5d5d", "#7b2d6b")
 DARK = ("#4fb3f0", "#ff8a4c", "#2ec79b", "#e79cc6", "#f0b429", "#a5d8ff", "#b8b8b8", "#c792ea")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -92,7 +92,7 @@ def new_figure(height: float, width: float = WIDTH) -> "Figure":
 def save_figure(figure: "Figure", folder: Path, name: str) -> str:
     """Write NAME.png and NAME.svg, dark on white; the SVG without its background."""
     figure.draw_without_rendering()
-    figure.set_layout_engine(None)  # what was laid out stays so: both files are drawn but once more
+    figure.set_layout_engine(None)  # keeps the layout, which would be computed again for each of the two files
     figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -102,16 +102,16 @@ def save_figure(figure: "Figure", folder: Path, name: str) -> str:
 
 
 def embedded(svg: str, name: str, label: str) -> str:
-    """The SVG of `save_figure` as an element of a page, whose colours are the report's variables."""
+    """The SVG of `save_figure` as an element of a page, its colours variables of the page, for light and dark mode."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for index, light in enumerate(LIGHT):
         svg = svg.replace(light, f"var(--series-{index})")
     svg = svg.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
-    # ids and references to them are of this figure alone
+    # matplotlib gives every figure the same ids; on one page each needs its own.
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
-    width, height = (float(found) for found in re.findall(r' (?:width|height)="([\d.]+)pt"', svg)[:2])
+    width, height = (float(size) for size in re.findall(r' (?:width|height)="([\d.]+)pt"', svg)[:2])
     head = f'<svg role="img" aria-label="{label}" style="max-width:{width * 4 / 3:.0f}px" '
     return re.sub(r'^<svg ([^>]*?)width="[\d.]+pt" ?|(?<=^)<svg ', lambda _: head, svg, count=1).replace(
         f' height="{height:g}pt"', "", 1

@@ -1,0 +1,83 @@
+"""Validation in the course of training: the loss on held-out data, and how far the routing has drifted."""
+
+import torch
+from torch import Tensor
+
+from titan_moe.build import degrees_of
+from titan_moe.data.build import resolve_batch_sizes, token_bytes
+from titan_moe.divergence import SkippedSteps, stop_if_diverged
+from titan_moe.dump_folder import METRICS
+from titan_moe.job import Job, compiles
+from titan_moe.metrics import eval_metrics, to_numbers
+from titan_moe.parallelize.context_parallel import own_positions
+from titan_moe.probe import of_whole_sequences, rehearse, routing_choices, routing_drift
+from titan_moe.records import Record, write_record
+from titan_moe.resume import Progress
+from titan_moe.runtime import world
+from titan_moe.sinks.files import has_record
+from titan_moe.sinks.sink import Sink
+from titan_moe.step import evaluate
+
+
+def validate(job: Job, sinks: Sink, progress: Progress) -> Progress:
+    """Evaluate on the held-out data and record it for the step of `progress`; the progress with this validation in it.
+
+    The drift that is recorded is between the choices of experts at the validation before and those of now.
+    Raises DivergedError, after the record, where the loss is NaN or infinite.
+    """
+    assert job.data.validation is not None
+    choices = probe(job)
+    bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
+    output = evaluate(job.model, job.data.validation(), bytes_V)
+
+    record: Record = {"step": progress.step, "kind": "validation", **eval_metrics(output)}
+    if output.load.numel():
+        record["load/experts"] = output.load  # each expert's, and a heatmap
+    if progress.choices is not None and choices is not None and job.runtime.is_main:
+        record["routing_drift"] = routing_drift(progress.choices, choices)
+
+    # It is judged once it is written, so that metrics.jsonl shows what ended the run.
+    (record,) = to_numbers([record])
+    write_record(sinks, record)
+    stop_if_diverged(record, SkippedSteps())
+    return progress._replace(choices=choices, validation_due=False)
+
+
+def probe(job: Job) -> Tensor | None:
+    """The experts chosen on this rank's first batch of validation, None for a dense model. The main rank's count.
+
+    They are of whole sequences, also where each rank has a part of them, so that the drift does not depend on that.
+    """
+    assert job.data.validation is not None
+    if not job.config.moe.num_experts:
+        return None
+    tokens, labels = next(iter(job.data.validation()))
+    choices = routing_choices(job.model, tokens, labels)
+    rank, world = job.runtime.rank, job.runtime.world_size
+    positions = own_positions(job.config.training.seq_len, rank, degrees_of(job.config, world))
+    return choices if positions is None else of_whole_sequences(choices, positions, len(tokens), job.sequence_group)
+
+
+def make_up_validation(job: Job, sinks: Sink, progress: Progress) -> Progress:
+    """Validate at the step that the run goes on from, where its checkpoint was saved before its validation.
+
+    The choices of that validation can't be in the checkpoint, but come out the same. The rest of it is done only if the
+    run was cut off before it: if metrics.jsonl, which ends at that step, has no record of it.
+    """
+    training, rt = job.config.training, job.runtime
+    is_recorded = rt.is_main and has_record(job.folder / METRICS, progress.step, "validation")
+    is_recorded = world.all_gather(is_recorded)[0]
+    if is_recorded and progress.step >= training.steps:
+        return progress  # no validation follows that these choices would be compared with
+
+    # Compiled code is to be made for the shape of training first, as it was in a run that nothing stopped.
+    if compiles(job.config, rt.device):
+        degrees = degrees_of(job.config, rt.world_size)
+        _, sequences = resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
+        length = training.seq_len // degrees.per_sequence
+        tokens = torch.zeros(sequences, length, dtype=torch.int64, device=rt.device)
+        rehearse(job.model, tokens, tokens)
+
+    if is_recorded:
+        return progress._replace(choices=probe(job), validation_due=False)
+    return validate(job, sinks, progress)
