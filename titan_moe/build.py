@@ -10,6 +10,7 @@ from torch import nn
 
 from titan_moe.balancer import BALANCERS, Balancer
 from titan_moe.config import Config, find_component
+from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import Data, build_data
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
 from titan_moe.model.moe import InitState
@@ -122,8 +123,8 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
     A balancer that takes no `coeff` is as it is, with coefficient 1.
     """
     balancers = {}
-    for name, arguments in config.balancer.items():
-        builder = find_component(BALANCERS, name)
+    for name, component, arguments in balancer_tables(config):
+        builder = find_component(BALANCERS, component)
         default = inspect.signature(builder).parameters.get("coeff")
         if default is None:
             balancers[name] = (1.0, builder(**arguments))

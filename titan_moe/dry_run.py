@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from titan_moe.balancer import Balancer
 from titan_moe.build import build_balancers, build_router
 from titan_moe.config import Config
+from titan_moe.config.sections import balancer_tables
 from titan_moe.model.moe import linear_router
 from titan_moe.model.routing import ParametricRouter, Router, Routing
 from titan_moe.model.routing.common import OFFERED, asked_for
@@ -40,28 +41,27 @@ def check_parts(config: Config) -> None:
     router = build_router(config)  # builders name their keys themselves
 
     with torch.random.fork_rng(devices=[]):
-        with blamed("router", config.router.name):
+        with blamed(f"router {config.router.name}", config.router.name):
             routing = dry_routing(router, config.model.dim, config.moe.num_experts, bias_E)
             check_routing(routing, config.moe.num_experts)
-        for name, balancer in balancers.items():
-            with blamed("balancer", name):
-                check_loss(balancer, routing)
-                check_post_step(balancer, routing)
+        for label, component, _ in balancer_tables(config):
+            with blamed(f"balancer {label}", component):
+                check_loss(balancers[label], routing)
+                check_post_step(balancers[label], routing)
 
 
 @contextlib.contextmanager
-def blamed(kind: str, name: str) -> Iterator[None]:
-    """Put `kind` and `name` before the errors inside; of faults of a part from outside say where they are, too."""
-    part, is_own = f"{kind} {name}", ":" not in name
+def blamed(part: str, component: str) -> Iterator[None]:
+    """Put the part's name before the errors inside; of faults of a component from outside say where they are, too."""
     try:
         yield
     except WrongResultError as error:
         raise ValueError(f"{part}: {error}") from error
     except Exception as error:
-        if is_own:  # what ours raise speaks of their keys, and anything else is a fault of this package
+        if ":" not in component:  # what ours raise speaks of their keys, and anything else is a fault of this package
             raise
         frames = traceback.extract_tb(error.__traceback__)
-        file = name.partition(":")[0].replace(".", "/")
+        file = component.partition(":")[0].replace(".", "/")
         last = next((f for f in reversed(frames) if file in f.filename.replace("\\", "/")), frames[-1])
         what = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{part}: {what} ({Path(last.filename).name}:{last.lineno})") from error

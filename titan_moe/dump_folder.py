@@ -17,6 +17,7 @@ from titan_moe.checkpoint.folder import read_manifest, scan
 from titan_moe.checkpoint.state import read_common
 from titan_moe.config import Config, read_saved, to_toml
 from titan_moe.config.differences import ANOTHER_MODEL, Changes, changed_meaning, counts, texts
+from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import is_streamed, resolve_batch_sizes
 from titan_moe.data.tokenizer import load_tokenizer
 from titan_moe.job import Job
@@ -104,7 +105,7 @@ def _refuse_another_model(job: Job, before: Before, changes: Changes) -> None:
     # A selection bias is a part of the model, there if a balancer moves it. Only balancers of the registry and of this
     # configuration are asked: another that a saved configuration names may be code that nobody here has chosen to run.
     another = {key: values for key, values in changes.items() if key in ANOTHER_MODEL}
-    known = before.config.balancer.keys() <= BALANCERS.keys() | job.config.balancer.keys()
+    known = _balancers(before.config) <= BALANCERS.keys() | _balancers(job.config)
     if known and _balancer_tensors(before.config) != _balancer_tensors(job.config):
         another |= {key: values for key, values in changes.items() if key.startswith("balancer.")}
 
@@ -121,6 +122,11 @@ def _refuse_another_model(job: Job, before: Before, changes: Changes) -> None:
             f"{before.folder} is of another tokenizer: {'; '.join(texts(tokens))}: the one it was trained with is "
             f"data.tokenizer = '{before.folder}'; for another one give another job.dump_folder"
         )
+
+
+def _balancers(config: Config) -> set[str]:
+    """The components that a configuration's balancers are."""
+    return {table.component for table in balancer_tables(config)}
 
 
 def _balancer_tensors(config: Config) -> dict[str, tuple[int, ...]]:

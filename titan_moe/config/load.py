@@ -27,7 +27,17 @@ from titan_moe.config.schema import (
     parameters_of,
     unknown_key,
 )
-from titan_moe.config.sections import KINDS, LOAD_LR, REMOVED, SECTIONS, Component, Config, Optimizer
+from titan_moe.config.sections import (
+    KINDS,
+    LOAD_LR,
+    METRIC_NAMES,
+    REMOVED,
+    SECTIONS,
+    Component,
+    Config,
+    Optimizer,
+    is_component,
+)
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 
 
@@ -89,7 +99,7 @@ def _merge(tables: Tables, section: str, content: Any, origin: str) -> Tables:
     if not isinstance(content, dict):
         raise key_error(origin, section, f"must be a table: [{section}]", content)
     merged = dict(tables)
-    for path, table in _split(section, content, origin).items():
+    for path, table in _split(section, content, origin, tables).items():
         if table is None:
             merged.pop(path, None)
             continue
@@ -107,8 +117,11 @@ def _merge(tables: Tables, section: str, content: Any, origin: str) -> Tables:
     return merged
 
 
-def _split(section: str, content: dict[str, Any], origin: str) -> dict[str, dict[str, Any] | None]:
-    """A section's own keys and the tables within it, by their paths; None for one that NAME = false takes away."""
+def _split(section: str, content: dict[str, Any], origin: str, tables: Tables) -> dict[str, dict[str, Any] | None]:
+    """A section's own keys and the tables within it, by their paths; None for one that NAME = false takes away.
+
+    `tables` are those so far: they have the instances of balancers that may go without a name here.
+    """
     if section not in ("balancer", "optimizer"):
         return {section: content}
     inner = [name for name in (content if section == "balancer" else GROUP_PATTERNS) if name in content]
@@ -116,7 +129,8 @@ def _split(section: str, content: dict[str, Any], origin: str) -> dict[str, dict
     found: dict[str, dict[str, Any] | None] = {section: own} if section == "optimizer" else {}
     for name in inner:
         path, table = f"{section}.{name}", content[name]
-        if section == "balancer":  # named by its table, so the name has to be right where that is empty or off, too
+        if section == "balancer" and not (path in tables or (isinstance(table, dict) and "name" in table)):
+            # Named by its table, so the name has to be right where that is empty or off, too.
             parameters_of(KINDS[section], name, origin, path)
         on = isinstance(table, dict) or check_value(bool, table, origin, path)
         found[path] = None if not on else table if isinstance(table, dict) else {}
@@ -147,7 +161,7 @@ def _annotations(path: str, tables: Tables) -> dict[str, Any]:
     if path in SECTIONS and path not in KINDS:
         return get_type_hints(SECTIONS[path], include_extras=True)
     annotations = {key: parameter.annotation for key, parameter in _parameters(path, tables).items()}
-    return annotations if path.startswith("balancer.") else {**annotations, "name": str}
+    return {**annotations, "name": str} if _has_name(path) else annotations
 
 
 def _parameters(path: str, tables: Tables) -> dict[str, Parameter]:
@@ -160,11 +174,23 @@ def _parameters(path: str, tables: Tables) -> dict[str, Parameter]:
 def _named(path: str, tables: Tables) -> tuple[str, str, str]:
     """The name of the component that a table is for, the origin of that name, and the key that has it."""
     section, _, label = path.partition(".")
-    if section == "balancer":
+    if section == "balancer" and not _has_name(path):
         return label, "configuration", path
+    if section == "balancer":
+        given = tables[path]["name"]
+        if not label.isidentifier() or label in METRIC_NAMES:
+            message = "a balancer with a name of its own is called by letters, digits and _, and not as another metric"
+            raise key_error(given.origin, path, message)
+        return check_value(str, given.value, given.origin, f"{path}.name"), given.origin, f"{path}.name"
     where = path if "name" in tables[path] else section  # a group that names no optimizer has that of [optimizer]
     given = tables[where]["name"]
     return given.value, given.origin, f"{where}.name"
+
+
+def _has_name(path: str) -> bool:
+    """Whether a component's table has a key `name`: a balancer's, unless the table is called as a component."""
+    section, _, label = path.partition(".")
+    return section != "balancer" or not is_component(label)
 
 
 def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
@@ -185,7 +211,7 @@ def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
     takers = [name for name, builder in kind.registry.items() if key in inspect.signature(builder).parameters]
     if takers:
         return key_error(origin, dotted, f"unknown argument here; it belongs to {', '.join(takers)}")
-    first = () if section == "balancer" else ("name", *GROUP_PATTERNS) if path == "optimizer" else ("name",)
+    first = () if not _has_name(path) else ("name", *GROUP_PATTERNS) if path == "optimizer" else ("name",)
     return unknown_key(origin, dotted, tuple({**dict.fromkeys(first), **annotations}), "argument")
 
 
@@ -224,8 +250,10 @@ def _arguments(path: str, tables: Tables) -> dict[str, Any]:
     """The arguments of a component in the order of its signature, with those defaults that TOML can hold."""
     name, origin, _ = _named(path, tables)
     given, arguments = _values(path, tables), {}
-    if not path.startswith("balancer."):  # whose tables have no key for the name
+    if _has_name(path):
         del given["name"]
+    if path.startswith("balancer.") and _has_name(path):  # an instance: kept with its arguments, which are all it has
+        arguments["name"] = name
     for key, (_, default) in _parameters(path, tables).items():
         if key in given:
             arguments[key] = given[key]
