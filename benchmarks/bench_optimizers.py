@@ -33,9 +33,8 @@ from titan_moe.balancer import BALANCERS
 from titan_moe.model.routing.token_choice import topk_softmax
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.combined import Combined, combine, may_step
 from titan_moe.optimizer.groups import parameter_groups
-from titan_moe.optimizer.matrix import MatrixOptimizer
+from titan_moe.optimizer.optimizer import combine
 from titan_moe.step import train_step
 
 TOP_K, VOCAB, SEQ, MICRO_BATCH = 2, 2048, 512, 4
@@ -104,19 +103,17 @@ class Side:
         """Seconds of the optimizer's step alone, on gradients known to be finite, as in training."""
         for parameter, gradient in zip(self.model.parameters(), gradients, strict=True):
             parameter.grad = gradient
-        may_step(self.optimizer, torch.ones((), dtype=torch.bool, device=self.device))
-        spent = seconds(self.optimizer.step, self.device)
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        spent = seconds(lambda: self.optimizer.step(finite=finite), self.device)
         self.optimizer.zero_grad()
         return spent
 
     def set(self, offset: int | None = None, **settings: Any) -> None:
         """Change settings of the experts' group, and give all tensors the same offset."""
         self.group.update(settings)
-        part = self.optimizer.parts[self.name] if isinstance(self.optimizer, Combined) else self.optimizer
-        if isinstance(part, MatrixOptimizer):
-            if offset is not None:
-                part._offsets = dict.fromkeys(part._offsets, offset)
-            part._transforms.clear()
+        offsets = self.optimizer._offsets
+        self.optimizer._prepare()
+        self.optimizer._offsets = offsets if offset is None else dict.fromkeys(offsets, offset)
 
     def skip_to(self, *, observing: bool, rooting: bool, before: int = 0) -> None:
         """Move to a late step that takes statistics or not, and computes roots or not, or to so many steps before."""

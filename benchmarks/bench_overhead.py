@@ -29,7 +29,7 @@ from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
-from titan_moe.optimizer.load_lr import expand_load_lr, step_by_load
+from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.records import speed_record, train_record, write_record
 from titan_moe.runtime.world import read_world
 from titan_moe.sinks.files import jsonl
@@ -90,7 +90,7 @@ def load_lr(name: str) -> tuple[Side, Side]:
         def part() -> float:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
-            spent = seconds(lambda: step_by_load(optimizer, load_LE))
+            spent = seconds(lambda: optimizer.step(load=load_LE))
             optimizer.zero_grad()
             return spent
 

@@ -33,6 +33,7 @@ from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.context_parallel import own_positions
 from titan_moe.parallelize.expert_parallel import apply_ep
 from titan_moe.parallelize.mesh import Degrees, Meshes, build_mesh
@@ -74,7 +75,7 @@ def meshes(name: str) -> Meshes | None:
 
 
 @functools.cache
-def build(name: str) -> tuple[Transformer, torch.optim.Optimizer]:
+def build(name: str) -> tuple[Transformer, Optimizer]:
     """The case's model and AdamW in this process."""
     num_experts, width, _ = CASES[name]
     with torch.device("meta"):

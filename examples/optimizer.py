@@ -1,10 +1,18 @@
-"""An optimizer of one's own, `[optimizer] name = "examples.optimizer:Lion"`: any class of torch.optim's kind."""
+"""Optimizers of one's own: `Lion`, any class of torch.optim's kind, and `lars`, a transform of each expert's matrix.
+
+[optimizer]
+name = "examples.optimizer:lars"
+"""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
+
+from titan_moe.optimizer.build import optimizer_of
+from titan_moe.optimizer.transform import State, Tick, Transform, momentum
 
 
 class Lion(Optimizer):
@@ -33,3 +41,18 @@ class Lion(Optimizer):
                 direction = momentum.lerp(p.grad, 1 - group["beta1"]).sign()
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
                 momentum.lerp_(p.grad, 1 - group["beta2"])
+
+
+def trust_ratio(*, beta1: float = 0.9, smallest_norm: float = 1e-3) -> Transform:
+    """Momentum as long as the matrix that it moves (You et al., 2017); a smaller matrix counts as `smallest_norm`."""
+    average = momentum(beta1)
+
+    def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
+        mean = average.update(gradient, state, tick)  # (R, M, N), R experts
+        length = torch.linalg.matrix_norm(tick.weight(), keepdim=True).clamp(min=smallest_norm)  # (R, 1, 1)
+        return mean * (length / torch.linalg.matrix_norm(mean, keepdim=True).clamp(min=1e-12))
+
+    return Transform(average.init, update)
+
+
+lars = optimizer_of(trust_ratio, "lars")

@@ -405,7 +405,6 @@ def optimizers(results: Results) -> None:
     """
     from titan_moe.build import build_model, build_optimizer
     from titan_moe.config import load_config
-    from titan_moe.optimizer.combined import may_step
 
     layers = results.sizes.layers if results.tiny else results.sizes.layers // 3
     scale = results.sizes.layers / layers
@@ -423,11 +422,10 @@ def optimizers(results: Results) -> None:
             before = torch.cuda.memory_allocated() if CUDA else 0
             optimizer = build_optimizer(load_config([*arguments, f"--optimizer.expert.name={name}"]), model)
 
-            def update(optimizer: torch.optim.Optimizer = optimizer) -> None:
+            def update(optimizer: Any = optimizer) -> None:
                 for parameter, gradient in zip(model.parameters(), gradients, strict=True):
                     parameter.grad = gradient
-                may_step(optimizer, finite)
-                optimizer.step()
+                optimizer.step(finite=finite)
 
             begin = time.perf_counter()
             update()

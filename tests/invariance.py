@@ -20,6 +20,7 @@ from titan_moe.metrics import maxvio
 from titan_moe.model.transformer import Transformer
 from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.load_lr import expand_load_lr, rate_factors
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.mesh import Degrees
 from titan_moe.runtime.dtensor import gathered
 from titan_moe.step import train_step
@@ -108,7 +109,7 @@ def outcome(
     weighed = {name: (1.0 if balancer.moves_bias else 0.5, balancer) for name, balancer in built.items()}
     tokens, labels = own_part(batch(0, sequences), rank, world, degrees)
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
-    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    sgd = Optimizer.around(torch.optim.SGD(model.parameters(), lr=1.0))
     gradients: dict[str, Tensor] = {}
     names = {p: plain_name(name) for name, p in model.named_parameters()}
     sgd.register_step_pre_hook(lambda *_: gradients.update({n: full(p.grad) for p, n in names.items()}))

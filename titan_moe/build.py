@@ -17,9 +17,9 @@ from titan_moe.model.moe import InitState
 from titan_moe.model.routing import ROUTERS, ParametricRouter, Router, force_balanced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.combined import combine
 from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.optimizer.optimizer import Optimizer, combine
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
 from titan_moe.parallelize.context_parallel import own_positions
 from titan_moe.parallelize.float8 import quantize
@@ -34,6 +34,8 @@ from titan_moe.runtime.world import Runtime
 def build_model(config: Config) -> Transformer:
     """Build the model of a config whose vocab_size is known, on the current default device (`meta`: no memory)."""
     model, moe = config.model, config.moe
+
+    # A selection bias that nothing moves would be zeros in every checkpoint, so it is there only for a balancer.
     return Transformer(
         vocab_size=model.vocab_size,
         dim=model.dim,
@@ -64,6 +66,8 @@ def build_router(config: Config) -> Router | ParametricRouter:
     route, init = router if isinstance(router, ParametricRouter) else (router, None)
     if not callable(route):
         raise ValueError(f"router {config.router.name}: must give a function, gave {type(route).__name__}")
+
+    # The debug switch wraps the router here, so that no layer has to know of it.
     if config.debug.force_balanced_routing:
         route = force_balanced(route)
     return route if init is None else ParametricRouter(route, init)
@@ -71,9 +75,12 @@ def build_router(config: Config) -> Router | ParametricRouter:
 
 def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) -> Transformer:
     """Build the model on the meta device and parallelize it over `mesh` (None: one process)."""
+    # Without memory: a model may be larger than a process, which will have its shards alone.
     training = config.training
     with torch.device("meta"):
         model = build_model(config)
+
+    # What changes parameters and their products comes first: `parallelize` cuts and compiles what it is given.
     cast_parameters(model, DTYPES[training.dtype])
     quantize(model, **dataclasses.asdict(config.quantize))
     use_experts_backend(model, find_component(EXPERTS_BACKENDS, config.moe.experts_backend))
@@ -92,6 +99,7 @@ def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) 
 
 def degrees_of(config: Config, world_size: int) -> Degrees:
     """The sizes of the axes in a world of that many processes; ValueError for degrees that do not fit it or torch."""
+    # torchtitan's names for the keys, the short ones of meshes from here on.
     parallel = config.parallelism
     degrees = resolve_degrees(
         world_size=world_size,
@@ -135,20 +143,22 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
     return balancers
 
 
-def build_optimizer(
-    config: Config, model: nn.Module, patterns: Mapping[str, str] = GROUP_PATTERNS
-) -> torch.optim.Optimizer:
+def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str] = GROUP_PATTERNS) -> Optimizer:
     """Build the optimizer of [optimizer] over the model's parameter groups, with load-based rates if asked for.
 
     A group that names another optimizer gets from [optimizer] those arguments that this one takes. `patterns` tell
     the groups of a model whose parameters have other names than ours.
     """
-    arguments = {group: dict(own) for group, own in config.optimizer.groups.items()}
-    names = {group: own.pop("name") for group, own in arguments.items() if "name" in own}
+    # A group's name says who updates it; all else are settings of the group, among them the rates by load, which every
+    # optimizer takes.
+    arguments = {group: dict(table) for group, table in config.optimizer.groups.items()}
+    names = {group: table.pop("name") for group, table in arguments.items() if "name" in table}
     if "expert" in arguments:
         arguments["expert"] = expand_load_lr(arguments["expert"], top_k=config.moe.top_k)
     groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), arguments, patterns)
 
+    # What [optimizer] sets is meant for the optimizer named there. One that a group names takes what it knows of it,
+    # such as `lr`.
     def build(name: str, members: list[dict[str, Any]]) -> torch.optim.Optimizer:
         builder, shared = find_component(OPTIMIZERS, name), config.optimizer.arguments
         if name != config.optimizer.name:
@@ -167,6 +177,8 @@ def build_schedule(config: Config) -> Schedule:
 
 def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     """Prepare the tokenizer and this rank's batches, of each sequence its part."""
+    # Ranks that share sequences are neighbours, and read the same ones at different positions. One process of each node
+    # fills the cache, for nodes need not have a disk in common.
     data, training = config.data, config.training
     return build_data(
         **data_arguments(config),
@@ -186,6 +198,7 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
 
 def data_arguments(config: Config) -> dict[str, Any]:
     """What of [data], [training] and [validation] says which tokens there are, as arguments of `build_data`."""
+    # Nothing of ranks is among them, so an evaluation by one process reads the same tokens as the run did.
     data, training, validation = config.data, config.training, config.validation
     return {
         "dataset": data.dataset,

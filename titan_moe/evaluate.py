@@ -56,6 +56,7 @@ def main(args: list[str]) -> int:
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line: its own arguments, and `--section.key value` words for the configuration."""
+    # The arguments of this command. Keys of the configuration keep the names that they have in training.
     about = "Evaluate a checkpoint: loss, perplexity, accuracy, bits per byte, routing losses and MaxVio."
     parser = Parser("python -m titan_moe.evaluate", about)
     place = "step folder, or dump folder (its latest complete step)"

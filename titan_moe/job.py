@@ -26,6 +26,7 @@ from titan_moe.data.build import Data, resolve_batch_sizes
 from titan_moe.dry_run import check_parts
 from titan_moe.model.experts_backend import check_experts_backend
 from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.optimizer.schedule import Schedule
 from titan_moe.parallelize.float8 import check_quantize
 from titan_moe.parallelize.mesh import build_mesh
@@ -47,7 +48,7 @@ class Job(NamedTuple):
     runtime: Runtime
     data: Data
     model: Transformer
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     base_lrs: list[float]  # of the optimizer's groups, before the schedule
     schedule: Schedule
     balancers: Balancers
@@ -76,6 +77,7 @@ def start_processes(config: Config, rt: Runtime) -> None:
     if config.metrics.enable_wandb:
         check_wandb()
 
+    # One process that needs no mesh has nobody to talk to: without a process group it starts sooner.
     if needs_mesh(config, rt):
         with connecting(f"connecting {rt.world_size} processes"):
             world.init_process_group(rt, config.comm.init_timeout_seconds)
@@ -96,6 +98,7 @@ def needs_mesh(config: Config, rt: Runtime) -> bool:
 
 def build_job(config: Config, rt: Runtime) -> Job:
     """Build the run's parts, once `start_processes` has been called."""
+    # How many sequences a rank reads in a step, and in how many forward passes, follows from the layout.
     training = config.training
     degrees = degrees_of(config, rt.world_size)
     step_sequences, micro_batch_size = resolve_batch_sizes(
@@ -115,10 +118,13 @@ def build_job(config: Config, rt: Runtime) -> Job:
     model.init_weights(training.seed)
     world.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
 
+    # Sharding replaces the parameters: an optimizer that was built before would hold those from before it.
     optimizer = build_optimizer(config, model)
     log_parameters(config, model, optimizer)
     for caution in cautions(config):
         logger.warning(caution)
+
+    # Rates are kept as they are before the schedule, which multiplies them anew at each step.
     return Job(
         config=config,
         runtime=rt,
@@ -154,6 +160,7 @@ def check_gpu(rt: Runtime, training: Training) -> None:
             f"torchrun with --nproc_per_node {num_gpus}, or let CUDA_VISIBLE_DEVICES name more"
         )
 
+    # Older GPUs emulate bfloat16, or have no kernel for it: training would be slow, or end at the first product.
     key = next((key for key in ("mixed_precision_param", "dtype") if getattr(training, key) == "bfloat16"), None)
     if key is not None and torch.cuda.get_device_capability(rt.device) < (8, 0):
         raise ValueError(
@@ -196,20 +203,21 @@ def check_same_on_all_ranks(config: Config) -> None:
 
     Else they would train different models, or wait for each other in different collectives until the time limit.
     """
-    mine = {
+    # What a rank computes is decided by its configuration and by the code that reads it.
+    values = {
         **_keys(config),
         "version of titan_moe": __version__,
         "version of torch": str(torch.__version__),
     }
-    del mine["job.config_file"]  # where the configuration came from is not part of it
+    del values["job.config_file"]  # where the configuration came from is not part of it
 
     # There may be many ranks: they compare digests, and send each other the values only where these differ.
-    digests = world.all_gather(hashlib.sha256(repr(mine).encode()).hexdigest())
+    digests = world.all_gather(hashlib.sha256(repr(values).encode()).hexdigest())
     other_rank = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other_rank is None:
         return
-    all_keys = world.all_gather(mine)
-    first, other = all_keys[0], all_keys[other_rank]
+    all_values = world.all_gather(values)
+    first, other = all_values[0], all_values[other_rank]
     name = next(name for name in (*first, *other) if first.get(name) != other.get(name))
     raise ValueError(
         f"ranks have different configurations: {name} is {first.get(name, 'not set')} on rank 0 and "

@@ -101,6 +101,7 @@ def dead_experts(load: Tensor) -> Tensor:
 
 def train_metrics(output: StepOutput) -> dict[str, Tensor]:
     """Scalar tensors by the names of metrics.jsonl for one optimizer step."""
+    # Balance losses are before their coefficients, so that runs with different ones can be compared.
     metrics = {
         "loss": output.loss,
         **output.balance_losses,
@@ -156,11 +157,14 @@ def eval_metrics(output: EvalOutput) -> dict[str, Tensor]:
 
     The three routing losses are of the whole validation set at once, so they don't depend on how it was batched.
     """
+    # Sums over all batches and ranks become means only here: a mean of means would depend on how batches were cut.
     T = output.num_tokens.to(torch.float64)
     loss = output.loss_sum / T
     metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": output.num_correct / T}
     metrics["num_tokens"] = output.num_tokens
     metrics["bits_per_byte"] = output.loss_sum / math.log(2) / output.num_bytes
+
+    # The losses' formulas with load and probabilities of the whole set; a dense model has neither.
     if output.load.numel():
         metrics["aux_loss"] = (output.load / T * output.scores_sum / T).sum(-1).mean()
         metrics["z_loss"] = (output.z_loss_sum / T).mean()
@@ -179,6 +183,7 @@ def to_numbers(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Numbers pass through float64, so float32 values and counts below 2^53 are exact; integer tensors give int.
     """
+    # A copy from a GPU waits for it, so all scalars of all records share one.
     scalars: dict[torch.dtype, dict[tuple[int, str], Tensor]] = {}  # of each dtype, by number of the record and key
     for place, record in enumerate(records):
         for key, value in record.items():
@@ -191,6 +196,7 @@ def to_numbers(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     names = [name for values in scalars.values() for name in values]
     number_of = dict(zip(names, numbers, strict=True))
 
+    # Back to their records. A count passed through float64 and is a whole number again.
     def on_host(place: int, key: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value

@@ -15,7 +15,7 @@ from titan_moe.metrics import (
     train_metrics,
 )
 from titan_moe.model.transformer import Transformer
-from titan_moe.optimizer.combined import describe_group
+from titan_moe.optimizer.optimizer import describe_group
 from titan_moe.parallelize.grad import param_norm
 from titan_moe.runtime import machine
 from titan_moe.runtime.command import logger
@@ -47,8 +47,8 @@ def train_record(
     # Not for metrics.jsonl: the load becomes a heatmap, the rest says what was wrong with a step that was skipped.
     if output.load.numel():
         record["load"] = output.load
-    own = {SKIPPED: output.skipped, NONFINITE: output.nonfinite, GRADIENTS: output.nonfinite_gradients}
-    return record | {name: value for name, value in own.items() if value is not None}
+    judged = {SKIPPED: output.skipped, NONFINITE: output.nonfinite, GRADIENTS: output.nonfinite_gradients}
+    return record | {name: value for name, value in judged.items() if value is not None}
 
 
 def speed_record(
@@ -93,8 +93,11 @@ def size_record(config: Config, model: Transformer) -> Record:
 
 def log_parameters(config: Config, model: Transformer, optimizer: torch.optim.Optimizer) -> None:
     """Tell the model's size, and of each parameter group its size, learning rate and decay."""
+    # From the optimizer's groups and not from the configuration, where a rate may stand in one of several tables.
     size = size_record(config, model)
     logger.info("model: %s parameters, %s active a token", f"{size['parameters']:,}", f"{size['active_parameters']:,}")
+
+    # A group with another rate or decay than was meant shows here, before hours are spent on it.
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         logger.info(

@@ -58,11 +58,14 @@ def resume(job: Job) -> Progress:
     also where the checkpoint was saved with others. Raises ValueError, on every rank alike, where the dump folder is of
     another run.
     """
+    # A run without checkpoints begins anew each time, but not in the folder of another run.
     config = job.config.checkpoint
     if not config.enable:
         check_same_run(job, None)
         return Progress()
 
+    # The folder's run is compared with this one before anything of it is loaded: weights that happen to fit would go on
+    # in another run, and nobody would notice.
     folder = job.folder / config.folder
     if config.load_step >= 0:
         step_folder = resolve_checkpoint(folder / f"step-{config.load_step}", "checkpoint.load_step")
@@ -98,6 +101,7 @@ def load_run(job: Job, step_folder: Path) -> Progress:
         )
     job.data.train.load_state_dict(restored.extra["data"])
 
+    # Moments that start anew may show as a jump of the loss: whoever asked for it should see it in the log.
     if new_optimizer:
         logger.warning("resuming from %s with a new optimizer, as checkpoint.exclude says", step_folder)
     else:
@@ -107,14 +111,15 @@ def load_run(job: Job, step_folder: Path) -> Progress:
 
 def is_over(job: Job, progress: Progress) -> bool:
     """Whether nothing is left of a run: its steps, their last validation and the export are there; on every rank."""
-    config, over = job.config, False
+    # The main rank looks and tells the others: on a network's file system they could see another state of the folder.
+    config, finished = job.config, False
     if job.runtime.is_main and progress.step >= config.training.steps:
         _, validation = last_records(job.folder / METRICS)
         validated = validation is not None and validation["step"] >= progress.step
-        over = validated or not (progress.validation_due and config.validation.enable)
+        finished = validated or not (progress.validation_due and config.validation.enable)
         if has_export(config):
-            over = over and _exported_dtype(job.folder, progress.step) == config.checkpoint.export_dtype
-    return world.all_gather(over)[0]
+            finished = finished and _exported_dtype(job.folder, progress.step) == config.checkpoint.export_dtype
+    return world.all_gather(finished)[0]
 
 
 def set_later_aside(job: Job, step: int) -> int:
@@ -123,6 +128,7 @@ def set_later_aside(job: Job, step: int) -> int:
     Return the step up to which the metrics there stay: none where this run or the last one there has no checkpoints,
     as they are two runs then. A run without checkpoints leaves those that are there alone.
     """
+    # Checkpoints, exports and metrics of later steps belong to a course of the run that is left now.
     config, saved = job.config.checkpoint, job.folder / job.config.checkpoint.folder
     folders = [saved, job.folder / EXPORT] if config.enable else []
     same_run = config.enable and _had_checkpoints(job.folder)

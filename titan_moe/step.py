@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from titan_moe.balancer import Balancer, Scope, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.routing import Routing
-from titan_moe.optimizer.combined import clip_gradients, step_if_finite
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
 from titan_moe.runtime.world import all_reduce_sum, world_size
@@ -87,13 +86,12 @@ def train_step(
     # The norm is of all gradients, so a NaN or an infinity in any of them shows in it.
     squares = grad_squares(model.named_parameters())
     grad_norm = squares.norm()
-    clip_gradients(optimizer, grad_norm, max_norm)
     finite = is_finite(sums["total_loss"], grad_norm, sums.get("nonfinite"))
 
     # What the update did to each expert shows only beside the weights of before.
     experts = expert_parameters(model.named_parameters()) if measure_experts else {}
     before = copies(experts)
-    load_factors = step_if_finite(optimizer, sums["load"], finite)
+    load_factors = optimizer.step(load=sums["load"], grad_norm=grad_norm, max_norm=max_norm, finite=finite)
     optimizer.zero_grad()
 
     # The only write to model state outside the optimizer.
@@ -154,6 +152,7 @@ def load_counter(
 
     It takes the micro-batch's routings and its number of sequences; all ranks call it alike.
     """
+    # Each scope costs collectives, or a pass over all micro-batches, so only those are counted that a loss asks for.
     scopes = {balancer.scope for _, balancer in balancers.values() if balancer.has_loss}
     whole_LE = route_ahead(model, micro_batches) if "global_batch_exact" in scopes else None
     so_far: list[Tensor] = []  # (L, E) of each micro-batch, over all ranks
@@ -164,11 +163,15 @@ def load_counter(
 
     @torch.no_grad()
     def count_loads(routings: Sequence[Routing], sequences: int) -> Loads:
+        # Of this micro-batch alone: (E,) of each layer, or (B, E) where each sequence is to be balanced for itself.
         loads: dict[Scope, Sequence[Tensor]] = {}
         if "micro_batch" in scopes:
             loads["micro_batch"] = of_whole_sequences([r.tokens_per_expert for r in routings])  # (E,)
         if "sequence" in scopes:
             loads["sequence"] = of_whole_sequences([sequence_load(r, sequences) for r in routings])  # (B, E)
+
+        # Of the whole step, (E,) of each layer: all that has been routed so far, as later micro-batches are not known.
+        # The exact load is that of the pass ahead.
         if "global_batch" in scopes:
             so_far.append(all_reduce_sum(torch.stack([r.tokens_per_expert for r in routings])))
             loads["global_batch"] = sum_tensors(so_far).unbind()
@@ -276,6 +279,7 @@ def routing_sums(routings: Sequence[Routing]) -> Sums:
     Of router logits the 2-norms; of scores the largest; a flag, above 0 where a logit is NaN or infinite; and where
     choices can be lost, how many were, and how many tokens no expert computes. Nothing for a dense model.
     """
+    # Sums and not means, as they add up over micro-batches and ranks. The flag is a sum as well: a single NaN shows.
     if not routings:
         return {}
     sums = {
@@ -286,11 +290,11 @@ def routing_sums(routings: Sequence[Routing]) -> Sums:
     }
 
     # Counts become fp32 to travel with the other sums: exact up to 2^24.
-    kept = [(r, r.kept) for r in routings if r.kept is not None]
-    if kept:
-        dropped = [((r.topk_experts < r.scores.shape[-1]) & ~is_kept).sum() for r, is_kept in kept]
+    limited = [(r, r.kept) for r in routings if r.kept is not None]
+    if limited:
+        dropped = [((r.topk_experts < r.scores.shape[-1]) & ~is_kept).sum() for r, is_kept in limited]
         sums["dropped"] = torch.stack(dropped).float()
-        sums["unrouted"] = torch.stack([(~is_kept.any(-1)).sum() for _, is_kept in kept]).float()
+        sums["unrouted"] = torch.stack([(~is_kept.any(-1)).sum() for _, is_kept in limited]).float()
     return sums
 
 

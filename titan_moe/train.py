@@ -15,12 +15,12 @@ from torch import Tensor
 from titan_moe.checkpoint.export import EXPORT, has_export, save_weights
 from titan_moe.config import Config, help_text, load_config, to_toml
 from titan_moe.data.loader import merge_states
+from titan_moe.diagnostics import balance_tax
 from titan_moe.divergence import DivergedError, moe_layer_names, stop_if_diverged, stop_if_weights_diverged
 from titan_moe.dump_folder import FACTS, METRICS, sole_run, write_run_files
 from titan_moe.job import Job, build_job, start_processes
 from titan_moe.metrics import StepOutput, to_numbers
 from titan_moe.optimizer.build import set_lr
-from titan_moe.probe import balance_tax
 from titan_moe.records import Record, speed_record, train_record, write_record
 from titan_moe.resume import Progress, is_over, last_checkpoint, resume, set_later_aside, to_extra
 from titan_moe.runtime import command, world
@@ -38,9 +38,12 @@ from titan_moe.validate import make_up_validation, validate
 
 def main(args: list[str]) -> int:
     """Train as the configuration says; return the exit code."""
+    # Help first: it is wanted most where the other arguments are wrong.
     if "-h" in args or "--help" in args:
         print(help_text())
         return 0
+
+    # The watch comes before any process group: connecting can hang as well.
     config, rt = load_config(args), world.read_world()
     command.init_logging(rt)
     watch = Watch(config.comm.init_timeout_seconds)
@@ -80,6 +83,8 @@ def train(job: Job, progress: Progress, watch: Watch) -> tuple[int, Mapping[str,
     validation_sink, get_validation = last_validation()
     sinks = open_sinks(job, last_step_kept, validation_sink)
 
+    # The export is of a finished run alone. However the run ends, sinks write what they have, and the collector of
+    # garbage, which `settle` told to leave things alone, looks at all of them again.
     try:
         stopped, progress = run_and_finish(job, sinks, progress, watch)
         if not stopped:
@@ -108,6 +113,7 @@ def run_and_finish(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> t
 
 def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, Progress]:
     """Train from where `progress` is to the end; the signal that stopped the run early, else 0, and how far it came."""
+    # What the loop reads or changes. Modules are looked up once: a walk through the model costs time at every step.
     config, rt, training, first_step = job.config, job.runtime, job.config.training, progress.step + 1
     batches, expert_biases, moe_layers = iter(job.data.train), job.model.expert_biases(), moe_layer_names(job.model)
     balancer_states = job.model.balancer_states()
@@ -119,6 +125,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
     if progress.validation_due and config.validation.enable:
         progress = make_up_validation(job, sinks, progress)
 
+    # One round is one optimizer step and what is due after it, on all ranks alike.
     with trace(job) as trace_step:
         for step in range(first_step, training.steps + 1):
             # Waiting for data counts as time of the step, and is told apart from the rest of it.
@@ -250,6 +257,7 @@ def take_step(
     balancer_states: States,
 ) -> StepOutput:
     """`train_step` with the parts of the run."""
+    # A step sees plain values and no configuration, so that a test, or somebody's own loop, can call it with others.
     training = job.config.training
     return train_step(
         job.model,
@@ -303,6 +311,7 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
     # Weights that are not finite would only replace others that are.
     stop_if_weights_diverged(job.model, progress.step)
 
+    # Ranks read different data, and a position of all of them holds for any number of ranks that goes on from here.
     config = job.config
     data_position = merge_states(world.all_gather(job.data.train.state_dict()))
     sinks.sync()
@@ -328,6 +337,7 @@ def checkpoint_files(job: Job) -> dict[str, str]:
 
 def export(job: Job, progress: Progress) -> None:
     """Write the weights of the finished run in checkpoint.export_dtype, where `has_export`."""
+    # Weights in training's own type are in the last checkpoint already: only a smaller type is worth a file.
     dtype = job.config.checkpoint.export_dtype
     if not has_export(job.config):
         return

@@ -5,12 +5,12 @@ from torch import Tensor
 
 from titan_moe.build import degrees_of
 from titan_moe.data.build import resolve_batch_sizes, token_bytes
+from titan_moe.diagnostics import of_whole_sequences, rehearse, routing_choices, routing_drift
 from titan_moe.divergence import SkippedSteps, stop_if_diverged
 from titan_moe.dump_folder import METRICS
 from titan_moe.job import Job, compiles
 from titan_moe.metrics import eval_metrics, to_numbers
 from titan_moe.parallelize.context_parallel import own_positions
-from titan_moe.probe import of_whole_sequences, rehearse, routing_choices, routing_drift
 from titan_moe.records import Record, write_record
 from titan_moe.resume import Progress
 from titan_moe.runtime import world
@@ -25,11 +25,13 @@ def validate(job: Job, sinks: Sink, progress: Progress) -> Progress:
     The drift that is recorded is between the choices of experts at the validation before and those of now.
     Raises DivergedError, after the record, where the loss is NaN or infinite.
     """
+    # Both passes run on every rank, also where the main one alone uses what comes out: they have collectives.
     assert job.data.validation is not None
     choices = probe(job)
     bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
     output = evaluate(job.model, job.data.validation(), bytes_V)
 
+    # Choices of the validation before may be missing: this is the first one, or an older checkpoint did not have them.
     record: Record = {"step": progress.step, "kind": "validation", **eval_metrics(output)}
     if output.load.numel():
         record["load/experts"] = output.load  # each expert's, and a heatmap
@@ -64,6 +66,7 @@ def make_up_validation(job: Job, sinks: Sink, progress: Progress) -> Progress:
     The choices of that validation can't be in the checkpoint, but come out the same. The rest of it is done only if the
     run was cut off before it: if metrics.jsonl, which ends at that step, has no record of it.
     """
+    # The main rank's file decides for all, as only that rank writes it.
     training, rt = job.config.training, job.runtime
     is_recorded = rt.is_main and has_record(job.folder / METRICS, progress.step, "validation")
     is_recorded = world.all_gather(is_recorded)[0]
@@ -78,6 +81,7 @@ def make_up_validation(job: Job, sinks: Sink, progress: Progress) -> Progress:
         tokens = torch.zeros(sequences, length, dtype=torch.int64, device=rt.device)
         rehearse(job.model, tokens, tokens)
 
+    # What is recorded already is not written twice; the next drift is measured from these choices in any case.
     if is_recorded:
         return progress._replace(choices=probe(job), validation_due=False)
     return validate(job, sinks, progress)

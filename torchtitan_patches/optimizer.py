@@ -12,8 +12,8 @@ from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.tools.logging import logger
 
 from titan_moe.build import build_optimizer
-from titan_moe.optimizer.combined import describe_group
-from titan_moe.optimizer.load_lr import step_by_load
+from titan_moe.optimizer import optimizer as ours
+from titan_moe.optimizer.optimizer import describe_group
 from torchtitan_patches.balancers import Table, make_balancers, read_tables
 from torchtitan_patches.monitor import Monitor, attach
 
@@ -65,7 +65,10 @@ class BalancedOptimizers(OptimizersContainer):
         """Take the optimizer's step, with the loads of the step where rates depend on them."""
         for optimizer in self.optimizers:
             self.rates = {group["name"]: group["lr"] for group in optimizer.param_groups if "name" in group}
-            self.load_factors = step_by_load(optimizer, self.monitor.load)
+            if isinstance(optimizer, ours.Optimizer):
+                self.load_factors = optimizer.step(load=self.monitor.load)
+            else:  # the recipe's own
+                optimizer.step()
 
 
 def base_table(config: OptimizersContainer.Config) -> Table:

@@ -7,7 +7,7 @@ import pytest
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import on_meta, place
 from tests.tiny import steps, tiny_model
-from tests.unit.test_experts_backend import calls, one_by_one
+from tests.unit.model.test_experts_backend import calls, one_by_one
 from titan_moe.model.experts_backend import use_experts_backend
 
 LAYOUTS = {"fsdp2": 4, "ep2": 2}  # experts that a process computes

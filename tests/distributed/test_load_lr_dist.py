@@ -15,12 +15,13 @@ from tests.distributed.harness import run_ranks
 from tests.distributed.test_fsdp import full
 from tests.tiny import balancers, batch, tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
+from titan_moe.diagnostics import balance_tax, routing_choices, routing_drift
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
-from titan_moe.optimizer.load_lr import expand_load_lr, scale_steps
+from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.parallelize.parallelize import parallelize
-from titan_moe.probe import balance_tax, routing_choices, routing_drift
 from titan_moe.step import train_step
 
 OPTIONS = {"load_lr": "ideal_normalized", "load_lr_ema": 0.5, "load_lr_power": 2.0, "load_lr_decay": False}
@@ -45,8 +46,7 @@ def build(num_experts: int, name: str, world: int) -> tuple[Any, torch.optim.Opt
         optimizer = OPTIMIZERS[name](groups, lr=1e-2)
     else:  # one that knows nothing of loads
         optimizer = torch.optim.NAdam(groups, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True)
-    scale_steps(optimizer)
-    return model, optimizer
+    return model, Optimizer.around(optimizer)
 
 
 def train(model: Any, optimizer: Any, steps: range, rank: int, world: int, micro_batches: int) -> list[Any]:

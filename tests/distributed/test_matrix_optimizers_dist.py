@@ -22,9 +22,9 @@ from tests.tiny import tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.combined import combine
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.optimizer.optimizer import combine
 
 BY_LOAD = expand_load_lr({"load_lr": "ideal_normalized", "load_lr_ema": 0.5}, top_k=2)
 ROOTS = {"precondition_frequency": 2, "max_preconditioner_dim": 12, "epsilon": 1e-4}

@@ -22,8 +22,8 @@ from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.model.routing import Router, Routing
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.combined import combine
 from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.optimizer import combine
 from titan_moe.parallelize.mesh import Degrees
 
 # Dense and MoE layers, shared experts, grouped heads with their norms, an output head of its own.

@@ -18,11 +18,11 @@ from tests.distributed.layouts import on_meta
 from tests.invariance import INITS, OWN_BALANCER, OWN_ROUTER
 from tests.tiny import VOCAB, balancers, batch, tiny_model
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
+from titan_moe.diagnostics import balance_tax, routing_choices
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.parallelize.grad import param_norm
-from titan_moe.probe import balance_tax, routing_choices
 from titan_moe.step import evaluate, train_step
 
 LOAD_LR = {"load_lr": "ideal_normalized", "load_lr_ema": 0.5, "load_lr_decay": False}

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from examples.balancer import importance, tolerant
-from examples.optimizer import Lion
+from examples.optimizer import Lion, lars
 from examples.router import softplus
 from examples.schedule import inverse_sqrt
 from tests.e2e.harness import TINY, Ended, command, end_two, records, start_two
@@ -165,6 +165,35 @@ def test_optimizer_formula() -> None:
     # momentum 0.5, -0.5 after the first step; second direction: sign(0.9 * 0.5 - 0.1 * 2), sign(-0.9 * 0.5 - 0.1)
     assert_close(weight.detach(), torch.tensor([(1 * 0.95 - 0.1) * 0.95 - 0.1, (-2 * 0.95 + 0.1) * 0.95 + 0.1]))
     assert_close(optimizer.state[weight]["momentum"], torch.tensor([-0.75, -0.75]))
+
+
+@pytest.mark.parametrize("by_load", [False, True])
+def test_transform(train: Train, tmp_path: Path, by_load: bool) -> None:
+    """It has the rest of an optimizer from us: rates by load, AdamW for vectors, checkpoints."""
+    rates = {"expert": {"load_lr": "ideal_normalized"}} if by_load else {}
+    own = {"optimizer": {"name": "examples.optimizer:lars", "lr": 1e-2, "smallest_norm": 0.01, **rates}}
+    whole = records_of(train, tmp_path, "whole", training__steps=4, lr_scheduler__name="constant", **own)
+    records_of(train, tmp_path, "cut", training__steps=2, lr_scheduler__name="constant", **own)
+    ended = train("cut", training__steps=4, lr_scheduler__name="constant", **own)
+    assert ended.code == 0, ended.err
+    assert records(tmp_path / "cut") == whole
+    assert whole[-1]["loss"] < whole[0]["loss"]
+
+
+def test_transform_formula() -> None:
+    """Each expert moves by the rate times its own norm, along its momentum; a vector as AdamW moves it."""
+    stack, matrix, vector = torch.randn(3, 4, 5), torch.randn(4, 5), torch.ones(2)
+    weights = [torch.nn.Parameter(value.clone()) for value in (stack, matrix, vector)]
+    optimizer = lars([{"params": weights}], lr=0.1, weight_decay=0.0)
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    for weight, before in zip(weights[:2], (stack, matrix), strict=True):
+        assert weight.grad is not None
+        direction = weight.grad / torch.linalg.matrix_norm(weight.grad, keepdim=True)
+        assert_close(weight.detach(), before - 0.1 * direction * torch.linalg.matrix_norm(before, keepdim=True))
+    assert weights[2].grad is not None
+    assert_close(weights[2].detach(), vector - 0.1 * weights[2].grad.sign())
 
 
 def test_schedule(train: Train, tmp_path: Path) -> None:

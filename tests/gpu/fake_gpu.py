@@ -26,6 +26,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from tests.cases import OPTIMIZER_NAMES, ROUTER_CASES, Case, cases, takes_bias
 from tests.tiny import SEQ, VOCAB, balancers, tiny_model
 from titan_moe.balancer import BALANCERS
+from titan_moe.diagnostics import balance_tax, routing_choices
 from titan_moe.metrics import StepOutput, eval_metrics
 from titan_moe.model.kv_cache import empty_cache, extend
 from titan_moe.model.transformer import Transformer
@@ -33,7 +34,6 @@ from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.parallelize.parallelize import parallelize
-from titan_moe.probe import balance_tax, routing_choices
 from titan_moe.records import train_record
 from titan_moe.runtime.watch import line_of
 from titan_moe.step import Balancers, eval_step, train_step

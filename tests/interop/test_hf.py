@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.interop.models import KINDS, make_checkpoint
-from tests.unit.test_data_tokenizer import SPECIAL, word_tokenizer
+from tests.unit.data.test_tokenizer import SPECIAL, word_tokenizer
 from titan_moe.checkpoint import load_model
 from titan_moe.convert.hf.convert import from_hf, to_hf
 from titan_moe.convert.verify import compare, hf_forward, our_forward

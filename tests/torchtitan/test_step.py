@@ -14,6 +14,7 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.step import train_step
 
 pytestmark = pytest.mark.timeout(600)  # the fixtures run many cases
@@ -108,7 +109,7 @@ def our_gradients(
 ) -> dict[str, torch.Tensor]:
     """The gradients of titan_moe's step before any clipping."""
     model, found = our_model(state, router), {}
-    sgd = torch.optim.SGD(model.parameters(), lr=0.0)
+    sgd = Optimizer.around(torch.optim.SGD(model.parameters(), lr=0.0))
     sgd.register_step_pre_hook(
         lambda *_: found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     )

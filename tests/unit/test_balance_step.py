@@ -13,6 +13,7 @@ from titan_moe.build import build_sharded
 from titan_moe.checkpoint import load_model, save_checkpoint
 from titan_moe.config import load_config, to_toml
 from titan_moe.model.transformer import Transformer
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.step import train_step
 
 
@@ -25,7 +26,7 @@ def fresh(**arguments: Any) -> Transformer:
 def step(model: Transformer, balancers: dict[str, Any], micro_batches: int = 4, **arguments: Any) -> Any:
     """One step of plain SGD with learning rate 1, so that parameters move by their gradients."""
     micro = list(zip(*(part.chunk(micro_batches) for part in batch(0)), strict=True))
-    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    sgd = Optimizer.around(torch.optim.SGD(model.parameters(), lr=1.0))
     return train_step(model, micro, sgd, balancers, model.expert_biases(), **{"max_norm": 0.0, **arguments})
 
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "ONEDNN_MAX_CPU_ISA": "SSE41"}
-UNIT = ("test_load_lr.py", "test_shampoo.py", "test_matrix_optimizers.py", "test_optimizer.py")
+UNIT = tuple(f"optimizer/test_{name}.py" for name in ("load_lr", "shampoo", "matrix_optimizers", "optimizer"))
 CHOSEN = "equal or round_off or evidence or alike or accumulation or golden or curve_of_two_ranks"
 
 

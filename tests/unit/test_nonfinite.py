@@ -25,9 +25,9 @@ from titan_moe.divergence import (
 from titan_moe.metrics import to_numbers
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.combined import combine, skips_by_itself
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.optimizer.optimizer import Optimizer, combine
 from titan_moe.parallelize.parallelize import parallelize
 from titan_moe.records import Record, train_record, write_record
 from titan_moe.sinks.sink import Sink
@@ -42,7 +42,7 @@ TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def build(model: Any, name: str, of_experts: dict[str, Any], *, others: str | None = None) -> torch.optim.Optimizer:
+def build(model: Any, name: str, of_experts: dict[str, Any], *, others: str | None = None) -> Optimizer:
     """An optimizer of the registry or of torch, built as a configuration builds it; with roots and bases at once."""
 
     def build_one(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -58,7 +58,7 @@ def build(model: Any, name: str, of_experts: dict[str, Any], *, others: str | No
 OWN = {
     f"{name}{', by load' if by_load else ''}": (name, by_load) for name in OPTIMIZER_NAMES for by_load in ({}, BY_LOAD)
 }
-CASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+CASES: dict[str, Callable[[Any], Optimizer]] = {
     **{text: functools.partial(build, name=name, of_experts=by_load) for text, (name, by_load) in OWN.items()},
     **{name: functools.partial(build, name=name, of_experts={}) for name in TORCH},
     "torch.Adam, fused, by load": functools.partial(build, name="torch.Adam, fused", of_experts=BY_LOAD),
@@ -138,8 +138,8 @@ def test_an_infinity_is_as_bad() -> None:
 
 def test_fused_optimizers_are_not_waited_for() -> None:
     """The flag stays on the device for them; it is read for others, and for torch's SGD, which can't be trusted."""
-    skipping = {name: skips_by_itself(make(tiny_model())) for name, make in CASES.items() if " and " not in name}
-    assert {name for name, skips in skipping.items() if skips} == {"adamw", "adamw, by load", "torch.Adam, fused"}
+    waiting = {name: make(tiny_model()).waits() for name, make in CASES.items() if " and " not in name}
+    assert {name for name, waits in waiting.items() if not waits} == {"adamw", "adamw, by load", "torch.Adam, fused"}
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], momentum=0.9, fused=True)
     weight.grad, optimizer.found_inf = torch.ones(2), torch.ones(())  # pyrefly: ignore[missing-attribute]
@@ -209,7 +209,7 @@ def test_the_run_stops_with_the_parameters_name_of_a_dense_model() -> None:
     for name in ("wo", "wq"):
         getattr(model.layers[1].attention, name).weight.register_hook(lambda gradient: gradient * torch.nan)
     micro = [batch(0)]
-    output = train_step(model, micro, torch.optim.AdamW(model.parameters()), {}, [], max_norm=1.0)
+    output = train_step(model, micro, Optimizer.around(torch.optim.AdamW(model.parameters())), {}, [], max_norm=1.0)
     (record,) = to_numbers([{"step": 1, **train_record(model, output, {})}])
     names = [name.replace("layers.1.", "layers.1._orig_mod.") for name in record["nonfinite_gradients"]()]
     want = (

@@ -5,8 +5,7 @@ import torch
 
 from titan_moe.norms import ELEMENTS_PER_COPY, ROW, matrix_norms, norms
 from titan_moe.optimizer.expert_stats import copies, expert_sums
-from titan_moe.optimizer.factors import init_root
-from titan_moe.optimizer.layouts import block_layout
+from titan_moe.optimizer.kronecker import block_layout, init_root
 from titan_moe.optimizer.muon import orthogonalize
 from titan_moe.parallelize.grad import total_norm
 

@@ -8,6 +8,7 @@ from tests.invariance import ALL_ROUTERS, INITS, OWN_BALANCER
 from tests.tiny import SEQ, VOCAB, adamw, balancers, batch, steps, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.model.routing import ROUTERS
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.step import IGNORE, add, all_reduce_sums, eval_step, evaluate, train_step
 
 TOKEN_BYTES = torch.full((VOCAB,), 2)
@@ -141,7 +142,7 @@ def test_ignored_labels_do_not_count():
 
 def test_dense_model():
     model = fresh(num_experts=0, router=None)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = Optimizer.around(torch.optim.AdamW(model.parameters()))
     output = train_step(model, [batch(0)], optimizer, {}, model.expert_biases(), max_norm=1.0)
     assert output.load.numel() == 0
     assert output.routing_means == {}
@@ -186,7 +187,7 @@ def test_no_host_synchronisation_in_the_step(case):
         own[str(OWN_BALANCER)] = (1.0, build(BALANCERS, OWN_BALANCER.name))
     with FakeTensorMode(), torch.device("cpu"):
         model = tiny_model(case, balancer_inits=INITS)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        optimizer = Optimizer.around(torch.optim.AdamW(model.parameters(), fused=True))
         tokens = torch.zeros(4, SEQ, dtype=torch.int64)
         states = {"balancer_states": model.balancer_states()}
         output = train_step(model, [(tokens, tokens)], optimizer, own, model.expert_biases(), max_norm=1.0, **states)

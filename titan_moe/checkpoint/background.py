@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_checkpoint, save_content
-from titan_moe.optimizer.combined import kind_of
+from titan_moe.optimizer.optimizer import kind_of
 from titan_moe.runtime.dtensor import local
 from titan_moe.runtime.watch import connecting
 from titan_moe.runtime.world import rank, world_size

@@ -30,12 +30,19 @@ from torch.optim import Optimizer
 from titan_moe.checkpoint.lazy import Writer
 from titan_moe.checkpoint.metadata import Reader, read_metadata
 from titan_moe.model.wrappers import is_balancer_state, plain_name
-from titan_moe.optimizer.combined import kind_of
+from titan_moe.optimizer.optimizer import kind_of
 from titan_moe.runtime.files import write_synced
 
 logger = logging.getLogger(__name__)
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 _NEW_OPTIMIZER = '; set checkpoint.exclude = ["optimizer"] to go on with the weights and a new optimizer'
+# Settings that groups had when AdamW was a class of torch's and groups said which part was theirs, with the
+# values that mean what is done now; None: any.
+_FORMER_SETTINGS = {
+    **dict.fromkeys(("foreach", "capturable", "differentiable", "fused", "optimizer"), None),
+    **dict.fromkeys(("amsgrad", "maximize"), False),
+    "decoupled_weight_decay": True,
+}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -155,6 +162,7 @@ def _load_with_optimizer(
     # names. States and values of single parameters follow from them.
     saved_state = {name: shape for name, shape in saved.items() if name.startswith("optimizer.")}
     saved_groups = values.pop("groups")
+    values = {name: value for name, value in values.items() if name in current.values or not _is_former(name, value)}
     _check_same(problem, _settings(current.values), _settings(values), mend=_NEW_OPTIMIZER)
     _check_same(problem, _shapes(current.tensors), saved_state, mend=_NEW_OPTIMIZER)
     _check_same(problem, dict.fromkeys(current.values, ()), dict.fromkeys(values, ()), mend=_NEW_OPTIMIZER)
@@ -171,6 +179,12 @@ def _load_with_optimizer(
     set_optimizer_state_dict(model, optimizer, flat, options=_BY_NAME)
     for parameter, state in in_place.items():
         optimizer.state[parameter].update(state)
+
+
+def _is_former(name: str, value: Any) -> bool:
+    """Whether a saved setting is one that groups had once, and changes nothing."""
+    key = name.rpartition(".")[2]
+    return key in _FORMER_SETTINGS and _FORMER_SETTINGS[key] in (None, value)
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -51,7 +51,7 @@ from titan_moe.checkpoint.state import (
 )
 from titan_moe.config import Config, load_saved
 from titan_moe.model.transformer import Transformer
-from titan_moe.optimizer.combined import kind_of
+from titan_moe.optimizer.optimizer import kind_of
 from titan_moe.runtime.files import write_synced
 from titan_moe.runtime.world import rank, world_size
 

@@ -8,14 +8,15 @@ from titan_moe.config.sections import Config, balancer_tables
 from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.optimizer.matrix import NO_MATRICES
-from titan_moe.optimizer.matrix_builders import DIRECTIONS
 from titan_moe.optimizer.schedule import SCHEDULES
 
 
 def check_config(config: Config) -> None:
     """Check every constraint between keys that needs no process group, no data and no model."""
+    # Sizes first: a router is tried on small tensors further down, and even these grow with moe.num_experts.
     _check_size(config)
     model = config.model
     check_attention(model.dim, model.num_heads, model.num_kv_heads or model.num_heads)
@@ -24,6 +25,8 @@ def check_config(config: Config) -> None:
         check_combinations(config)
     else:
         _check_dense(config)
+
+    # The rest goes for dense models too.
     _check_batches(config)
     _check_parts(config)
     _check_optimizer(config)
@@ -34,6 +37,7 @@ LARGEST = 2**44  # elements of a tensor: 64 TiB in fp32, above any machine and f
 
 def _check_size(config: Config) -> None:
     """Refuse a tensor that no machine holds, by the keys that make it: torch would say that some number overflows."""
+    # The product is what overflows: any of its keys may be the one with too many digits, so all are named.
     model, moe, training = config.model, config.moe, config.training
     sizes = {
         "model.vocab_size x model.dim": model.vocab_size * model.dim,
@@ -42,10 +46,12 @@ def _check_size(config: Config) -> None:
         "moe.num_experts x model.dim x moe.expert_dim": moe.num_experts * model.dim * moe.expert_dim,
         "moe.num_shared_experts x model.dim x moe.expert_dim": moe.num_shared_experts * model.dim * moe.expert_dim,
     }
-    if training.local_batch_size > 0:
+    if training.local_batch_size > 0:  # -1 follows from the number of ranks, which is not known yet
         sizes["training.local_batch_size x training.seq_len x model.dim"] = (
             training.local_batch_size * training.seq_len * model.dim
         )
+
+    # One message is enough: with the largest lowered, the next one has its turn.
     keys, size = max(sizes.items(), key=lambda item: item[1])
     if size > LARGEST:
         raise ValueError(f"a tensor would have {keys} = {size:.3g} elements: no machine holds that, lower these keys")
@@ -53,6 +59,7 @@ def _check_size(config: Config) -> None:
 
 def _check_dense(config: Config) -> None:
     """Refuse what is set for experts where there are none: it would do nothing."""
+    # A base file may have turned these on, so the message says which line takes them back.
     moe = config.moe
     if config.balancer:
         off = ", ".join(f"{name} = false" for name in config.balancer)
@@ -66,6 +73,8 @@ def _check_dense(config: Config) -> None:
                 f"moe.num_experts = 0 is a dense model, but [optimizer.{group}] is set: remove that table, "
                 f"or set {group} = false under [optimizer]"
             )
+
+    # Keys that only MoE layers, and measures of them, look at.
     if config.debug.force_balanced_routing:
         raise ValueError("debug.force_balanced_routing = true needs experts, but moe.num_experts is 0")
     if "quantize.grouped_mm.float8" in config.quantize.converters:
@@ -109,6 +118,7 @@ def _check_experts_backend(config: Config) -> None:
 
 def _check_balance_tax(config: Config) -> None:
     """The tax is the time of learned routing over that of balanced routing: the two must differ."""
+    # With a load that is even anyway it would measure nothing but noise around 1.
     freq = config.metrics.balance_tax_freq
     if freq and config.debug.force_balanced_routing:
         raise ValueError(
@@ -124,6 +134,8 @@ def _check_balance_tax(config: Config) -> None:
 
 def _check_batches(config: Config) -> None:
     """Batches come out even, and there is data to take them from."""
+    # Each -1 follows from the other number, so one of them has to be there. Ranks count too, but these are not known
+    # yet: `resolve_batch_sizes` checks the rest.
     training, data = config.training, config.data
     if training.global_batch_size == training.local_batch_size == -1:
         raise ValueError(
@@ -136,6 +148,7 @@ def _check_batches(config: Config) -> None:
             f"({training.global_batch_size})"
         )
 
+    # Said now and not by an empty validation after many steps, or by a reader without files.
     if config.validation.enable and data.validation_fraction == 0 and not data.validation_path:
         raise ValueError(
             "validation.enable = true needs data to validate on: set data.validation_fraction above 0 or "
@@ -180,11 +193,12 @@ def _check_parts(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     """Refuse settings of the optimizer that would be taken and do nothing."""
+    # The embedding and the norms stay with AdamW whatever their groups name: the user would think that they do not.
     if config.optimizer.arguments.get("lr") == 0:
         raise ValueError("optimizer.lr = 0 trains nothing: it must be greater than 0 (a group's own lr may be 0)")
     for group in NO_MATRICES:
         name = config.optimizer.groups.get(group, {}).get("name")
-        if name in DIRECTIONS:
+        if name in OPTIMIZERS and name != "adamw":
             raise ValueError(
                 f"optimizer.{group}.name = {name!r}: it updates matrices, but the {group} group is always updated by "
                 "AdamW: leave the name out, or set it to 'adamw'"
@@ -201,7 +215,7 @@ def _check_optimizer(config: Config) -> None:
     expand_load_lr(expert, top_k=config.moe.top_k)
 
 
-EVEN = ("expert_choice", "base")  # the load of a forward pass is even whatever the logits
+ROUTERS_WITH_EVEN_LOAD = ("expert_choice", "base")  # the load of a forward pass is even whatever the logits
 
 
 def check_combinations(config: Config) -> None:
@@ -210,31 +224,31 @@ def check_combinations(config: Config) -> None:
     # need more than zeros. Random numbers that it draws are not to change those of the run.
     router, arguments = config.router.name, config.router.arguments
     known = [table for table in balancer_tables(config) if table.component in BALANCERS]
-    biased = any(BALANCERS[component](**own).moves_bias for _, component, own in known)
+    biased = any(BALANCERS[component](**options).moves_bias for _, component, options in known)
     if router in ROUTERS:
         route = ROUTERS[router](top_k=config.moe.top_k, **arguments)
         with torch.random.fork_rng(devices=[]):
             route(torch.zeros(2, config.moe.num_experts), torch.zeros(config.moe.num_experts) if biased else None)
 
     # What each of the two takes, but not together.
-    for label, component, own in known:
-        if component == "aux_loss" and router in EVEN:
+    for label, component, options in known:
+        if component == "aux_loss" and router in ROUTERS_WITH_EVEN_LOAD:
             raise ValueError(
                 f"balancer.{label} has no effect with router.name = {router!r}, whose load is even by construction: "
                 f"set {label} = false under [balancer]"
             )
-        is_exact = component == "aux_loss" and own.get("scope") == "global_batch_exact"
+        is_exact = component == "aux_loss" and options.get("scope") == "global_batch_exact"
         if is_exact and (arguments.get("jitter") or arguments.get("noise_std")):
             raise ValueError(
                 f'balancer.{label}.scope = "global_batch_exact" routes every token twice, but with router.jitter or '
                 'router.noise_std the second time differs: switch the noise off, or take scope = "global_batch"'
             )
-        if component == "loss_free" and own.get("rule") == "quantile" and arguments.get("num_groups", 1) > 1:
+        if component == "loss_free" and options.get("rule") == "quantile" and arguments.get("num_groups", 1) > 1:
             raise ValueError(
                 f'balancer.{label}.rule = "quantile" compares each expert with the top_k of all experts, but '
                 f'router.num_groups ({arguments["num_groups"]}) limits the choice: take rule = "sign" or num_groups = 1'
             )
-    if config.debug.force_balanced_routing and router in EVEN:
+    if config.debug.force_balanced_routing and router in ROUTERS_WITH_EVEN_LOAD:
         raise ValueError(
             f"debug.force_balanced_routing = true deals experts out in turn, but router.name = {router!r} is even by "
             "construction: switch one of them off"
@@ -243,6 +257,7 @@ def check_combinations(config: Config) -> None:
 
 def cautions(config: Config) -> list[str]:
     """What to say once at the start of a run: choices that are sound only for some uses."""
+    # A schedule from outside may mean something else by `warmup_steps`, so it is not judged.
     said = []
     steps, warmup = config.training.steps, config.lr_scheduler.arguments.get("warmup_steps", 0)
     if config.lr_scheduler.name in SCHEDULES and warmup >= steps:

@@ -73,26 +73,26 @@ def flat(config: Config) -> dict[str, Any]:
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The values of nested tables by their dotted keys."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in table.items():
         name = f"{prefix}{key}"
-        found |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return found
+        values |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return values
 
 
 def _plain(config: Config) -> Config:
     """The same configuration with one way of saying it, where there are several."""
     model, optimizer = config.model, config.optimizer
-    groups = {group: _own(own, optimizer.arguments) for group, own in optimizer.groups.items()}
+    groups = {group: _of_group_alone(table, optimizer.arguments) for group, table in optimizer.groups.items()}
     return dataclasses.replace(
         config,
         model=dataclasses.replace(model, num_kv_heads=model.num_kv_heads or model.num_heads),
-        optimizer=dataclasses.replace(optimizer, groups={group: own for group, own in groups.items() if own}),
+        optimizer=dataclasses.replace(optimizer, groups={group: table for group, table in groups.items() if table}),
     )
 
 
-def _own(group: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-    """What a parameter group has of its own: not what [optimizer] says too, nor options of a load_lr that is off."""
+def _of_group_alone(group: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """What a parameter group's table adds: not what [optimizer] says too, nor options of a load_lr that is off."""
     off = group.get("load_lr", "none") == "none"
     names: Iterable[str] = (key for key in group if not (off and key.startswith("load_lr")))
     return {key: group[key] for key in names if key == "name" or shared.get(key) != group[key]}

@@ -38,6 +38,8 @@ COMPONENTS = {
 def help_text() -> str:
     """Describe every section, key and component with types and defaults, for a terminal of 100 columns."""
     blocks = [textwrap.fill(paragraph, WIDTH) for paragraph in USAGE.split("\n\n")]
+
+    # Everything below is read from annotations and signatures, which also check the keys: help can't be out of date.
     default = Config()
     for section, hint in SECTIONS.items():
         if section in KINDS:
@@ -56,12 +58,15 @@ def help_text() -> str:
 
 def _component_block(section: str, kind: Kind, intro: str, default: Any) -> str:
     """Describe a section that names components: its own keys, then each component with its arguments."""
+    # First the keys of the section, with the arguments that parameter groups have by default.
     lines = [f"[{section}]", *textwrap.wrap(intro, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")]
     if section != "balancer":
         lines += _entry("  name", default.name, f"one of: {', '.join(kind.registry)}")
     for group, arguments in getattr(default, "groups", {}).items():
         for key, value in arguments.items():
             lines += _entry(f"  {group}.{key}", value, f"the default of [{section}.{group}]")
+
+    # Then each component. The first paragraph of its docstring is for users, the rest for readers of the code.
     for name, builder in kind.registry.items():
         summary = (inspect.getdoc(builder) or "").partition("\n\n")[0].replace("\n", " ")
         title = f"[balancer.{name}]" if section == "balancer" else f'name = "{name}"'

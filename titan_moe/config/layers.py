@@ -22,11 +22,14 @@ class Layer(NamedTuple):
 
 def read_file(path: str, origin: str = COMMAND_LINE, key: str = "job.config_file") -> dict[str, Any]:
     """Read a TOML file that `origin` names under `key`; what is wrong with it is one line with file and position."""
+    # A file that can't be opened is the fault of whoever named it, so the message names that place.
     try:
         with open(path, "rb") as file:
             data = file.read().removeprefix(codecs.BOM_UTF8)  # which some editors put first
     except OSError as error:
         raise type(error)(str(key_error(origin, key, f"cannot be read ({error.strerror})", path))) from None
+
+    # What is wrong inside is the file's own fault. An editor counts lines and columns from 1.
     try:
         return tomllib.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -48,14 +51,19 @@ def file_layers(
 
     `origin` names the file under `key`; `inheriting` are the files that wait for it as their base.
     """
+    # A cycle would never end. It may go through links, so files are compared by their real paths.
     identity = os.path.realpath(path)
     if identity in inheriting:
         raise key_error(origin, key, "inherits from itself, through a cycle of base files", path)
+
+    # `base` is for this function alone: no section has that name.
     table = read_file(path, origin, key)
     bases = table.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise key_error(path, "base", "must be a file name or a list of them", bases)
+
+    # Paths are relative to the file, not to the current folder, so that a folder of configurations can be moved.
     layers = []
     for base in bases:
         base_path = os.path.normpath(os.path.join(os.path.dirname(path), base))
@@ -68,6 +76,7 @@ def command_line_layer(args: list[str]) -> Layer:
 
     Words that do not begin with `--` are values, so that a negative number is one.
     """
+    # First the words of each key. Their types are not known here, so a key takes whatever comes up to the next one.
     given: dict[str, list[str]] = {}
     values = None
     for arg in args:
@@ -78,6 +87,8 @@ def command_line_layer(args: list[str]) -> Layer:
             raise ValueError(f"{COMMAND_LINE}: {arg}: unexpected word; arguments are --section.key value (see --help)")
         else:
             values.append(arg)
+
+    # Then nested tables, as a file has them, so that both are merged in the same way.
     table: dict[str, Any] = {}
     for key, values in given.items():
         parts = split_key(key)

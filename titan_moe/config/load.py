@@ -117,24 +117,27 @@ def _merge(tables: Tables, section: str, content: Any, origin: str) -> Tables:
     return merged
 
 
-def _split(section: str, content: dict[str, Any], origin: str, tables: Tables) -> dict[str, dict[str, Any] | None]:
+def _split(section: str, content: dict[str, Any], origin: str, earlier: Tables) -> dict[str, dict[str, Any] | None]:
     """A section's own keys and the tables within it, by their paths; None for one that NAME = false takes away.
 
-    `tables` are those so far: they have the instances of balancers that may go without a name here.
+    `earlier` are the tables so far: instances of balancers that are among them may go without a name here.
     """
+    # Other sections have no tables within.
     if section not in ("balancer", "optimizer"):
         return {section: content}
     inner = [name for name in (content if section == "balancer" else GROUP_PATTERNS) if name in content]
-    own = {key: value for key, value in content.items() if key not in inner}
-    found: dict[str, dict[str, Any] | None] = {section: own} if section == "optimizer" else {}
+    plain = {key: value for key, value in content.items() if key not in inner}
+    tables: dict[str, dict[str, Any] | None] = {section: plain} if section == "optimizer" else {}
+
+    # A table, or true, turns one on; false takes back what an earlier layer has turned on.
     for name in inner:
         path, table = f"{section}.{name}", content[name]
-        if section == "balancer" and not (path in tables or (isinstance(table, dict) and "name" in table)):
+        if section == "balancer" and not (path in earlier or (isinstance(table, dict) and "name" in table)):
             # Named by its table, so the name has to be right where that is empty or off, too.
             parameters_of(KINDS[section], name, origin, path)
         on = isinstance(table, dict) or check_value(bool, table, origin, path)
-        found[path] = None if not on else table if isinstance(table, dict) else {}
-    return found
+        tables[path] = None if not on else table if isinstance(table, dict) else {}
+    return tables
 
 
 def _check(path: str, tables: Tables, before: Tables) -> Table:
@@ -144,11 +147,15 @@ def _check(path: str, tables: Tables, before: Tables) -> Table:
         dotted = f"{path}.{key}"
         if given is known.get(key):
             continue
+
+        # A key of the component that was named before goes with it; one that the user wrote for this one is a mistake.
         if key not in annotations:
             if not given.inherited:
                 raise _unknown(path, key, given, tables)
-            del checked[key]  # the component that is named now goes without it
+            del checked[key]
             continue
+
+        # A file can't name the file to read.
         if dotted == "job.config_file" and given.origin != COMMAND_LINE:
             message = 'is for the command line; a file inherits with base = "..."'
             raise key_error(given.origin, dotted, message, given.value)
@@ -182,9 +189,9 @@ def _named(path: str, tables: Tables) -> tuple[str, str, str]:
             message = "a balancer with a name of its own is called by letters, digits and _, and not as another metric"
             raise key_error(given.origin, path, message)
         return check_value(str, given.value, given.origin, f"{path}.name"), given.origin, f"{path}.name"
-    where = path if "name" in tables[path] else section  # a group that names no optimizer has that of [optimizer]
-    given = tables[where]["name"]
-    return given.value, given.origin, f"{where}.name"
+    naming = path if "name" in tables[path] else section  # a group that names no optimizer has that of [optimizer]
+    given = tables[naming]["name"]
+    return given.value, given.origin, f"{naming}.name"
 
 
 def _has_name(path: str) -> bool:
@@ -195,6 +202,7 @@ def _has_name(path: str) -> bool:
 
 def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
     """Make the error for a key that its table does not have: why not, or else which one may be meant."""
+    # Sections with fields of their own: a key was removed, or is misspelled, or belongs to another section.
     origin, value = given.origin, given.value
     dotted, section = f"{path}.{key}", path.partition(".")[0]
     annotations = _annotations(path, tables)
@@ -203,6 +211,7 @@ def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
     if section not in KINDS:
         return unknown_key(origin, dotted, tuple(annotations), others=_all_keys(tables))
 
+    # Sections of components: the key may be right, but for another table, another component or nobody.
     kind = KINDS[section]
     if section == "optimizer" and key in LOAD_LR:
         return key_error(origin, dotted, "only experts have a load: set it in [optimizer.expert]", value)
@@ -235,7 +244,7 @@ def _make_config(tables: Tables) -> Config:
 
     # A group that says nothing is as if it were not there: it has all from [optimizer].
     groups = {group: _values(f"optimizer.{group}", tables) for group in GROUP_PATTERNS}
-    groups = {group: own for group, own in groups.items() if own}
+    groups = {group: arguments for group, arguments in groups.items() if arguments}
     sections["optimizer"] = dataclasses.replace(sections["optimizer"], groups=groups)
     return Config(**sections)
 
@@ -248,6 +257,7 @@ def _values(path: str, tables: Tables) -> dict[str, Any]:
 
 def _arguments(path: str, tables: Tables) -> dict[str, Any]:
     """The arguments of a component in the order of its signature, with those defaults that TOML can hold."""
+    # Defaults are written out, so that config.toml says all that a run had, also when a later version changes one.
     name, origin, _ = _named(path, tables)
     given, arguments = _values(path, tables), {}
     if _has_name(path):
@@ -271,6 +281,7 @@ def to_toml(config: Config) -> str:
 
 def to_document(config: Config) -> dict[str, Any]:
     """The resolved configuration as the nested tables of a file, without those that are empty."""
+    # What a file can't say by leaving it out is written: a group that the defaults have and this one has not is false.
     document: dict[str, Any] = {}
     for section in SECTIONS:
         value = getattr(config, section)

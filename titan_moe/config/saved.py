@@ -26,6 +26,8 @@ def load_saved(path: Path, overrides: Sequence[str] = (), *, trust_components: S
     Components from outside of the registries must be of `trust_components`, modules or packages, which are imported.
     Errors as of `load_config`, and ValueError for a component that nobody vouches for, or for a `base`.
     """
+    # Before anything is merged, for checking a key of such a component would import it. A user who names a package
+    # trusts all of its modules.
     layer = _layer(path)
     trusted = (trust_components,) if isinstance(trust_components, str) else trust_components
     for key, name in outside_components(layer.table):
@@ -34,6 +36,8 @@ def load_saved(path: Path, overrides: Sequence[str] = (), *, trust_components: S
             raise key_error(
                 layer.origin, key, f"is code from outside of titan_moe: add {TRUST} {module} if you trust it", name
             )
+
+    # Overrides are the user's words, who may name anything but another file.
     words = command_line_layer(list(overrides))
     if "config_file" in words.table.get("job", {}):
         raise key_error(words.origin, "job.config_file", "the configuration is the checkpoint's: leave it out")
@@ -46,12 +50,16 @@ def read_saved(path: Path) -> Config:
     Sections that name a component from outside of the registries stay as they are written, and what must hold between
     keys is not looked at: the run was started with them.
     """
+    # Reading a section's arguments takes the builder's signature, and so an import: sections with a builder from
+    # outside are left out of the merge, and put in afterwards as they are written.
     layer = _layer(path)
     written = {key.partition(".")[0] for key, _ in outside_components(layer.table)} & KINDS.keys()
-    table = {section: own for section, own in layer.table.items() if section not in written}
+    table = {section: content for section, content in layer.table.items() if section not in written}
     if "balancer" in written:  # one from outside does not keep the others from being read
         balancers = layer.table["balancer"].items()
-        table["balancer"] = {name: own for name, own in balancers if not any(_names("balancer", {name: own}))}
+        table["balancer"] = {
+            name: options for name, options in balancers if not any(_names("balancer", {name: options}))
+        }
     config = merge_unchecked([Layer(layer.origin, table)])
     return dataclasses.replace(
         config, **{section: _as_written(config, section, layer.table[section]) for section in written}
@@ -61,13 +69,13 @@ def read_saved(path: Path) -> Config:
 def _as_written(config: Config, section: str, table: dict[str, Any]) -> Any:
     """A section that names something from outside, as its table says; balancers that are not from outside as read."""
     if section == "balancer":
-        return {name: config.balancer.get(name, own) for name, own in table.items() if own is not False}
+        return {name: config.balancer.get(name, options) for name, options in table.items() if options is not False}
     arguments = {key: value for key, value in table.items() if key != "name"}
     name = table.get("name", getattr(config, section).name)
     if section != "optimizer":
         return Component(name, arguments)
     groups = {group: arguments.pop(group) for group in GROUP_PATTERNS if group in arguments}
-    return Optimizer(name, arguments, {group: own for group, own in groups.items() if own is not False})
+    return Optimizer(name, arguments, {group: options for group, options in groups.items() if options is not False})
 
 
 def outside_components(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -98,7 +106,7 @@ def _layer(path: Path) -> Layer:
         raise key_error(
             str(path), "base", "is not for the configuration of a checkpoint, which is whole", table["base"]
         )
-    return Layer(str(path), {section: _present(section, own) for section, own in table.items()})
+    return Layer(str(path), {section: _present(section, content) for section, content in table.items()})
 
 
 def _present(section: str, table: Any) -> Any:

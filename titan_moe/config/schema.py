@@ -187,6 +187,7 @@ def parameters_of(kind: Kind, name: str, origin: str, key: str) -> dict[str, Par
 
 def type_text(annotation: Any) -> str:
     """Write a type for people: `int > 0`, `none | full`, `list of str`."""
+    # Python's names for types are for programmers: those that a key can have get the words of a TOML file.
     bare = bare_type(annotation)
     arguments = get_args(bare)
     if get_origin(bare) in (Union, types.UnionType):
@@ -199,6 +200,8 @@ def type_text(annotation: Any) -> str:
         text = str(bare)
     else:
         text = getattr(bare, "__name__", str(bare)).replace("NoneType", "none")
+
+    # The range stands beside the type in Annotated, in one of several forms of pydantic's.
     bounds = [_bounds(item) for item in getattr(annotation, "__metadata__", ())]
     return " ".join([text, *filter(None, bounds)])
 
@@ -207,8 +210,8 @@ def _bounds(constraint: Any) -> str:
     """Write a pydantic or annotated_types constraint: `>= 0, < 1`."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     parts = getattr(constraint, "metadata", None) or [constraint]
-    found = [f"{sign} {getattr(part, name)}" for part in parts for name, sign in signs.items() if hasattr(part, name)]
-    return ", ".join(found)
+    texts = [f"{sign} {getattr(part, name)}" for part in parts for name, sign in signs.items() if hasattr(part, name)]
+    return ", ".join(texts)
 
 
 def document(annotation: Any) -> str:

@@ -23,7 +23,6 @@ from torch.distributed._tools.fake_collectives import CollectiveOp, collective_o
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,8 +34,8 @@ from titan_moe.config import Config
 from titan_moe.model import cross_entropy
 from titan_moe.model.moe import MoE
 from titan_moe.model.routing.common import capacity_of, exact_factor
-from titan_moe.optimizer import matrix
-from titan_moe.optimizer.combined import may_step
+from titan_moe.optimizer import optimizer as optimizers
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.expert_parallel import all_to_all
 from titan_moe.parallelize.grad import Squares
 from titan_moe.parallelize.mesh import Degrees, build_mesh
@@ -361,7 +360,7 @@ def _report_what_dispatch_misses(meter: Meter) -> Iterator[None]:
 @contextmanager
 def _take_gpu_paths() -> Iterator[None]:
     """Patch the places where a CPU runs other operators than a GPU would, so that a GPU's are counted."""
-    rms_norm, elements, add_product = F.rms_norm, matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
+    rms_norm, elements, add_product = F.rms_norm, optimizers.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
     chunk_tokens = cross_entropy.CPU_CHUNK_TOKENS
 
     # An RMSNorm is one kernel on a GPU and ten operators on a CPU, which made the peak 9 % too high. LayerNorm is one
@@ -379,12 +378,12 @@ def _take_gpu_paths() -> Iterator[None]:
     F.rms_norm = one_operator  # pyrefly: ignore
     cross_entropy._add_product = add_in_fp32
     cross_entropy.CPU_CHUNK_TOKENS = cross_entropy.GPU_CHUNK_TOKENS  # pyrefly: ignore
-    matrix.CPU_ELEMENTS_PER_UPDATE = sys.maxsize
+    optimizers.CPU_ELEMENTS_PER_UPDATE = sys.maxsize
     try:
         yield
     finally:
         F.rms_norm, cross_entropy._add_product = rms_norm, add_product  # pyrefly: ignore
-        matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy.CPU_CHUNK_TOKENS = elements, chunk_tokens
+        optimizers.CPU_ELEMENTS_PER_UPDATE, cross_entropy.CPU_CHUNK_TOKENS = elements, chunk_tokens
 
 
 @contextmanager
@@ -410,8 +409,8 @@ def _mark_phases(meter: Meter, model: torch.nn.Module, optimizer: Optimizer) -> 
     def update_again(*_: Any) -> None:
         if meter.step == FIRST:
             meter.step, meter.counts_work = LATER, True
-            may_step(optimizer, torch.ones((), dtype=torch.bool))  # or the gradients would be checked a second time
-            optimizer.step()
+            finite = torch.ones((), dtype=torch.bool)  # or the gradients would be checked a second time
+            optimizer.step(finite=finite)
 
     handles = [
         model.register_forward_pre_hook(start_forward),

@@ -1,28 +1,61 @@
 """Optimizers by name: `OPTIMIZERS[name](param_groups, **arguments)` gives a torch.optim.Optimizer."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from titan_moe.optimizer.adamw import AdamW, with_betas
-from titan_moe.optimizer.matrix_builders import distributed_shampoo, muon, shampoo, shampoo_fast, soap
+from titan_moe.optimizer.load_lr import Group
+from titan_moe.optimizer.meta_shampoo import distributed_shampoo
+from titan_moe.optimizer.muon import muon
+from titan_moe.optimizer.optimizer import Optimizer, Rule
+from titan_moe.optimizer.shampoo import shampoo
+from titan_moe.optimizer.soap import soap
+from titan_moe.optimizer.transform import Transform, adamw
 
 
-def adamw(
-    param_groups: list[dict[str, Any]],
-    *,
-    lr: float = 1e-3,
-    beta1: float = 0.9,
-    beta2: float = 0.95,
-    eps: float = 1e-8,
-    weight_decay: float = 0.1,
-) -> torch.optim.Optimizer:
-    """AdamW with decoupled decay (Loshchilov and Hutter 2019), fused where torch has it; the paper's default.
+def common(
+    *, lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.1
+) -> None:
+    """What every optimizer takes: AdamW needs it for what is no matrix."""
 
-    A group may carry any of the arguments as its own value.
+
+def optimizer_of(
+    make: Callable[..., Transform], name: str = "", about: str = "", **preset: Any
+) -> Callable[..., Optimizer]:
+    """Make the function that builds an optimizer from parameter groups, for a registry or a configuration.
+
+    Its keyword arguments are those of `common` and those of the transform's maker, with the defaults of `preset` where
+    they are there. A group may carry any of them as its own value. `name` is what checkpoints and logs say, by default
+    the maker's.
     """
-    return AdamW(with_betas(param_groups, beta1, beta2), lr=lr, eps=eps, weight_decay=weight_decay, fused=True)
+    arguments = {**inspect.signature(common).parameters, **inspect.signature(make, eval_str=True).parameters}
+    groups = inspect.Parameter("param_groups", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=list[Group])
+    changed = [own.replace(default=preset.get(own.name, own.default)) for own in arguments.values()]
+    signature = inspect.Signature([groups, *changed], return_annotation=Optimizer)
+    rule = Rule(name or make.__name__, make)
+
+    def build(*args: Any, **kwargs: Any) -> Optimizer:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        param_groups, defaults = given.arguments.pop("param_groups"), given.arguments
+        beta1, beta2 = defaults.pop("beta1"), defaults.pop("beta2")
+        groups = with_betas(param_groups, beta1, beta2)
+        return Optimizer(groups, [rule] * len(groups), defaults)
+
+    build.__signature__ = signature  # pyrefly: ignore[missing-attribute]
+    build.__doc__ = about or inspect.getdoc(make)
+    return build
+
+
+def with_betas(param_groups: Sequence[Group], beta1: float, beta2: float) -> list[Group]:
+    """The groups with `betas`, torch's name, from their own beta1 and beta2 or the given ones."""
+    groups = []
+    for group in param_groups:
+        own = {k: v for k, v in group.items() if k not in ("beta1", "beta2")}
+        groups.append({"betas": (group.get("beta1", beta1), group.get("beta2", beta2)), **own})
+    return groups
 
 
 def set_lr(optimizer: torch.optim.Optimizer, base_lrs: Sequence[float], factor: float) -> dict[str, float]:
@@ -32,11 +65,19 @@ def set_lr(optimizer: torch.optim.Optimizer, base_lrs: Sequence[float], factor: 
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "shampoo": shampoo,
-    "shampoo_fast": shampoo_fast,
-    "distributed_shampoo": distributed_shampoo,
-    "soap": soap,
-    "muon": muon,
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw": optimizer_of(adamw, "AdamW"),
+    "shampoo": optimizer_of(shampoo),
+    "shampoo_fast": optimizer_of(
+        shampoo,
+        "shampoo_fast",
+        "The preset of shampoo that we recommend: shared factors of 128, statistics every 10 steps, roots staggered.",
+        statistics_every=10,
+        max_preconditioner_dim=128,
+        share_factors=True,
+        stagger_roots=True,
+    ),
+    "distributed_shampoo": optimizer_of(distributed_shampoo),
+    "soap": optimizer_of(soap),
+    "muon": optimizer_of(muon),
 }

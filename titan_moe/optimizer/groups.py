@@ -15,6 +15,7 @@ GROUP_PATTERNS = {
     "norm": r"norm\.",
     "dense": r"",
 }
+NO_MATRICES = ("embedding", "norm")  # groups that are updated by AdamW whatever the shape, if by a transform of ours
 
 
 def group_of(name: str, patterns: Mapping[str, str] = GROUP_PATTERNS) -> str:

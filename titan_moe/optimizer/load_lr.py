@@ -2,22 +2,18 @@
 
 A parameter group with the keys that `load_lr` makes gives every expert, a row of the stacked tensors (E, ...), a
 learning rate of its own: the group's scheduled rate times a factor that depends on how many tokens the expert got in
-the whole optimizer step, over all ranks and micro-batches. `step_by_load` hands these loads to `optimizer.step`.
+the whole optimizer step, over all ranks and micro-batches. `optimizer.step(load=...)` takes these loads; how a rate
+reaches the rows of a tensor is in `titan_moe.optimizer.optimizer`.
 
-An optimizer whose `step` takes `load` scales the rows itself, as AdamW does; `scale_steps` teaches it to any other.
-
-Shapes: L MoE layers, E experts, R the rows (experts) of a tensor that this rank holds.
+Shapes: L MoE layers, E experts.
 """
 
-import inspect
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-
-from titan_moe.runtime.dtensor import local, rows
 
 Group = dict[str, Any]  # of torch.optim: "params" and their settings
 
@@ -36,8 +32,8 @@ def load_lr(
     L_i are the tokens of expert i in the optimizer step and T = sum L / top_k all its tokens, so batch_fraction is
     ideal_normalized times top_k / E (the paper, section 3.4.1). The factor is
     clamp(average(r) ** power, floor, ceiling). The average is kept of L_i / mean L and begins at 1, balance. An expert
-    without a token in the step is not updated: its factor is 0 whatever the floor, and AdamW's moments and step count
-    of it stay as they are; only decay that is not scaled goes on. Returns a parameter group's settings, none when off.
+    without a token in the step is not updated: its factor is 0 whatever the floor, and all that the optimizer keeps of
+    it stays as it is; only decay that is not scaled goes on. Returns a parameter group's settings, none when off.
     Raises ValueError when the floor is above the ceiling.
     """
     if load_lr_floor > load_lr_ceiling:
@@ -78,94 +74,33 @@ def rate_factors(load_LE: Tensor, ema_LE: Tensor, group: Group) -> tuple[Tensor,
     return torch.where(load_LE > 0, factor_LE, 0.0), ema_LE
 
 
-def step_by_load(optimizer: Optimizer, load_LE: Tensor) -> Tensor | None:
-    """Take the optimizer's step; where a group has load-based rates, with these loads. Returns their factors (L, E)."""
-    groups = load_groups(optimizer)
-    if not groups:
-        optimizer.step()
-        return None
-    optimizer.step(load=load_LE)  # pyrefly: ignore[no-matching-overload]
-    (group,) = groups
-    return _of_layers(optimizer, group, "load_factor")
-
-
-def load_groups(optimizer: Optimizer) -> list[Group]:
-    """Groups that have load-based rates: the expert group, or none."""
-    return [group for group in optimizer.param_groups if "load_lr" in group]
-
-
-def next_factors(optimizer: Optimizer, group: Group, load_LE: Tensor | None) -> Tensor | None:
-    """Factors (L, E) of this step; they and the average are kept in the states of the group's parameters.
+def keep_factors(
+    states: Mapping[Tensor, dict[str, Tensor]], group: Group, load_LE: Tensor | None, skip: Tensor | None
+) -> Tensor | None:
+    """The factors (L, E) of this step; they and the average are kept in the states of the group's parameters.
 
     Without a load (torch makes the states of a checkpoint by such a step) there are none: None, all experts alike.
-    Where the optimizer's `found_inf` is 1 they stay as they are. The states, `load_ema` and `load_factor`, are (E,) and
-    the same on every rank, whatever the layout.
+    Where `skip`, an fp32 scalar, is 1 they stay as they are. The states, `load_ema` and `load_factor`, are (E,) and the
+    same on every rank, whatever the layout.
     """
     if load_LE is None:
         for parameter in group["params"]:
             ones_E = torch.ones(parameter.shape[0], device=parameter.device)
-            optimizer.state[parameter].update(load_ema=ones_E, load_factor=ones_E.clone())
+            states[parameter].update(load_ema=ones_E, load_factor=ones_E.clone())
         return None
-    if "load_ema" in optimizer.state[group["params"][0]]:
-        before_LE, old_LE = (_of_layers(optimizer, group, name) for name in ("load_ema", "load_factor"))
+
+    # all parameters of a layer have the same: one of each is read
+    first = dict(zip(reversed(group["layers"]), reversed(group["params"]), strict=True))
+    if "load_ema" in states[group["params"][0]]:
+        before_LE, old_LE = (
+            torch.stack([states[first[layer]][name] for layer in sorted(first)]) for name in ("load_ema", "load_factor")
+        )
     else:
         before_LE = old_LE = torch.ones_like(load_LE, dtype=torch.float32)
+
     factor_LE, ema_LE = rate_factors(load_LE, before_LE, group)
-    found_inf = getattr(optimizer, "found_inf", None)
-    if found_inf is not None:
-        ema_LE, factor_LE = (torch.where(found_inf > 0, *pair) for pair in ((before_LE, ema_LE), (old_LE, factor_LE)))
+    if skip is not None:
+        ema_LE, factor_LE = (torch.where(skip > 0, *pair) for pair in ((before_LE, ema_LE), (old_LE, factor_LE)))
     for parameter, layer in zip(group["params"], group["layers"], strict=True):
-        optimizer.state[parameter].update(load_ema=ema_LE[layer], load_factor=factor_LE[layer])
+        states[parameter].update(load_ema=ema_LE[layer], load_factor=factor_LE[layer])
     return factor_LE
-
-
-def _of_layers(optimizer: Optimizer, group: Group, name: str) -> Tensor:
-    """Stack a state (E,) that all expert parameters of a layer share: (L, E)."""
-    first = dict(zip(reversed(group["layers"]), reversed(group["params"]), strict=True))
-    return torch.stack([optimizer.state[first[layer]][name] for layer in sorted(first)])
-
-
-def scale_steps(optimizer: Optimizer) -> None:
-    """Make `optimizer.step(load=load_LE)` scale each expert's update, where the optimizer does not do so itself.
-
-    p becomes p_old + r (p_new - p_old), which is a learning rate of r * lr for every optimizer whose update is
-    proportional to it; decay that is not scaled is taken to be decoupled, p -= lr * weight_decay * p. It costs a copy
-    of the experts' parameters during the step. A fused optimizer is said to be none: what it skips on the device would
-    be scaled all the same. What the optimizer keeps of a dead expert sees a zero gradient, as it
-    would without load-based rates.
-    """
-    if "load" in inspect.signature(type(optimizer).step).parameters:
-        return
-    before: dict[Tensor, Tensor] = {}
-    loads: list[Tensor | None] = []
-
-    @torch.no_grad()
-    def remember(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        loads.append(kwargs.pop("load", None))
-        parameters = [p for group in load_groups(optimizer) for p in group["params"] if p.grad is not None]
-        before.update({p: local(p).clone() for p in parameters})
-        return args, kwargs
-
-    @torch.no_grad()
-    def scale(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        load = loads.pop()
-        for group in load_groups(optimizer):
-            factor_LE = next_factors(optimizer, group, load)
-            if factor_LE is not None:
-                for parameter, layer in zip(group["params"], group["layers"], strict=True):
-                    if parameter in before:
-                        _scale_update(parameter, before[parameter], factor_LE[layer], group)
-        before.clear()
-
-    optimizer._step_supports_amp_scaling = False  # pyrefly: ignore[missing-attribute]
-    optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(scale)
-
-
-def _scale_update(parameter: Tensor, old: Tensor, factor_E: Tensor, group: Group) -> None:
-    """Replace this rank's rows by old + factor * (new - old); decay in full unless it is scaled too."""
-    new = local(parameter)
-    factor = factor_E[rows(parameter)].to(new.dtype).view(-1, *[1] * (new.dim() - 1))
-    new.copy_(torch.lerp(old, new, factor))
-    if not group["load_lr_decay"]:
-        new.addcmul_(old, 1 - factor, value=-group["lr"] * group["weight_decay"])

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from titan_moe.norms import matrix_norms
-from titan_moe.optimizer.transform import State, Tick, Transform, momentum
+from titan_moe.optimizer import transform
+from titan_moe.optimizer.transform import MatmulDtype, State, Tick, Transform
 from titan_moe.runtime.dtypes import DTYPES
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # of the quintic; steepest at zero, with no fixed point at one
@@ -21,17 +22,25 @@ SMALLEST_NORM = 1e-7
 StepSize = Literal["match_rms_adamw", "original"]
 
 
-def muon_direction(*, beta: float, nesterov: bool, ns_steps: int, adjust_lr: StepSize, matmul_dtype: str) -> Transform:
-    """Orthogonalized momentum times a factor by shape.
+def muon(
+    *,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    ns_steps: int = 5,
+    adjust_lr: StepSize = "match_rms_adamw",
+    matmul_dtype: MatmulDtype = "bfloat16",
+) -> Transform:
+    """Muon, orthogonalized momentum, each expert by itself (Jordan et al., 2024).
 
-    The factor is 0.2 sqrt(max(M, N)), which gives the update the root mean square of AdamW's, or the "original"
-    sqrt(max(1, M / N)).
+    `adjust_lr` "match_rms_adamw" takes AdamW's learning rate and decay (Liu et al., 2025): a factor 0.2 sqrt(max(M, N))
+    gives the update the root mean square of AdamW's. "original" is Jordan's factor sqrt(max(1, M / N)). beta1, beta2
+    and eps are those of AdamW, for what is no matrix.
     """
-    average = momentum(beta, "momentum_buffer", correct_bias=False)
+    average = transform.momentum(momentum, "momentum_buffer", correct_bias=False)
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
         mean = average.update(gradient, state, tick)
-        direction = gradient.lerp(mean, beta) if nesterov else mean
+        direction = gradient.lerp(mean, momentum) if nesterov else mean  # (R, M, N)
         height, width = gradient.shape[1:]
         size = 0.2 * max(height, width) ** 0.5 if adjust_lr == "match_rms_adamw" else max(1, height / width) ** 0.5
         return orthogonalize(direction, ns_steps, DTYPES[matmul_dtype]).float() * size
@@ -41,7 +50,8 @@ def muon_direction(*, beta: float, nesterov: bool, ns_steps: int, adjust_lr: Ste
 
 def orthogonalize(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Bring the singular values of each matrix of (R, M, N) near one, in `dtype`; a zero matrix stays zero."""
-    wide = x.to(dtype).mT if x.shape[1] > x.shape[2] else x.to(dtype)
+    # on the shorter side the products of an iteration are smallest
+    wide = x.to(dtype).mT if x.shape[1] > x.shape[2] else x.to(dtype)  # (R, min(M, N), max(M, N))
     norm_R11 = matrix_norms(wide).clamp(min=SMALLEST_NORM).view(-1, 1, 1)
     wide = wide / norm_R11.to(dtype)
     a, b, c = COEFFICIENTS

@@ -10,7 +10,7 @@ per block of a matrix, with its gradient G, at its step t from 1,
     P = X_L m' X_R |a| / |X_L m' X_R| (Frobenius norms) from `start_preconditioning_step` on, before it P = a
     W <- W - lr (P + weight_decay W)
 
-Blocks side by side may share factors (`titan_moe.optimizer.layouts`): G is then a whole strip of the matrix.
+Blocks side by side may share factors (`titan_moe.optimizer.kronecker`): G is then a whole strip of the matrix.
 
 Shapes: R rows (experts), M x N a matrix, B blocks of a region, H x W a block, S the size of a side.
 """
@@ -19,41 +19,47 @@ from typing import Literal
 
 from torch import Tensor
 
-from titan_moe.optimizer.factors import init_factor, init_root, refresh_root
-from titan_moe.optimizer.layouts import block_layout, strip_layout
-from titan_moe.optimizer.transform import State, Tick, Transform, adam, momentum
+from titan_moe.optimizer.kronecker import block_layout, init_factor, init_root, refresh_root, strip_layout
+from titan_moe.optimizer.transform import MatmulDtype, State, Tick, Transform, adamw, momentum
 from titan_moe.runtime.dtypes import DTYPES
 
 Grafting = Literal["adamw", "none"]
 
 
-def shampoo_direction(
+def shampoo(
     *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    epsilon: float,
-    exponent: float,
-    grafting: Grafting,
-    precondition_frequency: int,
-    start_preconditioning_step: int,
-    statistics_every: int,
-    max_preconditioner_dim: int,
-    share_factors: bool,
-    one_sided: bool,
-    matmul_dtype: str,
-    offset: int = 0,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    epsilon: float = 1e-12,
+    exponent: float = 0.0,
+    grafting: Grafting = "adamw",
+    precondition_frequency: int = 100,
+    start_preconditioning_step: int = -1,
+    statistics_every: int = 1,
+    max_preconditioner_dim: int = 1024,
+    adamw_above: int = 8192,
+    share_factors: bool = False,
+    one_sided: bool = False,
+    matmul_dtype: MatmulDtype = "float32",
+    stagger_roots: bool = False,
 ) -> Transform:
-    """The transform of the module's head; `offset` delays all its roots by as many steps.
+    """Shampoo with AdamW's step size, each expert by itself; the paper's section 3.5 (Shi et al., 2023).
 
-    `exponent` 0 is 1/4 with two sides and 1/2 with one. With `grafting` "none" P = X_L m' X_R, the roots being
-    identities before the first. Factors see the gradients of the steps 1, 1 + statistics_every, ...
+    Inverse roots (factor + epsilon)^-exponent are computed every `precondition_frequency` steps from
+    `start_preconditioning_step` on (-1: the first of these), before it the step is AdamW's; exponent 0 is 1/4, and 1/2
+    with `one_sided`, which keeps the factor of a matrix' shorter side alone. With `grafting` "none" the step is X_L m'
+    X_R itself, the roots being identities before the first. Factors see the gradients of the steps 1,
+    1 + statistics_every, ... Matrices are cut into blocks of at most `max_preconditioner_dim`, with factors of their
+    own, or with `share_factors` one for each row and each column of blocks; a matrix with a dimension above
+    `adamw_above` is AdamW's. `stagger_roots` spreads the roots of different tensors evenly over the steps.
     """
-    make_layout = strip_layout if share_factors else block_layout
     dtype = DTYPES[matmul_dtype]
+    make_layout = strip_layout if share_factors else block_layout
     layout = make_layout(max_preconditioner_dim, beta2, one_sided=one_sided, dtype=dtype)
-    base = adam(beta1, beta2, eps) if grafting == "adamw" else momentum(beta1)
-    start = (precondition_frequency if start_preconditioning_step == -1 else start_preconditioning_step) + offset
+    grafted = grafting == "adamw"
+    base = adamw(beta1=beta1, beta2=beta2, eps=eps) if grafted else momentum(beta1)
+    start = precondition_frequency if start_preconditioning_step == -1 else start_preconditioning_step
     power = exponent or (0.5 if one_sided else 0.25)
 
     def init(weight: Tensor) -> State:
@@ -63,16 +69,21 @@ def shampoo_direction(
         return state
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
-        since_start = tick.step - start
         if (tick.step - 1) % statistics_every == 0:
             layout.observe(gradient, state, tick)
-        if since_start == 0 or (since_start > 0 and (tick.step - offset) % precondition_frequency == 0):
+
+        # roots hold this step's gradient already, as in Meta's package
+        since_start = tick.step - start - tick.offset
+        is_due = (tick.step - tick.offset) % precondition_frequency == 0
+        if since_start == 0 or (since_start > 0 and is_due):
             for factor in layout.factors(gradient.shape[1:]):
                 refresh_root(factor, state, beta2, power, epsilon, tick.alive)
-        direction = base.update(gradient, state, tick)
+
+        # AdamW's moments go on from the first step: its direction is the step before the start, and its norm after it
+        direction = base.update(gradient, state, tick)  # (R, M, N)
         if since_start < 0:
             return direction
-        graft = grafting == "adamw"
-        return layout.precondition(state["exp_avg"] if graft else direction, direction, state, graft)
+        return layout.precondition(state["exp_avg"] if grafted else direction, direction, state, grafted)
 
-    return Transform(init, update)
+    period = precondition_frequency if stagger_roots else 0
+    return Transform(init, update, max_dim=adamw_above, period=period)

@@ -17,36 +17,48 @@ Shapes: R rows (experts), M x N a matrix, B blocks of a region, H x W a block, S
 import torch
 from torch import Tensor
 
-from titan_moe.optimizer.blocks import Region, from_blocks, to_blocks
-from titan_moe.optimizer.factors import Factor, Side, has_evidence, init_factor, mean_factor
-from titan_moe.optimizer.layouts import block_layout, factors_by_region
-from titan_moe.optimizer.transform import State, Tick, Transform, adam
+from titan_moe.optimizer.kronecker import (
+    Factor,
+    Region,
+    Side,
+    block_layout,
+    factors_by_region,
+    from_blocks,
+    has_evidence,
+    init_factor,
+    mean_factor,
+    to_blocks,
+)
+from titan_moe.optimizer.transform import MatmulDtype, State, Tick, Transform, adamw
 from titan_moe.runtime.dtypes import DTYPES
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 EVIDENT = 1e-5  # a part of a gradient that is smaller than this may be the round-off of the whole in fp32
 
 
-def soap_direction(
+def soap(
     *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    precondition_frequency: int,
-    statistics_every: int,
-    max_preconditioner_dim: int,
-    one_sided: bool,
-    matmul_dtype: str,
-    offset: int = 0,
+    beta1: float = 0.95,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    precondition_frequency: int = 10,
+    statistics_every: int = 1,
+    max_preconditioner_dim: int = 1024,
+    adamw_above: int = 8192,
+    one_sided: bool = False,
+    matmul_dtype: MatmulDtype = "float32",
+    stagger_roots: bool = False,
 ) -> Transform:
-    """The transform of the module's head; `offset` delays the changes of its bases by as many steps.
+    """SOAP, Adam in the eigenbasis of Shampoo's factors, each expert by itself (Vyas et al., 2024).
 
-    With `one_sided` only the shorter side of a block is rotated. The moments are kept in the rotated coordinates.
+    The bases follow the factors every `precondition_frequency` steps by one step of orthogonal iteration; the other
+    arguments are shampoo's. With `one_sided` only the shorter side of a block is rotated. The moments are kept in the
+    rotated coordinates.
     """
     dtype = DTYPES[matmul_dtype]
     floor = max(EVIDENT, torch.finfo(dtype).eps / 8)
     layout = block_layout(max_preconditioner_dim, beta2, one_sided=one_sided, dtype=dtype)
-    base = adam(beta1, beta2, eps)
+    base = adamw(beta1=beta1, beta2=beta2, eps=eps)
 
     def init(weight: Tensor) -> State:
         state = base.init(weight) | {"moment_steps": weight.new_zeros(weight.shape[0], dtype=torch.float32)}
@@ -57,6 +69,7 @@ def soap_direction(
         return state
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
+        # the first gradient only makes the bases: in its own eigenbasis it is diagonal, and the rest is round-off
         shape = gradient.shape[1:]
         if tick.step == 1:
             layout.observe(gradient, state, tick)
@@ -67,6 +80,8 @@ def soap_direction(
 
         # the moments of a row that had no token in the first step have missed nothing: they count for themselves
         state["moment_steps"] += 1 if tick.alive is None else tick.alive
+
+        # Adam's step in the rotated coordinates, and back
         parts = factors_by_region(shape, max_preconditioner_dim, one_sided=one_sided)
         rotated = torch.empty_like(gradient)
         for region, factors in parts:
@@ -79,13 +94,14 @@ def soap_direction(
         # the factors see this gradient after it was used, so that a step depends on the ones before it alone
         if (tick.step - 1) % statistics_every == 0:
             layout.observe(gradient, state, tick)
-        if (tick.step - offset) % precondition_frequency == 0:
+        if (tick.step - tick.offset) % precondition_frequency == 0:
             for region, factors in parts:
                 for side, factor in factors.items():
                     turn_basis(side, factor, region, state, beta2, floor, tick.alive)
         return direction
 
-    return Transform(init, update)
+    period = precondition_frequency if stagger_roots else 0
+    return Transform(init, update, max_dim=adamw_above, period=period)
 
 
 def rotate(

@@ -1,88 +1,155 @@
-"""Parts of optimizers: a transform turns the gradient of stacked matrices into the direction of their update.
+"""Transforms: what turns a gradient into the direction of an update. AdamW is one of them; momentum; torch's kernels.
+
+`titan_moe.optimizer.optimizer` does the rest: states, rates, shards, what is no matrix. The other transforms are in
+`shampoo`, `soap`, `muon` and `meta_shampoo`.
 
 Shapes: R rows of a stacked tensor (the experts that this rank holds, or 1 for a dense matrix), M x N a matrix.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from titan_moe.runtime.dtensor import local
-
 State = dict[str, Tensor]
+MatmulDtype = Literal["float32", "bfloat16"]
 
 
 class Tick(NamedTuple):
-    """Where a parameter is in time.
+    """Where a parameter is in time, and what a transform may ask for besides its gradient.
 
     `step` counts from 1 and is known on the host, so that what happens every n-th step needs no synchronisation.
     `steps` (R,) fp32 is each row's own count, this step included. `spare(gradient)` is contiguous memory of that
-    shape for the direction to be made in; it holds anything finite, and the next call gives it again. `alive` (R,)
-    bool is None when every row takes part; the state of a row that does not must stay as it is, and its direction is
-    not used.
+    shape for the direction to be made in; it holds anything finite, and the next call gives it again. `weight()` is
+    the weight (R, M, N) before the step, to be read only; of a dense matrix that is sharded it costs a gather. `alive`
+    (R,) bool is None when every row takes part; the state of a row that does not must stay as it is, and its direction
+    is not used. `offset` is by how many steps this parameter's periodic work comes later, less than the `period`.
     """
 
     step: int
     steps: Tensor
     spare: Callable[[Tensor], Tensor]
+    weight: Callable[[], Tensor]
     alive: Tensor | None = None
+    offset: int = 0
+
+
+class Step(Protocol):
+    """W <- W - lr (direction + weight_decay W) in one pass over memory, for many tensors of any shape at once.
+
+    `tensors` are lists of weights, gradients and then each of the kernel's states. `steps` count this step already;
+    `skip`, an fp32 scalar, leaves everything as it is where it is 1; gradients are divided by `grad_scale`, in place.
+    """
+
+    def __call__(
+        self,
+        tensors: Sequence[list[Tensor]],
+        steps: list[Tensor],
+        lr: float | Tensor,
+        weight_decay: float,
+        *,
+        skip: Tensor | None = None,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """Update the weights and the states in place; nothing is read on the host."""
+
+
+class Kernel(NamedTuple):
+    """The whole step of a transform that looks at each element by itself: shapes and shards do not matter to it.
+
+    `states` are the names of what it keeps for each element, zero at first.
+    """
+
+    states: tuple[str, ...]
+    step: Step
 
 
 class Transform(NamedTuple):
-    """A pair of functions; the step is W <- W - lr (update(G, state, tick) + weight_decay W).
+    """Two functions; the step is W <- W - lr (update(G, state, tick) + weight_decay W).
 
     `init(weight)` makes the state: contiguous tensors by name whose first dimension is that of `weight` (R, M, N), so
-    that they are sharded as it is. `update(gradient, state, tick)` gives the direction, (R, M, N) fp32 from such a
-    gradient, contiguous as well, and writes the state in place, because a copy of it would cost as much as the step. It
-    does not know the learning rate: rates that differ by expert are then exact for every transform. `by_rows`: it may
-    be called for some rows at a time.
+    that they are sharded as it is; of a dense matrix' weight it sees the shape alone. `update(gradient, state, tick)`
+    gives the direction, (R, M, N) fp32 from such a gradient, contiguous as well, and writes the state in place, because
+    a copy of it would cost as much as the step. It does not know the learning rate: rates that differ by expert are
+    then exact for every transform. `by_rows`: it may be called for some rows at a time. A matrix with a dimension above
+    `max_dim` is AdamW's. The periodic work of a group's matrices is spread over `period` steps (0: it is not).
+
+    One that has a `kernel` is stepped by it, whatever a parameter's shape, and not by `init` and `update`.
     """
 
     init: Callable[[Tensor], State]
     update: Callable[[Tensor, State, Tick], Tensor]
     by_rows: bool = True
+    max_dim: int | None = None
+    period: int = 0
+    kernel: Kernel | None = None
 
 
-def adam(beta1: float, beta2: float, eps: float) -> Transform:
-    """Adam's direction m / (sqrt(v) + eps), both bias-corrected (Kingma and Ba, 2015, algorithm 1)."""
+def adamw(*, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8) -> Transform:
+    """AdamW with decoupled decay (Loshchilov and Hutter 2019), fused where torch has it; the paper's default.
+
+    A group may carry any of the arguments as its own value.
+
+    The direction is m / (sqrt(v) + eps), both bias-corrected (Kingma and Ba, 2015, algorithm 1).
+    """
+    step = functools.partial(fused_adamw, betas=(beta1, beta2), eps=eps)
 
     def init(weight: Tensor) -> State:
         return {name: weight.new_zeros(weight.shape, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")}
 
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
-        # torch's fused AdamW with learning rate and decay of -1, which takes any finite weight to 0 plus the direction:
-        # one pass over memory
-        direction = tick.spare(gradient)
+        # The kernel's step with learning rate and decay of -1 takes any finite weight to 0 plus the direction: one pass
+        # over memory, where the formula by operators would take six.
+        direction = tick.spare(gradient)  # (R, M, N)
         tensors = [direction, gradient, state["exp_avg"], state["exp_avg_sq"]]
         if tick.alive is None:
-            fused_adamw([[tensor] for tensor in tensors], [tick.steps[0]], -1.0, (beta1, beta2), eps, -1.0)
+            step([[tensor] for tensor in tensors], [tick.steps[0]], -1.0, -1.0)
             return direction
+
+        # rows with counts of their own, of which the kernel leaves out the dead ones
         for row, dead in enumerate((~tick.alive).float().unbind()):
-            one = [[tensor[row]] for tensor in tensors]
-            fused_adamw(one, [tick.steps[row]], -1.0, (beta1, beta2), eps, -1.0, skip=dead)
+            step([[tensor[row]] for tensor in tensors], [tick.steps[row]], -1.0, -1.0, skip=dead)
         return direction
 
+    return Transform(init, update, kernel=Kernel(("exp_avg", "exp_avg_sq"), step))
+
+
+def momentum(beta: float, name: str = "exp_avg", *, correct_bias: bool = True) -> Transform:
+    """Exponential average of the gradient, kept as `name`; bias-corrected as Adam's unless `correct_bias` is false."""
+
+    def init(weight: Tensor) -> State:
+        return {name: weight.new_zeros(weight.shape, dtype=torch.float32)}
+
+    def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
+        average = state[name]
+        if tick.alive is None:
+            average.lerp_(gradient, 1 - beta)
+        else:
+            average.lerp_(gradient, ((1 - beta) * tick.alive).view(-1, 1, 1))
+        return average / (1 - beta**tick.steps).view(-1, 1, 1) if correct_bias else average
+
     return Transform(init, update)
+
+
+def keep_dead_rows(new: Tensor, old: Tensor, alive_R: Tensor) -> None:
+    """Give the rows of `new` (R, ...) that are not alive what they have in `old`, in place."""
+    new.copy_(torch.where(alive_R.view(-1, *[1] * (new.dim() - 1)), new, old))
 
 
 def fused_adamw(
     tensors: Sequence[list[Tensor]],
     steps: list[Tensor],
     lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
     weight_decay: float,
     *,
+    betas: tuple[float, float],
+    eps: float,
     skip: Tensor | None = None,
     grad_scale: Tensor | None = None,
 ) -> None:
-    """Call torch's fused AdamW kernel on lists of weights, gradients, first moments and second moments.
-
-    `steps` count this step already; `skip`, an fp32 scalar, leaves everything as it is where it is 1; gradients are
-    divided by `grad_scale`, in place.
-    """
+    """Call torch's fused AdamW kernel: the `Step` whose states are the first and the second moments."""
     weights, gradients, exp_avgs, exp_avg_sqs = tensors
     torch._fused_adamw_(
         weights,
@@ -103,42 +170,6 @@ def fused_adamw(
     )
 
 
-def make_adamw_states(parameters: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """AdamW's first state, with torch's names, of parameters that have none; moments are sharded as they are."""
-    for parameter in parameters:
-        if "step" not in state[parameter]:
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            state[parameter].update(step=torch.zeros((), dtype=torch.float32, device=parameter.device), **moments)
-
-
-def step_adamw(
-    group: Mapping[str, Any],
-    parameters: Sequence[Tensor],
-    state: Mapping[Tensor, dict[str, Any]],
-    *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """AdamW's step of those parameters of a group that have gradients; these are divided by `grad_scale`.
-
-    Where `found_inf`, an fp32 scalar, is 1, nothing changes, but states that were missing are there, at zero.
-    This rank's parts go to the kernel, not DTensors: a look at each of these takes the host as long as a GPU takes for
-    a layer.
-    """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    if not parameters:
-        return
-    make_adamw_states(parameters, state)
-    states = [state[parameter] for parameter in parameters]
-    steps = [own["step"] for own in states]
-    torch._foreach_add_(steps, 1 if found_inf is None else [1 - found_inf] * len(steps))
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    moments = ([own[name] for own in states] for name in ("exp_avg", "exp_avg_sq"))
-    lists = [[local(tensor) for tensor in tensors] for tensors in (parameters, gradients, *moments)]
-    settings = (group["lr"], group["betas"], group["eps"], group["weight_decay"])
-    fused_adamw(lists, steps, *settings, skip=found_inf, grad_scale=grad_scale)
-
-
 def fused_sgd(weight: Tensor, direction: Tensor, lr: float, weight_decay: float) -> None:
     """W <- W - lr (direction + weight_decay W) by torch's kernel, in one pass; both contiguous and of one dtype."""
     torch._fused_sgd_(
@@ -153,20 +184,3 @@ def fused_sgd(weight: Tensor, direction: Tensor, lr: float, weight_decay: float)
         maximize=False,
         is_first_step=False,
     )
-
-
-def momentum(beta: float, name: str = "exp_avg", *, correct_bias: bool = True) -> Transform:
-    """Exponential average of the gradient, kept as `name`; bias-corrected as Adam's unless `correct_bias` is false."""
-
-    def init(weight: Tensor) -> State:
-        return {name: weight.new_zeros(weight.shape, dtype=torch.float32)}
-
-    def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
-        average = state[name]
-        if tick.alive is None:
-            average.lerp_(gradient, 1 - beta)
-        else:
-            average.lerp_(gradient, ((1 - beta) * tick.alive).view(-1, 1, 1))
-        return average / (1 - beta**tick.steps).view(-1, 1, 1) if correct_bias else average
-
-    return Transform(init, update)

@@ -63,11 +63,15 @@ def sole_process(path: Path, what: str) -> Iterator[None]:
     Raises ValueError, one line on `what`, where another process holds it. A file that a dead process has left is taken
     over: at once if it ran on this machine, else after three heartbeats without a sign of life.
     """
+    # Folders that are made for the lock alone are to go with it, so they are noted before they are made.
     new_folders = [folder for folder in path.parents if not folder.exists()]
     ended = threading.Event()
     try:
         file = _take(path, what)
         _held.add(file)
+
+        # The heartbeat is for other nodes, to which the kernel's lock may say nothing. A daemon thread: a process that
+        # crashes must not be kept alive by it.
         beat = threading.Thread(target=_beat, args=(file, ended), name="lock", daemon=True)
         beat.start()
         try:
@@ -76,6 +80,7 @@ def sole_process(path: Path, what: str) -> Iterator[None]:
             ended.set()
             beat.join()
             _held.discard(file)
+
             # Removed before it is unlocked: whoever has opened it in the meantime will see that `path` is another file.
             with contextlib.suppress(OSError):
                 if not file.closed and _is_file_of(path, file):  # a forked worker's is closed
@@ -89,6 +94,8 @@ def sole_process(path: Path, what: str) -> Iterator[None]:
 
 def _take(path: Path, what: str) -> IO[str]:
     """Open and lock the file, and write into it who has it."""
+    # Another process may be ending just now. It is given some seconds, with a new look at the file in each round, as
+    # the file itself may be another one by then.
     limit = time.monotonic() + PATIENCE_SECONDS
     while True:
         with contextlib.ExitStack() as stack:
@@ -106,10 +113,12 @@ def _take(path: Path, what: str) -> IO[str]:
             if locked is None:
                 if time.monotonic() > limit:
                     raise ValueError(_in_use(path, what, holder))
+
             # Not locked, but a holder's name is in it. On this machine it is that of a dead one, which would else have
             # the lock; on another machine, or without locks, only signs of life can tell.
             elif holder and not (locked and holder.get("boot") == _boot()) and _is_alive(path, holder):
                 raise ValueError(_in_use(path, what, holder))
+
             # Ours, unless its holder has removed it between the opening and the lock: then another round.
             elif _is_file_of(path, file):
                 _write(file)
@@ -136,11 +145,14 @@ def _is_file_of(path: Path, file: IO[str]) -> bool:
 
 def _is_alive(path: Path, holder: dict[str, Any]) -> bool:
     """Watch the file's time for three heartbeats: whether it changes, which only a living holder makes it do."""
+    # Nothing seems to happen for up to 15 seconds, so the user is told why.
     limit = time.monotonic() + 3 * HEARTBEAT_SECONDS
     logger.info(
         "%s is of process %s on host %s: looking for a sign of life for %g s",
         *(path, holder.get("pid"), holder.get("host"), 3 * HEARTBEAT_SECONDS),
     )
+
+    # Any other time is a sign of life: it is not compared with this host's clock. A file that is gone has no holder.
     before = _time_of(path)
     while time.monotonic() < limit:
         time.sleep(HEARTBEAT_SECONDS / 10)

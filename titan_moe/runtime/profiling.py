@@ -13,6 +13,7 @@ from titan_moe.runtime.world import Runtime
 @contextlib.contextmanager
 def profiler(runtime: Runtime, *, enable: bool, folder: Path, freq: int) -> Iterator[Callable[[], None]]:
     """Give a function to call after each step; with `enable` the last of every `freq` steps is traced to `folder`."""
+    # The loop calls it in any case, and does not have to know whether somebody traces.
     if not enable:
         yield lambda: None
         return
@@ -41,6 +42,7 @@ def start_timer(device: torch.device) -> Callable[[], Callable[[], float]]:
     Only asking for the seconds waits for a GPU: it notes both moments by itself, each when all work before it is done,
     so that the times of steps add up to the time of the run. On a CPU the host's clock tells them.
     """
+    # A call on a CPU returns when its work is done, so the clock is right at once.
     if device.type == "cpu":
         begin = time.perf_counter()
 
@@ -50,6 +52,7 @@ def start_timer(device: torch.device) -> Callable[[], Callable[[], float]]:
 
         return stop
 
+    # A call on a GPU returns before that: events are put into the stream and tell the GPU's own time.
     started = torch.cuda.Event(enable_timing=True)
     started.record()
 

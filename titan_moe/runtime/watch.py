@@ -70,6 +70,7 @@ def watching(watch: Watch, give_up: Callable[[str], None] = command.give_up) -> 
     A collective that is under way for longer than `watch.limit_seconds` ends the process, and so do groups that are not
     connected by then: the thread that waits can't be interrupted. `give_up` gets the message and ends it.
     """
+    # A thread looks, as the main one is stuck in the collective when it matters.
     ended = threading.Event()
     thread = threading.Thread(target=_look, args=(watch, ended, give_up), name="watch", daemon=True)
     thread.start()

@@ -98,14 +98,14 @@ def has_record(path: Path, step: int, kind: str) -> bool:
 class Lines(NamedTuple):
     """Which lines of a metrics.jsonl are of steps up to a given one. The file may be long: it is parsed once."""
 
-    kept: list[bool]  # of each line, in order: whether it is
+    is_kept: list[bool]  # of each line, in order: whether it is of such a step
     torn: set[int]  # numbers of the lines that are no records: what a power cut or a damaged disk leaves
     steps: set[int]  # of the kept lines of kind 'train'
 
     @property
     def num_later(self) -> int:
         """How many lines are of later steps."""
-        return self.kept.count(False) - len(self.torn)
+        return self.is_kept.count(False) - len(self.torn)
 
 
 def cut(path: Path, step: int) -> None:
@@ -118,10 +118,10 @@ def cut(path: Path, step: int) -> None:
 
     # First they are written to the other file, then taken out of this one: a crash in between leaves a line in both
     # files, never in none.
-    if not all(lines.kept):
+    if not all(lines.is_kept):
         target = path.with_name(f"{path.stem}.cut{path.suffix}")
         with open(path, "rb") as file:
-            later = [(index in lines.torn, line) for index, line in enumerate(file) if not lines.kept[index]]
+            later = [(index in lines.torn, line) for index, line in enumerate(file) if not lines.is_kept[index]]
         _append(target, [_as_record(line, step) if is_torn else line for is_torn, line in later])
         drop(path, lines)
         logger.info(
@@ -147,10 +147,10 @@ def sort_lines(path: Path, step: int) -> Lines:
     with open(path, "rb") as file:
         for index, line in enumerate(file):
             record = _parse(line)
-            lines.kept.append(record is not None and record["step"] <= step)
+            lines.is_kept.append(record is not None and record["step"] <= step)
             if record is None:
                 lines.torn.add(index)
-            elif lines.kept[-1] and record.get("kind") == "train":
+            elif lines.is_kept[-1] and record.get("kind") == "train":
                 lines.steps.add(record["step"])
     return lines
 
@@ -158,7 +158,7 @@ def sort_lines(path: Path, step: int) -> Lines:
 def drop(path: Path, lines: Lines) -> None:
     """Remove all but the kept lines from a metrics.jsonl, which is never half written."""
     with open(path, "rb") as file, new_file(path) as shorter:
-        shorter.writelines(itertools.compress(file, lines.kept))
+        shorter.writelines(itertools.compress(file, lines.is_kept))
 
 
 def copy(path: Path, target: Path) -> None:

@@ -1,0 +1,147 @@
+"""Per-expert measures: signal-to-noise against gradients whose own is known, updates against the definition."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from tests.tiny import adamw, balancers, batch, tiny_model
+from titan_moe.config import load_config
+from titan_moe.metrics import expert_metrics, to_numbers, train_metrics
+from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.expert_stats import copies, expert_parameters, expert_stats, expert_sums
+from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.sinks.files import jsonl
+from titan_moe.sinks.trackers import tensorboard
+from titan_moe.step import train_step
+
+SNRS = [0.0, 0.3, 1.0, 5.0]
+
+
+def experts_of(shape=(4, 30, 40)):
+    return {f"layers.0.moe.experts.{name}": nn.Parameter(torch.ones(shape)) for name in ("w1", "w2")}
+
+
+@pytest.mark.parametrize("load_lr", [{}, {"load_lr": "ideal_normalized"}])
+@pytest.mark.parametrize("steps", [2, 5, 60])
+def test_signal_to_noise_of_known_gradients(steps, load_lr):
+    """g = signal + noise of unit variance: SNR = ||signal|| / sqrt(number of elements), from the second step on."""
+    torch.manual_seed(0)
+    named = experts_of()
+    groups = parameter_groups(named.items(), {"expert": expand_load_lr(load_lr, top_k=2)})
+    optimizer = OPTIMIZERS["adamw"](groups, lr=0.0, beta1=0.9, beta2=0.95)
+    signals = [torch.randn(4, 30, 40) * torch.tensor(SNRS).view(-1, 1, 1) for _ in named]
+    for _ in range(steps):
+        for parameter, signal in zip(named.values(), signals, strict=True):
+            parameter.grad = signal + torch.randn_like(signal)
+        optimizer.step(load=torch.tensor([[1, 2, 3, 4]]))
+    experts = expert_parameters(named.items())
+    stats = expert_stats(experts, expert_sums(experts, copies(experts), optimizer), optimizer)
+    assert stats.gradient_snr[0, 0] < 0.2  # noise alone: Adam's first moment by itself would say 0.24 or more
+    assert stats.gradient_snr[0, 1:].tolist() == pytest.approx(SNRS[1:], rel=0.15)
+    assert stats.update_ratio.tolist() == [[0.0] * 4]
+
+
+def test_no_measure_before_the_second_step_and_without_moments():
+    named = experts_of((4, 2, 2))
+    experts = expert_parameters(named.items())
+    groups = parameter_groups(named.items(), {})
+    for optimizer in (OPTIMIZERS["adamw"](groups), torch.optim.SGD(groups, lr=0.1)):
+        for parameter in named.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        stats = expert_stats(experts, expert_sums(experts, copies(experts), optimizer), optimizer)
+        if isinstance(optimizer, torch.optim.SGD):
+            assert stats.gradient_snr is None
+        else:
+            assert stats.gradient_snr.isnan().all()
+
+
+def measured_steps(count, every=1, **arguments):
+    model = tiny_model(**arguments)
+    model.init_weights(0)
+    optimizer, outputs, updates = adamw(model), [], []
+    for step in range(count):
+        old = {name: p.detach().clone() for name, p in model.named_parameters()}
+        options = {"max_norm": 0.1, "measure_experts": step % every == 0}
+        outputs.append(train_step(model, [batch(step)], optimizer, balancers(), model.expert_biases(), **options))
+        updates.append({name: (p.detach() - old[name], old[name]) for name, p in model.named_parameters()})
+    return model, outputs, updates
+
+
+def test_update_ratio_is_what_the_step_did():
+    _, outputs, updates = measured_steps(3)
+    for output, update in zip(outputs, updates, strict=True):
+        for layer in range(2):
+            for expert in range(4):
+                parts = [update[f"layers.{layer}.moe.experts.{name}"] for name in ("w1", "w2", "w3")]
+                change = math.sqrt(sum(delta[expert].square().sum().item() for delta, _ in parts))
+                size = math.sqrt(sum(old[expert].square().sum().item() for _, old in parts))
+                assert output.expert_stats.update_ratio[layer, expert].item() == pytest.approx(change / size, rel=1e-5)
+
+
+def test_measuring_changes_nothing():
+    plain, some, _ = measured_steps(4, every=100)
+    measured, all_of_them, _ = measured_steps(4)
+    assert some[1].expert_stats is None
+    assert all_of_them[1].expert_stats is not None
+    for a, b in zip(plain.parameters(), measured.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_dense_layers_are_not_counted_and_dense_models_have_no_measure():
+    _, outputs, _ = measured_steps(2, num_layers=3, first_dense_layers=1)
+    assert outputs[1].expert_stats.update_ratio.shape == (2, 4)
+    model = tiny_model(None, num_experts=0)
+    model.init_weights(0)
+    output = train_step(model, [batch(0)], adamw_dense(model), {}, [], max_norm=1.0, measure_experts=True)
+    assert output.expert_stats is None
+
+
+def adamw_dense(model):
+    return OPTIMIZERS["adamw"](parameter_groups(model.named_parameters(), {}))
+
+
+def test_records(tmp_path):
+    _, outputs, _ = measured_steps(3)
+    assert expert_metrics(outputs[2]._replace(expert_stats=None)) == {}
+    (first, record) = to_numbers([{**train_metrics(o), **expert_metrics(o)} for o in (outputs[0], outputs[2])])
+    assert record["gradient_snr"] == pytest.approx(outputs[2].expert_stats.gradient_snr.mean().item())
+    sink = jsonl(tmp_path / "metrics.jsonl", 0)
+    pictures = tensorboard(tmp_path, 0)
+    for step, line in ((1, first), (3, record)):
+        for target in (sink, pictures):
+            target.write({"step": step, "kind": "train", **line, "load": line["load/experts"]})
+    sink.close(), pictures.close()
+    start, line = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert start["gradient_snr"] is None  # no measure yet
+    assert start["gradient_snr/layer_1/expert_3"] is None
+    assert line["load/layer_1/expert_3"] == outputs[2].load[1, 3].item()
+    ratio = outputs[2].expert_stats.update_ratio
+    assert line["update_ratio/layer_0/expert_2"] == pytest.approx(ratio[0, 2].item())
+    assert line["update_ratio/layer_0"] == pytest.approx(ratio[0].mean().item())
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    found.Reload()
+    names = {"train/load", "train/gradient_snr/experts", "train/update_ratio/experts"}
+    assert set(found.Tags()["images"]) == names
+    assert "train_per_layer/update_ratio/layer_0" in found.Tags()["scalars"]
+    assert not any("expert_2" in tag for tag in found.Tags()["scalars"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--metrics.expert_stats_freq=-1"], "must be greater than or equal to 0"),
+        (["--metrics.expert_stats_freq=5", "--moe.num_experts=0"], "metrics.expert_stats_freq = 5 needs experts"),
+    ],
+)
+def test_configuration_refuses(args, message):
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        load_config(args)
+    assert message in str(caught.value)

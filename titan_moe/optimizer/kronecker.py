@@ -1,0 +1,312 @@
+"""Kronecker factors of matrices, for Shampoo and SOAP: averages of G G^T and G^T G over steps, and their inverse roots.
+
+From the top: a matrix cut into blocks of a greatest size; a symmetric matrix as its lower triangle; a factor, its
+average and its root; and the two layouts, which say what factors a matrix has, what they average and how their roots
+are applied.
+
+Blocks: the matrix is cut in both dimensions, and each block has a left and a right factor of its own (Shi et al.,
+2023). Strips: all blocks in a row of blocks share their left factor, and all in a column their right one, which are
+then the diagonal blocks of the whole matrix' two factors. Strips are fewer, so that their roots and states cost
+little; each sees more of the gradient; and their products are long.
+
+In a state a factor is a packed triangle (R, B, P) by its name, `left_0`, with `count_left_0` (R, B): how many
+gradients it has seen. One whose product is exactly zero (an expert that got no token) is not counted and stays as it
+is: decaying it would not change its directions, but bias correction would take the lost weight for evidence, and
+after many such steps the factor would round to zero and its inverse root blow up.
+
+Shapes: R rows (experts), M x N a matrix, B blocks of a region or strips of one size, H x W a block, S the size of a
+side, P = S (S + 1) / 2 of a triangle.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titan_moe.norms import matrix_norms
+from titan_moe.optimizer.transform import State, Tick
+
+Side = Literal["left", "right"]
+
+
+class Region(NamedTuple):
+    """Blocks of one size that lie side by side: where they are in the matrix, and the size of each."""
+
+    rows: slice
+    cols: slice
+    height: int
+    width: int
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks it has."""
+        return (self.rows.stop - self.rows.start) // self.height * ((self.cols.stop - self.cols.start) // self.width)
+
+
+def cut(size: int, max_dim: int) -> list[tuple[slice, int]]:
+    """Cut a dimension as torch.split does: where the whole parts lie and their size, and the same of a remainder."""
+    whole = size // max_dim * max_dim
+    parts = [(slice(0, whole), max_dim)] if whole else []
+    return parts + ([(slice(whole, size), size - whole)] if whole < size else [])
+
+
+def regions(matrix: Sequence[int], max_dim: int) -> list[Region]:
+    """Cut both dimensions of a matrix of that shape: at most four regions, the last of remainders."""
+    height, width = matrix
+    return [Region(r, c, h, w) for r, h in cut(height, max_dim) for c, w in cut(width, max_dim)]
+
+
+def grid(x: Tensor, region: Region) -> Tensor:
+    """The blocks of a region of (R, M, N) where they lie, a view (R, rows of blocks, H, columns of blocks, W)."""
+    part = x[:, region.rows, region.cols]
+    return part.unflatten(2, (-1, region.width)).unflatten(1, (-1, region.height))
+
+
+def to_blocks(x: Tensor, region: Region) -> Tensor:
+    """(R, M, N) -> (R * B, H, W), a copy unless the region is one block."""
+    return grid(x, region).transpose(2, 3).reshape(x.shape[0] * region.num_blocks, region.height, region.width)
+
+
+def from_blocks(blocks: Tensor, region: Region, out: Tensor) -> None:
+    """Write (R * B, H, W) to its place in `out` (R, M, N)."""
+    target = grid(out, region).transpose(2, 3)
+    target.copy_(blocks.view(target.shape))
+
+
+@functools.lru_cache(maxsize=64)
+def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each element of the triangle is in the square, (P,), and each of the square in the triangle, (S * S,)."""
+    row, col = torch.tril_indices(size, size, device=device)
+    square = torch.empty(size, size, dtype=torch.int32, device=device)
+    square[row, col] = square[col, row] = torch.arange(len(row), dtype=torch.int32, device=device)
+    return (row * size + col).to(torch.int32), square.flatten()
+
+
+def pack(symmetric: Tensor) -> Tensor:
+    """(..., S, S) -> (..., P), the lower triangles."""
+    index, _ = _triangle(symmetric.shape[-1], symmetric.device)
+    return symmetric.flatten(-2).index_select(-1, index)
+
+
+def unpack(triangle: Tensor, size: int) -> Tensor:
+    """(..., P) -> (..., S, S)."""
+    _, index = _triangle(size, triangle.device)
+    return triangle.index_select(-1, index).unflatten(-1, (size, size))
+
+
+def packed_diagonal(triangle: Tensor, size: int) -> Tensor:
+    """(..., P) -> (..., S)."""
+    steps = torch.arange(1, size + 1, device=triangle.device)
+    return triangle.index_select(-1, steps * (steps + 1) // 2 - 1)
+
+
+class Factor(NamedTuple):
+    """Factors of one size: their name in a state, how many to a matrix, and their size."""
+
+    name: str
+    number: int
+    size: int
+
+
+def kept_sides(height: int, width: int, *, one_sided: bool) -> list[Side]:
+    """Both sides, or with `one_sided` the shorter one."""
+    if one_sided:
+        return ["left" if height <= width else "right"]
+    return ["left", "right"]
+
+
+def init_factor(factor: Factor, weight: Tensor) -> State:
+    """Zero factors, and zero counts, for a weight (R, M, N)."""
+    shape = weight.shape[0], factor.number
+    triangle = weight.new_zeros((*shape, factor.size * (factor.size + 1) // 2), dtype=torch.float32)
+    return {f"count_{factor.name}": weight.new_zeros(shape, dtype=torch.float32), factor.name: triangle}
+
+
+def add_product(factor: Factor, product: Tensor, state: State, beta2: float, tick: Tick) -> None:
+    """F <- beta2 F + (1 - beta2) product, (R, B, S, S) or any shape of as many numbers."""
+    average, count = state[factor.name], state[f"count_{factor.name}"]  # (R, B, P), (R, B)
+    new = pack(product).float().view(average.shape)  # (R, B, P)
+
+    # a product of zero is no evidence: it is neither averaged nor counted
+    seen = packed_diagonal(new, factor.size).sum(-1) > 0  # |G|^2
+    if tick.alive is not None:
+        seen &= tick.alive[:, None]
+    average.lerp_(new, ((1 - beta2) * seen).unsqueeze(-1))
+    count += seen
+
+
+def mean_factor(factor: Factor, state: State, beta2: float) -> Tensor:
+    """The factor with its bias corrected, F / (1 - beta2^count), as squares (R, B, S, S)."""
+    weight = 1 - beta2 ** state[f"count_{factor.name}"]
+    packed = state[factor.name] / torch.where(weight > 0, weight, 1.0).unsqueeze(-1)
+    return unpack(packed.flatten(0, 1), factor.size).unflatten(0, weight.shape)
+
+
+def has_evidence(factor: Factor, state: State, alive: Tensor | None) -> Tensor:
+    """Which blocks (R, B) have seen a gradient, of the rows that take part in this step."""
+    seen = state[f"count_{factor.name}"] > 0
+    return seen if alive is None else seen & alive[:, None]
+
+
+def init_root(factor: Factor, weight: Tensor, dtype: torch.dtype) -> State:
+    """The root before the first one: identities, as packed triangles."""
+    eye = pack(torch.eye(factor.size, dtype=dtype, device=weight.device))
+    return {f"root_{factor.name}": eye.expand(weight.shape[0], factor.number, -1).contiguous()}
+
+
+def refresh_root(
+    factor: Factor, state: State, beta2: float, exponent: float, epsilon: float, alive: Tensor | None
+) -> None:
+    """Compute the inverse root from the factor; without a gradient so far, or where not `alive` (R,), it stays."""
+    old, seen = state[f"root_{factor.name}"], has_evidence(factor, state, alive)
+    new = pack(inverse_root(mean_factor(factor, state, beta2), exponent, epsilon, old.dtype))
+    old.copy_(torch.where(seen.unsqueeze(-1), new.to(old.dtype), old))
+
+
+def root_of(factor: Factor, state: State) -> Tensor:
+    """The inverse root as squares (R, B, S, S)."""
+    packed = state[f"root_{factor.name}"]
+    return unpack(packed.flatten(0, 1), factor.size).unflatten(0, packed.shape[:2])
+
+
+def inverse_root(factor: Tensor, exponent: float, epsilon: float, dtype: torch.dtype) -> Tensor:
+    """(A + epsilon I)^-exponent of symmetric (..., S, S); a smallest eigenvalue below epsilon is shifted to it.
+
+    `dtype` is of the products that A averages. An eigenvalue that may be the round-off of the largest is set to what
+    that can be, so that the root does not depend on the vectors of such eigenvalues, which are other on each machine.
+    """
+    size = factor.shape[-1]
+    identity = torch.eye(size, dtype=factor.dtype, device=factor.device)
+    values, vectors = torch.linalg.eigh(factor + epsilon * identity)
+    values = values + (epsilon - values[..., :1]).clamp(min=0)
+
+    # Rounding S x S numbers adds eigenvalues of half a unit times their root mean square, which is at most the largest;
+    # adding them up and decomposing them in fp32 adds some sqrt(S) units of it.
+    floor = max(torch.finfo(torch.float32).eps * size**0.5, torch.finfo(dtype).eps / 8)
+    values = values.maximum((floor * values[..., -1:]).clamp(min=epsilon))
+    return vectors * values.pow(-exponent).unsqueeze(-2) @ vectors.mT
+
+
+class Layout(NamedTuple):
+    """`factors(shape)` of a matrix M x N; `observe` adds a gradient (R, M, N) to the averages in a state.
+
+    `precondition(x, direction, state, graft)` gives X_L x X_R from the roots in a state, with `graft` scaled to the
+    norm of `direction`, which it may overwrite; x, which may be the same tensor, and direction are (R, M, N) in fp32.
+    """
+
+    factors: Callable[[Sequence[int]], list[Factor]]
+    observe: Callable[[Tensor, State, Tick], None]
+    precondition: Callable[[Tensor, Tensor, State, bool], Tensor]
+
+
+def block_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dtype) -> Layout:
+    """A factor for each side of each block; the norm of a step is grafted block by block."""
+
+    by_region = functools.partial(factors_by_region, max_dim=max_dim, one_sided=one_sided)
+
+    def factors(shape: Sequence[int]) -> list[Factor]:
+        return [factor for _, found in by_region(shape) for factor in found.values()]
+
+    def observe(gradient: Tensor, state: State, tick: Tick) -> None:
+        for region, found in by_region(gradient.shape[1:]):
+            blocks = to_blocks(gradient, region).to(dtype)  # (R * B, H, W)
+            for side, factor in found.items():
+                product = blocks @ blocks.mT if side == "left" else blocks.mT @ blocks
+                add_product(factor, product, state, beta2, tick)
+
+    def precondition(x: Tensor, direction: Tensor, state: State, graft: bool) -> Tensor:
+        for region, found in by_region(x.shape[1:]):
+            blocks = to_blocks(x, region).to(dtype)  # (R * B, H, W)
+            for side, factor in found.items():
+                root = root_of(factor, state).flatten(0, 1)  # (R * B, S, S)
+                blocks = root @ blocks if side == "left" else blocks @ root
+            blocks = blocks.float()
+
+            # each block takes the length that it has in `direction`, which is read before it is written over
+            if graft:
+                blocks *= quotient(block_norms(direction, region).flatten(), matrix_norms(blocks)).view(-1, 1, 1)
+            if blocks.shape == x.shape:
+                return blocks  # one block: no copy
+            from_blocks(blocks, region, direction)
+        return direction
+
+    return Layout(factors, observe, precondition)
+
+
+def strip_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dtype) -> Layout:
+    """A factor for each strip of rows and of columns; the norm of a step is grafted block by block as there."""
+
+    def by_side(shape: Sequence[int]) -> dict[Side, list[tuple[slice, Factor]]]:
+        lengths = {"left": shape[0], "right": shape[1]}
+        return {
+            side: [
+                (where, Factor(f"{side}_{i}", (where.stop - where.start) // size, size))
+                for i, (where, size) in enumerate(cut(lengths[side], max_dim))
+            ]
+            for side in kept_sides(*shape, one_sided=one_sided)
+        }
+
+    def factors(shape: Sequence[int]) -> list[Factor]:
+        return [factor for found in by_side(shape).values() for _, factor in found]
+
+    def observe(gradient: Tensor, state: State, tick: Tick) -> None:
+        gradient = gradient.to(dtype)
+        for side, found in by_side(gradient.shape[1:]).items():
+            for where, factor in found:
+                # a strip is read where it lies: as one tensor of all strips the gradient would be copied
+                strips = strips_of(gradient, side, where, factor)
+                products = [strip @ strip.mT if side == "left" else strip.mT @ strip for strip in strips]  # (R, S, S)
+                add_product(factor, torch.stack(products, dim=1), state, beta2, tick)
+
+    def precondition(x: Tensor, direction: Tensor, state: State, graft: bool) -> Tensor:
+        # from one buffer into another, so that no product writes over what the next strip reads
+        result, sides = x.to(dtype), by_side(x.shape[1:])
+        for side in reversed(sides):  # the left one last, whose strips are whole rows
+            source, result = result, torch.empty_like(result)
+            for where, factor in sides[side]:
+                strips = (strips_of(y, side, where, factor) for y in (source, result, direction))
+                for root, old, new, own in zip(root_of(factor, state).unbind(1), *strips, strict=True):
+                    torch.bmm(*((root, old) if side == "left" else (old, root)), out=new)
+                    if graft and side == next(iter(sides)):
+                        take_norms(new, own, max_dim)  # now, while the strip is in the cache
+        return result.float()
+
+    return Layout(factors, observe, precondition)
+
+
+def strips_of(x: Tensor, side: Side, where: slice, factor: Factor) -> Sequence[Tensor]:
+    """Views of the strips of one size: of rows (R, S, N) on the left, of columns (R, M, S) on the right."""
+    dim = 1 if side == "left" else 2
+    return x.narrow(dim, where.start, where.stop - where.start).split(factor.size, dim)
+
+
+def factors_by_region(
+    shape: Sequence[int], max_dim: int, *, one_sided: bool
+) -> list[tuple[Region, dict[Side, Factor]]]:
+    """The regions of a matrix cut into blocks, with the factors of each by side."""
+    found = []
+    for index, region in enumerate(regions(shape, max_dim)):
+        sizes: dict[Side, int] = {"left": region.height, "right": region.width}
+        sides = kept_sides(region.height, region.width, one_sided=one_sided)
+        found.append((region, {side: Factor(f"{side}_{index}", region.num_blocks, sizes[side]) for side in sides}))
+    return found
+
+
+def take_norms(x: Tensor, other: Tensor, max_dim: int) -> None:
+    """Scale each block of x (R, M, N) to the norm that it has in `other`."""
+    for region in regions(x.shape[1:], max_dim):
+        scale = quotient(block_norms(other, region), block_norms(x, region))
+        grid(x, region).mul_(scale[:, :, None, :, None])
+
+
+def block_norms(x: Tensor, region: Region) -> Tensor:
+    """Frobenius norms, in fp32, of the blocks of a region of (R, M, N): (R, rows of blocks, columns of blocks)."""
+    rows = torch.linalg.vector_norm(grid(x, region), dim=4, dtype=torch.float32)
+    return torch.linalg.vector_norm(rows, dim=2)
+
+
+def quotient(length: Tensor, norm: Tensor) -> Tensor:
+    """length / norm, and 0 where the norm is."""
+    return torch.where(norm > 0, length / norm, 0.0)
