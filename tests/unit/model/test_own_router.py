@@ -17,8 +17,8 @@ from titan_moe.config import to_toml
 from titan_moe.convert.hf.convert import to_hf
 from titan_moe.convert.megatron.convert import to_megatron
 from titan_moe.convert.surgery import add_experts, change_experts
+from titan_moe.diagnostics import balance_tax
 from titan_moe.model.routing import ROUTERS, ParametricRouter, Router, Routing, force_balanced
-from titan_moe.probe import balance_tax
 
 WORDS = {"router.name": "examples.router:cosine", "router.latent_dim": 8, "moe.num_experts": 4}
 

@@ -102,7 +102,7 @@ def test_a_name_given_twice_is_no_toml(tmp_path: Path) -> None:
 
 def test_no_metric_can_be_taken_for_a_balancer() -> None:
     """Every key that docs/metrics.md has for a training step, but for those of balancers, is kept from them."""
-    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
     section = page.partition('## `kind = "train"`')[2].partition('## `kind = "validation"`')[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     keys = {key for row in rows for key in re.findall(r"`([a-z_]+)`", row)}
