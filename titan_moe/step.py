@@ -49,8 +49,8 @@ def train_step(
     micro-batches. `step` is its number, from 1, and `progress` the part of the run that is done with it, for balancers
     that go by them. With `measure_experts` the output has `expert_stats`, at the cost of a copy of this rank's experts
     during the step. `sequence_group` are the ranks that hold parts of the same sequences, where a rank has not all of
-    them. A step with a loss, gradient norm or router logit that is NaN or
-    infinite is `skipped`: weights, optimizer states, selection biases and balancers' states stay as they are.
+    them. A step with a loss, gradient norm or router logit that is NaN or infinite is `skipped`: weights, optimizer
+    states, selection biases and what balancers keep stay as they are.
     """
     # The loss is divided by the tokens of the whole step, which the first backward has to know already.
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
