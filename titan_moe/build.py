@@ -132,6 +132,7 @@ def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
     """
     balancers = {}
     for name, component, arguments in balancer_tables(config):
+        # One that takes a coefficient is built with 1; the step multiplies by what is set.
         builder = find_component(BALANCERS, component)
         default = inspect.signature(builder).parameters.get("coeff")
         if default is None:

@@ -35,11 +35,14 @@ def check_parts(config: Config) -> None:
     """
     if not config.moe.num_experts:
         return
+
+    # Their builders speak of their own keys, so that what they raise stays as it is.
     balancers = {name: balancer for name, (_, balancer) in build_balancers(config).items()}
     moves_bias = any(balancer.moves_bias for balancer in balancers.values())
     bias_E = torch.zeros(config.moe.num_experts) if moves_bias else None
-    router = build_router(config)  # builders name their keys themselves
+    router = build_router(config)
 
+    # A router may draw noise: the run is to draw the same as it would without this.
     with torch.random.fork_rng(devices=[]):
         with blamed(f"router {config.router.name}", config.router.name):
             routing = dry_routing(router, config.model.dim, config.moe.num_experts, bias_E)
@@ -60,6 +63,8 @@ def blamed(part: str, component: str) -> Iterator[None]:
     except Exception as error:
         if ":" not in component:  # what ours raise speaks of their keys, and anything else is a fault of this package
             raise
+
+        # The innermost line of the part's own file: deeper ones are torch's, and tell its author less.
         frames = traceback.extract_tb(error.__traceback__)
         file = component.partition(":")[0].replace(".", "/")
         last = next((f for f in reversed(frames) if file in f.filename.replace("\\", "/")), frames[-1])
@@ -73,6 +78,7 @@ class WrongResultError(Exception):
 
 def dry_routing(router: Router | ParametricRouter, dim: int, num_experts: int, bias_E: Tensor | None) -> Any:
     """What the router gives for random tokens, with a module of its own where it has one."""
+    # As in a MoE layer, but for the logits of a linear router, which any numbers stand for.
     generator = torch.Generator().manual_seed(0)
     x_TD = torch.randn(TOKENS, dim, generator=generator)
     if isinstance(router, ParametricRouter):
@@ -91,6 +97,9 @@ def own_module(router: ParametricRouter, dim: int, num_experts: int) -> nn.Modul
     module: Any = router.init(dim, num_experts)
     if not isinstance(module, nn.Module):
         raise WrongResultError(f"its init must give a torch.nn.Module, gave {described(module)}")
+
+    # The model is made without memory and filled by the names of its parameters: a buffer would stay empty. FSDP2 can't
+    # shard a number without a dimension, and parameters called experts would fall into the group of these.
     for name, _ in module.named_buffers():
         raise WrongResultError(f"its module must have parameters only, it has a buffer {name}")
     for name, parameter in module.named_parameters():

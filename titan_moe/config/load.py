@@ -183,6 +183,8 @@ def _named(path: str, tables: Tables) -> tuple[str, str, str]:
     section, _, label = path.partition(".")
     if section == "balancer" and not _has_name(path):
         return label, "configuration", path
+
+    # An instance's name is that of its losses in metrics.jsonl, and stands in names of tensors.
     if section == "balancer":
         given = tables[path]["name"]
         if not label.isidentifier() or label in METRIC_NAMES:

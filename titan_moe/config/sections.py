@@ -310,22 +310,11 @@ def balancer_tables(config: Config) -> list[BalancerTable]:
 
 # What a line of metrics.jsonl has beside balancers' losses: an instance of a balancer can't be called so.
 METRIC_NAMES = (
-    *(
-        "kind",
-        "step",
-        "num_tokens",
-        "loss",
-        "total_loss",
-        "grad_norm",
-        "param_norm",
-        "skipped",
-        "skipped_steps",
-        "load",
-    ),
-    *("maxvio_batch", "minvio_batch", "avgvio_batch", "load_cv", "load_entropy", "dead_experts", "expert_batch_mean"),
-    *("expert_batch_min", "router_logit_norm", "router_confidence", "dropped_fraction", "unrouted_fraction"),
-    *("tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu", "balance_tax"),
-    *("gradient_snr", "update_ratio", "nonfinite", "nonfinite_gradients"),
+    *("kind", "step", "num_tokens", "loss", "total_loss", "grad_norm", "param_norm", "skipped", "skipped_steps"),
+    *("maxvio_batch", "minvio_batch", "avgvio_batch", "load", "load_cv", "load_entropy", "dead_experts"),
+    *("expert_batch_mean", "expert_batch_min", "router_logit_norm", "router_confidence", "dropped_fraction"),
+    *("unrouted_fraction", "tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu"),
+    *("balance_tax", "gradient_snr", "update_ratio", "nonfinite", "nonfinite_gradients"),
 )
 
 SECTIONS = get_type_hints(Config)

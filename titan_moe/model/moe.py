@@ -201,6 +201,7 @@ class MoE(nn.Module):
         dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
+        # What makes the logits is called `router` in any case: the parameter group goes by that name.
         self.num_experts, self.layer = num_experts, layer
         self.has_own_router = isinstance(route, ParametricRouter)
         self.route, init = route if isinstance(route, ParametricRouter) else (route, linear_router)
