@@ -187,6 +187,18 @@ def test_weights_without_it_begin_anew_but_a_run_does_not_go_on(tmp_path: Path, 
     assert "this run does not use its layers.0.moe.balancer_state" in caplog.text
 
 
+def test_a_state_of_another_size_is_refused(tmp_path: Path) -> None:
+    """As of a balancer whose code has changed since."""
+    saved, _ = trained(tmp_path, KEEPS)
+    config = configure(**KEEPS)
+    model = build_model(config)
+    wide = model.moe_layers()[1].balancer_state
+    assert wide is not None
+    wide.register_buffer(STATE.rpartition(".")[2], torch.zeros(4, 2))
+    with pytest.raises(ValueError, match=r"another model: model\.layers\.1\..*/mean is \(4,\) there, \(4, 2\) here$"):
+        load_checkpoint(saved, model=model, optimizer=build_optimizer(config, model))
+
+
 def test_conversions_leave_it_out(tmp_path: Path) -> None:
     saved, _ = trained(tmp_path, KEEPS)
     config = configure(**KEEPS)
