@@ -158,14 +158,19 @@ def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str
         arguments["expert"] = expand_load_lr(arguments["expert"], top_k=config.moe.top_k)
     groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), arguments, patterns)
 
-    # What [optimizer] sets is meant for the optimizer named there. One that a group names takes what it knows of it,
-    # such as `lr`.
     def build(name: str, members: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        builder, shared = find_component(OPTIMIZERS, name), config.optimizer.arguments
+        # What [optimizer] sets is meant for the optimizer named there. One that a group names takes what it knows of
+        # it, such as `lr`.
+        builder, given = find_component(OPTIMIZERS, name), config.optimizer.arguments
+        taken = inspect.signature(builder).parameters
         if name != config.optimizer.name:
-            taken = inspect.signature(builder).parameters
-            shared = {key: value for key, value in shared.items() if key in taken}
-        return builder(members, **shared)
+            given = {key: value for key, value in given.items() if key in taken}
+
+        # Settings that all of its groups have alike are its arguments too: an own optimizer for [optimizer.expert] may
+        # read them there, and need not know of torch's groups.
+        tables = [arguments.get(group["name"], {}) for group in members]
+        alike = {k: v for k, v in tables[0].items() if k in taken and all(table.get(k) == v for table in tables)}
+        return builder(members, **{**given, **alike})
 
     return combine(groups, {group["name"]: names.get(group["name"], config.optimizer.name) for group in groups}, build)
 

@@ -43,6 +43,7 @@ class Before(NamedTuple):
     data: str | None  # fingerprints
     tokenizer: str | None
     world_size: int | None
+    step: int = 0  # of the checkpoint, if there is one
 
 
 @contextlib.contextmanager
@@ -98,6 +99,7 @@ def _check(job: Job, step_folder: Path | None) -> None:
     if counting:
         logger.warning("%s was of another configuration, job.allow_config_change is set: %s", before.folder, text)
     _caution_batch(job, before)
+    _caution_length(job, before)
 
 
 def _refuse_another_model(job: Job, before: Before, changes: Changes) -> None:
@@ -189,6 +191,16 @@ def _caution_batch(job: Job, before: Before) -> None:
         )
 
 
+def _caution_length(job: Job, before: Before) -> None:
+    """Warn of another length of the run, which is allowed: the schedule is stretched, so rates jump here."""
+    steps, now = before.config.training.steps, job.config.training.steps
+    if steps != now and before.step < now and job.config.lr_scheduler.name != "constant":
+        logger.warning(
+            "training.steps was %d, is %d: learning rates are those of a %s schedule over %d steps from here on",
+            *(steps, now, job.config.lr_scheduler.name, now),
+        )
+
+
 def _read_before(job: Job, step_folder: Path | None) -> Before | None:
     """What `step_folder`, or without one the dump folder, says of the run; None if neither does."""
     # A checkpoint's position in the data names the data and the tokenizer that it is a position in.
@@ -198,8 +210,9 @@ def _read_before(job: Job, step_folder: Path | None) -> Before | None:
         data, tokenizer = parts[:2] if len(parts) == 3 else (None, None)
         if tokenizer != job.data.tokenizer.fingerprint and (step_folder / "tokenizer.json").exists():
             tokenizer = load_tokenizer(str(step_folder)).fingerprint  # as the library writes it today
-        world_size = read_manifest(step_folder)["world_size"]
-        return Before(step_folder, read_saved(step_folder / CONFIG), data, tokenizer, world_size)
+        manifest = read_manifest(step_folder)
+        config = read_saved(step_folder / CONFIG)
+        return Before(step_folder, config, data, tokenizer, manifest["world_size"], manifest["step"])
 
     if not (job.folder / CONFIG).exists():
         return None

@@ -27,7 +27,7 @@ from titan_moe.dry_run import check_parts
 from titan_moe.model.experts_backend import check_experts_backend
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.optimizer import Optimizer
-from titan_moe.optimizer.schedule import Schedule
+from titan_moe.optimizer.schedule import Schedule, factors_of
 from titan_moe.parallelize.float8 import check_quantize
 from titan_moe.parallelize.mesh import build_mesh
 from titan_moe.parallelize.parallelize import missing_compiler
@@ -121,10 +121,13 @@ def build_job(config: Config, rt: Runtime) -> Job:
     # Sharding replaces the parameters: an optimizer that was built before would hold those from before it.
     optimizer = build_optimizer(config, model)
     log_parameters(config, model, optimizer)
-    for caution in cautions(config):
+    for caution in cautions(config) if rt.is_main else []:
         logger.warning(caution)
 
-    # Rates are kept as they are before the schedule, which multiplies them anew at each step.
+    # Rates are kept as they are before the schedule, which multiplies them anew at each step. A schedule by group has
+    # to know the groups of this model, which a look at its first step shows.
+    schedule = build_schedule(config)
+    factors_of(schedule(1), [group["name"] for group in optimizer.param_groups])
     return Job(
         config=config,
         runtime=rt,
@@ -132,7 +135,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
         model=model,
         optimizer=optimizer,
         base_lrs=[group["lr"] for group in optimizer.param_groups],
-        schedule=build_schedule(config),
+        schedule=schedule,
         balancers=build_balancers(config),
         saver=background_saver() if config.checkpoint.async_mode == "async" else foreground_saver(),
         accumulation=step_sequences // (micro_batch_size * degrees.data),

@@ -58,14 +58,16 @@ def train_step(
     sums: Sums = {}
 
     for number, (tokens, labels) in enumerate(micro_batches, start=1):
-        # No state is written in forward: balance is a function of the routings that the model returns.
+        # Replicas need the sum of their gradients once a step: all but the last backward leave it out.
         set_last_micro_batch(model, number == len(micro_batches))
+
+        # No state is written in forward: balance is a function of the routings that the model returns.
         ce_sum, routings = model(tokens, labels)
         ce = ce_sum / num_tokens
         balance = balance_losses(balancers, routings, count_loads(routings, len(tokens)), num_tokens)
 
         # Reported at coefficient 1, so that runs can be compared whatever their coefficients; trained on with them.
-        trained = [balancers[name][0] * value for name, value in balance.items() if balancers[name][1].train]
+        trained = [coeff * balance[name] for name, (coeff, b) in balancers.items() if name in balance and b.train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
 

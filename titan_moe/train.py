@@ -14,6 +14,8 @@ from torch import Tensor
 
 from titan_moe.checkpoint.export import EXPORT, has_export, save_weights
 from titan_moe.config import Config, help_text, load_config, to_toml
+from titan_moe.config.layers import tomllib
+from titan_moe.config.saved import outside_components
 from titan_moe.data.loader import merge_states
 from titan_moe.diagnostics import balance_tax
 from titan_moe.divergence import DivergedError, moe_layer_names, stop_if_diverged, stop_if_weights_diverged
@@ -369,8 +371,10 @@ def open_sinks(job: Job, step: int, *more: Sink) -> Sink:
 def closing_words(job: Job, validation: Mapping[str, Any] | None) -> str:
     """Say how the run ended, by the last validation of this process, and where things are."""
     config = job.config
+    components = outside_components(tomllib.loads(to_toml(config)))
     return summary(
         validation,
+        modules=sorted({name.partition(":")[0] for _, name in components}),
         checkpoint=job.folder / config.checkpoint.folder if config.checkpoint.enable else None,
         tensorboard=job.folder / "tensorboard" if config.metrics.enable_tensorboard else None,
         prompt="def " if config.data.dataset == "stdlib" else "The ",

@@ -36,8 +36,9 @@ def test_a_change_that_is_wanted_is_kept_on_record(train: Train, tmp_path: Path)
     ended = train(**options, more="--job.allow_config_change")
     assert ended.code == 0, ended.err
     warnings = [line for line in ended.err.splitlines() if line.startswith("warning: ")]
-    assert len(warnings) == 1, "no hyperparameter comes from the checkpoint"
+    assert len(warnings) == 2, "no hyperparameter comes from the checkpoint"
     assert "optimizer.lr: 0.005, now 0.01" in warnings[0]
+    assert "training.steps was 2, is 4: learning rates are those of a cosine schedule" in warnings[1]
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4]
     assert train(**options).out.startswith("nothing to do: 4 of 4 steps")
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint" / "step-4"):

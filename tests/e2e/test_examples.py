@@ -205,6 +205,15 @@ def test_schedule(train: Train, tmp_path: Path) -> None:
     assert inverse_sqrt(steps=0, warmup_steps=0)(1) <= 1
 
 
+def test_schedule_by_group(train: Train, tmp_path: Path) -> None:
+    """Experts warm up more slowly than the rest, and metrics show the rates that were taken."""
+    rule = {"name": "examples.schedule:slow_experts", "warmup_steps": 2, "expert_warmup_steps": 4}
+    found = records_of(train, tmp_path, "run", training__steps=5, lr_scheduler=rule)
+    lr = TINY["optimizer"]["lr"]
+    assert [record["lr/router"] for record in found] == pytest.approx([lr / 2, lr, lr, lr, lr])
+    assert [record["lr/expert"] for record in found] == pytest.approx([lr / 4, lr / 2, 3 * lr / 4, lr, lr])
+
+
 def test_study(shared: Path, tmp_path: Path) -> None:
     """Each of its points trains, one after the other, at the size of the other tests."""
     tiny = {key: TINY["model"][key] for key in ("dim", "num_layers", "num_heads", "ffn_dim")}

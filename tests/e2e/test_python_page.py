@@ -23,7 +23,7 @@ def test_the_page_runs(train: Callable[..., Ended], tmp_path: Path, monkeypatch:
     mpl.use("agg")
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     blocks = list(BLOCK.finditer(page))
-    assert len(blocks) == page.count("```") // 2 == 5
+    assert len(blocks) == page.count("```") // 2 == 6
 
     names: dict[str, Any] = {}
     for block in blocks:

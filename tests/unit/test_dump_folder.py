@@ -171,7 +171,6 @@ def test_a_fingerprint_by_another_version_of_the_library(folder: Path) -> None:
 
 
 SAME: dict[str, dict[str, Any]] = {
-    "longer": {"training__steps": 60000},
     "smaller micro-batches": {"training__local_batch_size": 2},
     "the batch that -1 is": {"training__global_batch_size": -1, "training__local_batch_size": 8},
     "layout": {"parallelism__fsdp_reshard_after_forward": "never", "activation_checkpoint__mode": "full"},
@@ -190,6 +189,14 @@ SAME: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SAME)
 def test_what_computes_the_same_is_the_same_run(folder: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
     assert not refusal(make_job(folder, configure(**SAME[name])))
+    assert not caplog.records
+
+
+def test_a_longer_run_is_the_same_with_other_rates(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert not refusal(make_job(folder, configure(training__steps=60000)))
+    assert "learning rates are those of a cosine schedule over 60000 steps from here on" in caplog.text
+    caplog.clear()
+    assert not refusal(make_job(folder, configure(training__steps=20)))  # it has ended there
     assert not caplog.records
 
 

@@ -263,7 +263,7 @@ def cautions(config: Config) -> list[str]:
     if config.lr_scheduler.name in SCHEDULES and warmup >= steps:
         said.append(
             f"lr_scheduler.warmup_steps ({warmup}) is not below training.steps ({steps}): learning rates rise until "
-            f"the run ends, to {steps / warmup:.2g} of what is set, and do not fall again"
+            f"the run ends, to {steps / warmup:.2g} of what is set, and do not fall again: lower warmup_steps"
         )
     if config.moe.num_experts == 0:
         return said

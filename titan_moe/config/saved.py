@@ -30,12 +30,17 @@ def load_saved(path: Path, overrides: Sequence[str] = (), *, trust_components: S
     # trusts all of its modules.
     layer = _layer(path)
     trusted = (trust_components,) if isinstance(trust_components, str) else trust_components
-    for key, name in outside_components(layer.table):
-        module = name.partition(":")[0]
-        if not any(module == known or module.startswith(f"{known}.") for known in trusted):
-            raise key_error(
-                layer.origin, key, f"is code from outside of titan_moe: add {TRUST} {module} if you trust it", name
-            )
+    strange = {
+        name.partition(":")[0]: (key, name)
+        for key, name in outside_components(layer.table)
+        if not any(f"{name.partition(':')[0]}.".startswith(f"{known}.") for known in trusted)
+    }
+    if strange:
+        key, name = next(iter(strange.values()))
+        wanted = " ".join(strange)
+        raise key_error(
+            layer.origin, key, f"is code from outside of titan_moe: add {TRUST} {wanted} if you trust it", name
+        )
 
     # Overrides are the user's words, who may name anything but another file.
     words = command_line_layer(list(overrides))

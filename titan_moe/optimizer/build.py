@@ -10,6 +10,7 @@ from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.meta_shampoo import distributed_shampoo
 from titan_moe.optimizer.muon import muon
 from titan_moe.optimizer.optimizer import Optimizer, Rule
+from titan_moe.optimizer.schedule import Factor, factors_of
 from titan_moe.optimizer.shampoo import shampoo
 from titan_moe.optimizer.soap import soap
 from titan_moe.optimizer.transform import Transform, adamw
@@ -58,10 +59,11 @@ def with_betas(param_groups: Sequence[Group], beta1: float, beta2: float) -> lis
     return groups
 
 
-def set_lr(optimizer: torch.optim.Optimizer, base_lrs: Sequence[float], factor: float) -> dict[str, float]:
+def set_lr(optimizer: torch.optim.Optimizer, base_lrs: Sequence[float], factor: Factor) -> dict[str, float]:
     """Set each group's lr to its configured one, `base_lrs`, times the schedule's `factor`; return them by group."""
+    factors = factors_of(factor, [group["name"] for group in optimizer.param_groups])
     for group, base_lr in zip(optimizer.param_groups, base_lrs, strict=True):
-        group["lr"] = base_lr * factor
+        group["lr"] = base_lr * factors[group["name"]]
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
 

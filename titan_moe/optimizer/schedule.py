@@ -1,9 +1,13 @@
-"""Learning-rate schedules: a schedule is a function from the optimizer step (from 1) to a factor of each group's lr."""
+"""Learning-rate schedules: functions from the optimizer step (from 1) to a factor of the learning rates.
+
+A schedule gives one factor for all parameter groups, or a factor for each by its name.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
-Schedule = Callable[[int], float]
+Factor = float | Mapping[str, float]
+Schedule = Callable[[int], Factor]
 
 
 def _warmup(step: int, warmup_steps: int) -> float:
@@ -16,7 +20,18 @@ def _progress(step: int, start: int, end: int) -> float:
     return min(1.0, max(0.0, (step - start) / max(1, end - start)))
 
 
-def cosine(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.1) -> Schedule:
+def factors_of(factor: Factor, groups: Iterable[str]) -> dict[str, float]:
+    """The factor of each group; ValueError for a group that a schedule by group leaves out, or one that is unknown."""
+    names = list(groups)
+    if not isinstance(factor, Mapping):
+        return dict.fromkeys(names, factor)
+    if odd := set(names) ^ factor.keys():
+        what = "gives no factor for" if odd & set(names) else "gives a factor for an unknown group"
+        raise ValueError(f"lr_scheduler.name {what} {', '.join(sorted(odd))}: the groups are {', '.join(names)}")
+    return {name: factor[name] for name in names}
+
+
+def cosine(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.1) -> Callable[[int], float]:
     """Linear warmup, then half a cosine down to `min_lr_factor` at the last step (the paper, Table 1)."""
 
     def factor(step: int) -> float:
@@ -26,7 +41,9 @@ def cosine(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.1) -
     return factor
 
 
-def wsd(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.0, decay_ratio: float = 0.2) -> Schedule:
+def wsd(
+    *, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.0, decay_ratio: float = 0.2
+) -> Callable[[int], float]:
     """Warmup, stable, then linear decay over the last `decay_ratio` of the steps (MiniCPM, arXiv 2404.06395)."""
 
     def factor(step: int) -> float:
@@ -36,12 +53,12 @@ def wsd(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.0, deca
     return factor
 
 
-def linear(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.0) -> Schedule:
+def linear(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.0) -> Callable[[int], float]:
     """Linear warmup, then linear decay to `min_lr_factor` at the last step."""
     return wsd(steps=steps, warmup_steps=warmup_steps, min_lr_factor=min_lr_factor, decay_ratio=1.0)
 
 
-def constant(*, steps: int, warmup_steps: int = 300) -> Schedule:
+def constant(*, steps: int, warmup_steps: int = 300) -> Callable[[int], float]:
     """Linear warmup, then the full learning rate to the end."""
     return lambda step: _warmup(step, warmup_steps)
 

@@ -6,9 +6,11 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from titan_moe.runtime.command import TRUST
 from titan_moe.sinks.sink import Record, Sink
 
 
@@ -63,9 +65,17 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
 
 
 def summary(
-    validation: Record | None, *, checkpoint: Path | None, tensorboard: Path | None, prompt: str = "The "
+    validation: Record | None,
+    *,
+    checkpoint: Path | None,
+    tensorboard: Path | None,
+    prompt: str = "The ",
+    modules: Sequence[str] = (),
 ) -> str:
-    """The text for the end of a run: its last validation, where its files are, and the commands that use them."""
+    """The text for the end of a run: its last validation, where its files are, and the commands that use them.
+
+    `modules` hold components of the user's own, which the commands have to be told to trust.
+    """
     # The commands can be pasted as they are: paths are quoted, and the Python is this one.
     python = _python()
     lines = []
@@ -78,6 +88,7 @@ def summary(
         ]
     if checkpoint is not None:
         command = f"--checkpoint {shlex.quote(str(checkpoint))} --prompt {shlex.quote(prompt)}"
+        command += f" {TRUST} {shlex.join(modules)}" if modules else ""
         lines += [f"checkpoint   {checkpoint}", f"  {python} -m titan_moe.generate {command}"]
     return "\n".join(lines)
 

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from tests.cases import OPTIMIZER_NAMES
+from titan_moe.build import build_model, build_optimizer
+from titan_moe.config import load_config
 from titan_moe.optimizer.build import OPTIMIZERS, set_lr
 from titan_moe.optimizer.groups import group_of, parameter_groups
 from titan_moe.optimizer.optimizer import Optimizer, combine
@@ -90,6 +92,37 @@ def test_set_lr_scales_each_groups_own_rate():
     optimizer = OPTIMIZERS["adamw"](groups, lr=1e-3)
     assert set_lr(optimizer, [5e-4, 1e-3], 0.5) == {"expert": 2.5e-4, "dense": 5e-4}
     assert set_lr(optimizer, [5e-4, 1e-3], 1.0) == {"expert": 5e-4, "dense": 1e-3}
+
+
+class Noted(torch.optim.SGD):
+    """Notes the arguments that it is built with."""
+
+    def __init__(self, params, lr=0.1, own=1, other=2):
+        super().__init__(params, lr=lr)
+        self.noted = {"lr": lr, "own": own, "other": other}
+
+
+def test_an_optimizer_of_one_group_gets_that_groups_settings_as_arguments(tmp_path):
+    file = tmp_path / "x.toml"
+    table = f'name = "{__name__}:Noted"\nown = 3'
+    file.write_text(
+        f"[optimizer]\nlr = 0.01\n[optimizer.expert]\n{table}\nlr = 0.02\n[optimizer.dense]\n{table}\nother = 5"
+    )
+    config = load_config(
+        [f"--job.config_file={file}", "--model.vocab_size=64", "--model.num_layers=1", "--model.dim=24"]
+    )
+    rules = build_optimizer(config, build_model(config)).rules
+    (noted,) = {rule for rule in rules if isinstance(rule, Noted)}
+    assert noted.noted == {"lr": 0.01, "own": 3, "other": 2}  # `other` and lr differ between the groups
+    assert {group["name"]: group["lr"] for group in noted.param_groups} == {"expert": 0.02, "dense": 0.01}
+
+
+def test_a_schedule_may_give_a_factor_for_each_group():
+    groups = parameter_groups(named("layers.0.moe.experts.w1", "layers.0.wq.weight"), {})
+    optimizer = OPTIMIZERS["adamw"](groups, lr=1e-3)
+    assert set_lr(optimizer, [1e-3, 1e-3], {"expert": 0.1, "dense": 1.0}) == {"expert": 1e-4, "dense": 1e-3}
+    with pytest.raises(ValueError, match=r"^lr_scheduler.name gives no factor for dense: .* expert, dense$"):
+        set_lr(optimizer, [1e-3, 1e-3], {"expert": 0.1})
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

@@ -363,6 +363,9 @@ def test_summary(tmp_path):
     assert printed.strip() == sys.prefix
     assert summary(None, checkpoint=None, tensorboard=None) == ""
 
+    own = summary(None, checkpoint=checkpoint, tensorboard=None, modules=["my_moe.balancer", "my_moe.router"])
+    assert own.endswith("--prompt 'The ' --trust_components my_moe.balancer my_moe.router")
+
 
 # wandb
 
