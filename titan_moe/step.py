@@ -97,8 +97,7 @@ def train_step(
     optimizer.zero_grad()
 
     # The only write to model state outside the optimizer.
-    states = balancer_states or {}
-    update_balancers(balancers, expert_biases, sums, states=states, step=step, progress=progress, finite=finite)
+    update_balancers(balancers, expert_biases, sums, balancer_states, step=step, progress=progress, finite=finite)
     return StepOutput(
         loss=sums["loss"],
         balance_losses={name: sums[f"balance/{name}"] for name, (_, b) in balancers.items() if b.has_loss},
@@ -225,8 +224,8 @@ def update_balancers(
     balancers: Balancers,
     expert_biases: Sequence[Tensor],
     sums: Sums,
+    states: States | None = None,
     *,
-    states: States,
     step: int = 0,
     progress: float = 0.0,
     finite: Tensor | None = None,
@@ -244,7 +243,7 @@ def update_balancers(
     bias_LE = before_LE = torch.stack(list(expert_biases))
     changes: list[tuple[Sequence[Tensor], Tensor, Tensor]] = []  # tensors of the layers, stacked, as they become
     for name, balancer in post_steps.items():
-        tensors = states[name] if balancer.init else {}
+        tensors = (states or {})[name] if balancer.init else {}
         before = {key: torch.stack(list(layers)) for key, layers in tensors.items()}  # (L, ...) each
         load = sums.get(f"observed/{name}", sums["load"])
         bias_LE, after = balancer.after_step(load, bias_LE, before, step=step, progress=progress)

@@ -224,7 +224,7 @@ class Monitor:
             self._tokens = _step_tokens.pop()
 
         if self.own_bias_rule:
-            update_balancers(self.balancers, [layer.bias for layer in self.layers], sums, states={})
+            update_balancers(self.balancers, [layer.bias for layer in self.layers], sums)
 
         # torchtitan's own rule runs after this, and re-centres the bias: without counts it has nothing to move.
         for layer in self.layers:
