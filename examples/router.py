@@ -1,9 +1,13 @@
-"""A router of one's own: `[router] name = "examples.router:softplus"`. T tokens, E experts, K top_k."""
+"""Routers of one's own: `[router] name = "examples.router:softplus"`, and `cosine`, which has parameters.
 
+T tokens, E experts, K top_k, D dim, C width of the latent space.
+"""
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from titan_moe.model.routing import Router, Routing, make_routing
+from titan_moe.model.routing import ROUTERS, ParametricRouter, Router, Routing, make_routing
 
 
 def softplus(*, top_k: int, power: float = 0.5) -> Router:
@@ -20,3 +24,24 @@ def softplus(*, top_k: int, power: float = 0.5) -> Router:
         return make_routing(router_logits_TE, F.normalize(scores_TE, p=1, dim=-1), weights_TK, experts_TK, scores_TE)
 
     return route
+
+
+class CosineLogits(nn.Module):
+    """Cosines of tokens, projected to a latent space, and the experts' vectors in it, times a learned scale."""
+
+    def __init__(self, dim: int, num_experts: int, latent_dim: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(dim, latent_dim, bias=False)
+        self.vectors = nn.Parameter(torch.empty(num_experts, latent_dim))
+        self.scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, E)."""
+        latent_TC = F.normalize(self.project(x_TD), dim=-1)
+        return self.scale * latent_TC @ F.normalize(self.vectors, dim=-1).t()
+
+
+def cosine(*, top_k: int, latent_dim: int = 16, temperature: float = 0.07) -> ParametricRouter:
+    """Choose by cosine / temperature (X-MoE, Chi et al., 2022), with the choice and the weights of `topk_softmax`."""
+    route = ROUTERS["topk_softmax"](top_k=top_k, temperature=temperature)
+    return ParametricRouter(route, lambda dim, num_experts: CosineLogits(dim, num_experts, latent_dim))

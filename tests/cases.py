@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 import torch
 
-from titan_moe.model.routing import ROUTERS, Router
+from titan_moe.config import find_component
+from titan_moe.model.routing import ROUTERS, ParametricRouter
 from titan_moe.optimizer.build import OPTIMIZERS
 
 
@@ -45,19 +46,27 @@ def cases(
 def top_k_of(name: str) -> int:
     """2, or 1 for a router that takes no other."""
     try:
-        ROUTERS[name](top_k=2)
+        build(ROUTERS, name, top_k=2)
     except ValueError:
         return 1
     return 2
 
 
-def build_router(name: str, **arguments: Any) -> Router:
-    return ROUTERS[name](top_k=top_k_of(name), **arguments)
+def build(registry: Mapping[str, Callable[..., Any]], name: str, **arguments: Any) -> Any:
+    """A component of a registry or, by `module:fn`, of the examples."""
+    return find_component(registry, name)(**arguments)
+
+
+def build_router(name: str, **arguments: Any) -> Any:
+    return build(ROUTERS, name, top_k=top_k_of(name), **arguments)
 
 
 def takes_bias(name: str) -> bool:
+    router = build_router(name)
+    if isinstance(router, ParametricRouter):
+        router = router.route
     try:
-        build_router(name)(torch.zeros(4, 4), torch.zeros(4))
+        router(torch.zeros(4, 4), torch.zeros(4))
     except ValueError:
         return False
     return True

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.cases import ROUTER_CASES, WHOLE_BATCH, Case, cases, top_k_of
+from tests.cases import ROUTER_CASES, WHOLE_BATCH, Case, build, cases, takes_bias, top_k_of
 from tests.tiny import batch, own_part, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.config.checks import check_combinations
@@ -25,7 +25,11 @@ from titan_moe.parallelize.mesh import Degrees
 from titan_moe.runtime.dtensor import gathered
 from titan_moe.step import train_step
 
-BALANCER_CASES = cases(BALANCERS)
+# Of the examples one with parameters of its own, and one that keeps a state.
+OWN_ROUTER, OWN_BALANCER = Case("examples.router:cosine", {"latent_dim": 8}), Case("examples.balancer:smebu", {})
+ALL_ROUTERS = [*ROUTER_CASES, OWN_ROUTER]
+BALANCER_CASES = [*cases(BALANCERS), OWN_BALANCER]
+INITS = {str(OWN_BALANCER): build(BALANCERS, OWN_BALANCER.name).init}
 NOISE = {"jitter", "noise_std"}
 RATES = expand_load_lr({"load_lr": "ideal_normalized"}, top_k=1)
 
@@ -43,7 +47,9 @@ CUT_BALANCERS = {
 
 
 def fits(router: Case, balancer: Case) -> bool:
-    """Whether the configuration lets them together; what it refuses has its own tests."""
+    """Whether the configuration lets them together; what it refuses has its own tests, as has the dry run."""
+    if balancer == OWN_BALANCER and not takes_bias(router.name):
+        return False
     arguments = {"scope": "micro_batch", **balancer.arguments} if balancer.name == "aux_loss" else balancer.arguments
     config = Config(
         moe=Moe(top_k=top_k_of(router.name), num_experts=4),
@@ -57,7 +63,7 @@ def fits(router: Case, balancer: Case) -> bool:
     return True
 
 
-PAIRS = [(router, balancer) for router in ROUTER_CASES for balancer in BALANCER_CASES if fits(router, balancer)]
+PAIRS = [(router, balancer) for router in ALL_ROUTERS for balancer in BALANCER_CASES if fits(router, balancer)]
 
 
 def partners(router: Case) -> list[Case]:
@@ -68,8 +74,9 @@ def partners(router: Case) -> list[Case]:
 def fresh(
     router: Case, wrap: Callable[[Transformer], None] | None = None, device: str = "cpu", **sizes: int
 ) -> Transformer:
-    """A model, of one layer unless `sizes` say otherwise, with selection biases that are not 0."""
-    model = tiny_model(router, device=device, **{"num_layers": 1, "num_kv_heads": 2, **sizes})
+    """A model, of one layer unless `sizes` say otherwise, with selection biases and states that are not 0."""
+    more: dict[str, Any] = {"num_layers": 1, "num_kv_heads": 2, "balancer_inits": INITS, **sizes}
+    model = tiny_model(router, device=device, **more)
     if wrap is not None:
         wrap(model)
         model.to_empty(device="cpu")
@@ -78,9 +85,10 @@ def fresh(
 
 
 def start(model: Any) -> None:
-    """Initial weights, and selection biases that are not 0."""
+    """Initial weights, and selection biases and states that are not 0."""
     model.init_weights(0)
-    for bias in model.expert_biases():
+    states = [layer for of in model.balancer_states().values() for layers in of.values() for layer in layers]
+    for bias in [*model.expert_biases(), *states]:
         bias.copy_(torch.linspace(-0.05, 0.05, bias.numel()))
 
 
@@ -97,7 +105,7 @@ def outcome(
 ) -> dict[str, Any]:
     """Everything that a step of plain SGD makes: losses, norm, loads, MaxVio, biases, gradients by the new weights."""
     torch.manual_seed(0)
-    built = {str(case): BALANCERS[case.name](**case.arguments) for case in balancers}
+    built = {str(case): build(BALANCERS, case.name, **case.arguments) for case in balancers}
     weighed = {name: (1.0 if balancer.moves_bias else 0.5, balancer) for name, balancer in built.items()}
     tokens, labels = own_part(batch(0, sequences), rank, world, degrees)
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
@@ -105,7 +113,7 @@ def outcome(
     gradients: dict[str, Tensor] = {}
     names = {p: plain_name(name) for name, p in model.named_parameters()}
     sgd.register_step_pre_hook(lambda *_: gradients.update({n: full(p.grad) for p, n in names.items()}))
-    options = {"max_norm": 0.0, "sequence_group": sequence_group}
+    options = {"max_norm": 0.0, "sequence_group": sequence_group, "balancer_states": model.balancer_states()}
     output = train_step(model, micro, sgd, weighed, model.expert_biases(), **options)
     return {
         "loss": output.loss,
@@ -117,6 +125,7 @@ def outcome(
         "rates": rate_factors(output.load, torch.ones(output.load.shape), RATES)[0],
         "routing": output.routing_means,
         "nonfinite": output.nonfinite,
+        "state": model.balancer_states(),
         "bias": [bias.clone() for bias in model.expert_biases()],
         "gradients": gradients,
     }

@@ -21,11 +21,12 @@ from titan_moe.step import train_step
 VOCAB, SEQ = 64, 16
 
 
-def tiny_model(router: str | Case | None = "topk_softmax", *, device: str = "cpu", **arguments: Any) -> Transformer:
+def tiny_model(router: Any = "topk_softmax", *, device: str = "cpu", **arguments: Any) -> Transformer:
+    """A model with a router by its name, its Case, or itself; without one for None."""
     case = Case(router, {}) if isinstance(router, str) else router
     sizes = {"dim": 16, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "ffn_dim": 32}
-    experts = {"num_experts": 4, "expert_dim": 16, "expert_bias": case is None or takes_bias(case.name)}
-    route = None if case is None else build_router(case.name, **case.arguments)
+    experts = {"num_experts": 4, "expert_dim": 16, "expert_bias": not isinstance(case, Case) or takes_bias(case.name)}
+    route = build_router(case.name, **case.arguments) if isinstance(case, Case) else router
     with torch.device(device):
         return Transformer(vocab_size=VOCAB, **{**sizes, **experts, "router": route, **arguments})
 

@@ -4,14 +4,17 @@ Shapes: T tokens, E experts, K top_k, G groups of tokens (the sequences of a mic
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titan_moe.model.routing import Routing
+from titan_moe.model.routing.common import asked_for
 
+State = Mapping[str, Tensor]  # what a balancer keeps, by name
+OFFERED = ("state", "step", "progress")  # to a post step, after load and bias
 Scope = Literal["micro_batch", "sequence", "global_batch", "global_batch_exact"]
 
 
@@ -32,14 +35,19 @@ class Balancer(NamedTuple):
     all ranks. A balancer that needs to know more than tokens per expert counts it by `observe(routing, expert_bias)`:
     integers, whose sum over micro-batches and ranks `post_step` gets in place of the load. The step multiplies the
     change of the bias by `schedule(progress)`; progress goes from 0 to 1, the end of the run.
+
+    A post step that takes more by name gets it: `step`, the step's number from 1, `progress`, and `state`, tensors of
+    its own. `init(num_experts)` makes those of one layer, fp32, alike on all ranks; the post step has them with the
+    layers in front, (L, ...), and gives (bias, new state). They are in checkpoints, and a skipped step changes none.
     """
 
     loss: Callable[[Routing, Tensor, Tensor | int], Tensor]
-    post_step: Callable[[Tensor, Tensor], Tensor]
+    post_step: Callable[..., Tensor | tuple[Tensor, State]]
     scope: Scope = "micro_batch"
     train: bool = True
     observe: Callable[[Routing, Tensor], Tensor] | None = None
     schedule: Callable[[float], float] = _constant
+    init: Callable[[int], State] | None = None
 
     @property
     def has_loss(self) -> bool:
@@ -50,6 +58,20 @@ class Balancer(NamedTuple):
     def moves_bias(self) -> bool:
         """Whether its post step may change the bias."""
         return self.post_step is not keep_bias
+
+    def asked(self, state: State, step: int, progress: float) -> dict[str, Any]:
+        """What of these its post step takes, by name."""
+        offered = dict(zip(OFFERED, (state, step, progress), strict=True))
+        return {name: offered[name] for name in asked_for(self.post_step, OFFERED)}
+
+    def after_step(
+        self, load: Tensor, expert_bias: Tensor, state: State, *, step: int, progress: float
+    ) -> tuple[Tensor, State]:
+        """Bias and state after an optimizer step: what the post step gives, and of the bias its schedule's part."""
+        result = self.post_step(load, expert_bias, **self.asked(state, step, progress))
+        moved, new_state = result if isinstance(result, tuple) else (result, state)
+        factor = self.schedule(progress)
+        return moved if factor == 1 else torch.lerp(expert_bias, moved, factor), new_state
 
 
 def keep_bias(load: Tensor, expert_bias: Tensor) -> Tensor:
@@ -200,7 +222,8 @@ REACH = math.asinh(100 / SCALE)  # margins beyond 100 count as 100
 
 def margin_counts(routing: Routing, expert_bias_E: Tensor) -> Tensor:
     """(E, M + 1) int32: for each expert, how many tokens are in each bin of its margin, and last its load."""
-    assert routing.selection is not None, "a router that takes a bias says what it selected by"
+    if routing.selection is None:
+        raise ValueError("balancer.loss_free.rule = 'quantile' needs a router whose Routing has a selection")
     T, E = routing.selection.shape
     biased_TE = routing.selection + expert_bias_E
 

@@ -10,9 +10,11 @@ from torch import nn
 
 from titan_moe.balancer import BALANCERS, Balancer
 from titan_moe.config import Config, find_component
+from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import Data, build_data
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
-from titan_moe.model.routing import ROUTERS, force_balanced
+from titan_moe.model.moe import InitState
+from titan_moe.model.routing import ROUTERS, ParametricRouter, Router, force_balanced
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
@@ -31,13 +33,7 @@ from titan_moe.runtime.world import Runtime
 
 def build_model(config: Config) -> Transformer:
     """Build the model of a config whose vocab_size is known, on the current default device (`meta`: no memory)."""
-    # The debug switch wraps the router here, so that no layer has to know of it.
     model, moe = config.model, config.moe
-    router = None
-    if moe.num_experts:
-        router = find_component(ROUTERS, config.router.name)(top_k=moe.top_k, **config.router.arguments)
-        if config.debug.force_balanced_routing:
-            router = force_balanced(router)
 
     # A selection bias that nothing moves would be zeros in every checkpoint, so it is there only for a balancer.
     return Transformer(
@@ -57,10 +53,24 @@ def build_model(config: Config) -> Transformer:
         num_shared_experts=moe.num_shared_experts,
         first_dense_layers=moe.first_dense_layers,
         layer_freq=moe.layer_freq,
-        router=router,
+        router=build_router(config) if moe.num_experts else None,
         loss_chunk_tokens=config.training.loss_chunk_tokens,
         expert_bias=has_expert_bias(config),
+        balancer_inits=balancer_inits(config),
     )
+
+
+def build_router(config: Config) -> Router | ParametricRouter:
+    """Build the router of [router]; ValueError where what it names gives none."""
+    router = find_component(ROUTERS, config.router.name)(top_k=config.moe.top_k, **config.router.arguments)
+    route, init = router if isinstance(router, ParametricRouter) else (router, None)
+    if not callable(route):
+        raise ValueError(f"router {config.router.name}: must give a function, gave {type(route).__name__}")
+
+    # The debug switch wraps the router here, so that no layer has to know of it.
+    if config.debug.force_balanced_routing:
+        route = force_balanced(route)
+    return route if init is None else ParametricRouter(route, init)
 
 
 def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) -> Transformer:
@@ -109,19 +119,28 @@ def has_expert_bias(config: Config) -> bool:
     return any(balancer.moves_bias for _, balancer in build_balancers(config).values())
 
 
+def balancer_inits(config: Config) -> dict[str, InitState]:
+    """What makes the tensors that balancers keep of a MoE layer, by the balancers' names."""
+    balancers = {name: balancer for name, (_, balancer) in build_balancers(config).items()}
+    return {name: balancer.init for name, balancer in balancers.items() if balancer.init is not None}
+
+
 def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:
     """Each balancer at coefficient 1 with its coefficient beside it, so that steps report values before coefficients.
 
     A balancer that takes no `coeff` is as it is, with coefficient 1.
     """
     balancers = {}
-    for name, arguments in config.balancer.items():
-        builder = find_component(BALANCERS, name)
+    for name, component, arguments in balancer_tables(config):
+        # One that takes a coefficient is built with 1; the step multiplies by what is set.
+        builder = find_component(BALANCERS, component)
         default = inspect.signature(builder).parameters.get("coeff")
         if default is None:
             balancers[name] = (1.0, builder(**arguments))
         else:
             balancers[name] = (arguments.get("coeff", default.default), builder(**{**arguments, "coeff": 1.0}))
+        if not isinstance(balancers[name][1], Balancer):
+            raise ValueError(f"balancer {name}: must give a Balancer, gave {type(balancers[name][1]).__name__}")
     return balancers
 
 

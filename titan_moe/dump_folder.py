@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titan_moe.balancer import BALANCERS
-from titan_moe.build import degrees_of, has_expert_bias
+from titan_moe.build import balancer_inits, degrees_of, has_expert_bias
 from titan_moe.checkpoint.folder import read_manifest, scan
 from titan_moe.checkpoint.state import read_common
 from titan_moe.config import Config, read_saved, to_toml
 from titan_moe.config.differences import ANOTHER_MODEL, Changes, changed_meaning, counts, texts
+from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import is_streamed, resolve_batch_sizes
 from titan_moe.data.tokenizer import load_tokenizer
 from titan_moe.job import Job
+from titan_moe.model.moe import initial_state
 from titan_moe.records import size_record
 from titan_moe.runtime import machine, world
 from titan_moe.runtime.command import logger
@@ -105,8 +107,8 @@ def _refuse_another_model(job: Job, before: Before, changes: Changes) -> None:
     # A selection bias is a part of the model, there if a balancer moves it. Only balancers of the registry and of this
     # configuration are asked: another that a saved configuration names may be code that nobody here has chosen to run.
     another = {key: values for key, values in changes.items() if key in ANOTHER_MODEL}
-    known = before.config.balancer.keys() <= BALANCERS.keys() | job.config.balancer.keys()
-    if known and has_expert_bias(before.config) != has_expert_bias(job.config):
+    known = _balancers(before.config) <= BALANCERS.keys() | _balancers(job.config)
+    if known and _balancer_tensors(before.config) != _balancer_tensors(job.config):
         another |= {key: values for key, values in changes.items() if key.startswith("balancer.")}
 
     # With another tokenizer the same ids are other words, though every shape may fit.
@@ -122,6 +124,19 @@ def _refuse_another_model(job: Job, before: Before, changes: Changes) -> None:
             f"{before.folder} is of another tokenizer: {'; '.join(texts(tokens))}: the one it was trained with is "
             f"data.tokenizer = '{before.folder}'; for another one give another job.dump_folder"
         )
+
+
+def _balancers(config: Config) -> set[str]:
+    """The components that a configuration's balancers are."""
+    return {table.component for table in balancer_tables(config)}
+
+
+def _balancer_tensors(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a MoE layer has for its balancers: the selection bias, and what they keep."""
+    num_experts = config.moe.num_experts
+    state = initial_state(balancer_inits(config), num_experts) if num_experts else {}
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    return {**shapes, "expert_bias": (num_experts,)} if has_expert_bias(config) else shapes
 
 
 def changes_since(job: Job, before: Before) -> Changes:

@@ -23,6 +23,7 @@ from titan_moe.config import Config, cautions
 from titan_moe.config.differences import flatten
 from titan_moe.config.sections import Training
 from titan_moe.data.build import Data, resolve_batch_sizes
+from titan_moe.dry_run import check_parts
 from titan_moe.model.experts_backend import check_experts_backend
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.optimizer import Optimizer
@@ -71,6 +72,7 @@ def start_processes(config: Config, rt: Runtime) -> None:
     check_experts_backend(
         config.moe.experts_backend, device=rt.device, param_dtype=param_dtype, deterministic=training.deterministic
     )
+    check_parts(config)
     files.check_writable(Path(config.job.dump_folder))
     if config.metrics.enable_wandb:
         check_wandb()

@@ -23,6 +23,7 @@ from titan_moe.runtime.world import all_reduce_sum, world_size
 Balancers = Mapping[str, tuple[float, Balancer]]
 MicroBatches = Sequence[tuple[Tensor, Tensor]]  # tokens and labels, (B, S) each
 Loads = Mapping[Scope, Sequence[Tensor]]  # of every layer, as `Balancer.loss` wants them
+States = Mapping[str, Mapping[str, Sequence[Tensor]]]  # of balancers that keep any: name -> key -> of each layer
 Sums = dict[str, Tensor]  # what adds up over micro-batches and ranks, by name
 
 
@@ -34,19 +35,22 @@ def train_step(
     expert_biases: Sequence[Tensor],
     *,
     max_norm: float,
+    step: int = 0,
     progress: float = 0.0,
+    balancer_states: States | None = None,
     measure_experts: bool = False,
     sequence_group: dist.ProcessGroup | None = None,
 ) -> StepOutput:
     """Update the model once from all micro-batches of tokens and labels (B, S) that this rank holds.
 
-    `expert_biases` are the selection biases (E,) of the MoE layers, in order, or empty. Every returned number is over
-    all ranks and micro-batches. The loss is a sum divided by the global number of tokens of the step, so gradients do
-    not depend on how the step is cut into ranks and micro-batches. `progress` is the part of the run that is done
-    with this step, for balancers with a schedule. With `measure_experts` the output has `expert_stats`, at the cost of
-    a copy of this rank's experts during the step. `sequence_group` are the ranks that hold parts of the same
-    sequences, where a rank has not all of them. A step with a loss, gradient norm or router logit that is NaN or
-    infinite is `skipped`: weights, optimizer states and selection biases stay as they are.
+    `expert_biases` are the selection biases (E,) of the MoE layers, in order, or empty, and `balancer_states` what the
+    model has of balancers that keep any. Every returned number is over all ranks and micro-batches. The loss is a sum
+    divided by the global number of tokens of the step, so gradients do not depend on how the step is cut into ranks and
+    micro-batches. `step` is its number, from 1, and `progress` the part of the run that is done with it, for balancers
+    that go by them. With `measure_experts` the output has `expert_stats`, at the cost of a copy of this rank's experts
+    during the step. `sequence_group` are the ranks that hold parts of the same sequences, where a rank has not all of
+    them. A step with a loss, gradient norm or router logit that is NaN or infinite is `skipped`: weights, optimizer
+    states, selection biases and what balancers keep stay as they are.
     """
     # The loss is divided by the tokens of the whole step, which the first backward has to know already.
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
@@ -93,7 +97,7 @@ def train_step(
     optimizer.zero_grad()
 
     # The only write to model state outside the optimizer.
-    update_expert_biases(balancers, expert_biases, sums, progress, finite)
+    update_balancers(balancers, expert_biases, sums, balancer_states, step=step, progress=progress, finite=finite)
     return StepOutput(
         loss=sums["loss"],
         balance_losses={name: sums[f"balance/{name}"] for name, (_, b) in balancers.items() if b.has_loss},
@@ -216,14 +220,17 @@ def observations(balancers: Balancers, routings: Sequence[Routing], expert_biase
 
 
 @torch.no_grad()
-def update_expert_biases(
+def update_balancers(
     balancers: Balancers,
     expert_biases: Sequence[Tensor],
     sums: Sums,
+    states: States | None = None,
+    *,
+    step: int = 0,
     progress: float = 0.0,
     finite: Tensor | None = None,
 ) -> None:
-    """Apply the balancers' post steps to the selection biases (E,) of all layers, in place.
+    """Apply the balancers' post steps to the selection biases (E,) of all layers and to the `states`, in place.
 
     `sums`, of all ranks, has the `load` (L, E) and the `observations`. Where `finite`, a bool scalar, is false, nothing
     changes.
@@ -234,15 +241,20 @@ def update_expert_biases(
 
     # All layers at once, and one after the other where several balancers move the bias.
     bias_LE = before_LE = torch.stack(list(expert_biases))
+    changes: list[tuple[Sequence[Tensor], Tensor, Tensor]] = []  # tensors of the layers, stacked, as they become
     for name, balancer in post_steps.items():
-        moved_LE = balancer.post_step(sums.get(f"observed/{name}", sums["load"]), bias_LE)
-        factor = balancer.schedule(progress)
-        bias_LE = moved_LE if factor == 1 else torch.lerp(bias_LE, moved_LE, factor)
+        tensors = (states or {})[name] if balancer.init else {}
+        before = {key: torch.stack(list(layers)) for key, layers in tensors.items()}  # (L, ...) each
+        load = sums.get(f"observed/{name}", sums["load"])
+        bias_LE, after = balancer.after_step(load, bias_LE, before, step=step, progress=progress)
+        changes += [(layers, before[key], after[key]) for key, layers in tensors.items()]
+    changes.append((expert_biases, before_LE, bias_LE))
 
     # The flag stays on the device, where a branch would make the host wait for it.
     if finite is not None:
-        bias_LE = torch.where(finite, bias_LE, before_LE)
-    torch._foreach_copy_(list(expert_biases), list(bias_LE.unbind()))
+        changes = [(layers, old, torch.where(finite, new, old)) for layers, old, new in changes]
+    targets = [tensor for layers, _, _ in changes for tensor in layers]
+    torch._foreach_copy_(targets, [tensor for _, _, new in changes for tensor in new.unbind()])
 
 
 def is_finite(total_loss: Tensor, grad_norm: Tensor, nonfinite_L: Tensor | None) -> Tensor:

@@ -34,7 +34,7 @@ from titan_moe.sinks.console import console, summary
 from titan_moe.sinks.files import jsonl
 from titan_moe.sinks.sink import Sink, fan_out, last_validation
 from titan_moe.sinks.trackers import tensorboard, wandb
-from titan_moe.step import train_step
+from titan_moe.step import States, train_step
 from titan_moe.validate import make_up_validation, validate
 
 
@@ -118,6 +118,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
     # What the loop reads or changes. Modules are looked up once: a walk through the model costs time at every step.
     config, rt, training, first_step = job.config, job.runtime, job.config.training, progress.step + 1
     batches, expert_biases, moe_layers = iter(job.data.train), job.model.expert_biases(), moe_layer_names(job.model)
+    balancer_states = job.model.balancer_states()
     allowed = training.skip_nonfinite_steps
     stop_request, signal, timetable, retry = StopRequest(), 0, timetable_of(config, rt.device), Retry()
     pending: list[Record] = []  # of steps whose numbers are still on the device
@@ -136,7 +137,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
             # Rates and random numbers follow from the step's number alone, so that a resumed run has the same.
             lrs = set_lr(job.optimizer, job.base_lrs, job.schedule(step))
             world.seed_step(training.seed, step, rt.rank)
-            output = take_step(job, step, micro_batches, expert_biases)
+            output = take_step(job, step, micro_batches, expert_biases, balancer_states)
             seconds = stop_timer()
 
             # Its numbers stay on the device for now: the host runs ahead of a GPU, and does not wait for it here.
@@ -251,7 +252,11 @@ def read_micro_batches(
 
 
 def take_step(
-    job: Job, step: int, micro_batches: Sequence[tuple[Tensor, Tensor]], expert_biases: Sequence[Tensor]
+    job: Job,
+    step: int,
+    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    expert_biases: Sequence[Tensor],
+    balancer_states: States,
 ) -> StepOutput:
     """`train_step` with the parts of the run."""
     # A step sees plain values and no configuration, so that a test, or somebody's own loop, can call it with others.
@@ -263,7 +268,9 @@ def take_step(
         job.balancers,
         expert_biases,
         max_norm=training.max_norm,
+        step=step,
         progress=step / training.steps,
+        balancer_states=balancer_states,
         measure_experts=is_due(step, job.config.metrics.expert_stats_freq),
         sequence_group=job.sequence_group,
     )

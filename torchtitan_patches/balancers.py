@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 from torchtitan.components.loss import CrossEntropyLoss
 
+from titan_moe.balancer import OFFERED
 from titan_moe.build import build_balancers
 from titan_moe.config import Config, merge_layers
 from titan_moe.config.layers import Layer
+from titan_moe.model.routing.common import asked_for
 from titan_moe.step import Balancers
 from torchtitan_patches.monitor import note_tokens
 
@@ -25,7 +27,7 @@ def make_balancers(table: Table) -> Balancers:
     """The balancers of a table as [balancer.NAME] has them, {"aux_loss": {"coeff": 0.01}, ...}.
 
     Raises ValueError for what titan_moe refuses, and for what torchtitan's trainer cannot do: losses on loads of more
-    than one micro-batch, which it drops before the next one, and rates that fall at the run's end.
+    than one micro-batch, which it drops before the next one, rates that fall at the run's end, and states.
     """
     # Losses on loads of a global batch need the forward passes of all micro-batches first, which the trainer drops; and
     # no optimizer of torchtitan's knows how long the run is.
@@ -41,6 +43,11 @@ def make_balancers(table: Table) -> Balancers:
             raise ValueError(
                 f"torchtitan_patches: balancer.{name}.decay_ratio: torchtitan's optimizers do not know the run's "
                 "length: leave it at 0"
+            )
+        if asked := asked_for(balancer.post_step, OFFERED):
+            raise ValueError(
+                f"torchtitan_patches: balancer.{name}: its post step takes {' and '.join(asked)}, which torchtitan's "
+                "layers and checkpoints have no place for: use a balancer without"
             )
     return balancers
 

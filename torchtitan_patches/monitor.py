@@ -19,7 +19,7 @@ from titan_moe.model.routing import Routing
 from titan_moe.model.routing.common import make_routing, normalized
 from titan_moe.runtime.dtensor import local
 from titan_moe.runtime.world import all_reduce_sum
-from titan_moe.step import Balancers, all_reduce_sums, sequence_load, update_expert_biases
+from titan_moe.step import Balancers, all_reduce_sums, sequence_load, update_balancers
 
 # Layers by number: an operator takes tensors and numbers, but no objects.
 _LAYERS: weakref.WeakValueDictionary[int, "Layer"] = weakref.WeakValueDictionary()
@@ -224,7 +224,7 @@ class Monitor:
             self._tokens = _step_tokens.pop()
 
         if self.own_bias_rule:
-            update_expert_biases(self.balancers, [layer.bias for layer in self.layers], sums)
+            update_balancers(self.balancers, [layer.bias for layer in self.layers], sums)
 
         # torchtitan's own rule runs after this, and re-centres the bias: without counts it has nothing to move.
         for layer in self.layers:

@@ -4,21 +4,21 @@ from typing import Any
 
 import pytest
 
-from tests.cases import ROUTER_CASES, Case
+from tests.cases import Case
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import LAYOUTS, apply, degrees_of, place
-from tests.invariance import NOISE, assert_same, fresh, is_cut_router, outcome, partners
+from tests.invariance import ALL_ROUTERS, NOISE, OWN_ROUTER, assert_same, fresh, is_cut_router, outcome, partners
 from titan_moe.model.transformer import Transformer
 
 RUNNING = "aux_loss-scope=global_batch"
 OF_A_PASS = "entropy_loss-form=batch"
 # In these layouts every router; in the others, which route in the same way, those with a form of their own.
-ALL_ROUTERS = ("fsdp2", "ep2", "ep2_fsdp2")
-SOME_ROUTERS = ("topk_softmax", "topk_softmax-capacity_factor=0.75", "expert_choice", "base")
+LAYOUTS_OF_ALL = ("fsdp2", "ep2", "ep2_fsdp2")
+SOME_ROUTERS = ("topk_softmax", "topk_softmax-capacity_factor=0.75", "expert_choice", "base", str(OWN_ROUTER))
 
 
 def is_row(layout: str, router: Case) -> bool:
-    return layout in ALL_ROUTERS or str(router) in SOME_ROUTERS
+    return layout in LAYOUTS_OF_ALL or str(router) in SOME_ROUTERS
 
 
 def rows(world: int, layout: str) -> list[tuple[Case, list[Case], int]]:
@@ -30,7 +30,7 @@ def rows(world: int, layout: str) -> list[tuple[Case, list[Case], int]]:
     """
     degrees, found = degrees_of(world, layout), []
     cuts_sequences = degrees.per_sequence > 1
-    for router in ROUTER_CASES:
+    for router in ALL_ROUTERS:
         if router.arguments.keys() & NOISE or not is_row(layout, router) or (cuts_sequences and is_cut_router(router)):
             continue
         balancers = [b for b in partners(router) if not (cuts_sequences and str(b) == OF_A_PASS)]

@@ -11,7 +11,8 @@ from examples.balancer import importance, tolerant
 from examples.optimizer import Lion, lars
 from examples.router import softplus
 from examples.schedule import inverse_sqrt
-from tests.e2e.harness import TINY, Ended, command, records
+from tests.e2e.harness import TINY, Ended, command, end_two, records, start_two
+from titan_moe.balancer import Balancer, keep_bias
 from titan_moe.build import build_model, with_vocab_size
 from titan_moe.checkpoint import load_model
 from titan_moe.config import load_config, to_toml
@@ -64,6 +65,72 @@ def test_balancers(train: Train, tmp_path: Path) -> None:
     moved = torch.stack(model.expert_biases())
     assert moved.any()
     assert ((moved / 0.25) % 1 == 0).all()
+
+
+OWN = {
+    "router": {"name": "examples.router:cosine", "latent_dim": 8},
+    "balancer": {"examples.balancer:smebu": {"rate": 0.05}},
+    "lr_scheduler__name": "constant",
+}
+
+
+def test_own_parameters_and_states_resume(train: Train, tmp_path: Path) -> None:
+    """A resumed run is the run that was never stopped; commands that take a checkpoint take one with them."""
+    whole = records_of(train, tmp_path, "whole", training__steps=6, **OWN)
+    records_of(train, tmp_path, "cut", training__steps=3, **OWN)
+    assert records_of(train, tmp_path, "cut", training__steps=6, **OWN) == whole
+    one, two = (load_model(tmp_path / name, trust_components=["examples"])[0] for name in ("whole", "cut"))
+    assert_close(two.state_dict(), one.state_dict(), rtol=0, atol=0)
+    [(name, state)] = one.balancer_states().items()
+    assert name == "examples.balancer:smebu"
+    assert all(mean.any() for mean in state["mean"])
+
+    for verb, words in (("evaluate", []), ("generate", ["--max_new_tokens", "1"])):
+        ended = command(verb, ["--checkpoint", str(tmp_path / "cut"), "--trust_components", "examples", *words])
+        assert ended.code == 0, ended.err
+
+
+def test_own_parts_resume_on_two_ranks(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    """With expert parallelism: the second half of a run is that of one that did not stop, and one rank can go on."""
+    layout = {"parallelism__expert_parallel_degree": 2, **OWN}
+    for name, steps in (("whole", 6), ("cut", 3), ("cut", 6)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        words = arguments(name, training__steps=steps, **layout)
+        assert end_two(start_two(words, tmp_path / f"log-{name}-{steps}")) == [0, 0]
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+    one, two = (load_model(tmp_path / name, trust_components=["examples"])[0] for name in ("whole", "cut"))
+    assert_close(two.state_dict(), one.state_dict(), rtol=0, atol=0)
+
+    ended = command("train", arguments("cut", training__steps=7, **OWN))
+    assert ended.code == 0, ended.err
+    assert records(tmp_path / "cut")[:6] == records(tmp_path / "whole")
+    assert records(tmp_path / "cut")[6]["loss"] < records(tmp_path / "whole")[0]["loss"]
+
+
+def test_a_run_does_not_take_up_a_state_midway(train: Train, tmp_path: Path) -> None:
+    """But a new run begins with the weights of one without."""
+    off = {"balancer": {"loss_free": {"rate": 0.05}}, "training__steps": 2}
+    records_of(train, tmp_path, "run", **off)
+    on = {"balancer": {"examples.balancer:smebu": {"rate": 0.05}}, "training__steps": 2}
+    refused = train("run", **{**on, "training__steps": 4}, job__allow_config_change=True)
+    assert refused.code == 2
+    assert "is of another model: balancer." in refused.err
+    ended = train("new", **on, checkpoint__initial_load_path=str(tmp_path / "run"))
+    assert ended.code == 0, ended.err
+    assert "this run keeps its initial layers.0.moe.balancer_state.examples/balancer:smebu/mean" in ended.err
+
+
+def test_a_wrong_part_is_named_before_data_is_read(train: Train, tmp_path: Path) -> None:
+    ended = train(balancer={f"{__name__}:unfinished": {}}, data__path=[str(tmp_path / "nowhere")])
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].endswith(
+        f"balancer {__name__}:unfinished: loss must return a scalar tensor, gave (4,) float32"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def unfinished() -> Balancer:
+    return Balancer(lambda routing, load, num_tokens: routing.scores.mean(0), keep_bias)
 
 
 def test_balancer_formulas() -> None:

@@ -23,7 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as make_backend
 
+from examples.balancer import smebu
 from tests.cases import OPTIMIZER_NAMES, ROUTER_CASES, Case, cases, takes_bias
+from tests.invariance import INITS, OWN_BALANCER, OWN_ROUTER
 from tests.tiny import SEQ, VOCAB, balancers, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.diagnostics import balance_tax, routing_choices
@@ -180,6 +182,13 @@ def test_accumulation_in_bf16(router: str) -> None:
 def test_balancer(case: Case) -> None:
     own = {case.name: (0.1, BALANCERS[case.name](**case.arguments))}
     steps(build(), own, progress=0.5)
+
+
+def test_own_parts() -> None:
+    """A router with parameters of its own and a balancer that keeps a state, in bf16."""
+    model = build(OWN_ROUTER, dtype=torch.bfloat16, balancer_inits=INITS)
+    own = {str(OWN_BALANCER): (1.0, smebu())}
+    steps(model, own, balancer_states=model.balancer_states())
 
 
 @pytest.mark.parametrize(

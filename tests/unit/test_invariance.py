@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cases import ROUTER_CASES, Case
+from tests.cases import Case
 from tests.invariance import (
+    ALL_ROUTERS,
     BALANCER_CASES,
     CUT_BALANCERS,
     NOISE,
+    OWN_BALANCER,
+    OWN_ROUTER,
     PAIRS,
     assert_same,
     fresh,
@@ -26,7 +29,7 @@ from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.parallelize import parallelize
 
-BY_NAME = {str(case): case for case in (*ROUTER_CASES, *BALANCER_CASES)}
+BY_NAME = {str(case): case for case in (*ALL_ROUTERS, *BALANCER_CASES)}
 # What does not depend on how a step is cut, by its definition.
 UNCUT = [(r, b) for r, b in PAIRS if not is_cut_router(r) and str(b) not in CUT_BALANCERS]
 
@@ -43,7 +46,7 @@ def test_four_micro_batches_equal_one(router: Case, balancer: Case) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-@pytest.mark.parametrize("router", ROUTER_CASES, ids=str)
+@pytest.mark.parametrize("router", ALL_ROUTERS, ids=str)
 def test_activation_checkpointing_changes_nothing(router: Case, mode: str) -> None:
     def checkpointed(model: Transformer) -> None:
         parallelize(
@@ -69,7 +72,7 @@ def compiled(model: Transformer, backend: str) -> None:
 
 # aot_eager makes the same graphs as inductor and is quick to start. Inductor itself is for where choices are dropped:
 # its fusions have got that wrong. Compiled code draws other noise; SciPy's solver is no part of a graph.
-COMPILED = [(case, "aot_eager") for case in ROUTER_CASES if not case.arguments]
+COMPILED = [(case, "aot_eager") for case in ALL_ROUTERS if not case.arguments or case == OWN_ROUTER]
 COMPILED += [(BY_NAME["topk_softmax-capacity_factor=0.75"], "inductor")]
 
 
@@ -87,11 +90,11 @@ def test_compiling_changes_nothing(router: Case, backend: str) -> None:
 
 def test_every_component_is_in_the_matrix() -> None:
     """And what is left out is left out by name, for a reason that holds: its outcome does depend on the cut."""
-    assert {router.name for router, _ in PAIRS} == set(ROUTERS)
-    assert {balancer.name for _, balancer in PAIRS} == set(BALANCERS)
+    assert {router.name for router, _ in PAIRS} == {*ROUTERS, OWN_ROUTER.name}
+    assert {balancer.name for _, balancer in PAIRS} == {*BALANCERS, OWN_BALANCER.name}
     plain, z_loss = BY_NAME["topk_softmax"], BY_NAME["z_loss"]
     excluded = [(plain, BY_NAME[name]) for name in CUT_BALANCERS]
-    excluded += [(case, z_loss) for case in ROUTER_CASES if is_cut_router(case) and not case.arguments.keys() & NOISE]
+    excluded += [(case, z_loss) for case in ALL_ROUTERS if is_cut_router(case) and not case.arguments.keys() & NOISE]
     for router, balancer in excluded:
         with pytest.raises(AssertionError):
             assert_same(outcome(fresh(router), [balancer], micro_batches=4), whole(str(router), str(balancer)))

@@ -41,6 +41,7 @@ LAYERS = {
     "config": 2,
     "build": 2,
     "step": 2,
+    "dry_run": 2,
     "job": 2,
     "divergence": 2,
     "dump_folder": 2,

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.cases import ROUTER_CASES, WHOLE_BATCH, takes_bias
+from tests.cases import WHOLE_BATCH, build, takes_bias
+from tests.invariance import ALL_ROUTERS, INITS, OWN_BALANCER
 from tests.tiny import SEQ, VOCAB, adamw, balancers, batch, steps, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.model.routing import ROUTERS
@@ -177,16 +178,18 @@ SYNCHRONISING = ["base-assignment=exact"]  # SciPy's solver runs on the host
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case for case in ROUTER_CASES if str(case) not in SYNCHRONISING], ids=str)
+@pytest.mark.parametrize("case", [case for case in ALL_ROUTERS if str(case) not in SYNCHRONISING], ids=str)
 def test_no_host_synchronisation_in_the_step(case):
     """A FakeTensor has no value: anything that reads one on the host, .item() or a branch, raises here."""
     own = balancers(takes_bias(case.name))
     if takes_bias(case.name):
         own["quantile"] = (1.0, BALANCERS["loss_free"](rule="quantile"))
+        own[str(OWN_BALANCER)] = (1.0, build(BALANCERS, OWN_BALANCER.name))
     with FakeTensorMode(), torch.device("cpu"):
-        model = tiny_model(case)
+        model = tiny_model(case, balancer_inits=INITS)
         optimizer = Optimizer.around(torch.optim.AdamW(model.parameters(), fused=True))
         tokens = torch.zeros(4, SEQ, dtype=torch.int64)
-        output = train_step(model, [(tokens, tokens)], optimizer, own, model.expert_biases(), max_norm=1.0)
+        states = {"balancer_states": model.balancer_states()}
+        output = train_step(model, [(tokens, tokens)], optimizer, own, model.expert_biases(), max_norm=1.0, **states)
         assert output.load.shape == (2, 4)
         assert eval_step(model, tokens, tokens, torch.zeros(VOCAB)).load.shape == (2, 4)

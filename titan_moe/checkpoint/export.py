@@ -11,6 +11,7 @@ from titan_moe.checkpoint.folder import CheckpointError, run_on_all_ranks
 from titan_moe.checkpoint.state import State, state_to_save
 from titan_moe.checkpoint.store import content_of, save_content
 from titan_moe.config import Config
+from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.dtensor import local
 
 EXPORT = "export"  # the folder of them, in the dump folder
@@ -24,16 +25,17 @@ def has_export(config: Config) -> bool:
 def save_weights(
     folder: Path, step: int, *, model: nn.Module, dtype: torch.dtype, extra: dict[str, Any], files: Mapping[str, str]
 ) -> Path:
-    """Save the weights in `dtype`, the selection bias as it is, as `folder/step-N` in place of other steps there.
+    """Save the weights in `dtype`, what balancers keep as it is, as `folder/step-N` in place of other steps there.
 
     Call it on every rank. `extra`, `files` and errors as in `save_checkpoint`; a value that `dtype` cannot hold is a
     CheckpointError that names its tensor.
     """
     weights: dict[str, Tensor] = {}
+    parameters = {f"model.{plain_name(name)}" for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def convert() -> None:
         for name, tensor in state_to_save(model, None).tensors.items():
-            weights[name] = tensor if name.endswith(".expert_bias") else _cast(name, tensor, dtype)
+            weights[name] = _cast(name, tensor, dtype) if name in parameters else tensor
 
     run_on_all_ranks(convert)  # a value that one rank can't cast is an error on all
     content = content_of(State(weights, {}), None, extra=extra, files=files)

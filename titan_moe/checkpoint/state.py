@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from titan_moe.checkpoint.lazy import Writer
 from titan_moe.checkpoint.metadata import Reader, read_metadata
-from titan_moe.model.wrappers import plain_name
+from titan_moe.model.wrappers import is_balancer_state, plain_name
 from titan_moe.optimizer.optimizer import kind_of
 from titan_moe.runtime.files import write_synced
 
@@ -92,6 +92,13 @@ def load_matching(folder: Path, model: nn.Module) -> tuple[list[str], list[str]]
     return _plain(missing), _plain(unexpected)
 
 
+def differing_states(folder: Path, model: nn.Module) -> tuple[list[str], list[str]]:
+    """What balancers of `model` keep that `folder` lacks, and what it has of balancers that `model` lacks; names."""
+    here, there = _model_tensors(model).keys(), read_metadata(folder).state_dict_metadata.keys()
+    missing, unexpected = filter(is_balancer_state, here - there), filter(is_balancer_state, there - here)
+    return _plain(missing), _plain(unexpected)
+
+
 def _plain(names: Iterable[str]) -> list[str]:
     return sorted(name.removeprefix("model.") for name in names)
 
@@ -101,7 +108,8 @@ def load_state(
 ) -> None:
     """Load the tensors in `folder` in place into `model` and `optimizer`, and `values` into the optimizer.
 
-    `saved_optimizer` is the class of the optimizer that was saved, None if none was.
+    `saved_optimizer` is the class of the optimizer that was saved, None if none was. Without an optimizer, what
+    balancers keep is loaded where it is there, and left as it is where it is not.
     Raises ValueError, before anything is loaded, if names or shapes differ.
     """
     # Names and shapes are compared with the metadata first: nothing is loaded into a model that it doesn't fit.
@@ -109,6 +117,12 @@ def load_state(
     saved = {name: tuple(getattr(entry, "size", ())) for name, entry in metadata.items()}
     tensors = _model_tensors(model)
     saved_model = {name: shape for name, shape in saved.items() if name.startswith("model.")}
+
+    # Of weights alone, what balancers keep may be missing: it is for going on with training.
+    if optimizer is None:
+        for own, other in ((tensors, saved_model), (saved_model, tensors)):
+            for name in [name for name in own if is_balancer_state(name) and name not in other]:
+                del own[name]
     _check_same(f"checkpoint {folder} holds another model", _shapes(tensors), saved_model)
 
     # Another class of optimizer is told as such, not as the hundreds of states that differ by it.
@@ -123,8 +137,10 @@ def load_state(
             )
         _load_with_optimizer(folder, model, optimizer, tensors=tensors, saved=saved, values=values)
 
-    # Handed back as torch's protocol has it, though dcp.load has filled the model's own tensors in place.
-    set_model_state_dict(model, {name.removeprefix("model."): value for name, value in tensors.items()})
+    # Handed back as torch's protocol has it, though dcp.load has filled the model's own tensors in place. What is there
+    # was compared above.
+    loaded: Any = {name.removeprefix("model."): value for name, value in tensors.items()}
+    set_model_state_dict(model, loaded, options=StateDictOptions(strict=False))
 
 
 def _load_with_optimizer(

@@ -39,6 +39,7 @@ from titan_moe.checkpoint.lazy import LazyTensors, write_lazily
 from titan_moe.checkpoint.state import (
     State,
     derive_rng_state,
+    differing_states,
     load_matching,
     load_state,
     read_common,
@@ -226,12 +227,13 @@ def load_weights(step_folder: Path, *, model: nn.Module, strict: bool) -> None:
     """Load the weights of a verified step folder into `model`, to begin another run with; call it on every rank.
 
     With `strict` a checkpoint of another model is a ValueError that lists what differs. Without it the tensors that fit
-    by name and shape are loaded, and warnings list those that the checkpoint lacks and those that the model lacks.
+    by name and shape are loaded, and warnings list those that the checkpoint lacks and those that the model lacks. What
+    balancers keep is no weight: it is loaded where it is there, else begins anew with a warning, whatever `strict` is.
     """
     if strict:
         load_checkpoint(step_folder, model=model, check=False)
-        return
-    missing, unexpected = run_on_all_ranks(lambda: load_matching(step_folder, model))[rank()]
+    of_it = differing_states if strict else load_matching
+    missing, unexpected = run_on_all_ranks(lambda: of_it(step_folder, model))[rank()]
     if rank() == 0:
         for names, what in ((missing, "keeps its initial"), (unexpected, "does not use its")):
             if names:
@@ -363,6 +365,7 @@ def read_model(step_folder: Path, config: Config) -> Transformer:
     with torch.device("meta"):
         model = build_model(config)
     model.to_empty(device="cpu")
+    model.init_balancer_states()  # imported weights have none
     load_checkpoint(step_folder, model=model, check=False)
     return model.eval()
 

@@ -4,7 +4,7 @@ import torch
 
 from titan_moe.balancer import BALANCERS
 from titan_moe.config.schema import find_component
-from titan_moe.config.sections import Config
+from titan_moe.config.sections import Config, balancer_tables
 from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS
@@ -223,30 +223,31 @@ def check_combinations(config: Config) -> None:
     # Two tokens through the router, as a router itself refuses what does not fit it. Not for one from outside: it may
     # need more than zeros. Random numbers that it draws are not to change those of the run.
     router, arguments = config.router.name, config.router.arguments
-    known = {name: options for name, options in config.balancer.items() if name in BALANCERS}
-    biased = any(BALANCERS[name](**options).moves_bias for name, options in known.items())
+    known = [table for table in balancer_tables(config) if table.component in BALANCERS]
+    biased = any(BALANCERS[component](**options).moves_bias for _, component, options in known)
     if router in ROUTERS:
         route = ROUTERS[router](top_k=config.moe.top_k, **arguments)
         with torch.random.fork_rng(devices=[]):
             route(torch.zeros(2, config.moe.num_experts), torch.zeros(config.moe.num_experts) if biased else None)
 
     # What each of the two takes, but not together.
-    aux = config.balancer.get("aux_loss")
-    if aux and router in ROUTERS_WITH_EVEN_LOAD:
-        raise ValueError(
-            f"balancer.aux_loss has no effect with router.name = {router!r}, whose load is even by construction: "
-            "set aux_loss = false under [balancer]"
-        )
-    if aux and aux["scope"] == "global_batch_exact" and (arguments.get("jitter") or arguments.get("noise_std")):
-        raise ValueError(
-            'balancer.aux_loss.scope = "global_batch_exact" routes every token twice, but with router.jitter or '
-            'router.noise_std the second time differs: switch the noise off, or take scope = "global_batch"'
-        )
-    if config.balancer.get("loss_free", {}).get("rule") == "quantile" and arguments.get("num_groups", 1) > 1:
-        raise ValueError(
-            'balancer.loss_free.rule = "quantile" compares each expert with the top_k of all experts, but '
-            f'router.num_groups ({arguments["num_groups"]}) limits the choice: take rule = "sign" or num_groups = 1'
-        )
+    for label, component, options in known:
+        if component == "aux_loss" and router in ROUTERS_WITH_EVEN_LOAD:
+            raise ValueError(
+                f"balancer.{label} has no effect with router.name = {router!r}, whose load is even by construction: "
+                f"set {label} = false under [balancer]"
+            )
+        is_exact = component == "aux_loss" and options.get("scope") == "global_batch_exact"
+        if is_exact and (arguments.get("jitter") or arguments.get("noise_std")):
+            raise ValueError(
+                f'balancer.{label}.scope = "global_batch_exact" routes every token twice, but with router.jitter or '
+                'router.noise_std the second time differs: switch the noise off, or take scope = "global_batch"'
+            )
+        if component == "loss_free" and options.get("rule") == "quantile" and arguments.get("num_groups", 1) > 1:
+            raise ValueError(
+                f'balancer.{label}.rule = "quantile" compares each expert with the top_k of all experts, but '
+                f'router.num_groups ({arguments["num_groups"]}) limits the choice: take rule = "sign" or num_groups = 1'
+            )
     if config.debug.force_balanced_routing and router in ROUTERS_WITH_EVEN_LOAD:
         raise ValueError(
             f"debug.force_balanced_routing = true deals experts out in turn, but router.name = {router!r} is even by "

@@ -27,7 +27,8 @@ error. Below: key = default, what it means (type)."""
 COMPONENTS = {
     "router": 'A component by name and its arguments; name = "my_pkg.my_mod:fn" takes a function from outside.',
     "balancer": "A table [balancer.NAME] for each balancer that is on, none by default. NAME = false switches off one "
-    'that a base file turned on; NAME may be "my_pkg.my_mod:fn".',
+    'that a base file turned on; NAME may be "my_pkg.my_mod:fn". A table [balancer.ANY] with name = "NAME" is an '
+    "instance of it under a name of its own: so one balancer can be on several times.",
     "optimizer": "A component by name and its arguments. A table [optimizer.GROUP] sets the same arguments for one "
     "parameter group ({groups}), or names another optimizer for it; GROUP = false takes back what a base file set.",
     "lr_scheduler": "A component by name and its arguments: the factor of every learning rate at a step.",

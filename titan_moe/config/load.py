@@ -27,7 +27,17 @@ from titan_moe.config.schema import (
     parameters_of,
     unknown_key,
 )
-from titan_moe.config.sections import KINDS, LOAD_LR, REMOVED, SECTIONS, Component, Config, Optimizer
+from titan_moe.config.sections import (
+    KINDS,
+    LOAD_LR,
+    METRIC_NAMES,
+    REMOVED,
+    SECTIONS,
+    Component,
+    Config,
+    Optimizer,
+    is_component,
+)
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 
 
@@ -89,7 +99,7 @@ def _merge(tables: Tables, section: str, content: Any, origin: str) -> Tables:
     if not isinstance(content, dict):
         raise key_error(origin, section, f"must be a table: [{section}]", content)
     merged = dict(tables)
-    for path, table in _split(section, content, origin).items():
+    for path, table in _split(section, content, origin, tables).items():
         if table is None:
             merged.pop(path, None)
             continue
@@ -107,8 +117,11 @@ def _merge(tables: Tables, section: str, content: Any, origin: str) -> Tables:
     return merged
 
 
-def _split(section: str, content: dict[str, Any], origin: str) -> dict[str, dict[str, Any] | None]:
-    """A section's own keys and the tables within it, by their paths; None for one that NAME = false takes away."""
+def _split(section: str, content: dict[str, Any], origin: str, earlier: Tables) -> dict[str, dict[str, Any] | None]:
+    """A section's own keys and the tables within it, by their paths; None for one that NAME = false takes away.
+
+    `earlier` are the tables so far: instances of balancers that are among them may go without a name here.
+    """
     # Other sections have no tables within.
     if section not in ("balancer", "optimizer"):
         return {section: content}
@@ -119,7 +132,8 @@ def _split(section: str, content: dict[str, Any], origin: str) -> dict[str, dict
     # A table, or true, turns one on; false takes back what an earlier layer has turned on.
     for name in inner:
         path, table = f"{section}.{name}", content[name]
-        if section == "balancer":  # named by its table, so the name has to be right where that is empty or off, too
+        if section == "balancer" and not (path in earlier or (isinstance(table, dict) and "name" in table)):
+            # Named by its table, so the name has to be right where that is empty or off, too.
             parameters_of(KINDS[section], name, origin, path)
         on = isinstance(table, dict) or check_value(bool, table, origin, path)
         tables[path] = None if not on else table if isinstance(table, dict) else {}
@@ -154,7 +168,7 @@ def _annotations(path: str, tables: Tables) -> dict[str, Any]:
     if path in SECTIONS and path not in KINDS:
         return get_type_hints(SECTIONS[path], include_extras=True)
     annotations = {key: parameter.annotation for key, parameter in _parameters(path, tables).items()}
-    return annotations if path.startswith("balancer.") else {**annotations, "name": str}
+    return {**annotations, "name": str} if _has_name(path) else annotations
 
 
 def _parameters(path: str, tables: Tables) -> dict[str, Parameter]:
@@ -167,11 +181,25 @@ def _parameters(path: str, tables: Tables) -> dict[str, Parameter]:
 def _named(path: str, tables: Tables) -> tuple[str, str, str]:
     """The name of the component that a table is for, the origin of that name, and the key that has it."""
     section, _, label = path.partition(".")
-    if section == "balancer":
+    if section == "balancer" and not _has_name(path):
         return label, "configuration", path
+
+    # An instance's name is that of its losses in metrics.jsonl, and stands in names of tensors.
+    if section == "balancer":
+        given = tables[path]["name"]
+        if not label.isidentifier() or label in METRIC_NAMES:
+            message = "a balancer with a name of its own is called by letters, digits and _, and not as another metric"
+            raise key_error(given.origin, path, message)
+        return check_value(str, given.value, given.origin, f"{path}.name"), given.origin, f"{path}.name"
     naming = path if "name" in tables[path] else section  # a group that names no optimizer has that of [optimizer]
     given = tables[naming]["name"]
     return given.value, given.origin, f"{naming}.name"
+
+
+def _has_name(path: str) -> bool:
+    """Whether a component's table has a key `name`: a balancer's, unless the table is called as a component."""
+    section, _, label = path.partition(".")
+    return section != "balancer" or not is_component(label)
 
 
 def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
@@ -194,7 +222,7 @@ def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
     takers = [name for name, builder in kind.registry.items() if key in inspect.signature(builder).parameters]
     if takers:
         return key_error(origin, dotted, f"unknown argument here; it belongs to {', '.join(takers)}")
-    first = () if section == "balancer" else ("name", *GROUP_PATTERNS) if path == "optimizer" else ("name",)
+    first = () if not _has_name(path) else ("name", *GROUP_PATTERNS) if path == "optimizer" else ("name",)
     return unknown_key(origin, dotted, tuple({**dict.fromkeys(first), **annotations}), "argument")
 
 
@@ -234,8 +262,10 @@ def _arguments(path: str, tables: Tables) -> dict[str, Any]:
     # Defaults are written out, so that config.toml says all that a run had, also when a later version changes one.
     name, origin, _ = _named(path, tables)
     given, arguments = _values(path, tables), {}
-    if not path.startswith("balancer."):  # whose tables have no key for the name
+    if _has_name(path):
         del given["name"]
+    if path.startswith("balancer.") and _has_name(path):  # an instance: kept with its arguments, which are all it has
+        arguments["name"] = name
     for key, (_, default) in _parameters(path, tables).items():
         if key in given:
             arguments[key] = given[key]

@@ -6,7 +6,7 @@ name. Sections that name a component have the keys of its builder instead: KINDS
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
@@ -282,6 +282,40 @@ class Config:
     comm: Comm = field(default_factory=Comm)
     debug: Debug = field(default_factory=Debug)
 
+
+def is_component(label: str) -> bool:
+    """Whether a table [balancer.LABEL] is called as the component that it is for; others say so by `name`."""
+    return label in BALANCERS or ":" in label
+
+
+class BalancerTable(NamedTuple):
+    """A table [balancer.LABEL]: the component that it is for, and that one's arguments."""
+
+    label: str
+    component: str
+    arguments: dict[str, Any]
+
+
+def balancer_tables(config: Config) -> list[BalancerTable]:
+    """The balancers that are on; several may be instances of one component, each with a label of its own."""
+    tables = []
+    for label, table in config.balancer.items():
+        if is_component(label):
+            tables.append(BalancerTable(label, label, table))
+        else:
+            arguments = {key: value for key, value in table.items() if key != "name"}
+            tables.append(BalancerTable(label, table["name"], arguments))
+    return tables
+
+
+# What a line of metrics.jsonl has beside balancers' losses: an instance of a balancer can't be called so.
+METRIC_NAMES = (
+    *("kind", "step", "num_tokens", "loss", "total_loss", "grad_norm", "param_norm", "skipped", "skipped_steps"),
+    *("maxvio_batch", "minvio_batch", "avgvio_batch", "load", "load_cv", "load_entropy", "dead_experts"),
+    *("expert_batch_mean", "expert_batch_min", "router_logit_norm", "router_confidence", "dropped_fraction"),
+    *("unrouted_fraction", "tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu"),
+    *("balance_tax", "gradient_snr", "update_ratio", "nonfinite", "nonfinite_gradients"),
+)
 
 SECTIONS = get_type_hints(Config)
 

@@ -1,7 +1,8 @@
 """Expert surgery: checkpoints with other experts than they were trained with, optimizer state and bias carried along.
 
 An operation on a model that has experts is a plan: it says for each new expert which old ones it is made of. The plan
-is applied to all tensors that have a row for each expert: weights, router, bias, moments and step counts.
+is applied to all tensors that have a row for each expert: weights, router, bias, what balancers keep, moments and step
+counts.
 
 Shapes: E experts, D model width, F width of the feed-forward network, L MoE layers.
 """
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe.build import build_model, build_optimizer
+from titan_moe.build import balancer_inits, build_model, build_optimizer, build_router
 from titan_moe.checkpoint import resolve_checkpoint
 from titan_moe.checkpoint.folder import read_manifest
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors, read_lazily
@@ -24,7 +25,10 @@ from titan_moe.config import Config, load_saved, to_toml
 from titan_moe.convert.hf.architectures import moe_layers
 from titan_moe.convert.new_folder import new_checkpoint
 from titan_moe.data.tokenizer_files import read_tokenizer_files
+from titan_moe.model.moe import initial_state
+from titan_moe.model.routing import ParametricRouter
 from titan_moe.model.transformer import fill_normal
+from titan_moe.model.wrappers import is_balancer_state
 from titan_moe.runtime.world import seed_of
 
 logger = logging.getLogger(__name__)
@@ -125,6 +129,7 @@ def change_experts(
     before = read_config(step_folder, trust_components)
     if not before.moe.num_experts:
         raise ValueError(f"{step_folder} is of a dense model: upcycle makes experts of it")
+    _refuse_own_router(before)
     tensors = read_lazily(step_folder)
 
     # The plans say how many experts there are afterwards: the configuration follows them, whatever asked for them.
@@ -146,6 +151,7 @@ def change_experts(
             new_tensors[name] = tensor
         else:
             raise ValueError(f"{name} of shape {tensor.shape} has no row for each expert: it cannot be carried over")
+    new_tensors = _with_states(config, new_tensors)
     _check_shapes(config, new_tensors)
     _save(step_folder, out, config, new_tensors, read_common(step_folder)["optimizer"])
 
@@ -177,6 +183,7 @@ def upcycle(
     overrides = ["--moe.expert_dim", str(width), *overrides]
     config = _new_config(step_folder, out, overrides, trust_components)
     _check_upcycling(before, config, granularity)
+    _refuse_own_router(config)
 
     # `NAME.feed_forward.w1.weight`, and its optimizer states `NAME.feed_forward.w1.weight.STATE`, become
     # `NAME.moe.experts.w1[.STATE]`. With load_lr experts have other states than a dense matrix: they begin anew.
@@ -195,6 +202,7 @@ def upcycle(
             new_tensors[name] = tensor
     for layer in moe_layers(config):
         new_tensors |= _new_router(config, layer, granularity, seed)
+    new_tensors = _with_states(config, new_tensors)
     _check_shapes(config, new_tensors)
 
     # Other parameters in other groups: the settings are those of a new optimizer, with the rates of the configuration.
@@ -247,6 +255,16 @@ def _new_router(config: Config, layer: int, granularity: int, seed: int) -> Lazy
     return tensors
 
 
+def _with_states(config: Config, made: LazyTensors) -> LazyTensors:
+    """The tensors, and as at the start of a run what balancers of `config` keep that is not among them."""
+    fresh = {
+        f"model.layers.{layer}.moe.balancer_state.{name}": Lazy(tuple(value.shape), value.dtype, value.clone)
+        for layer in moe_layers(config)
+        for name, value in initial_state(balancer_inits(config), config.moe.num_experts).items()
+    }
+    return {**fresh, **made}
+
+
 def _check_upcycling(before: Config, config: Config, granularity: int) -> None:
     """Raise ValueError where copies can't be cut so, or the result could not compute what the dense model did."""
     moe = config.moe
@@ -267,7 +285,8 @@ def _check_upcycling(before: Config, config: Config, granularity: int) -> None:
 
 def _apply_plan(name: str, tensor: Lazy, plan: Plan) -> Lazy:
     """A tensor with a row for each old expert as one with a row for each new one, (E, ...) -> (new E, ...)."""
-    is_weight, is_counter = name.startswith("model."), name.startswith("optimizer.") and len(tensor.shape) == 1
+    is_weight = name.startswith("model.") and not is_balancer_state(name)
+    is_counter = name.startswith("optimizer.") and len(tensor.shape) == 1
 
     def load() -> Tensor:
         # The mean of two step counts counts nothing: the most important expert's stays. Noise is for the weights alone,
@@ -295,7 +314,7 @@ def _add_noise(row: Tensor, noise: float, key: str) -> None:
 
 def _layer_of_expert_tensor(name: str) -> int | None:
     """The layer to whose experts a tensor belongs; None: to none."""
-    for part in (".moe.experts.", ".moe.router.", ".moe.expert_bias"):
+    for part in (".moe.experts.", ".moe.router.", ".moe.expert_bias", ".moe.balancer_state."):
         head, separator, _ = name.partition(part)
         if separator:
             return int(head.rpartition(".")[2])
@@ -333,6 +352,15 @@ def _fresh_values(config: Config) -> dict[str, Any]:
         for parameter in group["params"]:
             values |= {f"optimizer.param_groups.{names[parameter]}.{key}": value for key, value in settings.items()}
     return values
+
+
+def _refuse_own_router(config: Config) -> None:
+    """Raise ValueError for a router with parameters of its own: nothing says which have a row for each expert."""
+    if isinstance(build_router(config), ParametricRouter):
+        raise ValueError(
+            f"router.name = {config.router.name!r} has parameters of its own, and nothing says which of them have a "
+            "row for each expert: experts can be changed with routers that have one matrix"
+        )
 
 
 def _save(step_folder: Path, out: Path, config: Config, tensors: LazyTensors, values: dict[str, Any]) -> None:

@@ -470,6 +470,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
                 balancers,
                 model.expert_biases(),
                 max_norm=training.max_norm,
+                balancer_states=model.balancer_states(),
                 sequence_group=mesh.sequence_group,
             )
         state = _local_bytes(leaf for s in optimizer.state.values() for leaf in tree_leaves(s))

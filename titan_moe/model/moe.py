@@ -3,7 +3,7 @@
 Shapes: B batch, S sequence, T = B * S tokens, D dim, F hidden width, E experts, K top_k, N = T * K rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,12 +12,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import Function
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from titan_moe.model import fused
 from titan_moe.model.dispatch import Dispatcher, local
 from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
-from titan_moe.model.routing import Router, Routing
+from titan_moe.model.routing import ParametricRouter, Router, Routing
+from titan_moe.model.routing.common import OFFERED, asked_for
 
+# num_experts -> tensors that a balancer keeps of a layer, by name
+InitState = Callable[[int], Mapping[str, Tensor]]
 # (x_ND, w1, w2, w3, tokens_per_expert_E) -> y_ND: see `experts_backend`
 ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -158,11 +162,29 @@ class Experts(nn.Module):
         return expert_swiglu(x_ND, w1, w2, w3, tokens_per_expert_E, self.precision)
 
 
+def initial_state(balancer_inits: Mapping[str, InitState], num_experts: int) -> dict[str, Tensor]:
+    """What balancers keep of a layer at the start of a run, by the names of its buffers: `NAME/KEY`.
+
+    A buffer's name can have no dots: those of NAME are slashes here.
+    """
+    return {
+        f"{balancer}/{key}".replace(".", "/"): value.clone()  # the layer's own, whatever the balancer gives
+        for balancer, init in balancer_inits.items()
+        for key, value in init(num_experts).items()
+    }
+
+
+def linear_router(dim: int, num_experts: int) -> nn.Module:
+    """The module whose logits nearly all routers go by."""
+    return nn.Linear(dim, num_experts, bias=False)
+
+
 class MoE(nn.Module):
     """Mixture of Experts: each token goes to the experts its router chose, and to the shared experts if there are any.
 
     `route` and `dispatcher` are functions given from outside. The shared experts are one SwiGLU of their joint width,
-    which is the same function as their sum. `expert_bias` is an fp32 buffer (E,) that balancers write between steps.
+    which is the same function as their sum. `expert_bias` is an fp32 buffer (E,) that balancers write between steps,
+    and `balancer_state` holds those that they keep for themselves, made by `balancer_inits`.
     """
 
     def __init__(
@@ -171,25 +193,37 @@ class MoE(nn.Module):
         dim: int,
         num_experts: int,
         expert_dim: int,
-        route: Router,
+        route: Router | ParametricRouter,
+        layer: int = 0,
         num_shared_experts: int = 0,
         expert_bias: bool = False,
+        balancer_inits: Mapping[str, InitState] | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
-        self.route = route
+        # What makes the logits is called `router` in any case: the parameter group goes by that name.
+        self.num_experts, self.layer = num_experts, layer
+        self.has_own_router = isinstance(route, ParametricRouter)
+        self.route, init = route if isinstance(route, ParametricRouter) else (route, linear_router)
+        self.asked = asked_for(self.route, OFFERED)
         self.dispatcher = local() if dispatcher is None else dispatcher
-        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.router = init(dim, num_experts)
         self.experts = Experts(num_experts, dim, expert_dim)
         self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
         self.expert_bias: Tensor | None
         self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32) if expert_bias else None)
+        self.balancer_inits = balancer_inits or {}
+        self.balancer_state = nn.Module() if self.balancer_inits else None
+        for name, value in initial_state(self.balancer_inits, num_experts).items():
+            assert self.balancer_state is not None
+            self.balancer_state.register_buffer(name, value)
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
         """(B, S, D) -> (B, S, D) and what the router decided for the T = B * S tokens."""
-        # The logits in fp32: in bf16 near-ties between experts would be decided by rounding.
+        # Of the layer a route gets what it takes: torch.compile makes a graph for each layer whose number is read.
         x_TD = x_BSD.flatten(0, 1)  # (B, S, D) -> (T, D)
-        routing = self.route(F.linear(x_TD.float(), self.router.weight.float()), self.expert_bias)
+        asked = {name: x_TD if name == "x" else getattr(self, name) for name in self.asked}
+        routing = self.route(self.router_logits(x_TD), self.expert_bias, **asked)
         x_ND, tokens_per_expert_E, state = self.dispatcher.dispatch(x_TD, routing)  # (T, D) -> (N, D)
 
         # The shared experts need no rows from elsewhere: they are computed while these travel.
@@ -197,3 +231,10 @@ class MoE(nn.Module):
         y_ND = self.experts(self.dispatcher.receive(x_ND, state), tokens_per_expert_E)
         y_BSD = self.dispatcher.combine(y_ND, routing.topk_scores, state).view_as(x_BSD)  # (N, D) -> (B, S, D)
         return (y_BSD if shared_BSD is None else y_BSD + shared_BSD), routing
+
+    def router_logits(self, x_TD: Tensor) -> Tensor:
+        """(T, D) -> (T, E), in fp32: in bf16 near-ties between experts would be decided by rounding."""
+        if isinstance(self.router, nn.Linear) and not self.has_own_router:
+            return F.linear(x_TD.float(), self.router.weight.float())
+        parameters = {name: parameter.float() for name, parameter in self.router.named_parameters()}
+        return functional_call(self.router, parameters, (x_TD.float(),))

@@ -4,8 +4,8 @@ Shapes: B batch, S sequence, D dim, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_moe.model.attention import Attention, Rope, check_attention, rope_cos_sin
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
-from titan_moe.model.moe import FeedForward, MoE
-from titan_moe.model.routing import Router, Routing
+from titan_moe.model.moe import FeedForward, InitState, MoE, initial_state
+from titan_moe.model.routing import ParametricRouter, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
 
@@ -51,10 +51,10 @@ class Transformer(nn.Module):
 
     Layers `first_dense_layers, first_dense_layers + layer_freq, ...` are MoE layers when num_experts > 0, the others
     dense of width `ffn_dim`. `router` maps logits to a Routing and is needed when num_experts > 0. `expert_bias` gives
-    every MoE layer a bias that takes part in the choice of experts. Where only the loss or the score is wanted, the
-    logits of `loss_chunk_tokens` tokens (0: of all, -1: as suits the device) are in memory at once. Built on the meta
-    device or any other, parameters are undefined until `init_weights`. Raises ValueError for sizes that do not fit
-    together.
+    every MoE layer a bias that takes part in the choice of experts, `balancer_inits` the tensors that balancers keep of
+    it. Where only the loss or the score is wanted, the logits of `loss_chunk_tokens` tokens (0: of all, -1: as suits
+    the device) are in memory at once. Built on the meta device or any other, parameters are undefined until
+    `init_weights`. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
@@ -76,8 +76,9 @@ class Transformer(nn.Module):
         num_shared_experts: int = 0,
         first_dense_layers: int = 0,
         layer_freq: int = 1,
-        router: Router | None = None,
+        router: Router | ParametricRouter | None = None,
         expert_bias: bool = False,
+        balancer_inits: Mapping[str, InitState] | None = None,
         loss_chunk_tokens: int = 0,
     ) -> None:
         super().__init__()
@@ -109,7 +110,9 @@ class Transformer(nn.Module):
                 expert_dim=expert_dim,
                 num_shared_experts=num_shared_experts,
                 route=router,
+                layer=layer,
                 expert_bias=expert_bias,
+                balancer_inits=balancer_inits,
             )
 
         def attention() -> Attention:
@@ -164,28 +167,45 @@ class Transformer(nn.Module):
 
     def expert_biases(self) -> list[Tensor]:
         """Selection biases (E,) of the MoE layers, in order; empty when the model has none."""
-        return [buffer for name, buffer in self.named_buffers() if name.endswith("expert_bias")]
+        return [layer.expert_bias for layer in self.moe_layers() if layer.expert_bias is not None]
+
+    def balancer_states(self) -> dict[str, dict[str, list[Tensor]]]:
+        """What balancers keep: name of the balancer -> name of the tensor -> that of each MoE layer, in order."""
+        states: dict[str, dict[str, list[Tensor]]] = {}
+        for layer in self.moe_layers():
+            for name, buffer in () if layer.balancer_state is None else layer.balancer_state.named_buffers():
+                balancer, _, key = name.rpartition("/")
+                states.setdefault(balancer.replace("/", "."), {}).setdefault(key, []).append(buffer)
+        return states
+
+    def moe_layers(self) -> list[MoE]:
+        """The MoE layers, in order."""
+        return [module for module in self.modules() if isinstance(module, MoE)]
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter: matrices normal(0, init_std), norms 1; buffers 0.
+        """Fill every parameter: matrices normal(0, init_std), norms 1; selection biases 0.
 
         The matrices that write to the residual stream (wo, w2) have std init_std / sqrt(2 * num_layers), as GPT-2 has
-        them (Radford et al., 2019). Each parameter has a generator of its own, seeded by (seed, name), so its full
-        tensor is the same whatever the layout, the wrappers, or the other parameters are.
+        them (Radford et al., 2019). Of a router's own parameters vectors are 1, but for those called bias, which are 0.
+        Each parameter has a generator of its own, seeded by (seed, name), so its full tensor is the same whatever the
+        layout, the wrappers, or the other parameters are.
         """
         for wrapped_name, parameter in self.named_parameters():
             name = plain_name(wrapped_name)
-
-            # The only vectors are the norms' weights.
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            residual = name.removesuffix(".weight").endswith((".wo", ".w2"))
+            residual = name.removesuffix(".weight").endswith((".wo", ".w2")) and ".router." not in name
             std = self.init_std / math.sqrt(2 * self.num_layers) if residual else self.init_std
-            fill_normal(parameter, std, f"{seed}/{name}")
-        for buffer in self.buffers():
-            buffer.zero_()
+            fill(parameter, std, name, seed)
+        for bias in self.expert_biases():
+            bias.zero_()
+        self.init_balancer_states()
+
+    @torch.no_grad()
+    def init_balancer_states(self) -> None:
+        """Fill what balancers keep as at the start of a run."""
+        for layer in self.moe_layers():
+            for name, value in initial_state(layer.balancer_inits, layer.num_experts).items():
+                cast(nn.Module, layer.balancer_state).get_buffer(name).copy_(value)
 
 
 def moe_layer_ids(num_layers: int, num_experts: int, first_dense_layers: int, layer_freq: int) -> range:
@@ -210,6 +230,14 @@ def _check_positive(name: str, value: int, why: str) -> None:
 def _check_multiple_of_8(name: str, value: int) -> None:
     if value % 8:
         raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
+
+
+def fill(parameter: Tensor, std: float, name: str, seed: int) -> None:
+    """Fill a parameter: a vector with 1, or 0 if it is called bias, all others with normal numbers."""
+    if parameter.dim() == 1:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    else:
+        fill_normal(parameter, std, f"{seed}/{name}")
 
 
 def fill_normal(parameter: Tensor, std: float, key: str) -> None:

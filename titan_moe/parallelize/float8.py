@@ -36,10 +36,10 @@ def quantize(model: Transformer, *, converters: Collection[Converter], recipe_na
 
 
 def convert_linears(model: Transformer, recipe_name: Recipe, emulate: bool) -> None:
-    """Make the linear layers of every block torchao's, but for the router, whose weight is used in fp32."""
+    """Make the linear layers of every block torchao's, but for the router's, whose weights are used in fp32."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    routers = {layer.router for layer in model.modules() if isinstance(layer, MoE)}
+    routers = {part for layer in model.modules() if isinstance(layer, MoE) for part in layer.router.modules()}
 
     def is_converted(module: nn.Module, name: str) -> bool:
         if not isinstance(module, nn.Linear) or module in routers:

@@ -24,6 +24,7 @@ from titan_moe.convert.hf.tokenizer import exported_files, imported_files
 from titan_moe.convert.new_folder import new_checkpoint, new_folder
 from titan_moe.convert.verify import check_against_transformers
 from titan_moe.data.tokenizer_files import to_text
+from titan_moe.model.wrappers import is_balancer_state
 from titan_moe.runtime.dtypes import DTYPES
 
 logger = logging.getLogger(__name__)
@@ -32,14 +33,15 @@ IGNORED = (".rotary_emb.inv_freq",)  # old exports have them; they follow from t
 
 
 def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors of a model of `config`."""
+    """Names and shapes of the tensors of a model of `config`, without what balancers keep for training."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in build_model(config).state_dict().items()}
+        state = build_model(config).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if not is_balancer_state(name)}
 
 
 def model_tensors(step_folder: Path) -> LazyTensors:
-    """The model's tensors of a checkpoint, by their names in the model."""
-    tensors = read_lazily(step_folder)
+    """The model's tensors of a checkpoint, by their names in the model, without what balancers keep for training."""
+    tensors = {name: tensor for name, tensor in read_lazily(step_folder).items() if not is_balancer_state(name)}
     return {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
 
 

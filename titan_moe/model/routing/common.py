@@ -3,13 +3,15 @@
 Shapes: T tokens, E experts, K top_k, N = T * K choices.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DropPolicy = Literal["position", "score"]
 Factor = tuple[int, int]  # numerator, denominator
@@ -28,7 +30,21 @@ class Routing(NamedTuple):
     capacity: int | None = None  # the most tokens that an expert computes, where `kept` is given
 
 
-Router = Callable[[Tensor, Tensor | None], Routing]
+# (router_logits_TE, expert_bias_E or None) -> Routing; one that takes more by these names gets it: the layer's input
+# (T, D), the module that the logits came from, and the layer's number
+Router = Callable[..., Routing]
+OFFERED = ("x", "router", "layer")
+
+
+class ParametricRouter(NamedTuple):
+    """A router with parameters of its own: `init(dim, num_experts)` makes the module that gives a layer's logits.
+
+    The module maps a layer's input (T, D) to logits (T, E), in place of a matrix, with its parameters in fp32. It holds
+    parameters only, which are filled by their names as all others are, and belong to the group `router`.
+    """
+
+    route: Router
+    init: Callable[[int, int], nn.Module]
 
 
 class Options(NamedTuple):
@@ -63,6 +79,24 @@ def check_top_k(top_k: int, temperature: float) -> None:
         raise ValueError(f"router top_k ({top_k}) must be at least 1")
     if not temperature > 0:
         raise ValueError(f"router temperature ({temperature}) must be above 0")
+
+
+@functools.cache
+def asked_for(function: Callable[..., object], offered: tuple[str, ...]) -> tuple[str, ...]:
+    """Which of `offered` a router or a post step takes, by the names of its parameters after the first two.
+
+    Raises ValueError where it needs something else.
+    """
+    try:
+        _, _, *more = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C, or for fewer arguments
+        return ()
+    taken = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for parameter in more:
+        is_needed = parameter.kind in taken and parameter.default is inspect.Parameter.empty
+        if is_needed and parameter.name not in offered:
+            raise ValueError(f"takes {parameter.name!r}, which is not offered: {', '.join(offered)} are")
+    return tuple(parameter.name for parameter in more if parameter.kind in taken and parameter.name in offered)
 
 
 def scaled_logits(logits_TE: Tensor, options: Options) -> Tensor:
@@ -220,8 +254,9 @@ def force_balanced(router: Router) -> Router:
     Choice k of token t is expert (t * K + k) mod E, whatever the logits; its weight is the given router's score there.
     """
 
-    def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None) -> Routing:
-        routing = router(router_logits_TE, expert_bias_E)
+    @functools.wraps(router)  # takes what it takes
+    def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None, **asked: Any) -> Routing:
+        routing = router(router_logits_TE, expert_bias_E, **asked)
         ids_TK = routing.topk_experts
         slots_N = torch.arange(ids_TK.numel(), device=ids_TK.device)
         dealt_TK = (slots_N % routing.scores.shape[-1]).view_as(ids_TK)  # (N,) -> (T, K)

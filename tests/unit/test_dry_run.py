@@ -1,0 +1,175 @@
+"""Parts from outside that give what they must not: one line that names them, before data is read."""
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.cases import top_k_of
+from tests.interop.models import configure
+from tests.invariance import ALL_ROUTERS, partners
+from titan_moe.balancer import Balancer, keep_bias, no_loss
+from titan_moe.dry_run import check_parts
+from titan_moe.model.routing import ROUTERS, ParametricRouter
+
+ON_BY_DEFAULT = ("aux_loss", "z_loss", "entropy_loss")
+PLAIN = ROUTERS["topk_softmax"](top_k=2)
+
+
+@pytest.fixture
+def part() -> Iterator[ModuleType]:
+    """A module `my_moe`, as users have them."""
+    module = ModuleType("my_moe")
+    sys.modules["my_moe"] = module
+    yield module
+    del sys.modules["my_moe"]
+
+
+def failing(logits: Tensor, bias: Tensor | None) -> Any:
+    return logits @ logits
+
+
+class Logits(nn.Module):
+    def __init__(self, width: int, scale: Tensor | None = None, buffer: bool = False, name: str = "weight") -> None:
+        super().__init__()
+        self.add_module(name, nn.Linear(32, width))
+        self.scale = nn.Parameter(torch.ones(1) if scale is None else scale)
+        if buffer:
+            self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return next(self.children())(x) * self.scale
+
+
+def own(**arguments: Any) -> ParametricRouter:
+    return ParametricRouter(PLAIN, lambda dim, num_experts: Logits(**{"width": num_experts, **arguments}))
+
+
+def changed(**fields: Any) -> Any:
+    """A router whose Routing has other fields."""
+    return lambda logits, bias: PLAIN(logits, bias)._replace(**fields)
+
+
+BAD_ROUTERS: list[tuple[Any, str]] = [
+    (lambda logits, bias: logits.topk(2), "must return a Routing, gave topk"),
+    (lambda logits, bias: None, "must return a Routing, gave NoneType"),
+    (changed(scores=torch.zeros(16, 3)), "scores of its Routing must be (16, 8) float32, gave (16, 3) float32"),
+    (changed(topk_scores=[0.5]), "topk_scores of its Routing must be (16, 2) float32, gave list"),
+    (changed(topk_experts=torch.zeros(16)), "topk_experts must be (16, K) int64, gave (16,) float32"),
+    (
+        changed(topk_experts=torch.full((16, 2), 9)),
+        "topk_experts must be from 0 to 8, gave 9 to 9",
+    ),
+    (
+        changed(tokens_per_expert=torch.zeros(8, dtype=torch.int64)),
+        "tokens_per_expert must count topk_experts: let make_routing do it",
+    ),
+    (changed(kept=torch.ones(16)), "kept of its Routing must be (16, 2) bool, gave (16,) float32"),
+    (lambda logits, bias, z: None, "takes 'z', which is not offered: x, router, layer are"),
+    (failing, "RuntimeError: mat1 and mat2 shapes cannot be multiplied (16x8 and 16x8)"),
+    (own(width=5), "its module must give logits (16, 8) float32, gave (16, 5) float32"),
+    (own(scale=torch.ones(())), "parameter scale must be fp32 of one dimension or more, is () float32"),
+    (own(buffer=True), "its module must have parameters only, it has a buffer mean"),
+    (own(name="experts"), "parameter experts.weight must have another name: that of experts is taken"),
+    (ParametricRouter(PLAIN, lambda dim, num_experts: 3), "its init must give a torch.nn.Module, gave int"),
+    (3, "must give a function, gave int"),
+]
+
+
+@pytest.mark.parametrize(("router", "message"), BAD_ROUTERS, ids=[message[:40] for _, message in BAD_ROUTERS])
+def test_bad_routers(part: ModuleType, router: Any, message: str) -> None:
+    part.bad = lambda *, top_k: router  # pyrefly: ignore
+    config = configure(**{"router.name": "my_moe:bad", "balancer.loss_free": "false"})
+    with pytest.raises(ValueError, match=r"^router my_moe:bad: ") as found:
+        check_parts(config)
+    text = str(found.value)
+    assert message in text
+    assert "\n" not in text
+
+
+def state_of(init: Any, post_step: Any = lambda load, bias, state: (bias, state)) -> Balancer:
+    return Balancer(no_loss, post_step, init=init)
+
+
+def mean_of(num_experts: int) -> dict[str, Tensor]:
+    return {"mean": torch.zeros(num_experts)}
+
+
+BAD_BALANCERS: list[tuple[Any, str]] = [
+    (lambda load: load, "must give a Balancer, gave function"),
+    (Balancer(lambda r, load, n: r.scores.mean(0), keep_bias), "loss must return a scalar tensor, gave (8,) float32"),
+    (Balancer(lambda r, load, n: 0.5, keep_bias), "loss must return a scalar tensor, gave float"),
+    (Balancer(lambda r, load: r.scores.mean(), keep_bias), "TypeError: "),
+    (
+        Balancer(no_loss, lambda load, bias: bias[0]),
+        "post_step must return the expert_bias, (2, 8) float32, gave (8,) float32",
+    ),
+    (
+        Balancer(no_loss, lambda load, bias: None),
+        "post_step must return the expert_bias, (2, 8) float32, gave NoneType",
+    ),
+    (
+        Balancer(no_loss, lambda load, bias, weights: bias),
+        "takes 'weights', which is not offered: state, step, progress",
+    ),
+    (
+        Balancer(no_loss, lambda load, bias: bias, observe=lambda r, bias: r.scores),
+        "observe must return integers, gave",
+    ),
+    (state_of(None), "an init that makes a state and a post_step that takes `state` belong together"),
+    (state_of(mean_of, lambda load, bias: bias), "an init that makes a state and a post_step that takes `state`"),
+    (state_of(torch.zeros), "init must return tensors by their names, gave (8,) float32"),
+    (state_of(lambda n: {"a": torch.zeros(n).long()}), "init must return fp32 tensors, gave a: (8,) int64"),
+    (state_of(lambda n: {"a.b": torch.zeros(n)}), "init must name each tensor as a variable, not 'a.b'"),
+    (
+        state_of(mean_of, lambda load, bias, state: bias),
+        "post_step must return (expert_bias, state), gave (2, 8) float32",
+    ),
+    (
+        state_of(mean_of, lambda load, bias, state: (bias, {"men": bias})),
+        "post_step must return the state of ['mean'], gave that of ['men']",
+    ),
+    (
+        state_of(mean_of, lambda load, bias, state: (bias, {"mean": bias[0]})),
+        "post_step must return state mean as (2, 8) float32, gave (8,) float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(("balancer", "message"), BAD_BALANCERS, ids=[message[:60] for _, message in BAD_BALANCERS])
+def test_bad_balancers(part: ModuleType, balancer: Any, message: str) -> None:
+    part.bad = lambda: balancer  # pyrefly: ignore
+    config = configure(**{"balancer.my_moe:bad": "true"})
+    with pytest.raises(ValueError, match=r"^balancer my_moe:bad: ") as found:
+        check_parts(config)
+    text = str(found.value)
+    assert message in text
+    assert "\n" not in text
+
+
+def test_a_fault_says_where_it_is(part: ModuleType) -> None:
+    name = f"{__name__}:make_failing"
+    with pytest.raises(ValueError, match=rf"^router {name}: RuntimeError: .* \(test_dry_run\.py:\d+\)$"):
+        check_parts(configure(**{"router.name": name}))
+
+
+def make_failing(*, top_k: int) -> Any:
+    return failing
+
+
+@pytest.mark.parametrize("router", ALL_ROUTERS, ids=str)
+def test_ours_pass(router: Any) -> None:
+    """With every balancer that goes with them, and no random state is changed."""
+    words: dict[str, Any] = {"router.name": router.name, "moe.top_k": top_k_of(router.name)}
+    words |= {f"router.{key}": value for key, value in router.arguments.items()}
+    before = torch.get_rng_state()
+    for balancer in partners(router):
+        given = {f"balancer.{balancer.name}.{key}": value for key, value in balancer.arguments.items()}
+        given = given or {f"balancer.{balancer.name}": "true"}
+        off = {f"balancer.{name}": "false" for name in ON_BY_DEFAULT if name != balancer.name}
+        check_parts(configure(**{**words, **off, **given}))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,210 @@
+"""The router and the balancers of a configuration, called once on a few random tokens before a run begins.
+
+What one of them gives that it must not is then an error of one line that names it, before data is read.
+
+Shapes: T tokens, E experts, K choices of a token, L layers, D dim.
+"""
+
+import contextlib
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titan_moe.balancer import Balancer
+from titan_moe.build import build_balancers, build_router
+from titan_moe.config import Config
+from titan_moe.config.sections import balancer_tables
+from titan_moe.model.moe import linear_router
+from titan_moe.model.routing import ParametricRouter, Router, Routing
+from titan_moe.model.routing.common import OFFERED, asked_for
+from titan_moe.model.transformer import fill
+from titan_moe.step import sequence_load
+
+SEQUENCES, TOKENS, LAYERS = 2, 16, 2
+Expected = tuple[tuple[int, ...], torch.dtype]
+
+
+def check_parts(config: Config) -> None:
+    """Call router and balancers; ValueError where one can't be called so, or gives another thing than it must.
+
+    No random state is changed. A fault inside a part from outside names its file and line.
+    """
+    if not config.moe.num_experts:
+        return
+
+    # Their builders speak of their own keys, so that what they raise stays as it is.
+    balancers = {name: balancer for name, (_, balancer) in build_balancers(config).items()}
+    moves_bias = any(balancer.moves_bias for balancer in balancers.values())
+    bias_E = torch.zeros(config.moe.num_experts) if moves_bias else None
+    router = build_router(config)
+
+    # A router may draw noise: the run is to draw the same as it would without this.
+    with torch.random.fork_rng(devices=[]):
+        with blamed(f"router {config.router.name}", config.router.name):
+            routing = dry_routing(router, config.model.dim, config.moe.num_experts, bias_E)
+            check_routing(routing, config.moe.num_experts)
+        for label, component, _ in balancer_tables(config):
+            with blamed(f"balancer {label}", component):
+                check_loss(balancers[label], routing)
+                check_post_step(balancers[label], routing)
+
+
+@contextlib.contextmanager
+def blamed(part: str, component: str) -> Iterator[None]:
+    """Put the part's name before the errors inside; of faults of a component from outside say where they are, too."""
+    try:
+        yield
+    except WrongResultError as error:
+        raise ValueError(f"{part}: {error}") from error
+    except Exception as error:
+        if ":" not in component:  # what ours raise speaks of their keys, and anything else is a fault of this package
+            raise
+
+        # The innermost line of the part's own file: deeper ones are torch's, and tell its author less.
+        frames = traceback.extract_tb(error.__traceback__)
+        file = component.partition(":")[0].replace(".", "/")
+        last = next((f for f in reversed(frames) if file in f.filename.replace("\\", "/")), frames[-1])
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{part}: {what} ({Path(last.filename).name}:{last.lineno})") from error
+
+
+class WrongResultError(Exception):
+    """A part gave something that it must not."""
+
+
+def dry_routing(router: Router | ParametricRouter, dim: int, num_experts: int, bias_E: Tensor | None) -> Any:
+    """What the router gives for random tokens, with a module of its own where it has one."""
+    # As in a MoE layer, but for the logits of a linear router, which any numbers stand for.
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(TOKENS, dim, generator=generator)
+    if isinstance(router, ParametricRouter):
+        route, module = router.route, own_module(router, dim, num_experts)
+        logits_TE = module(x_TD)
+        check_tensor("its module must give logits", logits_TE, ((TOKENS, num_experts), torch.float32))
+    else:
+        route, module = router, linear_router(dim, num_experts)
+        logits_TE = torch.randn(TOKENS, num_experts, generator=generator)
+    offered = {"x": x_TD, "router": module, "layer": 0}
+    return route(logits_TE, bias_E, **{name: offered[name] for name in asked_for(route, OFFERED)})
+
+
+def own_module(router: ParametricRouter, dim: int, num_experts: int) -> nn.Module:
+    """The module of a router with parameters of its own, filled; WrongResultError for what no layout could shard."""
+    module: Any = router.init(dim, num_experts)
+    if not isinstance(module, nn.Module):
+        raise WrongResultError(f"its init must give a torch.nn.Module, gave {described(module)}")
+
+    # The model is made without memory and filled by the names of its parameters: a buffer would stay empty. FSDP2 can't
+    # shard a number without a dimension, and parameters called experts would fall into the group of these.
+    for name, _ in module.named_buffers():
+        raise WrongResultError(f"its module must have parameters only, it has a buffer {name}")
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 0 or parameter.dtype != torch.float32:
+            raise WrongResultError(f"parameter {name} must be fp32 of one dimension or more, is {described(parameter)}")
+        if ".experts." in f".{name}":
+            raise WrongResultError(f"parameter {name} must have another name: that of experts is taken")
+        with torch.no_grad():
+            fill(parameter, 0.02, name, 0)
+    return module
+
+
+def check_routing(routing: Any, num_experts: int) -> None:
+    """Raise WrongResultError for what is no Routing of T tokens, or counts other choices than it has."""
+    if not isinstance(routing, Routing):
+        raise WrongResultError(f"must return a Routing, gave {described(routing)}")
+    ids_TK = routing.topk_experts
+    if not isinstance(ids_TK, Tensor) or ids_TK.dim() != 2:
+        raise WrongResultError(f"topk_experts must be ({TOKENS}, K) int64, gave {described(ids_TK)}")
+
+    of_experts, of_choices = (TOKENS, num_experts), (TOKENS, ids_TK.shape[1])
+    expected: dict[str, Expected] = {
+        "router_logits": (of_experts, torch.float32),
+        "scores": (of_experts, torch.float32),
+        "topk_scores": (of_choices, torch.float32),
+        "topk_experts": (of_choices, torch.int64),
+        "tokens_per_expert": ((num_experts,), torch.int64),
+        "selection": (of_experts, torch.float32),
+        "kept": (of_choices, torch.bool),
+    }
+    for name, shape_and_type in expected.items():
+        value = getattr(routing, name)
+        if value is not None or name not in ("selection", "kept"):
+            check_tensor(f"{name} of its Routing must be", value, shape_and_type)
+
+    # An id of E stands for no expert.
+    if int(ids_TK.min()) < 0 or int(ids_TK.max()) > num_experts:
+        raise WrongResultError(f"topk_experts must be from 0 to {num_experts}, gave {ids_TK.min()} to {ids_TK.max()}")
+    counts_E = ids_TK.flatten().bincount(minlength=num_experts + 1)[:num_experts]
+    if not torch.equal(routing.tokens_per_expert, counts_E):
+        raise WrongResultError("tokens_per_expert must count topk_experts: let make_routing do it")
+
+
+def check_loss(balancer: Balancer, routing: Routing) -> None:
+    """Raise WrongResultError where the loss is no scalar."""
+    if balancer.has_loss:
+        per_sequence = balancer.scope == "sequence"
+        load = sequence_load(routing, SEQUENCES) if per_sequence else routing.tokens_per_expert
+        value: Any = balancer.loss(routing, load, torch.tensor(TOKENS))
+        if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
+            raise WrongResultError(f"loss must return a scalar tensor, gave {described(value)}")
+
+
+def check_post_step(balancer: Balancer, routing: Routing) -> None:
+    """Raise WrongResultError where the post step gives no bias, or another state than it got."""
+    asks_state = "state" in balancer.asked({}, 1, 0.5)
+    num_experts = routing.scores.shape[-1]
+    if asks_state != (balancer.init is not None):
+        raise WrongResultError("an init that makes a state and a post_step that takes `state` belong together")
+    state = stacked_state(balancer.init(num_experts)) if balancer.init else {}
+    if not balancer.moves_bias:
+        return
+
+    # Layers come stacked, as in a step.
+    bias_E = torch.zeros(num_experts)
+    load_E: Any = routing.tokens_per_expert if balancer.observe is None else balancer.observe(routing, bias_E)
+    if not isinstance(load_E, Tensor) or load_E.is_floating_point():
+        raise WrongResultError(f"observe must return integers, gave {described(load_E)}")
+    bias_LE, load_LE = torch.stack([bias_E] * LAYERS), torch.stack([load_E] * LAYERS)
+    result: Any = balancer.post_step(load_LE, bias_LE, **balancer.asked(state, 1, 0.5))
+    if asks_state and not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        raise WrongResultError(f"post_step must return (expert_bias, state), gave {described(result)}")
+    moved_LE, new_state = result if asks_state else (result, {})
+    check_tensor("post_step must return the expert_bias,", moved_LE, ((LAYERS, num_experts), torch.float32))
+    if new_state.keys() != state.keys():
+        raise WrongResultError(f"post_step must return the state of {[*state]}, gave that of {[*new_state]}")
+    for key, value in new_state.items():
+        check_tensor(f"post_step must return state {key} as", value, (tuple(state[key].shape), torch.float32))
+
+
+def stacked_state(state: Any) -> dict[str, Tensor]:
+    """The state of a layer as of L layers; WrongResultError for what is none."""
+    if not isinstance(state, Mapping):
+        raise WrongResultError(f"init must return tensors by their names, gave {described(state)}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not key.isidentifier():
+            raise WrongResultError(f"init must name each tensor as a variable, not {key!r}")
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            raise WrongResultError(f"init must return fp32 tensors, gave {key}: {described(value)}")
+    return {key: torch.stack([value] * LAYERS) for key, value in state.items()}
+
+
+def check_tensor(must: str, value: Any, expected: Expected) -> None:
+    """Raise WrongResultError, `must` first, unless `value` is a tensor of that shape and type."""
+    shape, dtype = expected
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != dtype:
+        raise WrongResultError(f"{must} {shape} {_short(dtype)}, gave {described(value)}")
+
+
+def described(value: Any) -> str:
+    """A value for people: shape and type of a tensor, the name of any other's type."""
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} {_short(value.dtype)}"
+    return type(value).__name__
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
