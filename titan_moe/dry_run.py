@@ -69,7 +69,8 @@ def blamed(part: str, component: str) -> Iterator[None]:
         file = component.partition(":")[0].replace(".", "/")
         last = next((f for f in reversed(frames) if file in f.filename.replace("\\", "/")), frames[-1])
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{part}: {what} ({Path(last.filename).name}:{last.lineno})") from error
+        tried = f"tried on {SEQUENCES} sequences of {TOKENS // SEQUENCES} tokens"
+        raise ValueError(f"{part}: {what} ({Path(last.filename).name}:{last.lineno}, {tried})") from error
 
 
 class WrongResultError(Exception):

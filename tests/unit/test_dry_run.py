@@ -153,7 +153,10 @@ def test_bad_balancers(part: ModuleType, balancer: Any, message: str) -> None:
 
 def test_a_fault_says_where_it_is(part: ModuleType) -> None:
     name = f"{__name__}:make_failing"
-    with pytest.raises(ValueError, match=rf"^router {name}: RuntimeError: .* \(test_dry_run\.py:\d+\)$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^router {name}: RuntimeError: .* \(test_dry_run\.py:\d+, tried on 2 sequences of 8 tokens\)$",
+    ):
         check_parts(configure(**{"router.name": name}))
 
 

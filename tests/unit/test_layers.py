@@ -117,4 +117,35 @@ def test_functions_stay_small(path: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
             assert node.end_lineno is not None
-            assert node.end_lineno - body[0].lineno + 1 < 60, f"{path}: {node.name}"
+            lines = node.end_lineno - body[0].lineno + 1
+            assert lines < 60, f"{path}: {node.name} has {lines} lines: cut it into functions with names"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_bodies_say_why(path: Path) -> None:
+    """A body of more than twenty lines has paragraphs, and at least one of them a comment of its own."""
+    text = path.read_text()
+    comments = {number for number, line in enumerate(text.splitlines(), start=1) if line.strip().startswith("#")}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            assert node.end_lineno is not None
+            lines = range(body[0].lineno, node.end_lineno + 1)
+            speaks = len(lines) <= 20 or comments & set(range(node.body[0].lineno, node.end_lineno + 1))
+            assert speaks, f"{path}: {node.name} has {len(lines)} lines and no comment: say why it does what it does"
+
+
+# Words that a reader has to look up, each with one that says what it is.
+VAGUE = {"found": "what was found", "made": "what was made", "own": "whose", "kept": "what is kept", "mine": "own_rank"}
+VAGUE |= {"here": "current", "there": "saved", "where": "a place", "together": "run_on_all_ranks"}
+FIELDS = {"kept"}  # of a Routing: choices that are computed
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_names_say_what_they_hold(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = getattr(node, "arg" if isinstance(node, ast.arg) else "name", None)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        if name in VAGUE and name not in FIELDS:
+            raise AssertionError(f"{path}:{node.lineno}: {name} says nothing of what it holds ({VAGUE[name]}?)")

@@ -94,8 +94,8 @@ def load_matching(folder: Path, model: nn.Module) -> tuple[list[str], list[str]]
 
 def differing_states(folder: Path, model: nn.Module) -> tuple[list[str], list[str]]:
     """What balancers of `model` keep that `folder` lacks, and what it has of balancers that `model` lacks; names."""
-    here, there = _model_tensors(model).keys(), read_metadata(folder).state_dict_metadata.keys()
-    missing, unexpected = filter(is_balancer_state, here - there), filter(is_balancer_state, there - here)
+    current, saved = _model_tensors(model).keys(), read_metadata(folder).state_dict_metadata.keys()
+    missing, unexpected = filter(is_balancer_state, current - saved), filter(is_balancer_state, saved - current)
     return _plain(missing), _plain(unexpected)
 
 
@@ -120,9 +120,9 @@ def load_state(
 
     # Of weights alone, what balancers keep may be missing: it is for going on with training.
     if optimizer is None:
-        for own, other in ((tensors, saved_model), (saved_model, tensors)):
-            for name in [name for name in own if is_balancer_state(name) and name not in other]:
-                del own[name]
+        for names, other in ((tensors, saved_model), (saved_model, tensors)):
+            for name in [name for name in names if is_balancer_state(name) and name not in other]:
+                del names[name]
     _check_same(f"checkpoint {folder} holds another model", _shapes(tensors), saved_model)
 
     # Another class of optimizer is told as such, not as the hundreds of states that differ by it.

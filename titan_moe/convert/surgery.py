@@ -255,14 +255,14 @@ def _new_router(config: Config, layer: int, granularity: int, seed: int) -> Lazy
     return tensors
 
 
-def _with_states(config: Config, made: LazyTensors) -> LazyTensors:
+def _with_states(config: Config, tensors: LazyTensors) -> LazyTensors:
     """The tensors, and as at the start of a run what balancers of `config` keep that is not among them."""
     fresh = {
         f"model.layers.{layer}.moe.balancer_state.{name}": Lazy(tuple(value.shape), value.dtype, value.clone)
         for layer in moe_layers(config)
         for name, value in initial_state(balancer_inits(config), config.moe.num_experts).items()
     }
-    return {**fresh, **made}
+    return {**fresh, **tensors}
 
 
 def _check_upcycling(before: Config, config: Config, granularity: int) -> None:

@@ -530,7 +530,7 @@ def test_what_could_not_be_read_back_is_refused(tmp_path, trained):
 KILLED = """
 import sys
 from pathlib import Path
-from test_checkpoint import make, save, train
+from test_store import make, save, train
 model, optimizer = make(dim=400)
 print("ready", flush=True)
 for step in range(1, 10_000):
