@@ -125,7 +125,10 @@ def outcome(
         "rates": rate_factors(output.load, torch.ones(output.load.shape), RATES)[0],
         "routing": output.routing_means,
         "nonfinite": output.nonfinite,
-        "state": model.balancer_states(),
+        "state": {
+            name: {key: [layer.clone() for layer in layers] for key, layers in state.items()}
+            for name, state in model.balancer_states().items()
+        },
         "bias": [bias.clone() for bias in model.expert_biases()],
         "gradients": gradients,
     }

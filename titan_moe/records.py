@@ -101,12 +101,12 @@ def log_parameters(config: Config, model: Transformer, optimizer: torch.optim.Op
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         logger.info(
-            "  %-10s %15s parameters in %3d tensors, lr %g%s, weight decay %g: %s",
+            "  %-10s %15s parameters in %3d tensors, lr %g%s, weight decay %s: %s",
             group["name"],
             f"{count:,}",
             len(group["params"]),
             group["lr"],
             f" by {group['load_lr']} of the load" if "load_lr" in group else "",
-            group["weight_decay"],
+            f"{group['weight_decay']:g}" if "weight_decay" in group else "none",  # one from outside may know none
             describe_group(optimizer, group),
         )

@@ -1,5 +1,6 @@
 """A router that takes its process down in the middle of a step, for tests; a component from outside the package."""
 
+import itertools
 import os
 import signal
 import time
@@ -7,11 +8,13 @@ from pathlib import Path
 
 from titan_moe.model.routing import ROUTERS, Router
 
+BUILDS = itertools.count()
+
 
 def router(top_k: int, *, how: str, at_call: int, marker: str) -> Router:
     """topk_softmax that on rank 1, at its `at_call`-th call, dies or hangs; once, for the file `marker` says it did.
 
-    Call 0 is this one, while the model is built.
+    Call 0 is this one, while the model is built: the second of them, after that of the dry run.
     """
     route, calls = ROUTERS["topk_softmax"](top_k=top_k), 0
 
@@ -28,5 +31,6 @@ def router(top_k: int, *, how: str, at_call: int, marker: str) -> Router:
         fail_at(calls)
         return route(*args)
 
-    fail_at(0)
+    if next(BUILDS) == 1:
+        fail_at(0)
     return failing

@@ -424,7 +424,7 @@ def scale_update(parameter: Tensor, old: Tensor, factor_R: Tensor, group: Group)
     factor = factor_R.to(new.dtype).view(-1, *[1] * (new.dim() - 1))
     new.copy_(torch.lerp(old, new, factor))
     if not group["load_lr_decay"]:
-        new.addcmul_(old, 1 - factor, value=-group["lr"] * group["weight_decay"])  # what lerp took of it
+        new.addcmul_(old, 1 - factor, value=-group["lr"] * group.get("weight_decay", 0.0))  # what lerp took of it
 
 
 def step_by_kernel(

@@ -12,6 +12,7 @@ from titan_moe.optimizer.build import OPTIMIZERS, set_lr
 from titan_moe.optimizer.groups import group_of, parameter_groups
 from titan_moe.optimizer.optimizer import Optimizer, combine
 from titan_moe.optimizer.schedule import SCHEDULES
+from titan_moe.records import log_parameters
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,42 @@ def test_an_optimizer_of_one_group_gets_that_groups_settings_as_arguments(tmp_pa
     (noted,) = {rule for rule in rules if isinstance(rule, Noted)}
     assert noted.noted == {"lr": 0.01, "own": 3, "other": 2}  # `other` and lr differ between the groups
     assert {group["name"]: group["lr"] for group in noted.param_groups} == {"expert": 0.02, "dense": 0.01}
+
+
+class Plain(torch.optim.Optimizer):
+    """Knows no weight decay."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.sub_(p.grad, alpha=group["lr"])
+
+
+def test_an_optimizer_without_weight_decay(tmp_path, caplog):
+    """It says so in the log, and rates by load whose decay goes on have none to go on with."""
+    file = tmp_path / "x.toml"
+    table = f'name = "{__name__}:Plain"\nload_lr = "ideal_normalized"\nload_lr_decay = false'
+    file.write_text(f"[optimizer.expert]\n{table}")
+    config = load_config(
+        [f"--job.config_file={file}", "--model.vocab_size=64", "--model.num_layers=1", "--model.dim=24"]
+    )
+    model = build_model(config)
+    model.init_weights(0)
+    optimizer = build_optimizer(config, model)
+    with caplog.at_level("INFO", logger="titan_moe"):
+        log_parameters(config, model, optimizer)
+    assert "of the load, weight decay none: Plain" in caplog.text
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".experts." in name}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    load = torch.tensor([[3, 1] + [0] * 6])
+    optimizer.step(load=load, grad_norm=torch.tensor(1.0))
+    factor_E = (load[0] / load.float().mean()).view(-1, 1, 1)
+    for name, old in before.items():
+        torch.testing.assert_close(model.get_parameter(name).detach(), old - 1e-3 * factor_E)
 
 
 def test_a_schedule_may_give_a_factor_for_each_group():
