@@ -435,7 +435,10 @@ def step_by_kernel(
     torch._foreach_add_(steps, 1 if scalars.skip is None else [1 - scalars.skip] * len(steps))
 
     # local tensors: for DTensors the host would take as long to look at each as a GPU takes for a layer
-    parts = [[local(tensor) for tensor in tensors] for tensors in lists]
+    # Plain tensors are passed as they are: to detach each of them takes the host 1 % of a small model's step.
+    parts = lists
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        parts = [[local(tensor) for tensor in tensors] for tensors in lists]
     kernel.step(parts, steps, group["lr"], group["weight_decay"], skip=scalars.skip, grad_scale=scalars.grad_scale)
 
 
