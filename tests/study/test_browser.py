@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.study.browser import browser_tab, find_browser
+from tests.browser import browser_tab, find_browser
 from tests.study.conftest import Write
 from tests.study.fake_train import records, tomllib
 from tests.study.fake_train import write as write_records

@@ -4,7 +4,6 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,13 +131,15 @@ def embedded(svg: str, name: str, label: str) -> "Markup":
 def render(package: str, name: str, context: Mapping[str, Any]) -> str:
     """Fill in the template `name` of `package`, which extends page.html.j2: all text is escaped, nothing is left open.
 
-    The template formats nothing: numbers and names come to it as text.
+    A template formats nothing: numbers and names come to it as text.
     """
-    from jinja2 import DictLoader, Environment, StrictUndefined
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-    templates = {"page.html.j2": files(__name__), name: files(package)}
-    loader = DictLoader({key: folder.joinpath(key).read_text(encoding="utf-8") for key, folder in templates.items()})
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader(__name__, "")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template(name).render(context, colours=list(zip(LIGHT, DARK, strict=True)))

@@ -1,0 +1,1 @@
+"""What router and experts of a model do: `python -m titan_moe.analyze`."""
