@@ -115,8 +115,8 @@ def heatmap(shown: Map, width: float = WIDTH, title: str = "", *, has_numbers: b
     scale, norm = shown.scale, norm_of(shown.scale)
     square = shown.row == shown.column
     height = width * 0.8 if square else float(np.clip(0.2 * rows, 0.3, width * 0.8))
-    figure = new_figure(height + (1.05 if title else 0.9), width)
-    axes = figure.add_subplot()
+    figure = new_figure(height + (1.15 if title else 0.95), width)
+    axes, below = figure.subplots(2, 1, height_ratios=[height, 0.09])
     axes.set_facecolor(GRID)
     image = axes.imshow(shown.values, norm=norm, cmap=scale.colours, aspect="auto", interpolation="none", gid="map")
     if has_numbers and columns <= 8 and rows <= 24 and width == WIDTH:
@@ -134,7 +134,7 @@ def heatmap(shown: Map, width: float = WIDTH, title: str = "", *, has_numbers: b
     axes.tick_params(length=0)
 
     # The bar stands below, since sideways it would take room from the map on a phone.
-    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=30, extend="max" if scale.is_cut else "neither")
+    bar = figure.colorbar(image, cax=below, orientation="horizontal", extend="max" if scale.is_cut else "neither")
     bar.outline.set_visible(False)
     bar.set_label(scale.label)
     if scale.ticks:
@@ -157,15 +157,14 @@ def _numbers_in_cells(axes: "Axes", values: np.ndarray, norm: "Normalize") -> No
 
 
 def _ticks(axis: Any, names: Sequence[str], most: int) -> None:
-    """Name every first, second, third ... row or column, so that at most so many names stand."""
-    step = max(1, math.ceil(len(names) / most))
+    """Name every row or column, or every second, fifth, tenth ..., so that at most so many names stand."""
+    steps = (digit * 10**power for power in range(6) for digit in (1, 2, 5))
+    step = next(step for step in steps if len(names) / step <= most)
     places = range(0, len(names), step)
     axis.set_ticks(list(places), labels=[names[place] for place in places])
 
 
-def lines(
-    x: Sequence[float], series: Sequence[Line], x_label: str, y_label: str, *, is_integer: bool = True
-) -> "Figure":
+def lines(x: Sequence[float], series: Sequence[Line], x_label: str, y_label: str) -> "Figure":
     """Numbers over the layers or the steps, a line for each of `series`."""
     from matplotlib.ticker import MaxNLocator
 
@@ -178,13 +177,15 @@ def lines(
             axes.fill_between(x, line.low, line.high, color=colour(index), alpha=0.2, linewidth=0)
         if line.points is not None:
             places = np.repeat(np.asarray(x, dtype=float), line.points.shape[1])
-            axes.plot(places, line.points.ravel(), ".", color=INK, markersize=3, alpha=0.35)
+            alpha = 0.5 if line.points.size <= 200 else 0.15  # many dots would be one black bar
+            axes.plot(places, line.points.ravel(), ".", color=INK, markersize=3, alpha=alpha)
 
     # Names of lines stand below, where they cover nothing.
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    if is_integer:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    if len(x) <= 4:
+        axes.set_xticks(list(x))
     if len(series) > 1:
         figure.legend(loc="outside lower center", ncols=1 if max(len(line.label) for line in series) > 30 else 2)
     return figure

@@ -24,15 +24,16 @@ from titan_moe.theme import WIDTH
 
 Analysis = Mapping[str, Any]
 MOST_TEXTS = 12  # maps of load by text
-CONTROL = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}  # control characters have pictures
+CONTROL: dict[int, int | str] = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}  # they have pictures
+CONTROL |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # turn text around
 CONTROL_IN_TEXT = {code: picture for code, picture in CONTROL.items() if code not in (9, 10)}
 SPACE = "␣"
 
 
 SIMILARITIES = {
-    "output_similarity": ("Outputs", "cosine of two experts' outputs, mean over tokens"),
-    "weight_similarity": ("Weights", "cosine of two experts' weights"),
-    "token_overlap": ("Tokens", "how alike the tokens of two experts are: 0 none in common, 1 the same"),
+    "output_similarity": ("Outputs", "Cosine of two experts' outputs, mean over tokens"),
+    "weight_similarity": ("Weights", "Cosine of two experts' weights"),
+    "token_overlap": ("Tokens", "How alike the tokens of two experts are: 0 none in common, 1 the same"),
 }
 
 
@@ -55,8 +56,8 @@ class Choice(NamedTuple):
     maps: Sequence[Map | None]  # one a layer; None: this layer has no such map
 
 
-def shown(text: str, pictures: Mapping[int, int] = CONTROL) -> str:
-    """A text of others that UTF-8 can write: control characters as their pictures, lone surrogates as \\udcNN."""
+def shown(text: str, pictures: Mapping[int, int | str] = CONTROL) -> str:
+    """A text of others that UTF-8 can write: control characters as pictures or escapes, lone surrogates as \\udcNN."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8").translate(pictures)
 
 
@@ -137,7 +138,9 @@ def load_sections(analysis: Analysis) -> list[Section]:
     layers, texts = analysis["layers"], analysis["texts"]
     everything = [layer["load"] for layer in layers]
     count = f"{analysis['num_tokens']:,} tokens"
-    by_text = [load_panel(analysis, "load", "All texts" if texts[1:] else short(texts[0]["name"]), count, everything)]
+    by_text = [
+        load_panel(analysis, "load-all", "All texts" if texts[1:] else short(texts[0]["name"]), count, everything)
+    ]
     for index, text in enumerate(texts[:MOST_TEXTS] if texts[1:] else []):
         counts = [layer["load_by_text"][index] for layer in layers]
         caption = f"{text['num_tokens']:,} tokens, loss {number(text['loss'], '.3f')} nats a token"
@@ -212,7 +215,7 @@ def specialisation_section(analysis: Analysis) -> Section:
     found = layers_map(analysis, excess_LE, span(excess_LE, "nats beyond chance", " nats"))
     series = [Line("specialisation", numbers([layer["specialisation"]["mean"] for layer in layers]), points=excess_LE)]
     panels = [
-        map_panel("specialisation", "Each expert's specialisation", found),
+        map_panel("specialisation-experts", "Each expert's specialisation", found),
         Panel(
             "specialisation-layers",
             "Mean over a layer's experts, weighted by load; small dots are its experts",
@@ -296,7 +299,9 @@ def pruning_section(analysis: Analysis) -> Section:
     text = (
         f"Loss when the experts with the least load are taken away from every layer; {pruning['num_tokens']:,} tokens"
     )
-    panels = [Panel("pruning", text, lines(removed, curve, "experts taken away in each layer", "loss (nats a token)"))]
+    panels = [
+        Panel("pruning-curve", text, lines(removed, curve, "experts taken away in each layer", "loss (nats a token)"))
+    ]
     if pruning["single"] is not None:
         losses_LE = numbers(pruning["single"])
         scale = span(losses_LE, "loss above that of all (nats a token)", " nats a token", signed=True)
@@ -380,7 +385,7 @@ def layer_choices(analysis: Analysis) -> list[Choice]:
             analysis,
             "together",
             "Chosen together",
-            "how much more often than by chance a token has both experts: red seek each other, blue avoid each other",
+            "How much more often than by chance a token has both experts: red seek each other, blue avoid each other",
             [layer["coactivation"]["lift"] for layer in layers],
             LIFT,
         ),
@@ -406,7 +411,7 @@ def layer_choices(analysis: Analysis) -> list[Choice]:
 def load_choice(analysis: Analysis, name: str, row: str, rows: Sequence[str], counts: Sequence[Any]) -> Choice:
     """Loads (R, E) of each layer in groups of tokens, each over its even share in its group."""
     maps = [Map(over_even(group), LOAD, row, rows, "expert", expert_names(analysis)) for group in counts]
-    return Choice(f"layer-{name}", f"Load by {row}", f"load of each expert by {row}, over the even share", maps)
+    return Choice(f"layer-{name}", f"Load by {row}", f"Load of each expert by {row}, over the even share", maps)
 
 
 def pair_choice(
@@ -428,5 +433,5 @@ def flow_choice(analysis: Analysis) -> Choice:
     for one in analysis["between_layers"]:
         lift = numbers([row if row is not None else [None] * len(names) for row in one["lift"]])
         maps.append(Map(lift, LIFT, "expert of this layer", names, "expert of the next", names))
-    text = "how much more often than by chance a token goes from an expert to one of the next MoE layer"
+    text = "How much more often than by chance a token goes from an expert to one of the next MoE layer"
     return Choice("layer-flow", "On to the next layer", text, [*maps, None])

@@ -113,7 +113,7 @@ showLayer(data.offered.indexOf(data.first));
 
 const rows = [...document.querySelectorAll(".expert")].map((row) => ({
   row, layer: row.closest(".layer"), expert: row.dataset.expert,
-  chips: [...row.querySelectorAll(".chip")].map((chip) => ({ chip, text: chip.textContent.replaceAll("␣", " ").toLowerCase() })),
+  chips: [...row.querySelectorAll(".chip")].map((chip) => ({ chip, text: chip.firstChild.textContent.slice(0, -1).replaceAll("␣", " ").toLowerCase() })),
 }));
 const open = new Map([...document.querySelectorAll(".layer")].map((layer) => [layer, layer.open]));
 let hits = [], current = -1;

@@ -33,7 +33,8 @@ from titan_moe.runtime.files import write_atomic
 # Bounds of what a page holds, so that a model of 24 layers of 128 experts has one that a browser opens at once.
 MOST_CHOICES = 300_000  # choices of experts in the coloured text, over its tokens and layers
 MOST_TOKENS = 20_000  # top tokens of all experts together
-MOST_CONTEXTS = 6_000
+MOST_CONTEXTS = 6_000  # of all experts together, and of one of them
+MOST_CONTEXTS_OF_ONE = 4
 MOST_PAIRS = 12  # overlapping pairs in the table
 MOST_PAIRS_OF_EXPERTS = 400_000  # in the layers that a reader can choose from
 MOST_NUMBERS = 60_000  # numbers of one choice of maps that go in as they are; more go in as one byte each
@@ -323,7 +324,7 @@ def experts_context(analysis: Analysis) -> list[dict[str, Any]]:
     # A large model has thousands of experts: each of them shows fewer tokens and contexts.
     layers, experts = analysis["layers"], analysis["model"]["num_experts"]
     most = max(2, MOST_TOKENS // (len(layers) * experts))
-    most_contexts = MOST_CONTEXTS // (len(layers) * experts)
+    most_contexts = min(MOST_CONTEXTS_OF_ONE, MOST_CONTEXTS // (len(layers) * experts))
     texts = [shown(text["name"]) for text in analysis["texts"]]
     result = []
     for layer in layers:
@@ -333,14 +334,15 @@ def experts_context(analysis: Analysis) -> list[dict[str, Any]]:
             tokens = [
                 {
                     "text": token_text(top["text"]),
+                    "share": f"{top['count'] / top['total']:.0%}",
                     "title": f"{top['count']:,} of {top['total']:,}: {number(top['lift'], '.1f')} times the mean share",
                 }
                 for top in tops[:most]
             ]
-            places = [
+            places = [top["contexts"][0] for top in tops[:most_contexts] if top["contexts"]]
+            contexts = [
                 {**{key: shown(place[key]) for key in ("before", "token", "after")}, "text": texts[place["text"]]}
-                for top in tops[:most]
-                for place in top["contexts"]
+                for place in places
             ]
             note = f"{number(float(loads[expert]))} of even, {number(excess[expert])} nats"
             is_dead = expert in layer["dead_experts"]
@@ -349,7 +351,7 @@ def experts_context(analysis: Analysis) -> list[dict[str, Any]]:
                     "expert": expert,
                     "note": f"{note}, dead" if is_dead else note,
                     "tokens": tokens,
-                    "contexts": places[:most_contexts],
+                    "contexts": contexts,
                 }
             )
         result.append({"layer": layer["layer"], "experts": rows})
