@@ -110,14 +110,16 @@ def heatmap(shown: Map, width: float = WIDTH, title: str = "", *, has_numbers: b
 
     Maps that are `width` wide have the same size; `has_numbers` is for those that do not change.
     """
+    from matplotlib.patches import Rectangle
+
     # Cells keep their height until the map is as high as it is wide; a matrix of pairs is square.
     rows, columns = shown.values.shape
     scale, norm = shown.scale, norm_of(shown.scale)
-    square = shown.row == shown.column
+    square = shown.row.startswith("expert")
     height = width * 0.8 if square else float(np.clip(0.2 * rows, 0.3, width * 0.8))
     figure = new_figure(height + (1.15 if title else 0.95), width)
     axes, below = figure.subplots(2, 1, height_ratios=[height, 0.09])
-    axes.set_facecolor(GRID)
+    axes.add_patch(Rectangle((-0.5, -0.5), columns, rows, facecolor=GRID, zorder=0))
     image = axes.imshow(shown.values, norm=norm, cmap=scale.colours, aspect="auto", interpolation="none", gid="map")
     if has_numbers and columns <= 8 and rows <= 24 and width == WIDTH:
         _numbers_in_cells(axes, shown.values, norm)

@@ -24,8 +24,9 @@ from titan_moe.theme import WIDTH
 
 Analysis = Mapping[str, Any]
 MOST_TEXTS = 12  # maps of load by text
-CONTROL: dict[int, int | str] = {code: 0x2400 + code for code in range(32)} | {127: 0x2421}  # they have pictures
-CONTROL |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}  # turn text around
+# Control characters have pictures; those that turn the text around them are written as escapes.
+CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}
+CONTROL |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 CONTROL_IN_TEXT = {code: picture for code, picture in CONTROL.items() if code not in (9, 10)}
 SPACE = "␣"
 
@@ -56,7 +57,7 @@ class Choice(NamedTuple):
     maps: Sequence[Map | None]  # one a layer; None: this layer has no such map
 
 
-def shown(text: str, pictures: Mapping[int, int | str] = CONTROL) -> str:
+def shown(text: str, pictures: Mapping[int, str] = CONTROL) -> str:
     """A text of others that UTF-8 can write: control characters as pictures or escapes, lone surrogates as \\udcNN."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8").translate(pictures)
 
@@ -90,6 +91,12 @@ def layer_names(analysis: Analysis) -> list[str]:
 def expert_names(analysis: Analysis) -> list[str]:
     """The number of each expert, as text."""
     return [str(expert) for expert in range(analysis["model"]["num_experts"])]
+
+
+def bucket_names(analysis: Analysis) -> list[str]:
+    """The positions of each bucket, as text."""
+    ends = [(bucket["first"], bucket["last"]) for bucket in analysis["position_buckets"]]
+    return [str(first) if first == last else f"{first}-{last}" for first, last in ends]
 
 
 def shown_layer(analysis: Analysis) -> int:
@@ -191,7 +198,7 @@ def evenness_panels(analysis: Analysis) -> list[Panel]:
     buckets = analysis["position_buckets"]
     if buckets[1:]:
         loads_LPE = over_even([layer["load_by_position"] for layer in layers])
-        names = [f"{bucket['first']}-{bucket['last']}" for bucket in buckets]
+        names = bucket_names(analysis)
         values = loads_LPE.max(-1) - 1
         scale = span(values, "MaxVio")
         found = Map(values, scale, "layer", layer_names(analysis), "position in the sequence", names)
@@ -377,7 +384,7 @@ def layer_choices(analysis: Analysis) -> list[Choice]:
     """What is to be seen in one layer: its loads in detail, and its experts in pairs; what no layer has is left out."""
     layers = analysis["layers"]
     kinds = [short(kind["name"].replace("_", " ")) for kind in analysis["token_classes"]]
-    places = [f"{bucket['first']}-{bucket['last']}" for bucket in analysis["position_buckets"]]
+    places = bucket_names(analysis)
     found = [
         load_choice(analysis, "classes", "class of token", kinds, [layer["load_by_class"] for layer in layers]),
         load_choice(analysis, "positions", "position", places, [layer["load_by_position"] for layer in layers]),

@@ -4,7 +4,7 @@ import base64
 import datetime
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -249,21 +249,27 @@ class SampleToken(NamedTuple):
     rank: int  # of its expert, -1 where it has none
 
 
+def sample_pieces(analysis: Analysis) -> list[tuple[int, int, Mapping[str, Any]]]:
+    """The sequences of the sample, each with the index of its text and with how many of its tokens are shown."""
+    # What is beyond the bound is cut from the end of each text alike.
+    texts = analysis["sample"]["texts"]
+    top_k = max(1, analysis["model"]["top_k"])
+    bound = MOST_CHOICES // (len(analysis["layers"]) * top_k * max(1, len(texts)))
+    pieces = []
+    for text in texts:
+        left = bound
+        for one in text["sequences"]:
+            count = min(left, len(one["tokens"]))
+            left -= count
+            if count:
+                pieces.append((text["text"], count, one))
+    return pieces
+
+
 def sample_context(analysis: Analysis, first: int) -> dict[str, Any] | None:
     """The text to colour for the template, in the colours of the layer shown first and of the first choice."""
-    # Tokens beyond the bound are cut, so the page says how many are shown.
-    layers, experts = len(analysis["layers"]), analysis["model"]["num_experts"]
-    sequences = [(text["text"], one) for text in analysis["sample"]["texts"] for one in text["sequences"]]
-    total = sum(len(one["tokens"]) for _, one in sequences)
-    top_k = max((len(choice) for _, one in sequences for choice in one["experts"][0][:1]), default=0)
-    left = MOST_CHOICES // max(1, layers * top_k)
-    pieces = []
-    for index, one in sequences:
-        count = min(left, len(one["tokens"]))
-        if count:
-            pieces.append((index, count, one))
-        left -= count
-    if not pieces or not top_k:
+    experts, pieces = analysis["model"]["num_experts"], sample_pieces(analysis)
+    if not pieces:
         return None
 
     # One array for all pieces, (L, T, K), as bytes: a model of many layers would be ten times as long as text.
@@ -276,29 +282,32 @@ def sample_context(analysis: Analysis, first: int) -> dict[str, Any] | None:
         "none": none,
         "weights": in_base64((np.clip(weights_LTK, 0, None) / step).round().astype(np.uint8)),
         "weightStep": step,
-        "topK": top_k,
+        "topK": chosen_LTK.shape[2],
         "numExperts": experts,
         "numTokens": chosen_LTK.shape[1],
         "classes": [kind for _, count, one in pieces for kind in one["classes"][:count]],
         "classNames": [shown(kind["name"].replace("_", " ")) for kind in analysis["token_classes"]],
     }
 
+    # Pieces of one text stand in one box.
     ranking = ranks(chosen_LTK[first, :, 0], experts)
     counts = Counter(chosen_LTK[first, :, 0].tolist())
-    parts, start = [], 0
+    texts: dict[int, list[list[SampleToken]]] = {}
     for index, count, one in pieces:
-        own = chosen_LTK[first, start : start + count, 0].tolist()
+        own = np.array(one["experts"][first])[:count, 0].tolist()
         tokens = [
             SampleToken(in_text(text), ranking.get(expert, -1))
             for text, expert in zip(one["tokens"], own, strict=False)
         ]
-        parts.append({"name": shown(analysis["texts"][index]["name"]), "tokens": tokens})
-        start += count
+        texts.setdefault(index, []).append(tokens)
     legend = [
         {"expert": expert, "rank": rank, "share": f"{counts[expert] / chosen_LTK.shape[1]:.0%}"}
         for expert, rank in sorted(ranking.items(), key=lambda item: item[1])
     ]
-    return {"parts": parts, "legend": legend, "top_k": top_k, "count": start, "total": total, "data": data}
+    named = [(shown(analysis["texts"][index]["name"]), parts) for index, parts in texts.items()]
+    total = sum(len(one["tokens"]) for text in analysis["sample"]["texts"] for one in text["sequences"])
+    sizes = {"count": chosen_LTK.shape[1], "total": total, "top_k": chosen_LTK.shape[2]}
+    return {"texts": named, "legend": legend, "data": data, **sizes}
 
 
 def in_base64(values: np.ndarray) -> str:
