@@ -155,7 +155,7 @@ def _numbers_in_cells(axes: "Axes", values: np.ndarray, norm: "Normalize") -> No
             continue
         red, green, blue, _ = image.cmap(float(norm(value)))
         ink = "#000000" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=7.5)
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8.2)
 
 
 def _ticks(axis: Any, names: Sequence[str], most: int) -> None:

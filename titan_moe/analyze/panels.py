@@ -25,7 +25,7 @@ from titan_moe.theme import WIDTH
 Analysis = Mapping[str, Any]
 MOST_TEXTS = 12  # maps of load by text
 # Control characters have pictures; those that turn the text around them are written as escapes.
-CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}
+CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"} | {9: "⇥", 10: "⏎"}
 CONTROL |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 CONTROL_IN_TEXT = {code: picture for code, picture in CONTROL.items() if code not in (9, 10)}
 SPACE = "␣"

@@ -181,7 +181,7 @@ if (data.sample) {
       element.classList.toggle("current", token === chosen);
     });
     legend.replaceChildren(...order.map(([expert, count]) => {
-      const button = make("button", `${expert} · ${Math.round(100 * count / numTokens)}%`);
+      const button = make("button", `${expert} · ${count / numTokens >= 0.005 ? Math.round(100 * count / numTokens) : "<1"}%`);
       button.type = "button";
       paint(button, rank.get(expert));
       button.setAttribute("aria-pressed", expert === only);

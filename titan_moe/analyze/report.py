@@ -35,6 +35,7 @@ MOST_CHOICES = 300_000  # choices of experts in the coloured text, over its toke
 MOST_TOKENS = 20_000  # top tokens of all experts together
 MOST_CONTEXTS = 6_000  # of all experts together, and of one of them
 MOST_CONTEXTS_OF_ONE = 4
+BEFORE = 24  # characters before a token, so that a phone shows it
 MOST_PAIRS = 12  # overlapping pairs in the table
 MOST_PAIRS_OF_EXPERTS = 400_000  # in the layers that a reader can choose from
 MOST_NUMBERS = 60_000  # numbers of one choice of maps that go in as they are; more go in as one byte each
@@ -155,6 +156,8 @@ def sentences(analysis: Analysis) -> list[str]:
 
     # The one expert that is most its own says more than a mean over all of them.
     excess_LE = numbers([layer["specialisation"]["excess"] for layer in layers])
+    for index, layer in enumerate(layers):
+        excess_LE[index, layer["dead_experts"]] = np.nan  # a handful of tokens says little
     if np.isfinite(excess_LE).any():
         place, expert = np.unravel_index(int(np.nanargmax(excess_LE)), excess_LE.shape)
         top = [f"“{token_text(one['text'])}”" for one in layers[place]["top_tokens"][expert][:4]]
@@ -301,13 +304,18 @@ def sample_context(analysis: Analysis, first: int) -> dict[str, Any] | None:
         ]
         texts.setdefault(index, []).append(tokens)
     legend = [
-        {"expert": expert, "rank": rank, "share": f"{counts[expert] / chosen_LTK.shape[1]:.0%}"}
+        {"expert": expert, "rank": rank, "share": percent(counts[expert] / chosen_LTK.shape[1])}
         for expert, rank in sorted(ranking.items(), key=lambda item: item[1])
     ]
     named = [(shown(analysis["texts"][index]["name"]), parts) for index, parts in texts.items()]
     total = sum(len(one["tokens"]) for text in analysis["sample"]["texts"] for one in text["sequences"])
     sizes = {"count": chosen_LTK.shape[1], "total": total, "top_k": chosen_LTK.shape[2]}
     return {"texts": named, "legend": legend, "data": data, **sizes}
+
+
+def percent(share: float) -> str:
+    """A share above 0 as text that does not say 0."""
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
 
 
 def in_base64(values: np.ndarray) -> str:
@@ -343,14 +351,19 @@ def experts_context(analysis: Analysis) -> list[dict[str, Any]]:
             tokens = [
                 {
                     "text": token_text(top["text"]),
-                    "share": f"{top['count'] / top['total']:.0%}",
+                    "share": percent(top["count"] / top["total"]),
                     "title": f"{top['count']:,} of {top['total']:,}: {number(top['lift'], '.1f')} times the mean share",
                 }
                 for top in tops[:most]
             ]
             places = [top["contexts"][0] for top in tops[:most_contexts] if top["contexts"]]
             contexts = [
-                {**{key: shown(place[key]) for key in ("before", "token", "after")}, "text": texts[place["text"]]}
+                {
+                    "before": shown(place["before"])[-BEFORE:],
+                    "token": shown(place["token"]),
+                    "after": shown(place["after"]),
+                    "text": texts[place["text"]],
+                }
                 for place in places
             ]
             note = f"{number(float(loads[expert]))} of even, {number(excess[expert])} nats"
