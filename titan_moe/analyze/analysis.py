@@ -149,6 +149,8 @@ def layer_numbers(checkpoint: Checkpoint, i: int, tokens: Tokens, settings: Sett
     kl_E = measures.kl_to_mean(load_VE, tokens.counts)
     random_E = measures.kl_at_random(tokens.counts, load_E)
     excess_E = kl_E - random_E
+
+    # Everything is of all tokens of all texts, each of which counts alike.
     return {
         "load": load_E,
         "share": load_E / max(1.0, load_E.sum().item()),
@@ -281,6 +283,7 @@ def top_tokens(checkpoint: Checkpoint, i: int, tokens: Tokens, places: Places, s
     load_E, num_tokens = load_VE.sum(0).tolist(), int(counts_V.sum())
     best = measures.top_tokens(load_VE, counts_V, number=settings.top_tokens, min_count=settings.min_count)
 
+    # Lift is written out once more, of exact counts.
     entries: list[list[dict[str, Any]]] = []
     for expert, ids in enumerate(best):
         entries.append([])
@@ -304,6 +307,8 @@ def top_tokens(checkpoint: Checkpoint, i: int, tokens: Tokens, places: Places, s
 def contexts(places: Places, layer: int, expert: int, token: int) -> list[dict[str, Any]]:
     """The text around the first places of the kept sequences where the token went to the expert."""
     results: list[dict[str, Any]] = []
+
+    # In the order of the texts, so that the places do not depend on the ranks.
     for number, position in places.of_id.get(token, []):
         sequence, texts = places.sequences[number], places.texts[number]
         if len(results) == CONTEXTS:
@@ -324,7 +329,8 @@ def sample_of(
     sequences: Sequence[KeptSequence], texts: Sequence[Text], tokens: Tokens, settings: Settings
 ) -> dict[str, Any]:
     """Some text with the experts of each token, about `sample_tokens` tokens of it, alike of each text."""
-    limit = settings.sample_tokens // len(texts)  # tokens of a text
+    # Where sequences are longer than a text's part, their beginning is shown.
+    limit = -(-settings.sample_tokens // len(texts))  # tokens of a text
     width = max((int((one.experts != NO_EXPERT).sum(-1).max()) for one in sequences), default=0)
     parts: list[dict[str, Any]] = []
     for x, text in enumerate(texts):

@@ -113,8 +113,8 @@ def sources(
     paths: Sequence[Path], all_steps: bool, out: Path, rt: Runtime, trust_components: Sequence[str]
 ) -> Iterator[list[Source]]:
     """The checkpoints that the paths mean, in their order; those of Hugging Face are imported while the block runs."""
-    staging = temporary_path(out / IMPORTED)
-    staging = Path(world.all_gather(str(staging))[0])  # the name has the process in it
+    # One import serves all ranks. The name has the process in it: what a killed one leaves, the next removes.
+    staging = Path(world.all_gather(str(temporary_path(out / IMPORTED)))[0])
     try:
         folders: list[Source] = []
         for number, path in enumerate(paths):

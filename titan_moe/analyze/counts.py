@@ -65,6 +65,7 @@ def zero_counts(
     def total(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
+    # A column more than there are experts takes the choices of none, so that counting needs no selection.
     return Counts(
         loss_sum=total(X),
         num_tokens=count(X),

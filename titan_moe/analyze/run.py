@@ -214,6 +214,7 @@ def describe(
     pruning: Pruning | None,
 ) -> dict[str, Any]:
     """The document of one checkpoint, without what is over training."""
+    # Of pairs and of text only the last checkpoint is told: it is what the document is about.
     counts, places = checkpoint.counts, find_places(checkpoint.sequences, tokens.vocabulary)
     full_layers = [
         {

@@ -52,6 +52,8 @@ def layer_table(analysis: dict[str, Any]) -> str:
         "dead",
         "overlapping pairs",
     ]
+
+    # Numbers that are not there, as a margin where every expert is chosen, are a dash.
     rows = [
         [
             str(layer["layer"]),
