@@ -78,9 +78,15 @@ def test_it_is_of_the_tokens_of_an_evaluation(run: Path, tmp_path: Path) -> None
             assert [sum(column) for column in zip(*layer[key], strict=True)] == layer["load"], key
         assert sum(layer["margin"]["histogram"]) == sum(layer["entropy"]["histogram"]) == found["num_tokens"]
     assert found["over_training"] is None
+    assert not any(layer["overlapping_pairs"] for layer in found["layers"])
+    for layer in analysis(tmp_path / "all", "--checkpoint", run, "--overlap_cosine", 0)["layers"]:
+        cosines = {(i, j): layer["output_similarity"][i][j] for i in range(E) for j in range(i + 1, E)}
+        wanted = sorted((pair for pair in cosines if cosines[pair] >= 0), key=lambda pair: -cosines[pair])
+        assert [tuple(pair["experts"]) for pair in layer["overlapping_pairs"]] == wanted
+        assert [pair["output_cosine"] for pair in layer["overlapping_pairs"]] == [cosines[pair] for pair in wanted]
     assert contents(run) == before
     assert (tmp_path / "analysis.md").read_text().startswith("# run, step 6\n")
-    assert not [path for path in tmp_path.iterdir() if path.name not in ("analysis.json", "analysis.md")]
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("all", "analysis.json", "analysis.md")]
 
 
 def test_numbers_of_a_text_are_those_of_its_tokens(run: Path, tmp_path: Path) -> None:
@@ -210,6 +216,22 @@ def test_experts_that_choose_are_analyzed_without_pruning(tmp_path: Path) -> Non
     assert found["layers"][0]["margin"]["negative_share"] > 0
 
 
+def test_one_layer_of_experts_of_which_a_token_takes_one(tmp_path: Path) -> None:
+    """No pairs in a layer, none between layers; and none to choose where there is one expert."""
+    file = write_text(tmp_path / "text.jsonl", 20)
+    words = ["--data.path", file, "--data.cache_folder", tmp_path / "cache", "--training.seq_len", 32]
+    switch = {"router.name": "switch", "moe.top_k": 1, "model.num_layers": 1}
+    step = make_checkpoint(tmp_path / "one", **switch)
+    found = analysis(tmp_path / "out", "--checkpoint", step, *words)
+    assert found["between_layers"] == []
+    assert {value for row in found["layers"][0]["coactivation"]["lift"] for value in row} == {None}
+    step = make_checkpoint(tmp_path / "alone", **switch, **{"moe.num_experts": 1})
+    (layer,) = analysis(tmp_path / "out", "--checkpoint", step, *words)["layers"]
+    assert (layer["margin"], layer["maxvio"], layer["share"]) == (None, 0, [1])
+    assert layer["specialisation"]["mean"] == pytest.approx(0, abs=1e-9)
+    assert layer["entropy"]["mean"] == 0
+
+
 def test_parts_that_are_not_asked_for_are_left_out(run: Path, tmp_path: Path) -> None:
     found = analysis(
         tmp_path / "out", "--checkpoint", run, "--ablation_tokens", 0, "--output_tokens", 0, "--top_tokens", 0
@@ -250,7 +272,7 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
         "negative": ([*at, "--top_tokens", -1], "--top_tokens (-1) must be at least 0"),
         "no passes": ([*at, "--ablation_passes", 0], "--ablation_passes (0) must be at least 1"),
         "no number": ([*at, "--min_count", "few"], "--min_count"),
-        "a file": ([*at, "--out", tmp_path / "file"], "file"),
+        "a file": ([*at, "--out", tmp_path / "file"], "file is not writable: Not a directory"),
     }
     for name, (words, part) in cases.items():
         ended = analyze(*words) if "--out" in words else analyze("--out", tmp_path / "out", *words)
@@ -260,3 +282,5 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
         assert part in line, (name, line)
         assert "Traceback" not in ended.err
     assert not (tmp_path / "out" / "analysis.json").exists()
+    assert analyze("--checkpoint", run / "nowhere").code == 2
+    assert not (run / "nowhere").exists()

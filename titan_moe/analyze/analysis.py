@@ -217,7 +217,7 @@ def pair_numbers(checkpoint: Checkpoint, i: int, settings: Settings) -> dict[str
     """What each two experts of a layer have to do with each other."""
     counts = checkpoint.counts
     joint, num_tokens = counts.coactivation[i], int(counts.num_tokens.sum())
-    load_E, E = joint.diagonal(), joint.shape[0]
+    load_E = joint.diagonal()
     lift = measures.lift(joint, load_E, load_E, num_tokens).fill_diagonal_(math.nan)
     overlap = measures.token_overlap(counts.load_by_token[i, :, :-1])
     is_single = int(load_E.sum()) <= num_tokens  # one choice a token: no two are made together
@@ -231,7 +231,7 @@ def pair_numbers(checkpoint: Checkpoint, i: int, settings: Settings) -> dict[str
     # Two experts overlap where they answer alike to any token.
     if checkpoint.output_similarity is not None:
         cosine = checkpoint.output_similarity[i]
-        pairs = [(a, b) for a in range(E) for b in range(a + 1, E) if cosine[a, b] >= settings.overlap_cosine]
+        pairs = (cosine >= settings.overlap_cosine).triu(1).nonzero().tolist()
         numbers["overlapping_pairs"] = [
             {
                 "experts": [a, b],
@@ -240,7 +240,7 @@ def pair_numbers(checkpoint: Checkpoint, i: int, settings: Settings) -> dict[str
                 "token_overlap": overlap[a, b],
                 "lift": lift[a, b],
             }
-            for a, b in sorted(pairs, key=lambda pair: -cosine[pair].item())[:PAIRS]
+            for a, b in sorted(pairs, key=lambda pair: -cosine[pair[0], pair[1]].item())[:PAIRS]
         ]
     return numbers
 

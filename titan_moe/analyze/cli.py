@@ -19,7 +19,7 @@ from titan_moe.convert.hf.convert import from_hf
 from titan_moe.evaluate import OVERRIDES
 from titan_moe.runtime import command, world
 from titan_moe.runtime.command import Parser, logger
-from titan_moe.runtime.files import temporary_path, write_atomic
+from titan_moe.runtime.files import check_writable, temporary_path, write_atomic
 from titan_moe.runtime.world import Runtime
 
 ANALYSIS, TABLES, FOLDER = "analysis.json", "analysis.md", "analysis"
@@ -48,9 +48,9 @@ def main(args: list[str]) -> int:
     if rt.world_size > 1:
         world.init_process_group(rt, Config().comm.init_timeout_seconds)
 
-    # Where it is written is known before anything is computed.
+    # That it can be written is known before anything is computed.
     out = output_folder(options.out, options.checkpoint)
-    world.on_main(lambda: out.mkdir(parents=True, exist_ok=True), rt)
+    world.on_main(lambda: check_writable(out, "--out"), rt)
     with sources(options.checkpoint, options.all_steps, out, rt, options.trust_components) as checkpoints:
         analysis = analyze(checkpoints, options.data_path, overrides, settings, rt, options.trust_components)
     world.on_main(lambda: write(analysis, out), rt)
@@ -145,5 +145,6 @@ def source_of(step_folder: Path) -> Source:
 
 def write(analysis: dict[str, Any], out: Path) -> None:
     """Write the document and its tables; each appears whole."""
+    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / ANALYSIS, json.dumps(analysis, allow_nan=False, ensure_ascii=False) + "\n")
     write_atomic(out / TABLES, tables(analysis))

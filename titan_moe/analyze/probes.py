@@ -57,12 +57,12 @@ def keep_sequences(
     experts = choices.gather(-1, order)
     experts = torch.where(experts < E, experts, NO_EXPERT).to(torch.int16)
 
-    # One copy from the device for the batch.
+    # One copy from the device for the batch. Each sequence has memory of its own: a view would be sent with the batch.
     B = tokens.shape[0]
     experts, weights = (x.unflatten(1, (B, -1))[:, : len(numbers)].cpu() for x in (experts, weights))  # (L, b, S, K)
     tokens, labels = tokens.cpu(), labels.cpu()
     return [
-        KeptSequence(text, number, tokens[i], labels[i], experts[:, i], weights[:, i])
+        KeptSequence(text, number, *(x.clone() for x in (tokens[i], labels[i], experts[:, i], weights[:, i])))
         for i, number in enumerate(numbers)
     ]
 
