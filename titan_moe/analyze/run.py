@@ -87,6 +87,10 @@ def analyze(
     Call it on every rank; all of them get it. `paths` are texts as --data.path has them, `overrides` words for the
     configuration. `trust_components` as in `load_model`.
     """
+    # What can't be analyzed is told before texts are read.
+    for source in checkpoints:
+        check_alike(source, checkpoints[0], trust_components)
+
     # What a text is made of does not depend on the step: the last one's tokenizer reads it for all.
     last = checkpoints[-1]
     texts = read_texts(last.folder, paths, overrides, rt, trust_components)
@@ -100,7 +104,6 @@ def analyze(
     choices: list[Tensor] = []
     for source in checkpoints:
         model, config = load_model(source.folder, trust_components)
-        check_alike(source, config, checkpoints[0], trust_components)
         move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param])
         measured, sequences = measure(model, config, source, texts, tokens, settings, rt)
         loss = (measured.counts.loss_sum.sum() / measured.counts.num_tokens.sum()).item()
@@ -139,8 +142,9 @@ def read_texts(
     return texts
 
 
-def check_alike(source: Source, config: Config, first: Source, trust_components: Sequence[str]) -> None:
+def check_alike(source: Source, first: Source, trust_components: Sequence[str]) -> None:
     """Raise ValueError for a model without experts, and for one that can't be compared with the first."""
+    config = read_config(source.folder, trust_components)
     if not config.moe.num_experts:
         raise ValueError(f"checkpoint {source.path} is of a dense model: it has no router and no experts to analyze")
     if source is first:
