@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_moe.balancer import BALANCERS
+from titan_moe.model.dispatch import combine_rows
 from titan_moe.model.moe import MoE
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
@@ -184,9 +185,10 @@ def layer_times(name: str, seed: int) -> tuple[Spent, Spent]:
     routing = routing._replace(topk_scores=routing.topk_scores.requires_grad_())
 
     def dispatch_and_combine() -> None:
-        rows, _, state = moe.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
+        rows, _, permutation, state = moe.dispatcher.dispatch(x_BSD.flatten(0, 1), routing)
         rows = moe.dispatcher.receive(rows, state)
-        moe.dispatcher.combine(rows, routing.topk_scores, state).backward(upstream.flatten(0, 1))
+        rows = moe.dispatcher.send_back(rows, state)
+        combine_rows(rows, routing.topk_scores, permutation).backward(upstream.flatten(0, 1))
 
     return spent(whole), spent(dispatch_and_combine)
 

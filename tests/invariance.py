@@ -28,8 +28,12 @@ from titan_moe.step import train_step
 # Of the examples one with parameters of its own, and one that keeps a state.
 OWN_ROUTER, OWN_BALANCER = Case("examples.router:cosine", {"latent_dim": 8}), Case("examples.balancer:smebu", {})
 ALL_ROUTERS = [*ROUTER_CASES, OWN_ROUTER]
-BALANCER_CASES = [*cases(BALANCERS), OWN_BALANCER]
-INITS = {str(OWN_BALANCER): build(BALANCERS, OWN_BALANCER.name).init}
+# And a balancer that sees everything that a balancer may see.
+EVERYTHING = Case("tests.parts:everything", {})
+BALANCER_CASES = [*cases(BALANCERS), OWN_BALANCER, EVERYTHING]
+BUILT = {str(case): build(BALANCERS, case.name, **case.arguments) for case in BALANCER_CASES}
+INITS = {name: balancer.init for name, balancer in BUILT.items() if balancer.init is not None}
+MEASURES = {name: balancer.measure for name, balancer in BUILT.items() if balancer.measure is not None}
 NOISE = {"jitter", "noise_std"}
 RATES = expand_load_lr({"load_lr": "ideal_normalized"}, top_k=1)
 
@@ -75,8 +79,9 @@ def fresh(
     router: Case, wrap: Callable[[Transformer], None] | None = None, device: str = "cpu", **sizes: int
 ) -> Transformer:
     """A model, of one layer unless `sizes` say otherwise, with selection biases and states that are not 0."""
-    more: dict[str, Any] = {"num_layers": 1, "num_kv_heads": 2, "balancer_inits": INITS, **sizes}
+    more = {"num_layers": 1, "num_kv_heads": 2, "balancer_inits": INITS, "measures": MEASURES, **sizes}
     model = tiny_model(router, device=device, **more)
+    model.eot_id = 3
     if wrap is not None:
         wrap(model)
         model.to_empty(device="cpu")
@@ -105,8 +110,7 @@ def outcome(
 ) -> dict[str, Any]:
     """Everything that a step of plain SGD makes: losses, norm, loads, MaxVio, biases, gradients by the new weights."""
     torch.manual_seed(0)
-    built = {str(case): build(BALANCERS, case.name, **case.arguments) for case in balancers}
-    weighed = {name: (1.0 if balancer.moves_bias else 0.5, balancer) for name, balancer in built.items()}
+    weighed = {str(case): (1.0 if BUILT[str(case)].moves_bias else 0.5, BUILT[str(case)]) for case in balancers}
     tokens, labels = own_part(batch(0, sequences), rank, world, degrees)
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
     sgd = Optimizer.around(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -130,8 +134,13 @@ def outcome(
             for name, state in model.balancer_states().items()
         },
         "bias": [bias.clone() for bias in model.expert_biases()],
+        "routers": {name: full(p) for p, name in names.items() if ".router." in name and projects(balancers)},
         "gradients": gradients,
     }
+
+
+def projects(balancers: Sequence[Case]) -> bool:
+    return any(BUILT[str(case)].project is not None for case in balancers)
 
 
 def full(parameter: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from titan_moe.config import Config, find_component
 from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import Data, build_data
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
-from titan_moe.model.moe import InitState
+from titan_moe.model.moe import MEASURED, WEIGHTS, InitState, Measure
 from titan_moe.model.routing import ROUTERS, ParametricRouter, Router, force_balanced
+from titan_moe.model.routing.common import asked_for
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
@@ -26,7 +27,7 @@ from titan_moe.parallelize.float8 import quantize
 from titan_moe.parallelize.mesh import Degrees, Meshes, resolve_degrees
 from titan_moe.parallelize.parallelize import cast_parameters, parallelize
 from titan_moe.runtime import machine, world
-from titan_moe.runtime.compat import check_tensor_parallel
+from titan_moe.runtime.compat import MESH_BY_PARAMETER, check_tensor_parallel
 from titan_moe.runtime.dtypes import DTYPES
 from titan_moe.runtime.world import Runtime
 
@@ -57,6 +58,7 @@ def build_model(config: Config) -> Transformer:
         loss_chunk_tokens=config.training.loss_chunk_tokens,
         expert_bias=has_expert_bias(config),
         balancer_inits=balancer_inits(config),
+        measures=measures(config),
     )
 
 
@@ -111,7 +113,20 @@ def degrees_of(config: Config, world_size: int) -> Degrees:
         num_experts=config.moe.num_experts,
     )
     check_tensor_parallel(degrees.tensor)
+    check_measures(config, degrees.expert)
     return degrees
+
+
+def check_measures(config: Config, expert_degree: int) -> None:
+    """Raise ValueError where a balancer wants to see the experts' weights and a layer's forward has but shards."""
+    if expert_degree == 1 or MESH_BY_PARAMETER:
+        return
+    for name, measure in measures(config).items():
+        if set(asked_for(measure, MEASURED, 0)) & set(WEIGHTS):
+            raise ValueError(
+                f"balancer.{name} looks at the experts' weights, which with parallelism.expert_parallel_degree = "
+                f"{expert_degree} needs torch 2.13 or newer, this is {torch.__version__}: set it to 1"
+            )
 
 
 def has_expert_bias(config: Config) -> bool:
@@ -123,6 +138,12 @@ def balancer_inits(config: Config) -> dict[str, InitState]:
     """What makes the tensors that balancers keep of a MoE layer, by the balancers' names."""
     balancers = {name: balancer for name, (_, balancer) in build_balancers(config).items()}
     return {name: balancer.init for name, balancer in balancers.items() if balancer.init is not None}
+
+
+def measures(config: Config) -> dict[str, Measure]:
+    """What balancers measure in the forward of a MoE layer, by the balancers' names."""
+    balancers = {name: balancer for name, (_, balancer) in build_balancers(config).items()}
+    return {name: balancer.measure for name, balancer in balancers.items() if balancer.measure is not None}
 
 
 def build_balancers(config: Config) -> dict[str, tuple[float, Balancer]]:

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from titan_moe.balancer import Balancer
+from titan_moe.balancer import SEEN, Balancer
 from titan_moe.build import build_balancers, build_router
 from titan_moe.config import Config
 from titan_moe.config.sections import balancer_tables
-from titan_moe.model.moe import linear_router
+from titan_moe.model.moe import MEASURED, WEIGHTS, Measure, all_experts_here, linear_router
 from titan_moe.model.routing import ParametricRouter, Router, Routing
 from titan_moe.model.routing.common import OFFERED, asked_for
-from titan_moe.model.transformer import fill
+from titan_moe.model.transformer import fill, places_of
 from titan_moe.step import sequence_load
 
-SEQUENCES, TOKENS, LAYERS = 2, 16, 2
+SEQUENCES, TOKENS, LAYERS, WIDTH = 2, 16, 2, 8
 Expected = tuple[tuple[int, ...], torch.dtype]
 
 
@@ -45,12 +46,14 @@ def check_parts(config: Config) -> None:
     # A router may draw noise: the run is to draw the same as it would without this.
     with torch.random.fork_rng(devices=[]):
         with blamed(f"router {config.router.name}", config.router.name):
-            routing = dry_routing(router, config.model.dim, config.moe.num_experts, bias_E)
+            values = dry_values(router, config.model.dim, config.moe.num_experts)
+            routing = values["routing"] = dry_routing(router, bias_E, values)
             check_routing(routing, config.moe.num_experts)
         for label, component, _ in balancer_tables(config):
             with blamed(f"balancer {label}", component):
-                check_loss(balancers[label], routing)
+                check_loss(balancers[label], label, routing, values)
                 check_post_step(balancers[label], routing)
+                check_projection(balancers[label], values["router"])
 
 
 @contextlib.contextmanager
@@ -77,20 +80,41 @@ class WrongResultError(Exception):
     """A part gave something that it must not."""
 
 
-def dry_routing(router: Router | ParametricRouter, dim: int, num_experts: int, bias_E: Tensor | None) -> Any:
-    """What the router gives for random tokens, with a module of its own where it has one."""
-    # As in a MoE layer, but for the logits of a linear router, which any numbers stand for.
+def dry_values(router: Router | ParametricRouter, dim: int, num_experts: int) -> dict[str, Any]:
+    """What a layer has to offer a router and measures, but for the routing: of random tokens, in two documents each."""
     generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(TOKENS, dim, generator=generator)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    # A narrow stand-in for the experts: a measure may not go by their width.
+    module = own_module(router, dim, num_experts) if isinstance(router, ParametricRouter) else None
+    length = TOKENS // SEQUENCES
+    places = places_of(torch.tensor([1, 1, 0, *[1] * (length - 3)]).expand(SEQUENCES, length), 0)
+    return {
+        "x": randn(TOKENS, dim),
+        "router": linear_router(dim, num_experts) if module is None else module,
+        "layer": 0,
+        **places._asdict(),
+        "w1": randn(num_experts, WIDTH, dim),
+        "w2": randn(num_experts, dim, WIDTH),
+        "w3": randn(num_experts, WIDTH, dim),
+        "expert_ids": torch.arange(num_experts),
+        "gather_experts": all_experts_here,
+    }
+
+
+def dry_routing(router: Router | ParametricRouter, bias_E: Tensor | None, values: Mapping[str, Any]) -> Any:
+    """What the router gives for the `dry_values`, by the logits of a module of its own where it has one."""
+    # As in a MoE layer, but for the logits of a linear router, which any numbers stand for.
+    x_TD, num_experts = values["x"], len(values["expert_ids"])
     if isinstance(router, ParametricRouter):
-        route, module = router.route, own_module(router, dim, num_experts)
-        logits_TE = module(x_TD)
+        route, logits_TE = router.route, values["router"](x_TD)
         check_tensor("its module must give logits", logits_TE, ((TOKENS, num_experts), torch.float32))
     else:
-        route, module = router, linear_router(dim, num_experts)
-        logits_TE = torch.randn(TOKENS, num_experts, generator=generator)
-    offered = {"x": x_TD, "router": module, "layer": 0}
-    return route(logits_TE, bias_E, **{name: offered[name] for name in asked_for(route, OFFERED)})
+        route = router
+        logits_TE = torch.randn(TOKENS, num_experts, generator=torch.Generator().manual_seed(0))
+    return route(logits_TE, bias_E, **{name: values[name] for name in asked_for(route, OFFERED)})
 
 
 def own_module(router: ParametricRouter, dim: int, num_experts: int) -> nn.Module:
@@ -144,14 +168,49 @@ def check_routing(routing: Any, num_experts: int) -> None:
         raise WrongResultError("tokens_per_expert must count topk_experts: let make_routing do it")
 
 
-def check_loss(balancer: Balancer, routing: Routing) -> None:
-    """Raise WrongResultError where the loss is no scalar."""
+def check_loss(balancer: Balancer, label: str, routing: Routing, values: Mapping[str, Any]) -> None:
+    """Raise WrongResultError where the loss is no scalar, or goes by a measure that no layer can give."""
+    if "measure" in asked_for(balancer.loss, SEEN, 3) and balancer.measure is None:
+        raise WrongResultError("a loss that takes `measure` and a function `measure` belong together")
+    if balancer.measure is not None:
+        routing = routing._replace(measures={label: dry_measure(balancer.measure, routing, values)})
     if balancer.has_loss:
-        per_sequence = balancer.scope == "sequence"
-        load = sequence_load(routing, SEQUENCES) if per_sequence else routing.tokens_per_expert
-        value: Any = balancer.loss(routing, load, torch.tensor(TOKENS))
+        loads = dict.fromkeys(balancer.scopes, routing.tokens_per_expert)
+        if "sequence" in loads:
+            loads["sequence"] = sequence_load(routing, SEQUENCES)
+        value: Any = balancer.loss_of([routing] * LAYERS, LAYERS - 1, loads, torch.tensor(TOKENS), label)
         if not isinstance(value, Tensor) or value.dim() or not value.is_floating_point():
             raise WrongResultError(f"loss must return a scalar tensor, gave {described(value)}")
+
+
+def dry_measure(measure: Measure, routing: Routing, values: Mapping[str, Any]) -> Any:
+    """What the measure gives of the `dry_values`; WrongResultError where that is no tensors, or a weight itself."""
+    outputs_TKD = torch.randn(*routing.topk_experts.shape, values["x"].shape[1])
+    values = {**values, "routing": routing, "outputs": outputs_TKD}
+    result: Any = measure(**{name: values[name] for name in asked_for(measure, MEASURED, 0)})
+
+    # Sharded weights are whole in the layer's forward alone: their memory is freed after it.
+    weights = [*values["router"].parameters(), *(values[name] for name in WEIGHTS)]
+    memory = {weight.untyped_storage().data_ptr() for weight in weights}
+    for leaf in tree_leaves(result):
+        if not isinstance(leaf, Tensor):
+            raise WrongResultError(f"measure must return tensors, gave {described(leaf)}")
+        if leaf.untyped_storage().data_ptr() in memory:
+            raise WrongResultError("measure must compute something of a weight, whose memory is freed: not give itself")
+    return result
+
+
+def check_projection(balancer: Balancer, router: nn.Module) -> None:
+    """Raise WrongResultError where the projection gives other weights than it got."""
+    if balancer.project is None:
+        return
+    weights = {name: parameter.detach().clone() for name, parameter in router.named_parameters()}
+    result: Any = balancer.project(weights)
+    if not isinstance(result, Mapping) or result.keys() != weights.keys():
+        gave = [*result] if isinstance(result, Mapping) else described(result)
+        raise WrongResultError(f"project must return the weights {[*weights]}, gave {gave}")
+    for name, weight in weights.items():
+        check_tensor(f"project must return {name} as", result[name], (tuple(weight.shape), torch.float32))
 
 
 def check_post_step(balancer: Balancer, routing: Routing) -> None:

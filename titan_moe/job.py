@@ -116,6 +116,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
     model = build_sharded(config, mesh, compile_blocks=compiles(config, rt.device) and can_compile(rt))
     model.to_empty(device=rt.device)
     model.init_weights(training.seed)
+    model.eot_id = data.tokenizer.eot_id
     world.set_timeout(config.comm.init_timeout_seconds)  # of the meshes' groups, too
 
     # Sharding replaces the parameters: an optimizer that was built before would hold those from before it.

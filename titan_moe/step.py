@@ -4,6 +4,7 @@ Shapes: B sequences, S positions, V vocabulary, L MoE layers, E experts.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_paramet
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
+from titan_moe.runtime.dtensor import gathered, local, own_part
 from titan_moe.runtime.world import all_reduce_sum, world_size
 
 # Each balancer at coefficient 1, with its coefficient beside it: values are reported before their coefficients.
@@ -46,11 +48,11 @@ def train_step(
     `expert_biases` are the selection biases (E,) of the MoE layers, in order, or empty, and `balancer_states` what the
     model has of balancers that keep any. Every returned number is over all ranks and micro-batches. The loss is a sum
     divided by the global number of tokens of the step, so gradients do not depend on how the step is cut into ranks and
-    micro-batches. `step` is its number, from 1, and `progress` the part of the run that is done with it, for balancers
-    that go by them. With `measure_experts` the output has `expert_stats`, at the cost of a copy of this rank's experts
-    during the step. `sequence_group` are the ranks that hold parts of the same sequences, where a rank has not all of
-    them. A step with a loss, gradient norm or router logit that is NaN or infinite is `skipped`: weights, optimizer
-    states, selection biases and what balancers keep stay as they are.
+    micro-batches. `step` is its number, from 1, and `progress` the part of the run that is done with it. With
+    `measure_experts` the output has `expert_stats`, at the cost of a copy of this rank's experts during the step.
+    `sequence_group` are the ranks that hold parts of the same sequences, where a rank has not all of them. A step with
+    a loss, gradient norm or router logit that is NaN or infinite is `skipped`: weights, optimizer states, selection
+    biases and what balancers keep stay as they are.
     """
     # The loss is divided by the tokens of the whole step, which the first backward has to know already.
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
@@ -82,8 +84,7 @@ def train_step(
         }
         sums = add(sums, values)
 
-    # The ranks meet here; from now on every number is the same on all of them.
-    sums = all_reduce_sums(sums)
+    sums = all_reduce_sums(sums)  # the ranks meet here: from now on every number is the same on all of them
 
     # The norm is of all gradients, so a NaN or an infinity in any of them shows in it.
     squares = grad_squares(model.named_parameters())
@@ -96,8 +97,9 @@ def train_step(
     load_factors = optimizer.step(load=sums["load"], grad_norm=grad_norm, max_norm=max_norm, finite=finite)
     optimizer.zero_grad()
 
-    # The only write to model state outside the optimizer.
+    # The only writes to model state outside the optimizer.
     update_balancers(balancers, expert_biases, sums, balancer_states, step=step, progress=progress, finite=finite)
+    project_routers(balancers, model, finite)
     return StepOutput(
         loss=sums["loss"],
         balance_losses={name: sums[f"balance/{name}"] for name, (_, b) in balancers.items() if b.has_loss},
@@ -154,7 +156,7 @@ def load_counter(
     It takes the micro-batch's routings and its number of sequences; all ranks call it alike.
     """
     # Each scope costs collectives, or a pass over all micro-batches, so only those are counted that a loss asks for.
-    scopes = {balancer.scope for _, balancer in balancers.values() if balancer.has_loss}
+    scopes = {scope for _, balancer in balancers.values() for scope in balancer.scopes}
     whole_LE = route_ahead(model, micro_batches) if "global_batch_exact" in scopes else None
     so_far: list[Tensor] = []  # (L, E) of each micro-batch, over all ranks
 
@@ -193,8 +195,9 @@ def route_ahead(model: nn.Module, micro_batches: MicroBatches) -> Tensor:
 def sequence_load(routing: Routing, sequences: int) -> Tensor:
     """Tokens per expert of each sequence, (B, E) int64, of a micro-batch of B sequences."""
     ids_BN = routing.topk_experts.view(sequences, -1)
-    counts_BE = ids_BN.new_zeros(sequences, routing.scores.shape[-1])
-    return counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))
+    E = routing.scores.shape[-1]
+    counts_BE = ids_BN.new_zeros(sequences, E + 1)  # the last of slots without an expert
+    return counts_BE.scatter_add_(1, ids_BN, torch.ones_like(ids_BN))[:, :E]
 
 
 def balance_losses(balancers: Balancers, routings: Sequence[Routing], loads: Loads, num_tokens: Tensor) -> Sums:
@@ -203,9 +206,9 @@ def balance_losses(balancers: Balancers, routings: Sequence[Routing], loads: Loa
     for name, (_, balancer) in balancers.items():
         if balancer.has_loss:
             with torch.set_grad_enabled(balancer.train):
-                layers = zip(routings, loads[balancer.scope], strict=True)
-                total = sum_tensors([balancer.loss(r, load, num_tokens) for r, load in layers])
-                losses[name] = (total / len(routings)).float()
+                of_layer = [{scope: loads[scope][i] for scope in balancer.scopes} for i in range(len(routings))]
+                shares = [balancer.loss_of(routings, i, of, num_tokens, name) for i, of in enumerate(of_layer)]
+                losses[name] = (sum_tensors(shares) / len(routings)).float()
     return losses
 
 
@@ -255,6 +258,22 @@ def update_balancers(
         changes = [(layers, old, torch.where(finite, new, old)) for layers, old, new in changes]
     targets = [tensor for layers, _, _ in changes for tensor in layers]
     torch._foreach_copy_(targets, [tensor for _, _, new in changes for tensor in new.unbind()])
+
+
+@torch.no_grad()
+def project_routers(balancers: Balancers, model: Any, finite: Tensor) -> None:
+    """Apply the balancers' projections to the weights of every layer's router, in place, unless `finite` is false."""
+    projections = [balancer.project for _, balancer in balancers.values() if balancer.project is not None]
+    for layer in model.moe_layers() if projections else ():
+        parameters = dict(layer.router.named_parameters())
+        weights: Mapping[str, Tensor] = {name: gathered(p).float() for name, p in parameters.items()}
+        for project in projections:
+            weights = project(weights)
+
+        # Every rank has computed the whole, and keeps its part.
+        for name, parameter in parameters.items():
+            part = local(parameter)
+            part.copy_(torch.where(finite, own_part(weights[name], parameter), part))
 
 
 def is_finite(total_loss: Tensor, grad_norm: Tensor, nonfinite_L: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torchtitan.components.loss import CrossEntropyLoss
 
-from titan_moe.balancer import OFFERED
+from titan_moe.balancer import OFFERED, SEEN
 from titan_moe.build import build_balancers
 from titan_moe.config import Config, merge_layers
 from titan_moe.config.layers import Layer
@@ -34,7 +34,7 @@ def make_balancers(table: Table) -> Balancers:
     config = read_tables({"balancer": dict(table)})
     balancers = build_balancers(config)
     for name, (_, balancer) in balancers.items():
-        if balancer.scope not in ("micro_batch", "sequence"):
+        if not {"micro_batch", "sequence"}.issuperset(balancer.scopes):
             raise ValueError(
                 f"torchtitan_patches: balancer.{name}.scope = {balancer.scope!r}: torchtitan's layers see one "
                 "micro-batch of one rank: use 'micro_batch' or 'sequence'"
@@ -43,6 +43,11 @@ def make_balancers(table: Table) -> Balancers:
             raise ValueError(
                 f"torchtitan_patches: balancer.{name}.decay_ratio: torchtitan's optimizers do not know the run's "
                 "length: leave it at 0"
+            )
+        if balancer.measure is not None or balancer.project is not None or asked_for(balancer.loss, SEEN, 3):
+            raise ValueError(
+                f"torchtitan_patches: balancer.{name} looks at weights, at outputs or at other layers, which "
+                "torchtitan's router does not see: use a balancer of the routing alone"
             )
         if asked := asked_for(balancer.post_step, OFFERED):
             raise ValueError(

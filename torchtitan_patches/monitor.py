@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from titan_moe.balancer import Scope
 from titan_moe.model.routing import Routing
 from titan_moe.model.routing.common import make_routing, normalized
 from titan_moe.runtime.dtensor import local
@@ -101,13 +102,13 @@ class Layer:
     def loss(self, routing: Routing, *, sequences: int) -> tuple[Tensor | None, Tensor]:
         """The sum of the losses to train on, times their coefficients, and each loss by itself, (n,); over tokens."""
         # Losses that are only measured take no gradient, and cost no backward.
-        loads = {"micro_batch": routing.tokens_per_expert}
-        if any(balancer.scope == "sequence" for _, balancer in self.losses.values()):
+        loads: dict[Scope, Tensor] = {"micro_batch": routing.tokens_per_expert}
+        if any("sequence" in balancer.scopes for _, balancer in self.losses.values()):
             loads["sequence"] = sequence_load(routing, sequences)
         trained, values = None, []
-        for coeff, balancer in self.losses.values():
+        for name, (coeff, balancer) in self.losses.items():
             with torch.set_grad_enabled(balancer.train):
-                value = balancer.loss(routing, loads[balancer.scope], 1)
+                value = balancer.loss_of([routing], 0, loads, 1, name)
             values.append(value.detach().float())
             if balancer.train:
                 trained = coeff * value if trained is None else trained + coeff * value

@@ -20,7 +20,7 @@ from tests.tiny import adamw, steps, tiny_model
 from titan_moe.config import load_config
 from titan_moe.config.sections import Config, Training
 from titan_moe.job import check_same_on_all_ranks
-from titan_moe.model.dispatch import Dispatcher, local
+from titan_moe.model.dispatch import Dispatcher, combine_rows, local
 from titan_moe.model.experts import Precision
 from titan_moe.model.moe import MoE, expert_swiglu, swiglu_of_both
 from titan_moe.model.routing import ROUTERS, Routing
@@ -59,11 +59,11 @@ def through(dispatcher: Dispatcher, weight: Tensor, name: str, rank: int) -> tup
     tokens = routing.scores.shape[0]
     x = torch.randn(tokens, D, generator=torch.Generator().manual_seed(10 + rank)).requires_grad_()
     scores = routing.topk_scores.detach().requires_grad_()
-    rows, tokens_per_expert, state = dispatcher.dispatch(x, routing)
+    rows, tokens_per_expert, permutation, state = dispatcher.dispatch(x, routing)
     rows = dispatcher.receive(rows, state)
     factor = weight.repeat_interleave(tokens_per_expert)
     factor = torch.cat([factor, factor.new_zeros(len(rows) - len(factor))])  # rows that nobody computes
-    y = dispatcher.combine(rows * factor.unsqueeze(-1), scores, state)
+    y = combine_rows(dispatcher.send_back(rows * factor.unsqueeze(-1), state), scores, permutation)
     upstream = torch.randn(tokens, D, generator=torch.Generator().manual_seed(20 + rank))
     return y.detach(), *torch.autograd.grad(y, (x, scores, weight), upstream)
 

@@ -69,7 +69,7 @@ BAD_ROUTERS: list[tuple[Any, str]] = [
         "tokens_per_expert must count topk_experts: let make_routing do it",
     ),
     (changed(kept=torch.ones(16)), "kept of its Routing must be (16, 2) bool, gave (16,) float32"),
-    (lambda logits, bias, z: None, "takes 'z', which is not offered: x, router, layer are"),
+    (lambda logits, bias, z: None, "takes 'z', which is not offered: x, router, layer, positions, document_ids are"),
     (failing, "RuntimeError: mat1 and mat2 shapes cannot be multiplied (16x8 and 16x8)"),
     (own(width=5), "its module must give logits (16, 8) float32, gave (16, 5) float32"),
     (own(scale=torch.ones(())), "parameter scale must be fp32 of one dimension or more, is () float32"),
@@ -97,6 +97,14 @@ def state_of(init: Any, post_step: Any = lambda load, bias, state: (bias, state)
 
 def mean_of(num_experts: int) -> dict[str, Tensor]:
     return {"mean": torch.zeros(num_experts)}
+
+
+def seeing(measure: Any) -> Balancer:
+    return Balancer(lambda r, load, n, measure: r.scores.mean(), keep_bias, measure=measure)
+
+
+def projecting(project: Any) -> Balancer:
+    return Balancer(no_loss, keep_bias, project=project)
 
 
 BAD_BALANCERS: list[tuple[Any, str]] = [
@@ -136,6 +144,18 @@ BAD_BALANCERS: list[tuple[Any, str]] = [
     (
         state_of(mean_of, lambda load, bias, state: (bias, {"mean": bias[0]})),
         "post_step must return state mean as (2, 8) float32, gave (8,) float32",
+    ),
+    (seeing(lambda speed: speed), "takes 'speed', which is not offered: routing, outputs, w1, w2, w3, expert_ids, "),
+    (seeing(lambda router: router.weight), "measure must compute something of a weight, whose memory is freed"),
+    (seeing(lambda w1: {"row": w1[0]}), "measure must compute something of a weight, whose memory is freed"),
+    (seeing(lambda x: 3), "measure must return tensors, gave int"),
+    (Balancer(lambda r, load, n, measure: measure, keep_bias), "a loss that takes `measure` and a function `measure`"),
+    (Balancer(lambda r, load, n, other: other, keep_bias), "takes 'other', which is not offered: measure, routings, "),
+    (projecting(lambda weights: weights["weight"]), "project must return the weights ['weight'], gave (8, 32) float32"),
+    (projecting(lambda weights: {}), "project must return the weights ['weight'], gave []"),
+    (
+        projecting(lambda weights: {"weight": weights["weight"][0]}),
+        "project must return weight as (8, 32) float32, gave (32,) float32",
     ),
 ]
 

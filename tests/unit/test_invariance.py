@@ -14,6 +14,7 @@ from tests.invariance import (
     ALL_ROUTERS,
     BALANCER_CASES,
     CUT_BALANCERS,
+    EVERYTHING,
     NOISE,
     OWN_BALANCER,
     OWN_ROUTER,
@@ -91,7 +92,7 @@ def test_compiling_changes_nothing(router: Case, backend: str) -> None:
 def test_every_component_is_in_the_matrix() -> None:
     """And what is left out is left out by name, for a reason that holds: its outcome does depend on the cut."""
     assert {router.name for router, _ in PAIRS} == {*ROUTERS, OWN_ROUTER.name}
-    assert {balancer.name for _, balancer in PAIRS} == {*BALANCERS, OWN_BALANCER.name}
+    assert {balancer.name for _, balancer in PAIRS} == {*BALANCERS, OWN_BALANCER.name, EVERYTHING.name}
     plain, z_loss = BY_NAME["topk_softmax"], BY_NAME["z_loss"]
     excluded = [(plain, BY_NAME[name]) for name in CUT_BALANCERS]
     excluded += [(case, z_loss) for case in ALL_ROUTERS if is_cut_router(case) and not case.arguments.keys() & NOISE]

@@ -1,1 +1,1 @@
-"""What router and experts of a model do: `python -m titan_moe.analyze`."""
+"""What the router and the experts of a model do: `python -m titan_moe.analyze` and the functions behind it."""

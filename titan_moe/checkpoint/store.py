@@ -50,6 +50,7 @@ from titan_moe.checkpoint.state import (
     write_tensors,
 )
 from titan_moe.config import Config, load_saved
+from titan_moe.data.tokenizer import load_tokenizer
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.optimizer import kind_of
 from titan_moe.runtime.files import write_synced
@@ -367,6 +368,8 @@ def read_model(step_folder: Path, config: Config) -> Transformer:
     model.to_empty(device="cpu")
     model.init_balancer_states()  # imported weights have none
     load_checkpoint(step_folder, model=model, check=False)
+    if model.asks_places:
+        model.eot_id = load_tokenizer(str(step_folder / "tokenizer.json")).eot_id
     return model.eval()
 
 

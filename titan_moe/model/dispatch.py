@@ -1,9 +1,10 @@
 """Dispatchers: how tokens get to their experts and the experts' outputs back.
 
-A dispatcher is three functions. `dispatch(x_TD, routing)` gives (x_ND, tokens_per_expert_E, state): one row for each of
-the N = T * K choices, and how many rows each of this process's experts has. The rows may be on their way still, so that
-something else can be computed meanwhile: `receive(x_ND, state)` waits for them, and gives them sorted by expert.
-`combine(y_ND, topk_scores_TK, state)` gives y_TD: for each token the weighted sum of its rows.
+A dispatcher is three functions. `dispatch(x_TD, routing)` gives (x_ND, tokens_per_expert_E, permutation, state): one
+row for each of the N = T * K choices, and how many rows each of this process's experts has. The rows may be on their
+way still, so that something else can be computed meanwhile: `receive(x_ND, state)` waits for them, and gives them
+sorted by expert. `send_back(y_ND, state)` gives the experts' outputs to where their tokens are, in the order of the
+permutation; `combine_rows` then makes of them, for each token, the weighted sum of its rows.
 
 No (T, E) mask is built, and nothing waits for the device. Sorting gives a permutation, so the backward of both is again
 a gather: no atomic adds, hence the same bits in every run. Choices that a router did not keep have no row. N is then
@@ -25,11 +26,11 @@ from titan_moe.model.routing import Routing
 
 
 class Dispatcher(NamedTuple):
-    """The three functions of a dispatcher; `state` is what its receive and combine need to know of its dispatch."""
+    """The three functions of a dispatcher; `state` is what the others need to know of its dispatch."""
 
-    dispatch: Callable[[Tensor, Routing], tuple[Tensor, Tensor, Any]]
+    dispatch: Callable[[Tensor, Routing], tuple[Tensor, Tensor, "Permutation", Any]]
     receive: Callable[[Tensor, Any], Tensor]
-    combine: Callable[[Tensor, Tensor, Any], Tensor]
+    send_back: Callable[[Tensor, Any], Tensor]
 
 
 class Permutation(NamedTuple):
@@ -41,14 +42,13 @@ class Permutation(NamedTuple):
 
 
 def local() -> Dispatcher:
-    """All experts on this process: a stable sort by expert and its inverse."""
+    """All experts on this process: a stable sort by expert, and rows that stay where they are."""
+    return Dispatcher(_dispatch_local, lambda x_ND, _: x_ND, lambda y_ND, _: y_ND)
 
-    return Dispatcher(_dispatch_local, lambda x_ND, _: x_ND, combine_rows)
 
-
-def _dispatch_local(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Permutation]:
+def _dispatch_local(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Permutation, None]:
     permutation, tokens_per_expert_E = sort_choices(routing)
-    return gather_rows(x_TD, permutation), tokens_per_expert_E, permutation  # (N, D), (E,)
+    return gather_rows(x_TD, permutation), tokens_per_expert_E, permutation, None  # (N, D), (E,)
 
 
 def sort_choices(routing: Routing) -> tuple[Permutation, Tensor]:
@@ -106,6 +106,18 @@ def combine_rows(y_ND: Tensor, topk_scores_TK: Tensor, permutation: Permutation)
     return _Combine.apply(y_ND, topk_scores_TK, *permutation)
 
 
+def rows_of_choices(y_ND: Tensor, permutation: Permutation) -> Tensor:
+    """The row of each choice, 0 where it was not kept: (N, D) -> (T, K, D)."""
+    T, K = permutation.row.shape
+    y_TKD = permute(y_ND, permutation.row.flatten(), permutation.order).view(T, K, -1)
+    return y_TKD if permutation.kept is None else y_TKD.masked_fill(~permutation.kept.unsqueeze(-1), 0)
+
+
+def permute(x_MD: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
+    """Rows in another order: row i of the result is row order[i]."""
+    return _Permute.apply(x_MD, order_M, inverse_M)
+
+
 # Autograd's own backward of a gather adds atomically, in an order that varies from run to run. With the inverse each
 # token's gradient is a sum over its own K rows, in their order.
 
@@ -120,6 +132,20 @@ class _Gather(Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:  # pyrefly: ignore
         row_TK, kept_TK = ctx.saved_tensors
         return fused.sum_rows(grad_ND, row_TK, kept_TK, None), None, None, None  # (N, D) -> (T, D)
+
+
+class _Permute(Function):
+    """Rows in another order; by the inverse its gradient is a gather too, without atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_M)
+        return x_MD.index_select(0, order_M)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore
+        (inverse_M,) = ctx.saved_tensors
+        return grad_MD.index_select(0, inverse_M), None, None
 
 
 class _Combine(Function):

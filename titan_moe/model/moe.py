@@ -15,13 +15,25 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from titan_moe.model import fused
-from titan_moe.model.dispatch import Dispatcher, local
+from titan_moe.model.dispatch import Dispatcher, Permutation, combine_rows, local, rows_of_choices
 from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
-from titan_moe.model.routing import ParametricRouter, Router, Routing
+from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.routing.common import OFFERED, asked_for
 
 # num_experts -> tensors that a balancer keeps of a layer, by name
 InitState = Callable[[int], Mapping[str, Tensor]]
+
+# What a balancer measures in a layer's forward, where weights are whole: a tensor, or several in a tuple or a dict. It
+# takes by name what it needs of
+#
+# - routing; x, the layer's input (T, D); layer, the layer's number; positions and document_ids of its tokens, (B, S);
+# - router, the module that makes the logits;
+# - outputs (T, K, D), what the chosen experts gave for each token, before their weights; 0 where none was computed;
+# - w1, w3 (E', F, D) and w2 (E', D, F), the experts of this rank; expert_ids (E',), which of all they are;
+# - gather_experts, which makes (E, ...) of all experts of (E', ...) of this rank's; differentiable.
+Measure = Callable[..., Any]
+MEASURED = ("routing", "outputs", "w1", "w2", "w3", "expert_ids", "gather_experts", *OFFERED)
+WEIGHTS = ("w1", "w2", "w3")
 # (x_ND, w1, w2, w3, tokens_per_expert_E) -> y_ND: see `experts_backend`
 ExpertsBackend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -140,6 +152,16 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x_BSD)) * self.w3(x_BSD))
 
 
+def local_weight(weight: Tensor) -> Tensor:
+    """The part of a weight that this rank computes with; its gradient is the weight's."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def all_experts_here(of_experts: Tensor) -> Tensor:
+    """`gather_experts` of a rank that has all experts."""
+    return of_experts
+
+
 class Experts(nn.Module):
     """E SwiGLU networks as one tensor per matrix, the expert first: w1, w3 (E, F, D), w2 (E, D, F).
 
@@ -156,7 +178,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, tokens_per_expert_E: Tensor) -> Tensor:
         """(N, D) rows sorted by expert -> (N, D)."""
-        w1, w2, w3 = (w.to_local() if isinstance(w, DTensor) else w for w in (self.w1, self.w2, self.w3))
+        w1, w2, w3 = map(local_weight, (self.w1, self.w2, self.w3))
         if self.backend is not None:
             return self.backend(x_ND, w1, w2, w3, tokens_per_expert_E)
         return expert_swiglu(x_ND, w1, w2, w3, tokens_per_expert_E, self.precision)
@@ -184,7 +206,8 @@ class MoE(nn.Module):
 
     `route` and `dispatcher` are functions given from outside. The shared experts are one SwiGLU of their joint width,
     which is the same function as their sum. `expert_bias` is an fp32 buffer (E,) that balancers write between steps,
-    and `balancer_state` holds those that they keep for themselves, made by `balancer_inits`.
+    and `balancer_state` holds those that they keep for themselves, made by `balancer_inits`. `measures` are taken, by
+    the names of their balancers, where gradients are recorded, and returned with the routing.
     """
 
     def __init__(
@@ -198,6 +221,7 @@ class MoE(nn.Module):
         num_shared_experts: int = 0,
         expert_bias: bool = False,
         balancer_inits: Mapping[str, InitState] | None = None,
+        measures: Mapping[str, Measure] | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
@@ -206,7 +230,9 @@ class MoE(nn.Module):
         self.has_own_router = isinstance(route, ParametricRouter)
         self.route, init = route if isinstance(route, ParametricRouter) else (route, linear_router)
         self.asked = asked_for(self.route, OFFERED)
+        self.measures = {name: (take, asked_for(take, MEASURED, 0)) for name, take in (measures or {}).items()}
         self.dispatcher = local() if dispatcher is None else dispatcher
+        self.first_expert, self.gather_experts = 0, all_experts_here  # others where ranks have a part of the experts
         self.router = init(dim, num_experts)
         self.experts = Experts(num_experts, dim, expert_dim)
         self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
@@ -218,19 +244,53 @@ class MoE(nn.Module):
             assert self.balancer_state is not None
             self.balancer_state.register_buffer(name, value)
 
-    def forward(self, x_BSD: Tensor) -> tuple[Tensor, Routing]:
-        """(B, S, D) -> (B, S, D) and what the router decided for the T = B * S tokens."""
-        # Of the layer a route gets what it takes: torch.compile makes a graph for each layer whose number is read.
+    def forward(self, x_BSD: Tensor, places: Places | None = None) -> tuple[Tensor, Routing]:
+        """(B, S, D) -> (B, S, D) and what the router decided for the T = B * S tokens; `places` where it is asked."""
         x_TD = x_BSD.flatten(0, 1)  # (B, S, D) -> (T, D)
-        asked = {name: x_TD if name == "x" else getattr(self, name) for name in self.asked}
-        routing = self.route(self.router_logits(x_TD), self.expert_bias, **asked)
-        x_ND, tokens_per_expert_E, state = self.dispatcher.dispatch(x_TD, routing)  # (T, D) -> (N, D)
+        values = {"x": x_TD} | ({} if places is None else places._asdict())
+        routing = self.route(self.router_logits(x_TD), self.expert_bias, **self.take(self.asked, values))
+        x_ND, tokens_per_expert_E, permutation, state = self.dispatcher.dispatch(x_TD, routing)  # (T, D) -> (N, D)
 
         # The shared experts need no rows from elsewhere: they are computed while these travel.
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         y_ND = self.experts(self.dispatcher.receive(x_ND, state), tokens_per_expert_E)
-        y_BSD = self.dispatcher.combine(y_ND, routing.topk_scores, state).view_as(x_BSD)  # (N, D) -> (B, S, D)
+        y_ND = self.dispatcher.send_back(y_ND, state)
+        y_BSD = combine_rows(y_ND, routing.topk_scores, permutation).view_as(x_BSD)  # (N, D) -> (B, S, D)
+
+        # Evaluation has no losses to measure for.
+        if self.measures and torch.is_grad_enabled():
+            routing = self.measured(routing, y_ND, permutation, values)
         return (y_BSD if shared_BSD is None else y_BSD + shared_BSD), routing
+
+    def take(self, names: tuple[str, ...], values: Mapping[str, Any]) -> dict[str, Any]:
+        """What a function asks for by name: of `values`, else of the layer.
+
+        Nothing else is read: torch.compile makes a graph for each layer whose number is.
+        """
+        return {name: values[name] if name in values else getattr(self, name) for name in names}
+
+    def measured(self, routing: Routing, y_ND: Tensor, permutation: Permutation, values: Mapping[str, Any]) -> Routing:
+        """The routing with what the balancers measure of the layer."""
+        names = {name for _, asked in self.measures.values() for name in asked}
+        values = {**values, "routing": routing}
+        if "outputs" in names:
+            values["outputs"] = rows_of_choices(y_ND, permutation)  # (T, K, D)
+        for name in names & set(WEIGHTS):
+            values[name] = local_weight(getattr(self.experts, name))
+        measures = {name: take(**self.take(asked, values)) for name, (take, asked) in self.measures.items()}
+        return Routing(*routing[:-1], measures)  # not _replace, which torch.compile can't give out in torch 2.11
+
+    @property
+    def asks_places(self) -> bool:
+        """Whether the router or a measure wants to know where tokens are."""
+        names = [*self.asked, *(name for _, asked in self.measures.values() for name in asked)]
+        return bool(set(names) & set(Places._fields))
+
+    @property
+    def expert_ids(self) -> Tensor:
+        """Which experts this rank has, (E',) int64."""
+        num_local = local_weight(self.experts.w1).shape[0]
+        return torch.arange(self.first_expert, self.first_expert + num_local, device=self.experts.w1.device)
 
     def router_logits(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, E), in fp32: in bf16 near-ties between experts would be decided by rounding."""

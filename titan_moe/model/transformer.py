@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_moe.model.attention import Attention, Rope, check_attention, rope_cos_sin
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
-from titan_moe.model.moe import FeedForward, InitState, MoE, initial_state
-from titan_moe.model.routing import ParametricRouter, Router, Routing
+from titan_moe.model.moe import FeedForward, InitState, Measure, MoE, initial_state
+from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
 
@@ -33,14 +33,14 @@ class Block(nn.Module):
         self.moe = feed_forward if isinstance(feed_forward, MoE) else None
         self.feed_forward = feed_forward if isinstance(feed_forward, FeedForward) else None
 
-    def forward(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BSD: Tensor, rope: Rope, places: Places | None = None) -> tuple[Tensor, Routing | None]:
         """(B, S, D) -> (B, S, D), and the routing of a MoE layer, None from a dense one."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope)
         h_BSD = self.ffn_norm(x_BSD)
         if self.feed_forward is not None:
             return x_BSD + self.feed_forward(h_BSD), None
         assert self.moe is not None
-        y_BSD, routing = self.moe(h_BSD)
+        y_BSD, routing = self.moe(h_BSD, places)
         return x_BSD + y_BSD, routing
 
 
@@ -49,12 +49,14 @@ class Transformer(nn.Module):
 
     Forward writes no state.
 
-    Layers `first_dense_layers, first_dense_layers + layer_freq, ...` are MoE layers when num_experts > 0, the others
-    dense of width `ffn_dim`. `router` maps logits to a Routing and is needed when num_experts > 0. `expert_bias` gives
-    every MoE layer a bias that takes part in the choice of experts, `balancer_inits` the tensors that balancers keep of
-    it. Where only the loss or the score is wanted, the logits of `loss_chunk_tokens` tokens (0: of all, -1: as suits
-    the device) are in memory at once. Built on the meta device or any other, parameters are undefined until
-    `init_weights`. Raises ValueError for sizes that do not fit together.
+    Layers `first_dense_layers, first_dense_layers + layer_freq, ...` are MoE layers when num_experts > 0, the
+    others dense of width `ffn_dim`. `router` maps logits to a Routing and is needed when num_experts > 0.
+    `expert_bias` gives every MoE layer a bias that takes part in the choice of experts, `balancer_inits` the
+    tensors that balancers keep of it, and `measures` what they measure in its forward. `eot_id` is the token that
+    ends documents, which has to be set where a router or a measure asks for document_ids. Where only the loss or
+    the score is wanted, the logits of `loss_chunk_tokens` tokens (0: of all, -1: as suits the device) are in memory
+    at once. Built on the meta device or any other, parameters are undefined until `init_weights`. Raises ValueError
+    for sizes that do not fit together.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Transformer(nn.Module):
         router: Router | ParametricRouter | None = None,
         expert_bias: bool = False,
         balancer_inits: Mapping[str, InitState] | None = None,
+        measures: Mapping[str, Measure] | None = None,
         loss_chunk_tokens: int = 0,
     ) -> None:
         super().__init__()
@@ -89,9 +92,11 @@ class Transformer(nn.Module):
 
         # What parallelism and compilation replace from outside: the model sees no mesh and no rank.
         self.rope: Callable[..., Rope] = rope_cos_sin  # local angles where a process has a part of each sequence
+        self.places: Callable[[Tensor, int], Places] = places_of  # local ones there, too
         self.keeps_gathered = False  # true where sharded parameters stay gathered over the micro-batches of a step
         self.loss_chunk_tokens = loss_chunk_tokens
         self.softmax_ = softmax_  # or the same function compiled
+        self.eot_id: int | None = None
         moe_layers = moe_layer_ids(num_layers, num_experts, first_dense_layers, layer_freq)
 
         def feed_forward(layer: int) -> FeedForward | MoE:
@@ -113,6 +118,7 @@ class Transformer(nn.Module):
                 layer=layer,
                 expert_bias=expert_bias,
                 balancer_inits=balancer_inits,
+                measures=measures,
             )
 
         def attention() -> Attention:
@@ -126,6 +132,7 @@ class Transformer(nn.Module):
             Block(dim=dim, norm_eps=norm_eps, attention=attention(), feed_forward=feed_forward(i))
             for i in range(num_layers)
         )
+        self.asks_places = any(layer.asks_places for layer in self.moe_layers())
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         self.output = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
 
@@ -140,17 +147,23 @@ class Transformer(nn.Module):
         """
         # Angles are those of all layers. They are computed here, once, and handed down.
         rope = self.rope(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
+        places = self._places(tokens_BS) if self.asks_places else None
         x_BSD = self.tok_embeddings(tokens_BS)  # (B, S) -> (B, S, D)
 
         # Routings are returned, never stored: losses, loads and metrics are functions of them.
         routings = []
         for layer in self.layers:
-            x_BSD, routing = layer(x_BSD, rope)
+            x_BSD, routing = layer(x_BSD, rope, places)
             if routing is not None:
                 routings.append(routing)
 
         want = want or ("logits" if labels_BS is None else "loss")
         return None if want == "routings" else self._head(self.norm(x_BSD), labels_BS, want), tuple(routings)
+
+    def _places(self, tokens_BS: Tensor) -> Places:
+        if self.eot_id is None:
+            raise ValueError("model.eot_id must be the token that ends documents: the router asks for places")
+        return self.places(tokens_BS, self.eot_id)
 
     def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score:
         """Return the logits (B, S, V), or the loss or score that is computed from them.
@@ -206,6 +219,13 @@ class Transformer(nn.Module):
         for layer in self.moe_layers():
             for name, value in initial_state(layer.balancer_inits, layer.num_experts).items():
                 cast(nn.Module, layer.balancer_state).get_buffer(name).copy_(value)
+
+
+def places_of(tokens_BS: Tensor, eot_id: int) -> Places:
+    """The places of the tokens of whole sequences. A document's end is of the document."""
+    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    is_end_BS = (tokens_BS == eot_id).long()
+    return Places(positions_BS, is_end_BS.cumsum(1) - is_end_BS)
 
 
 def moe_layer_ids(num_layers: int, num_experts: int, first_dense_layers: int, layer_freq: int) -> range:

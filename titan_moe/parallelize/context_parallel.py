@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
 from titan_moe.model.attention import Attend, Attention, Rope, rope_cos_sin
+from titan_moe.model.routing import Places
+from titan_moe.model.transformer import places_of
 from titan_moe.parallelize.mesh import Degrees
 from titan_moe.runtime.compat import all_gather_single
 
@@ -55,6 +57,25 @@ def local_rope(*, cp: DeviceMesh | None, tp: DeviceMesh | None) -> Callable[...,
         return cos[positions_S], sin[positions_S]  # (S, C / 2) each
 
     return rope
+
+
+def local_places(
+    sequence: DeviceMesh, *, cp: DeviceMesh | None, tp: DeviceMesh | None
+) -> Callable[[Tensor, int], Places]:
+    """`places_of` for this rank's part of sequences that are spread over `sequence`, the ranks of both axes."""
+    degrees = Degrees(context=cp.size() if cp is not None else 1, tensor=tp.size() if tp is not None else 1)
+    size, own_rank = sequence.size(), sequence.get_local_rank()
+
+    def places(tokens_BS: Tensor, eot_id: int) -> Places:
+        # Which document a token is of is decided by the tokens before it, and these are on all ranks.
+        tokens_SB = wait_tensor(all_gather_single(tokens_BS.t().contiguous(), 0, sequence.get_group()))  # by rank
+        parts = [own_positions(len(tokens_SB), rank, degrees) for rank in range(size)]
+        position_S = torch.cat([part for part in parts if part is not None]).to(tokens_BS.device)
+        whole = places_of(tokens_SB[position_S.argsort()].t(), eot_id)  # (B, P S)
+        own_S = position_S.chunk(size)[own_rank]
+        return Places(*(place_BS[:, own_S] for place_BS in whole))
+
+    return places
 
 
 def apply_cp(model: nn.Module, mesh: DeviceMesh, seq_len: int) -> None:

@@ -5,26 +5,25 @@ for its experts. These come in G = E segments: from each of P ranks, for each of
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from titan_moe.model.dispatch import Dispatcher, Permutation, combine_rows, gather_rows, sort_choices
+from titan_moe.model.dispatch import Dispatcher, Permutation, gather_rows, permute, sort_choices
 from titan_moe.model.moe import MoE
 from titan_moe.model.routing import Routing
+from titan_moe.runtime.compat import all_gather_single
 
 ReadSplits = Callable[[Tensor, Tensor], tuple[list[int], list[int]]]
 
 
 class Exchange(NamedTuple):
-    """What `receive` and `combine` need to know of `dispatch`."""
+    """What `receive` and `send_back` need to know of `dispatch`."""
 
-    permutation: Permutation  # of this rank's choices
     by_expert_M: Tensor  # row i in the order of experts is received row by_expert[i]
     by_rank_M: Tensor  # its inverse
     rows_sent: list[int]  # to each rank
@@ -33,10 +32,16 @@ class Exchange(NamedTuple):
 
 def apply_ep(model: nn.Module, mesh: DeviceMesh) -> None:
     """Make the experts of every MoE layer DTensors, Shard(0) over `mesh`, and send tokens to them by all-to-all."""
-    dispatcher = all_to_all(mesh)  # one for all layers, so that torch.compile sees the same code in each
+    # One for all layers, so that torch.compile sees the same code in each.
+    dispatcher, group = all_to_all(mesh), mesh.get_group()
+
+    def gather_experts(of_experts: Tensor) -> Tensor:
+        return wait_tensor(all_gather_single(of_experts.contiguous(), 0, group))  # (E / P, ...) -> (E, ...)
+
     for layer in model.modules():
         if isinstance(layer, MoE):
-            layer.dispatcher = dispatcher
+            layer.dispatcher, layer.gather_experts = dispatcher, gather_experts
+            layer.first_expert = layer.num_experts // mesh.size() * mesh.get_local_rank()
             for name, parameter in list(layer.experts.named_parameters()):
                 sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
                 layer.experts.register_parameter(name, nn.Parameter(sharded))
@@ -51,7 +56,7 @@ def all_to_all(mesh: DeviceMesh, read: ReadSplits | None = None) -> Dispatcher:
     """
     group, ep_size, read = mesh.get_group().group_name, mesh.size(), read or read_splits
 
-    def dispatch(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Exchange]:
+    def dispatch(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Permutation, Exchange]:
         # Ranks first tell each other how many rows come for each expert, because receiving needs memory of that size.
         permutation, sent_E = sort_choices(routing)
         sent_PE = sent_E.view(ep_size, -1)  # (P, E / P), as all below
@@ -65,18 +70,16 @@ def all_to_all(mesh: DeviceMesh, read: ReadSplits | None = None) -> Dispatcher:
         # The rows travel while the order of those that come is computed, and shared experts after that.
         x_MD = all_to_all_single_autograd(gather_rows(x_TD, permutation), rows_received, rows_sent, group)
         by_expert_M, by_rank_M = orders(received_PE, sum(rows_received))
-        exchange = Exchange(permutation, by_expert_M, by_rank_M, rows_sent, rows_received)
-        return x_MD, received_PE.sum(0), exchange
+        return x_MD, received_PE.sum(0), permutation, Exchange(by_expert_M, by_rank_M, rows_sent, rows_received)
 
     def receive(x_MD: Tensor, exchange: Exchange) -> Tensor:
-        return _Permute.apply(wait_tensor(x_MD), exchange.by_expert_M, exchange.by_rank_M)
+        return permute(wait_tensor(x_MD), exchange.by_expert_M, exchange.by_rank_M)
 
-    def combine(y_MD: Tensor, topk_scores_TK: Tensor, exchange: Exchange) -> Tensor:
-        y_MD = _Permute.apply(y_MD, exchange.by_rank_M, exchange.by_expert_M)
-        y_ND = wait_tensor(all_to_all_single_autograd(y_MD, exchange.rows_sent, exchange.rows_received, group))
-        return combine_rows(y_ND, topk_scores_TK, exchange.permutation)  # (T, D)
+    def send_back(y_MD: Tensor, exchange: Exchange) -> Tensor:
+        y_MD = permute(y_MD, exchange.by_rank_M, exchange.by_expert_M)
+        return wait_tensor(all_to_all_single_autograd(y_MD, exchange.rows_sent, exchange.rows_received, group))
 
-    return Dispatcher(dispatch, receive, combine)
+    return Dispatcher(dispatch, receive, send_back)
 
 
 def read_splits(sent_P: Tensor, received_P: Tensor) -> tuple[list[int], list[int]]:
@@ -107,17 +110,3 @@ def orders(received_PE: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     by_expert_M = row_M + (start_PE.t() - start_EP).flatten()[torch.searchsorted(end_by_expert_G, row_M, right=True)]
     by_rank_M = row_M + (start_EP.t() - start_PE).flatten()[torch.searchsorted(end_G, row_M, right=True)]
     return by_expert_M, by_rank_M
-
-
-class _Permute(Function):
-    """Rows in another order; by the inverse its gradient is a gather too, without atomic additions."""
-
-    @staticmethod
-    def forward(ctx: Any, x_MD: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_M)
-        return x_MD.index_select(0, order_M)
-
-    @staticmethod
-    def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore
-        (inverse_M,) = ctx.saved_tensors
-        return grad_MD.index_select(0, inverse_M), None, None

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import ROUTER_CASES, Case, build_router, takes_bias
-from titan_moe.model.dispatch import local
+from titan_moe.model.dispatch import combine_rows, local
 from titan_moe.model.moe import MoE, expert_swiglu, swiglu_of_both
 from titan_moe.model.routing import Routing
 from titan_moe.model.routing.token_choice import topk_softmax
@@ -267,10 +267,10 @@ def test_dispatcher_with_identity_experts_gives_back_x() -> None:
     dispatcher = local()
     x = torch.randn(11, D, requires_grad=True)
     routing = topk_softmax(top_k=K)(torch.randn(11, E), None)
-    rows, tokens_per_expert, state = dispatcher.dispatch(x, routing)
+    rows, tokens_per_expert, permutation, state = dispatcher.dispatch(x, routing)
     rows = dispatcher.receive(rows, state)
     assert tokens_per_expert.sum() == len(rows)
-    y = dispatcher.combine(rows, routing.topk_scores, state)
+    y = combine_rows(dispatcher.send_back(rows, state), routing.topk_scores, permutation)
     assert_close(y, x)
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert_close(gradient, torch.ones_like(x))
@@ -286,8 +286,8 @@ def test_scores_stay_in_fp32() -> None:
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         scores = routing.topk_scores.to(torch.promote_types(dtype, torch.float32)).detach().requires_grad_()
-        _, _, state = dispatcher.dispatch(x.to(dtype), routing)
-        out = dispatcher.combine(y.to(dtype), scores, state)
+        _, _, permutation, state = dispatcher.dispatch(x.to(dtype), routing)
+        out = combine_rows(dispatcher.send_back(y.to(dtype), state), scores, permutation)
         out.backward(grad.to(dtype))
         assert scores.grad is not None
         results.append((out.detach().double(), scores.grad.double()))
@@ -302,7 +302,7 @@ def test_rows_that_are_not_computed_are_not_read() -> None:
     x = torch.randn(11, D, requires_grad=True)
     z = torch.randn(11, E) + torch.tensor([0, 0, 3.0, 6.0])
     routing = topk_softmax(top_k=K, capacity_factor=1.0)(z, None)
-    rows, counts, state = dispatcher.dispatch(x, routing)
+    rows, counts, permutation, state = dispatcher.dispatch(x, routing)
     assert routing.kept is not None
     assert routing.capacity == 6
     assert counts.sum() == routing.kept.sum() < len(rows)
@@ -310,7 +310,7 @@ def test_rows_that_are_not_computed_are_not_read() -> None:
     poison[int(counts.sum()) :] = torch.nan
     computed = rows + poison
     computed.register_hook(lambda gradient: gradient + poison)
-    y = dispatcher.combine(computed, routing.topk_scores, state)
+    y = combine_rows(dispatcher.send_back(computed, state), routing.topk_scores, permutation)
     weights_T1 = routing.topk_scores.sum(-1, keepdim=True)
     assert_close(y, x * weights_T1)
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
@@ -319,7 +319,7 @@ def test_rows_that_are_not_computed_are_not_read() -> None:
 
 def test_dispatch_sorts_by_expert_and_keeps_the_order_of_tokens() -> None:
     routing = topk_softmax(top_k=K)(torch.randn(11, E), None)
-    rows, tokens_per_expert, _ = local().dispatch(torch.arange(11.0).unsqueeze(1), routing)
+    rows, tokens_per_expert, *_ = local().dispatch(torch.arange(11.0).unsqueeze(1), routing)
     want = [t for e in range(E) for t in range(11) if e in routing.topk_experts[t]]
     assert rows.flatten().tolist() == want
     assert tokens_per_expert.tolist() == [sum(e in row for row in routing.topk_experts) for e in range(E)]

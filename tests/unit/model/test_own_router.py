@@ -107,10 +107,12 @@ def test_a_route_sees_what_it_names() -> None:
 
 
 def test_a_route_that_asks_for_what_there_is_not() -> None:
-    def route(logits: Tensor, bias: Tensor | None, positions: Tensor) -> Routing:
+    def route(logits: Tensor, bias: Tensor | None, texts: Tensor) -> Routing:
         raise AssertionError
 
-    with pytest.raises(ValueError, match="takes 'positions', which is not offered: x, router, layer are"):
+    with pytest.raises(
+        ValueError, match="takes 'texts', which is not offered: x, router, layer, positions, document_ids are"
+    ):
         tiny_model(router=route)
 
 

@@ -10,10 +10,10 @@ share.
 from collections.abc import Callable
 
 from titan_moe.model.routing.batch import base, expert_choice, sinkhorn
-from titan_moe.model.routing.common import ParametricRouter, Router, Routing, force_balanced, make_routing
+from titan_moe.model.routing.common import ParametricRouter, Places, Router, Routing, force_balanced, make_routing
 from titan_moe.model.routing.token_choice import sigmoid, softmax_topk, switch, topk_softmax
 
-__all__ = ["ROUTERS", "ParametricRouter", "Router", "Routing", "force_balanced", "make_routing"]
+__all__ = ["ROUTERS", "ParametricRouter", "Places", "Router", "Routing", "force_balanced", "make_routing"]
 
 ROUTERS: dict[str, Callable[..., Router]] = {
     "topk_softmax": topk_softmax,

@@ -6,7 +6,7 @@ Shapes: T tokens, E experts, K top_k, N = T * K choices.
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -28,12 +28,20 @@ class Routing(NamedTuple):
     selection: Tensor | None = None  # (T, E) fp32, what the choice compared before the bias; no gradient
     kept: Tensor | None = None  # (T, K) bool, the choices that are computed; None: all of them
     capacity: int | None = None  # the most tokens that an expert computes, where `kept` is given
+    measures: Mapping[str, Any] | None = None  # what balancers measured in the layer's forward, by their names
 
 
 # (router_logits_TE, expert_bias_E or None) -> Routing; one that takes more by these names gets it: the layer's input
-# (T, D), the module that the logits came from, and the layer's number
+# (T, D), the module that the logits came from, the layer's number, and `Places` of the tokens, (B, S) each
 Router = Callable[..., Routing]
-OFFERED = ("x", "router", "layer")
+OFFERED = ("x", "router", "layer", "positions", "document_ids")
+
+
+class Places(NamedTuple):
+    """Where the T = B * S tokens of a forward pass are in their text; int64, (B, S) each."""
+
+    positions: Tensor  # in the sequence
+    document_ids: Tensor  # in the order of the sequence, from 0: which of its documents a token is of
 
 
 class ParametricRouter(NamedTuple):
@@ -82,14 +90,14 @@ def check_top_k(top_k: int, temperature: float) -> None:
 
 
 @functools.cache
-def asked_for(function: Callable[..., object], offered: tuple[str, ...]) -> tuple[str, ...]:
-    """Which of `offered` a router or a post step takes, by the names of its parameters after the first two.
+def asked_for(function: Callable[..., object], offered: tuple[str, ...], given: int = 2) -> tuple[str, ...]:
+    """Which of `offered` a function takes, by the names of its parameters after the first `given`.
 
     Raises ValueError where it needs something else.
     """
     try:
-        _, _, *more = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # written in C, or for fewer arguments
+        more = [*inspect.signature(function).parameters.values()][given:]
+    except (TypeError, ValueError):  # written in C
         return ()
     taken = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for parameter in more:
