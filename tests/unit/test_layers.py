@@ -62,7 +62,6 @@ LAYERS = {
     "study": 3,
     "convert": 3,
     "estimate": 3,
-    "analyze": 3,
 }
 
 

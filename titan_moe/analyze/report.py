@@ -136,7 +136,7 @@ def tiles(analysis: Analysis) -> list[dict[str, str]]:
         (number(alike), "likeness of outputs", "cosine of two experts' outputs, mean over pairs"),
         (
             number(entropy),
-            "entropy of the router",
+            "router entropy",
             "of the most that it can be: 1 is all experts alike, 0 one alone",
         ),
     ]
