@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WARNINGS = "ignore"
+PARTS = "tests.torchtitan.parts:"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,14 @@ def test_each_piece_replaces_its_own_nodes_only(debug: Any) -> None:
         ),
         ({"balancers": {"aux_loss": {"scope": "global_batch"}}}, "use 'micro_batch' or 'sequence'"),
         ({"balancers": {"loss_free": {"decay_ratio": 0.1}}}, "leave it at 0"),
-        ({"balancers": {"examples.balancer:smebu": {}}}, "its post step takes state, which torchtitan's"),
+        ({"balancers": {"tests.parts:everything": {}}}, "use 'micro_batch' or 'sequence'"),
+        (
+            {"balancers": {PARTS + "late": {}}},
+            "late takes progress: torchtitan's optimizers do not know the run's length",
+        ),
+        ({"balancers": {PARTS + "coupled": {}}}, "coupled takes routings: torchtitan's layers do not see each other's"),
+        ({"balancers": {PARTS + "of_outputs": {}}}, "of_outputs takes outputs: torchtitan's dispatchers mix"),
+        ({"balancers": {PARTS + "of_thoughts": {}}}, "balancer.*of_thoughts takes 'thoughts', which is not offered"),
         ({"optimizer": {"name": "shampo"}}, "did you mean 'shampoo'"),
         ({"optimizer": {"router": {"load_lr": "batch_fraction"}}}, "only experts have a load"),
     ],
