@@ -90,6 +90,18 @@ def test_models_and_losses_that_do_not_fit(debug: Any) -> None:
         enable(config, metrics=True)
 
 
+def test_experts_without_the_weights_that_are_measured(debug: Any) -> None:
+    from torchtitan.models import gpt_oss
+    from torchtitan.models.common.moe import MoE
+
+    from torchtitan_patches.balancers import make_balancers
+    from torchtitan_patches.monitor import Layer
+
+    _, config, _, _ = next(iter(gpt_oss.model_registry("debugmodel").model.traverse(MoE.Config)))
+    with pytest.raises(ValueError, match="of_experts measures w1, which this model's GptOssGroupedExperts has not"):
+        Layer(config.build(), make_balancers({f"{PARTS}of_experts": {}}), "layers.0.moe")
+
+
 OVERRIDES = "torchtitan_patches.overrides"
 TABLES = OVERRIDES + '.optimizers={"balancers": {"aux_loss": {"coeff": 0.01}}, "optimizer": {"router": {"lr": 1e-4}}}'
 
