@@ -55,7 +55,7 @@ def test_each_piece_replaces_its_own_nodes_only(debug: Any) -> None:
         ),
         ({"balancers": {"aux_loss": {"scope": "global_batch"}}}, "use 'micro_batch' or 'sequence'"),
         ({"balancers": {"loss_free": {"decay_ratio": 0.1}}}, "leave it at 0"),
-        ({"balancers": {"examples.balancer:smebu": {}}}, "its post step takes state, which torchtitan's"),
+        ({"balancers": {"examples.balancer:rprop": {}}}, "its post step takes state, which torchtitan's"),
         ({"optimizer": {"name": "shampo"}}, "did you mean 'shampoo'"),
         ({"optimizer": {"router": {"load_lr": "batch_fraction"}}}, "only experts have a load"),
     ],
