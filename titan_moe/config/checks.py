@@ -2,12 +2,14 @@
 
 import torch
 
-from titan_moe.balancer import BALANCERS
+from titan_moe.balancer import BALANCERS, SEEN
 from titan_moe.config.schema import find_component
 from titan_moe.config.sections import Config, balancer_tables
 from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS
+from titan_moe.model.routing.common import asked_for
+from titan_moe.model.transformer import moe_layer_ids
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import expand_load_lr
@@ -232,6 +234,11 @@ def check_combinations(config: Config) -> None:
 
     # What each of the two takes, but not together.
     for label, component, options in known:
+        if "routings" in asked_for(BALANCERS[component](**options).loss, SEEN, 3) and num_moe_layers(config) < 2:
+            raise ValueError(
+                f"balancer.{label} goes from one MoE layer to the next, but this model has 1: set {label} = false "
+                "under [balancer]"
+            )
         if component == "aux_loss" and router in ROUTERS_WITH_EVEN_LOAD:
             raise ValueError(
                 f"balancer.{label} has no effect with router.name = {router!r}, whose load is even by construction: "
@@ -253,6 +260,12 @@ def check_combinations(config: Config) -> None:
             f"debug.force_balanced_routing = true deals experts out in turn, but router.name = {router!r} is even by "
             "construction: switch one of them off"
         )
+
+
+def num_moe_layers(config: Config) -> int:
+    """How many layers of the model have experts."""
+    moe = config.moe
+    return len(moe_layer_ids(config.model.num_layers, moe.num_experts, moe.first_dense_layers, moe.layer_freq))
 
 
 def cautions(config: Config) -> list[str]:
