@@ -2,10 +2,12 @@
 
 import inspect
 import textwrap
+from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import tomli_w
 
+from titan_moe.balancer import Balancer
 from titan_moe.config.schema import REQUIRED, Kind, document, parameters_of, type_text
 from titan_moe.config.sections import KINDS, LOAD_LR, SECTIONS, Config
 from titan_moe.optimizer.groups import GROUP_PATTERNS
@@ -73,7 +75,15 @@ def _component_block(section: str, kind: Kind, intro: str, default: Any) -> str:
         lines += ["", *textwrap.wrap(f"{title}: {summary}", WIDTH - 4, initial_indent="  ", subsequent_indent="    ")]
         for key, (annotation, value) in parameters_of(kind, name, "help", section).items():
             lines += _entry(f"    {key}", value, _type(annotation))
+        if names := _state_of(builder) if section == "balancer" else []:
+            lines += textwrap.wrap(f"keeps of each layer, in checkpoints: {', '.join(names)}", initial_indent="    ")
     return "\n".join(lines)
+
+
+def _state_of(builder: Callable[..., Balancer]) -> list[str]:
+    """The names of the tensors that a balancer keeps, as it is by default."""
+    init = builder().init
+    return [] if init is None else list(init(1))
 
 
 def _load_lr_block() -> str:

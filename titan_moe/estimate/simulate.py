@@ -462,6 +462,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         model.to_empty(device="cpu")
+        model.eot_id = 0  # any: documents cost the same wherever they end
         optimizer, balancers = build_optimizer(without_load_lr(config), model), build_balancers(config)
         tokens = torch.zeros(training.local_batch_size, local_length, dtype=torch.int64)  # (B, S)
         vocabulary = config.model.vocab_size
