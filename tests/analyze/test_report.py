@@ -92,7 +92,7 @@ def test_it_says_what_was_measured(tmp_path: Path):
     tiles = dict(zip(document.inside("b"), document.inside("strong"), strict=False))
     assert tiles["dead experts"] == "1 of 24"
     busiest = sum(max(layer["load"]) * 8 / sum(layer["load"]) for layer in analysis["layers"]) / 3
-    assert tiles["busiest expert"] == f"{busiest:.2f} times"
+    assert tiles["busiest expert"] == f"{busiest:.2f}x"
     (summary,) = document.inside("p", "best")
     # Dead experts are left out: a handful of tokens says little.
     excess = [

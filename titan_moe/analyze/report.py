@@ -109,6 +109,8 @@ def tiles(analysis: Analysis) -> list[dict[str, str]]:
     layers, experts = analysis["layers"], analysis["model"]["num_experts"]
     even = analysis["model"]["top_k"] / experts
     dead = sum(len(layer["dead_experts"]) for layer in layers)
+
+    # An analysis names at most 20 pairs of a layer, so that their number may be larger than the sum says.
     pairs = sum(len(layer["overlapping_pairs"]) for layer in layers)
     many = "or more " if any(len(layer["overlapping_pairs"]) >= 20 for layer in layers) else ""
     busiest = mean(layer["maxvio"] for layer in layers)
@@ -123,7 +125,7 @@ def tiles(analysis: Analysis) -> list[dict[str, str]]:
             f"with less than {settings['dead_fraction']:g} of the even share, {even:.1%} of the tokens",
         ),
         (
-            f"{number(None if busiest is None else 1 + busiest)} times",
+            f"{number(None if busiest is None else 1 + busiest)}x",
             "busiest expert",
             "its load over the even share, mean over layers (MaxVio + 1)",
         ),
@@ -198,8 +200,8 @@ def section_context(section: Section) -> dict[str, Any]:
 
 def choice_context(choice: Choice, first: int) -> dict[str, Any]:
     """The figure of a layer's map for the template; where the layer has none that of another stands, hidden."""
-    found = choice.maps[first] or next(one for one in choice.maps if one is not None)
-    svg = theme.svg_of(heatmap(found, title=choice.title, has_numbers=False))
+    drawn_map = choice.maps[first] or next(one for one in choice.maps if one is not None)
+    svg = theme.svg_of(heatmap(drawn_map, title=choice.title, has_numbers=False))
     return {
         "name": choice.name,
         "caption": choice.caption,
@@ -224,11 +226,11 @@ def choice_data(choice: Choice, offered: Sequence[int]) -> dict[str, Any]:
     return {**map_names(given[0]), "layers": [one and pack(one.values, one.scale) for one in maps]}
 
 
-def map_names(found: Map) -> dict[str, Any]:
+def map_names(drawn_map: Map) -> dict[str, Any]:
     """What is needed beside its values to read a map and to draw another one like it."""
-    scale = found.scale
+    scale = drawn_map.scale
     return {
-        **{key: getattr(found, key) for key in ("row", "rows", "column", "columns")},
+        **{key: getattr(drawn_map, key) for key in ("row", "rows", "column", "columns")},
         **{key: getattr(scale, key) for key in ("low", "high", "unit")},
         "isLog": scale.is_log,
         "palette": palette(scale),
@@ -297,10 +299,10 @@ def sample_context(analysis: Analysis, first: int) -> dict[str, Any] | None:
     counts = Counter(chosen_LTK[first, :, 0].tolist())
     texts: dict[int, list[list[SampleToken]]] = {}
     for index, count, one in pieces:
-        own = np.array(one["experts"][first])[:count, 0].tolist()
+        experts_T = np.array(one["experts"][first])[:count, 0].tolist()
         tokens = [
             SampleToken(in_text(text), ranking.get(expert, -1))
-            for text, expert in zip(one["tokens"], own, strict=False)
+            for text, expert in zip(one["tokens"], experts_T, strict=False)
         ]
         texts.setdefault(index, []).append(tokens)
     legend = [
@@ -396,6 +398,8 @@ def layer_table(analysis: Analysis) -> dict[str, Any]:
     head = ["layer", "MaxVio", "in a document", "load entropy", "specialisation", "router entropy", "margin"]
     head += ["dead", "overlapping pairs", "outputs alike", "weights alike", "told of the next layer"]
     flows = [one["mutual_information"] for one in analysis["between_layers"]]
+
+    # What an analysis could not measure, or a layer does not have, is a dash: the last one tells of no next layer.
     rows = []
     for index, layer in enumerate(analysis["layers"]):
         rows.append(
