@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titan_moe.model.routing import Routing
@@ -154,8 +155,8 @@ def aux_loss(coeff: float = 0.1, scope: Scope = "micro_batch") -> Balancer:
         # sum; times K, because a token is counted once for each of its choices.
         T, E = routing.scores.shape
         load_GE = load.view(-1, E).to(routing.scores.dtype)
-        choices_per_token = routing.tokens_per_expert.sum() / T  # K
-        m_GE = choices_per_token * load_GE / load_GE.sum(-1, keepdim=True)
+        choices_per_token = routing.mean_k or routing.tokens_per_expert.sum() / T  # K
+        m_GE = choices_per_token * load_GE / load_GE.sum(-1, keepdim=True).clamp(min=1)  # no expert may be chosen
 
         # The mean probability l times this micro-batch's share T / num_tokens: the T cancels, a sum is left.
         scores_GE = routing.scores.view(load_GE.shape[0], -1, E).sum(1)  # (T, E) -> (G, E)
@@ -259,14 +260,23 @@ REACH = math.asinh(100 / SCALE)  # margins beyond 100 count as 100
 
 
 def margin_counts(routing: Routing, expert_bias_E: Tensor) -> Tensor:
-    """(E, M + 1) int32: for each expert, how many tokens are in each bin of its margin, and last its load."""
+    """(E, M + 1) int32: for each expert, how many tokens are in each bin of its margin, and last its load.
+
+    Of a router with `mean_k` the last column is another one whose sum is that of all choices which there are to be.
+    """
     if routing.selection is None:
         raise ValueError("balancer.loss_free.rule = 'quantile' needs a router whose Routing has a selection")
     T, E = routing.selection.shape
     biased_TE = routing.selection + expert_bias_E
 
-    # With as many choices as experts there is no (K+1)-th score; the two smallest are taken then.
-    cutoff_T1 = biased_TE.topk(min(routing.topk_experts.shape[1] + 1, E)).values[:, -2:].mean(-1, keepdim=True)
+    # With as many choices as experts there is no (K+1)-th score; the two smallest are taken then. Where a token takes
+    # all experts above 0, that is the cutoff, and the share of an expert is of the choices that there are to be.
+    load_E = routing.tokens_per_expert
+    if routing.mean_k is None:
+        cutoff_T1 = biased_TE.topk(min(routing.topk_experts.shape[1] + 1, E)).values[:, -2:].mean(-1, keepdim=True)
+    else:
+        cutoff_T1 = biased_TE.new_zeros(())
+        load_E = F.pad(load_E.new_full((1,), T * routing.mean_k), (0, E - 1))  # their sum counts
     position_TE = (torch.asinh((cutoff_T1 - biased_TE) / SCALE) / REACH + 1) * (BINS / 2)
     bin_TE = position_TE.nan_to_num().long().clamp(0, BINS - 1)
 
@@ -274,7 +284,7 @@ def margin_counts(routing: Routing, expert_bias_E: Tensor) -> Tensor:
     cell_N = (bin_TE + torch.arange(E, device=bin_TE.device) * BINS).flatten()  # (T, E) -> (T * E,)
     counts_EM = torch.zeros(E * BINS, dtype=torch.int32, device=cell_N.device)
     counts_EM = counts_EM.scatter_add_(0, cell_N, counts_EM.new_ones(()).expand(T * E)).view(E, BINS)
-    return torch.cat([counts_EM, routing.tokens_per_expert.int().unsqueeze(1)], dim=1)
+    return torch.cat([counts_EM, load_E.int().unsqueeze(1)], dim=1)
 
 
 def quantile_shift(counts: Tensor) -> Tensor:

@@ -297,7 +297,8 @@ def routing_sums(routings: Sequence[Routing]) -> Sums:
     """Sums over this micro-batch's tokens, fp32, (L,) each: what `routing_means` makes means of.
 
     Of router logits the 2-norms; of scores the largest; a flag, above 0 where a logit is NaN or infinite; and where
-    choices can be lost, how many were, and how many tokens no expert computes. Nothing for a dense model.
+    choices can be lost, how many were, and how many tokens no expert computes; where slots may stay unused, how many
+    choices are computed. Nothing for a dense model.
     """
     # Sums and not means, as they add up over micro-batches and ranks. The flag is a sum as well: a single NaN shows.
     if not routings:
@@ -315,6 +316,8 @@ def routing_sums(routings: Sequence[Routing]) -> Sums:
         dropped = [((r.topk_experts < r.scores.shape[-1]) & ~is_kept).sum() for r, is_kept in limited]
         sums["dropped"] = torch.stack(dropped).float()
         sums["unrouted"] = torch.stack([(~is_kept.any(-1)).sum() for _, is_kept in limited]).float()
+    if any(r.has_unused for r in routings):
+        sums["experts"] = torch.stack([is_kept.sum() for _, is_kept in limited]).float()
     return sums
 
 
@@ -324,8 +327,10 @@ def routing_means(sums: Sums) -> dict[str, Tensor]:
         return {}
     means = {name: sums[name] / sums["tokens"] for name in ("router_logit_norm", "router_confidence")}
     if "dropped" in sums:
-        means["dropped_fraction"] = sums["dropped"] / sums["load"].sum(-1)
+        means["dropped_fraction"] = sums["dropped"] / sums["load"].sum(-1).clamp(min=1)  # no token may have an expert
         means["unrouted_fraction"] = sums["unrouted"] / sums["tokens"]
+    if "experts" in sums:
+        means["experts_per_token"] = sums["experts"] / sums["tokens"]
     return means
 
 

@@ -4,17 +4,20 @@ from typing import Any
 
 import pytest
 
-from tests.cases import Case
+from tests.cases import OF_SEQUENCES, Case, draws_noise
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import LAYOUTS, apply, degrees_of, place
-from tests.invariance import ALL_ROUTERS, NOISE, OWN_ROUTER, assert_same, fresh, is_cut_router, outcome, partners
+from tests.invariance import ALL_ROUTERS, OWN_ROUTER, assert_same, fresh, is_cut_router, outcome, partners
 from titan_moe.model.transformer import Transformer
 
 RUNNING = "aux_loss-scope=global_batch"
 OF_A_PASS = "entropy_loss-form=batch"
 # In these layouts every router; in the others, which route in the same way, those with a form of their own.
 LAYOUTS_OF_ALL = ("fsdp2", "ep2", "ep2_fsdp2")
-SOME_ROUTERS = ("topk_softmax", "topk_softmax-capacity_factor=0.75", "expert_choice", "base", str(OWN_ROUTER))
+SOME_ROUTERS = (
+    *("topk_softmax", "topk_softmax-capacity_factor=0.75", "expert_choice", "base", "mlp", "threshold"),
+    *("token_rounding-tile=4-rounding=nearest", "causal_bias", "emo-min_pool=3-max_pool=3", str(OWN_ROUTER)),
+)
 
 
 def is_row(layout: str, router: Case) -> bool:
@@ -31,7 +34,8 @@ def rows(world: int, layout: str) -> list[tuple[Case, list[Case], int]]:
     degrees, found = degrees_of(world, layout), []
     cuts_sequences = degrees.per_sequence > 1
     for router in ALL_ROUTERS:
-        if router.arguments.keys() & NOISE or not is_row(layout, router) or (cuts_sequences and is_cut_router(router)):
+        needs_whole = is_cut_router(router) or router.name in OF_SEQUENCES
+        if draws_noise(router) or not is_row(layout, router) or (cuts_sequences and needs_whole):
             continue
         balancers = [b for b in partners(router) if not (cuts_sequences and str(b) == OF_A_PASS)]
         found.append((router, [b for b in balancers if str(b) != RUNNING], degrees.data))

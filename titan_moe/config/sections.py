@@ -314,7 +314,7 @@ METRIC_NAMES = (
     *("maxvio_batch", "minvio_batch", "avgvio_batch", "load", "load_cv", "load_entropy", "dead_experts"),
     *("expert_batch_mean", "expert_batch_min", "router_logit_norm", "router_confidence", "dropped_fraction"),
     *("unrouted_fraction", "tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu"),
-    *("balance_tax", "gradient_snr", "update_ratio", "nonfinite", "nonfinite_gradients"),
+    *("experts_per_token", "balance_tax", "gradient_snr", "update_ratio", "nonfinite", "nonfinite_gradients"),
 )
 
 SECTIONS = get_type_hints(Config)
@@ -334,6 +334,9 @@ KINDS = {
             "noise_std": _NOT_NEGATIVE,
             "capacity_factor": _NOT_NEGATIVE,
             "iterations": _COUNT,
+            **dict.fromkeys(("latent_dim", "tile"), _COUNT),
+            "rate": _POSITIVE,
+            **dict.fromkeys(("max_k", "min_pool", "max_pool", "eval_pool"), _NOT_NEGATIVE),
         },
     ),
     "balancer": Kind(BALANCERS, {}, {"coeff": _NOT_NEGATIVE, "rate": _NOT_NEGATIVE, "decay_ratio": _FACTOR}),

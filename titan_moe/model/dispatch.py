@@ -8,8 +8,8 @@ permutation; `combine_rows` then makes of them, for each token, the weighted sum
 
 No (T, E) mask is built, and nothing waits for the device. Sorting gives a permutation, so the backward of both is again
 a gather: no atomic adds, hence the same bits in every run. Choices that a router did not keep have no row. N is then
-min(T * K, E * capacity), which may be more than were kept: the rows after the last expert's are not computed and hold
-anything.
+min(T * K, E * capacity), or T * K without a capacity, which may be more than were kept: the rows after the last
+expert's are not computed and hold anything.
 
 Shapes: T tokens, D dim, K top_k, N = T * K rows, E experts.
 """
@@ -70,7 +70,6 @@ def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> Permutation:
 def sort_kept(routing: Routing) -> tuple[Permutation, Tensor]:
     """The stable order by expert of the choices that were kept, and how many of them each expert has, (E,) int64."""
     assert routing.kept is not None
-    assert routing.capacity is not None
     num_experts = routing.scores.shape[-1]
 
     # Choices that are not kept get the number after the last expert's: they are sorted to the end, and counted apart.
@@ -78,7 +77,9 @@ def sort_kept(routing: Routing) -> tuple[Permutation, Tensor]:
     counts_E = key_N.new_zeros(num_experts + 1).scatter_add_(0, key_N, torch.ones_like(key_N))[:num_experts]  # (E,)
 
     # Only the device knows how many choices were kept. The rows are as many as could be, which the host knows.
-    num_rows = min(key_N.numel(), num_experts * routing.capacity)
+    num_rows = key_N.numel()
+    if routing.capacity is not None:
+        num_rows = min(num_rows, num_experts * routing.capacity)
     order_N = _argsort(key_N, num_experts)
 
     # The inverse, without a scatter (`rank_in_expert` says why). A choice that is not kept points to row 0, because

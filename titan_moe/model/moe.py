@@ -18,7 +18,7 @@ from titan_moe.model import fused
 from titan_moe.model.dispatch import Dispatcher, Permutation, combine_rows, local, rows_of_choices
 from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
-from titan_moe.model.routing.common import OFFERED, asked_for
+from titan_moe.model.routing.common import OFFERED, asked_for, parametric
 
 # num_experts -> tensors that a balancer keeps of a layer, by name
 InitState = Callable[[int], Mapping[str, Tensor]]
@@ -227,13 +227,13 @@ class MoE(nn.Module):
         super().__init__()
         # What makes the logits is called `router` in any case: the parameter group goes by that name.
         self.num_experts, self.layer = num_experts, layer
-        self.has_own_router = isinstance(route, ParametricRouter)
-        self.route, init = route if isinstance(route, ParametricRouter) else (route, linear_router)
+        own = parametric(route)
+        self.has_own_router, self.route = own.init is not None, own.route
         self.asked = asked_for(self.route, OFFERED)
         self.measures = {name: (take, asked_for(take, MEASURED, 0)) for name, take in (measures or {}).items()}
         self.dispatcher = local() if dispatcher is None else dispatcher
         self.first_expert, self.gather_experts = 0, all_experts_here  # others where ranks have a part of the experts
-        self.router = init(dim, num_experts)
+        self.router = (own.init or linear_router)(dim, num_experts)
         self.experts = Experts(num_experts, dim, expert_dim)
         self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
         self.expert_bias: Tensor | None
