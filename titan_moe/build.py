@@ -64,13 +64,13 @@ def build_model(config: Config) -> Transformer:
 
 def build_router(config: Config) -> ParametricRouter:
     """Build the router of [router]; ValueError where what it names gives none."""
-    router = find_component(ROUTERS, config.router.name)(top_k=config.moe.top_k, **config.router.arguments)
-    own = parametric(router)
-    if not callable(own.route):
-        raise ValueError(f"router {config.router.name}: must give a function, gave {type(own.route).__name__}")
+    builder = find_component(ROUTERS, config.router.name)
+    router = parametric(builder(top_k=config.moe.top_k, **config.router.arguments))
+    if not callable(router.route):
+        raise ValueError(f"router {config.router.name}: must give a function, gave {type(router.route).__name__}")
 
     # The debug switch wraps the router here, so that no layer has to know of it.
-    return own._replace(route=force_balanced(own.route)) if config.debug.force_balanced_routing else own
+    return router._replace(route=force_balanced(router.route)) if config.debug.force_balanced_routing else router
 
 
 def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) -> Transformer:

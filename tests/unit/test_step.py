@@ -40,7 +40,7 @@ def test_accumulation_changes_nothing(router):
         torch.testing.assert_close(a.routing_means, b.routing_means)
         assert a.num_tokens == b.num_tokens == 8 * SEQ
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)  # Adam divides by gradients that are nearly 0
     assert all(torch.equal(a, b) for a, b in zip(whole.expert_biases(), parts.expert_biases(), strict=True))
 
 

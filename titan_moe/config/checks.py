@@ -308,6 +308,7 @@ def cautions(config: Config) -> list[str]:
 
 def _cautions_of_router(config: Config) -> list[str]:
     """Routers that look at more than one token: the order of the text tells them what the model should predict."""
+    # Those whose evaluation sees the future too are told apart: their losses can't be compared with others'.
     said, name, arguments = [], config.router.name, config.router.arguments
     if name == "expert_choice":
         said.append(

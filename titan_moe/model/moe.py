@@ -227,13 +227,13 @@ class MoE(nn.Module):
         super().__init__()
         # What makes the logits is called `router` in any case: the parameter group goes by that name.
         self.num_experts, self.layer = num_experts, layer
-        own = parametric(route)
-        self.has_own_router, self.route = own.init is not None, own.route
+        router = parametric(route)
+        self.has_own_router, self.route = router.init is not None, router.route
         self.asked = asked_for(self.route, OFFERED)
         self.measures = {name: (take, asked_for(take, MEASURED, 0)) for name, take in (measures or {}).items()}
         self.dispatcher = local() if dispatcher is None else dispatcher
         self.first_expert, self.gather_experts = 0, all_experts_here  # others where ranks have a part of the experts
-        self.router = (own.init or linear_router)(dim, num_experts)
+        self.router = (router.init or linear_router)(dim, num_experts)
         self.experts = Experts(num_experts, dim, expert_dim)
         self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
         self.expert_bias: Tensor | None

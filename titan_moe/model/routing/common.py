@@ -300,6 +300,8 @@ def force_balanced(router: Router) -> Router:
     def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None, **asked: Any) -> Routing:
         routing = router(router_logits_TE, expert_bias_E, **asked)
         ids_TK = routing.topk_experts
+
+        # As many rows as the router has: with those of unused slots a measure of speed would be of other work.
         used_TK = routing.kept if routing.has_unused else None
         slots_N = torch.arange(ids_TK.numel(), device=ids_TK.device)
         if used_TK is not None:
