@@ -37,10 +37,9 @@ class DistanceLogits(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, E)."""
+        # |z - v|^2 = |z|^2 - 2 z v + |v|^2, of which the first is alike for all experts and changes no choice.
         latent_TC = self.project(x_TD)
-        products_TE = latent_TC @ self.vectors.t()
-        norms_T1, norms_E = latent_TC.square().sum(-1, keepdim=True), self.vectors.square().sum(-1)
-        return self.scale * (2 * products_TE - norms_T1 - norms_E)
+        return self.scale * (2 * latent_TC @ self.vectors.t() - self.vectors.square().sum(-1))
 
 
 def nearest(*, top_k: int, latent_dim: int = 16, temperature: float = 0.07) -> ParametricRouter:

@@ -7,11 +7,20 @@ import pytest
 from tests.cases import OF_SEQUENCES, Case, draws_noise
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import LAYOUTS, apply, degrees_of, place
-from tests.invariance import ALL_ROUTERS, OWN_ROUTER, assert_same, fresh, is_cut_router, outcome, partners
+from tests.invariance import (
+    ALL_ROUTERS,
+    NOISY_BALANCERS,
+    OWN_ROUTER,
+    assert_same,
+    fresh,
+    is_cut_router,
+    outcome,
+    partners,
+)
 from titan_moe.model.transformer import Transformer
 
 RUNNING = "aux_loss-scope=global_batch"
-OF_A_PASS = "entropy_loss-form=batch"
+OF_A_PASS = {"entropy_loss-form=batch", "score_variance"}
 # In these layouts every router; in the others, which route in the same way, those with a form of their own.
 LAYOUTS_OF_ALL = ("fsdp2", "ep2", "ep2_fsdp2")
 SOME_ROUTERS = (
@@ -37,7 +46,8 @@ def rows(world: int, layout: str) -> list[tuple[Case, list[Case], int]]:
         needs_whole = is_cut_router(router) or router.name in OF_SEQUENCES
         if draws_noise(router) or not is_row(layout, router) or (cuts_sequences and needs_whole):
             continue
-        balancers = [b for b in partners(router) if not (cuts_sequences and str(b) == OF_A_PASS)]
+        balancers = [b for b in partners(router) if not (cuts_sequences and str(b) in OF_A_PASS)]
+        balancers = [b for b in balancers if str(b) not in NOISY_BALANCERS]
         found.append((router, [b for b in balancers if str(b) != RUNNING], degrees.data))
         running = [b for b in balancers if str(b) == RUNNING]
         if running and not is_cut_router(router):

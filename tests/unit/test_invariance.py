@@ -15,6 +15,7 @@ from tests.invariance import (
     BALANCER_CASES,
     CUT_BALANCERS,
     EVERYTHING,
+    NOISY_BALANCERS,
     OWN_BALANCER,
     OWN_ROUTER,
     PAIRS,
@@ -87,7 +88,7 @@ COMPILED += [
 @pytest.mark.parametrize(("router", "backend"), COMPILED, ids=str)
 def test_compiling_changes_nothing(router: Case, backend: str) -> None:
     torch.compiler.reset()
-    balancers = partners(router)
+    balancers = [balancer for balancer in partners(router) if str(balancer) not in NOISY_BALANCERS]
     got = outcome(fresh(router, partial(compiled, backend=backend)), balancers)
     assert_same(got, outcome(fresh(router), balancers))
 

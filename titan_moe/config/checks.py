@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from titan_moe.balancer import BALANCERS
+from titan_moe.balancer import BALANCERS, SEEN
 from titan_moe.config.schema import find_component
 from titan_moe.config.sections import BalancerTable, Config, balancer_tables
 from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS, Places
 from titan_moe.model.routing.common import OFFERED, asked_for, parametric
+from titan_moe.model.transformer import moe_layer_ids
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import expand_load_lr
@@ -231,6 +232,12 @@ def check_combinations(config: Config) -> None:
         _try_router(config, biased)
 
     # What each of the two takes, but not together.
+    for label, component, options in known:
+        if "routings" in asked_for(BALANCERS[component](**options).loss, SEEN, 3) and num_moe_layers(config) < 2:
+            raise ValueError(
+                f"balancer.{label} goes from one MoE layer to the next, but this model has 1: set {label} = false "
+                "under [balancer]"
+            )
     for table in known:
         _check_balancer(router, arguments, table)
     if config.debug.force_balanced_routing and router in ROUTERS_WITH_EVEN_LOAD:
@@ -288,6 +295,12 @@ def _check_balancer(router: str, arguments: Mapping[str, Any], table: BalancerTa
             f"balancer.{label} evens the load whatever its sum, but router.name = 'threshold' is to have moe.top_k "
             'experts a token on average: take balancer.loss_free with rule = "quantile"'
         )
+
+
+def num_moe_layers(config: Config) -> int:
+    """How many layers of the model have experts."""
+    moe = config.moe
+    return len(moe_layer_ids(config.model.num_layers, moe.num_experts, moe.first_dense_layers, moe.layer_freq))
 
 
 def cautions(config: Config) -> list[str]:

@@ -339,7 +339,17 @@ KINDS = {
             **dict.fromkeys(("max_k", "min_pool", "max_pool", "eval_pool"), _NOT_NEGATIVE),
         },
     ),
-    "balancer": Kind(BALANCERS, {}, {"coeff": _NOT_NEGATIVE, "rate": _NOT_NEGATIVE, "decay_ratio": _FACTOR}),
+    "balancer": Kind(
+        BALANCERS,
+        {},
+        {
+            **dict.fromkeys(("coeff", "rate", "integral", "derivative"), _NOT_NEGATIVE),
+            **dict.fromkeys(("decay_ratio", "alpha"), _FACTOR),
+            **dict.fromkeys(("kappa", "norm"), _POSITIVE),
+            "momentum": _BETA,
+            "real_share": Field(gt=0, le=1),
+        },
+    ),
     "optimizer": Kind(
         OPTIMIZERS,
         {"param_groups": "the model", "params": "the model"},  # `params` in torch.optim's own classes

@@ -232,7 +232,8 @@ class MoE(nn.Module):
         self.asked = asked_for(self.route, OFFERED)
         self.measures = {name: (take, asked_for(take, MEASURED, 0)) for name, take in (measures or {}).items()}
         self.dispatcher = local() if dispatcher is None else dispatcher
-        self.first_expert, self.gather_experts = 0, all_experts_here  # others where ranks have a part of the experts
+        self.first_expert = 0  # both are others where ranks have a part of the experts
+        self.gather_experts: Callable[[Tensor], Tensor] = all_experts_here
         self.router = (router.init or linear_router)(dim, num_experts)
         self.experts = Experts(num_experts, dim, expert_dim)
         self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
