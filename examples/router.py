@@ -1,4 +1,4 @@
-"""Routers of one's own: `[router] name = "examples.router:softplus"`, and `cosine`, which has parameters.
+"""Routers of one's own: `[router] name = "examples.router:softplus"`, and `nearest`, which has parameters.
 
 T tokens, E experts, K top_k, D dim, C width of the latent space.
 """
@@ -26,8 +26,8 @@ def softplus(*, top_k: int, power: float = 0.5) -> Router:
     return route
 
 
-class CosineLogits(nn.Module):
-    """Cosines of tokens, projected to a latent space, and the experts' vectors in it, times a learned scale."""
+class DistanceLogits(nn.Module):
+    """Minus the squared distances of tokens, projected to a latent space, to the experts' vectors in it, scaled."""
 
     def __init__(self, dim: int, num_experts: int, latent_dim: int) -> None:
         super().__init__()
@@ -37,11 +37,12 @@ class CosineLogits(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, E)."""
-        latent_TC = F.normalize(self.project(x_TD), dim=-1)
-        return self.scale * latent_TC @ F.normalize(self.vectors, dim=-1).t()
+        # |z - v|^2 = |z|^2 - 2 z v + |v|^2, of which the first is alike for all experts and changes no choice.
+        latent_TC = self.project(x_TD)
+        return self.scale * (2 * latent_TC @ self.vectors.t() - self.vectors.square().sum(-1))
 
 
-def cosine(*, top_k: int, latent_dim: int = 16, temperature: float = 0.07) -> ParametricRouter:
-    """Choose by cosine / temperature (X-MoE, Chi et al., 2022), with the choice and the weights of `topk_softmax`."""
+def nearest(*, top_k: int, latent_dim: int = 16, temperature: float = 0.07) -> ParametricRouter:
+    """Choose the experts whose vectors are nearest to the token, with the choice and the weights of `topk_softmax`."""
     route = ROUTERS["topk_softmax"](top_k=top_k, temperature=temperature)
-    return ParametricRouter(route, lambda dim, num_experts: CosineLogits(dim, num_experts, latent_dim))
+    return ParametricRouter(route, lambda dim, num_experts: DistanceLogits(dim, num_experts, latent_dim))

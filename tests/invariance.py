@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.cases import ROUTER_CASES, WHOLE_BATCH, Case, build, cases, takes_bias, top_k_of
+from tests.cases import ROUTER_CASES, WHOLE_BATCH, Case, build, cases, draws_noise, takes_bias, top_k_of
 from tests.tiny import batch, own_part, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.config.checks import check_combinations
@@ -27,7 +27,7 @@ from titan_moe.runtime.dtensor import gathered
 from titan_moe.step import train_step
 
 # Of the examples one with parameters of its own, and one that keeps a state.
-OWN_ROUTER, OWN_BALANCER = Case("examples.router:cosine", {"latent_dim": 8}), Case("examples.balancer:rprop", {})
+OWN_ROUTER, OWN_BALANCER = Case("examples.router:nearest", {"latent_dim": 8}), Case("examples.balancer:rprop", {})
 ALL_ROUTERS = [*ROUTER_CASES, OWN_ROUTER]
 # And a balancer that sees everything that a balancer may see.
 EVERYTHING = Case("tests.parts:everything", {})
@@ -35,14 +35,13 @@ BALANCER_CASES = [*cases(BALANCERS), OWN_BALANCER, EVERYTHING]
 BUILT = {str(case): build(BALANCERS, case.name, **case.arguments) for case in BALANCER_CASES}
 INITS = {name: balancer.init for name, balancer in BUILT.items() if balancer.init is not None}
 MEASURES = {name: balancer.measure for name, balancer in BUILT.items() if balancer.measure is not None}
-NOISE = {"jitter", "noise_std"}
 NOISY_BALANCERS = {"erc": "ranks, micro-batches and compiled code draw other noise"}
 RATES = expand_load_lr({"load_lr": "ideal_normalized"}, top_k=1)
 
 
 def is_cut_router(case: Case) -> bool:
     """It looks at all tokens of a forward pass, or has a capacity for them, or draws noise for them."""
-    return case.name in WHOLE_BATCH or bool(case.arguments.keys() & {"capacity_factor", *NOISE})
+    return case.name in WHOLE_BATCH or "capacity_factor" in case.arguments or draws_noise(case)
 
 
 CUT_BALANCERS = {
@@ -92,7 +91,6 @@ def fresh(
     """A model, of two layers unless `sizes` say otherwise, with selection biases and states that are not 0."""
     more = {"num_kv_heads": 2, "balancer_inits": INITS, "measures": measures_of(router), **sizes}
     model = tiny_model(router, device=device, **more)
-    model.eot_id = 3
     if wrap is not None:
         wrap(model)
         model.to_empty(device="cpu")

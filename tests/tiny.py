@@ -28,7 +28,9 @@ def tiny_model(router: Any = "topk_softmax", *, device: str = "cpu", **arguments
     experts = {"num_experts": 4, "expert_dim": 16, "expert_bias": not isinstance(case, Case) or takes_bias(case.name)}
     route = build_router(case.name, **case.arguments) if isinstance(case, Case) else router
     with torch.device(device):
-        return Transformer(vocab_size=VOCAB, **{**sizes, **experts, "router": route, **arguments})
+        model = Transformer(vocab_size=VOCAB, **{**sizes, **experts, "router": route, **arguments})
+    model.eot_id = 3
+    return model
 
 
 class WholeLogits(Transformer):

@@ -14,8 +14,8 @@ from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import Data, build_data
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
 from titan_moe.model.moe import MEASURED, WEIGHTS, InitState, Measure
-from titan_moe.model.routing import ROUTERS, ParametricRouter, Router, force_balanced
-from titan_moe.model.routing.common import asked_for
+from titan_moe.model.routing import ROUTERS, ParametricRouter, force_balanced
+from titan_moe.model.routing.common import asked_for, parametric
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
@@ -64,17 +64,15 @@ def build_model(config: Config) -> Transformer:
     )
 
 
-def build_router(config: Config) -> Router | ParametricRouter:
+def build_router(config: Config) -> ParametricRouter:
     """Build the router of [router]; ValueError where what it names gives none."""
-    router = find_component(ROUTERS, config.router.name)(top_k=config.moe.top_k, **config.router.arguments)
-    route, init = router if isinstance(router, ParametricRouter) else (router, None)
-    if not callable(route):
-        raise ValueError(f"router {config.router.name}: must give a function, gave {type(route).__name__}")
+    builder = find_component(ROUTERS, config.router.name)
+    router = parametric(builder(top_k=config.moe.top_k, **config.router.arguments))
+    if not callable(router.route):
+        raise ValueError(f"router {config.router.name}: must give a function, gave {type(router.route).__name__}")
 
     # The debug switch wraps the router here, so that no layer has to know of it.
-    if config.debug.force_balanced_routing:
-        route = force_balanced(route)
-    return route if init is None else ParametricRouter(route, init)
+    return router._replace(route=force_balanced(router.route)) if config.debug.force_balanced_routing else router
 
 
 def build_sharded(config: Config, mesh: Meshes | None, *, compile_blocks: bool) -> Transformer:
@@ -116,6 +114,7 @@ def degrees_of(config: Config, world_size: int) -> Degrees:
     )
     check_tensor_parallel(degrees.tensor)
     check_measures(config, degrees.expert)
+    check_whole_sequences(config, degrees)
     return degrees
 
 
@@ -129,6 +128,17 @@ def check_measures(config: Config, expert_degree: int) -> None:
                 f"balancer.{name} looks at the experts' weights, which with parallelism.expert_parallel_degree = "
                 f"{expert_degree} needs torch 2.13 or newer, this is {torch.__version__}: set it to 1"
             )
+
+
+def check_whole_sequences(config: Config, degrees: Degrees) -> None:
+    """Raise ValueError where a router needs whole sequences and ranks have parts of them."""
+    if degrees.per_sequence == 1 or not config.moe.num_experts or not build_router(config).whole_sequences:
+        return
+    axis = "context" if degrees.context > 1 else "tensor"
+    raise ValueError(
+        f"router.name = {config.router.name!r} looks at whole sequences, of which ranks have parts with "
+        f"parallelism.{axis}_parallel_degree = {getattr(degrees, axis)}: set it to 1"
+    )
 
 
 def has_expert_bias(config: Config) -> bool:

@@ -7,7 +7,7 @@ Shapes: T tokens, E experts, K choices of a token, L layers, D dim.
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from titan_moe.balancer import SEEN, Balancer
+from titan_moe.balancer import SEEN, Balancer, margin_counts
 from titan_moe.build import build_balancers, build_router
 from titan_moe.config import Config
 from titan_moe.config.sections import balancer_tables
 from titan_moe.model.moe import MEASURED, WEIGHTS, Measure, all_experts_here, linear_router
-from titan_moe.model.routing import ParametricRouter, Router, Routing
+from titan_moe.model.routing import ParametricRouter, Routing
 from titan_moe.model.routing.common import OFFERED, asked_for
 from titan_moe.model.transformer import fill, places_of
 from titan_moe.step import sequence_load
@@ -82,7 +82,7 @@ class WrongResultError(Exception):
     """A part gave something that it must not."""
 
 
-def dry_values(router: Router | ParametricRouter, dim: int, num_experts: int, router_width: int) -> dict[str, Any]:
+def dry_values(router: ParametricRouter, dim: int, num_experts: int, router_width: int) -> dict[str, Any]:
     """What a layer has to offer a router and measures, but for the routing: of random tokens, in two documents each."""
     generator = torch.Generator().manual_seed(0)
 
@@ -90,12 +90,12 @@ def dry_values(router: Router | ParametricRouter, dim: int, num_experts: int, ro
         return torch.randn(*shape, generator=generator)
 
     # A narrow stand-in for the experts: a measure may not go by their width.
-    module = own_module(router, dim, router_width) if isinstance(router, ParametricRouter) else None
+    module = linear_router(dim, router_width) if router.init is None else own_module(router.init, dim, router_width)
     length = TOKENS // SEQUENCES
     places = places_of(torch.tensor([1, 1, 0, *[1] * (length - 3)]).expand(SEQUENCES, length), 0)
     return {
         "x": randn(TOKENS, dim),
-        "router": linear_router(dim, router_width) if module is None else module,
+        "router": module,
         "layer": 0,
         **places._asdict(),
         "w1": randn(num_experts, WIDTH, dim),
@@ -106,24 +106,20 @@ def dry_values(router: Router | ParametricRouter, dim: int, num_experts: int, ro
     }
 
 
-def dry_routing(
-    router: Router | ParametricRouter, bias_E: Tensor | None, values: Mapping[str, Any], router_width: int
-) -> Any:
+def dry_routing(router: ParametricRouter, bias_E: Tensor | None, values: Mapping[str, Any], router_width: int) -> Any:
     """What the router gives for the `dry_values`, by the logits of a module of its own where it has one."""
     # As in a MoE layer, but for the logits of a linear router, which any numbers stand for.
-    x_TD = values["x"]
-    if isinstance(router, ParametricRouter):
-        route, logits_TE = router.route, values["router"](x_TD)
-        check_tensor("its module must give logits", logits_TE, ((TOKENS, router_width), torch.float32))
-    else:
-        route = router
+    if router.init is None:
         logits_TE = torch.randn(TOKENS, router_width, generator=torch.Generator().manual_seed(0))
-    return route(logits_TE, bias_E, **{name: values[name] for name in asked_for(route, OFFERED)})
+    else:
+        logits_TE = values["router"](values["x"])
+        check_tensor("its module must give logits", logits_TE, ((TOKENS, router_width), torch.float32))
+    return router.route(logits_TE, bias_E, **{name: values[name] for name in asked_for(router.route, OFFERED)})
 
 
-def own_module(router: ParametricRouter, dim: int, num_experts: int) -> nn.Module:
+def own_module(init: Callable[[int, int], nn.Module], dim: int, num_experts: int) -> nn.Module:
     """The module of a router with parameters of its own, filled; WrongResultError for what no layout could shard."""
-    module: Any = router.init(dim, num_experts)
+    module: Any = init(dim, num_experts)
     if not isinstance(module, nn.Module):
         raise WrongResultError(f"its init must give a torch.nn.Module, gave {described(module)}")
 
@@ -167,6 +163,8 @@ def check_routing(routing: Any, num_experts: int) -> None:
     # An id of E stands for no expert.
     if int(ids_TK.min()) < 0 or int(ids_TK.max()) > num_experts:
         raise WrongResultError(f"topk_experts must be from 0 to {num_experts}, gave {ids_TK.min()} to {ids_TK.max()}")
+    if routing.kept is None and int(ids_TK.max()) == num_experts:
+        raise WrongResultError("unused slots must be false in `kept`: give make_routing their mask as `used_TK`")
     counts_E = ids_TK.flatten().bincount(minlength=num_experts + 1)[:num_experts]
     if not torch.equal(routing.tokens_per_expert, counts_E):
         raise WrongResultError("tokens_per_expert must count topk_experts: let make_routing do it")
@@ -226,6 +224,13 @@ def check_post_step(balancer: Balancer, routing: Routing) -> None:
     state = stacked_state(balancer.init(num_experts)) if balancer.init else {}
     if not balancer.moves_bias:
         return
+
+    # The rule's cutoff is a token's K-th score, which says nothing where a token does not use all of its K slots.
+    if balancer.observe is margin_counts and routing.has_unused and routing.mean_k is None:
+        raise WrongResultError(
+            "rule = 'quantile' needs a router that uses all of its slots, or says by `mean_k` how many: "
+            "take rule = 'sign'"
+        )
 
     # Layers come stacked, as in a step.
     bias_E = torch.zeros(num_experts)

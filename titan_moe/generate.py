@@ -18,7 +18,8 @@ from titan_moe.runtime.command import Parser
 from titan_moe.runtime.dtypes import DTYPES
 
 SEPARATOR = "\n---\n\n"  # between texts
-CACHEABLE_ROUTERS = tuple(name for name in ROUTERS if name != "expert_choice")  # a token's experts depend on it alone
+# With these a token's experts depend on it alone; with the others on tokens that no cache keeps.
+CACHEABLE_ROUTERS = tuple(name for name in ROUTERS if name not in ("expert_choice", "causal_bias", "emo"))
 
 
 def main(args: list[str]) -> int:
@@ -91,7 +92,7 @@ def generate(
 
     A token is the model's answer to the last `context` tokens, evaluated as a whole (the paper, 3.1). Keys and values
     are kept between tokens with `use_cache`, which gives the same, as long as a text fits into the context; then, and
-    for routers that look at all tokens at once, the whole context is evaluated anew. Texts do not depend on each other:
+    for routers that look at other tokens, too, the whole context is evaluated anew. Texts do not depend on each other:
     prompt i draws by `seed` + i.
     """
     # A generator for each text: what one draws does not depend on how many others there are.

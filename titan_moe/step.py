@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from titan_moe.balancer import Balancer, Scope, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput, identity_means
 from titan_moe.model.cross_entropy import IGNORE
+from titan_moe.model.dispatch import computed_choices
 from titan_moe.model.routing import Routing
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.optimizer import Optimizer
@@ -305,7 +306,8 @@ def routing_sums(routings: Sequence[Routing]) -> Sums:
     """Sums over this micro-batch's tokens, fp32, (L,) each: what `routing_means` makes means of.
 
     Of router logits the 2-norms; of scores the largest; a flag, above 0 where a logit is NaN or infinite; and where
-    choices can be lost, how many were, and how many tokens no expert computes. Nothing for a dense model.
+    choices can be lost, how many were, and how many tokens no expert computes; where slots may stay unused, how many
+    choices are computed. Nothing for a dense model.
     """
     # Sums and not means, as they add up over micro-batches and ranks. The flag is a sum as well: a single NaN shows.
     if not routings:
@@ -323,6 +325,9 @@ def routing_sums(routings: Sequence[Routing]) -> Sums:
         dropped = [((r.topk_experts < r.scores.shape[-1]) & ~is_kept).sum() for r, is_kept in limited]
         sums["dropped"] = torch.stack(dropped).float()
         sums["unrouted"] = torch.stack([(~is_kept.any(-1)).sum() for _, is_kept in limited]).float()
+    if any(r.has_unused for r in routings):
+        computed = [computed_choices(r) for r in routings]
+        sums["experts"] = torch.stack([choices.sum() for choices in computed if choices is not None]).float()
     return sums
 
 
@@ -333,9 +338,12 @@ def routing_means(sums: Sums) -> dict[str, Tensor]:
     means = {name: sums[name] / sums["tokens"] for name in ("router_logit_norm", "router_confidence")}
     if "dropped" in sums:
         choices_L = sums["load"].sum(-1) + sums["identity_load"].sum(-1)
-        means["dropped_fraction"] = sums["dropped"] / choices_L
+        means["dropped_fraction"] = sums["dropped"] / choices_L.clamp(min=1)  # no token may have an expert
         means["unrouted_fraction"] = sums["unrouted"] / sums["tokens"]
-    return means | identity_means(sums["load"], sums["identity_load"], sums["tokens"])
+    means |= identity_means(sums["load"], sums["identity_load"], sums["tokens"])
+    if "experts" in sums:
+        means["experts_per_token"] = sums["experts"] / sums["tokens"]
+    return means
 
 
 def stack_loads(routings: Sequence[Routing], *, device: torch.device) -> Tensor:

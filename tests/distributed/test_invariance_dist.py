@@ -7,13 +7,12 @@ from unittest.mock import ANY
 import pytest
 import torch
 
-from tests.cases import Case
+from tests.cases import OF_SEQUENCES, Case, draws_noise
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import LAYOUTS, apply, degrees_of, place
 from tests.invariance import (
     ALL_ROUTERS,
     EVERYTHING,
-    NOISE,
     NOISY_BALANCERS,
     OWN_ROUTER,
     assert_same,
@@ -28,7 +27,10 @@ RUNNING = "aux_loss-scope=global_batch"
 OF_A_PASS = {"entropy_loss-form=batch", "score_variance"}
 # In these layouts every router; in the others, which route in the same way, those with a form of their own.
 LAYOUTS_OF_ALL = ("fsdp2", "ep2", "ep2_fsdp2")
-SOME_ROUTERS = ("topk_softmax", "topk_softmax-capacity_factor=0.75", "expert_choice", "base", str(OWN_ROUTER))
+SOME_ROUTERS = (
+    *("topk_softmax", "topk_softmax-capacity_factor=0.75", "expert_choice", "base", "mlp", "threshold"),
+    *("token_rounding-tile=4-rounding=nearest", "causal_bias", "emo-min_pool=3-max_pool=3", str(OWN_ROUTER)),
+)
 
 
 def is_row(layout: str, router: Case) -> bool:
@@ -45,7 +47,8 @@ def rows(world: int, layout: str) -> list[tuple[Case, list[Case], int]]:
     degrees, found = degrees_of(world, layout), []
     cuts_sequences = degrees.per_sequence > 1
     for router in ALL_ROUTERS:
-        if router.arguments.keys() & NOISE or not is_row(layout, router) or (cuts_sequences and is_cut_router(router)):
+        needs_whole = is_cut_router(router) or router.name in OF_SEQUENCES
+        if draws_noise(router) or not is_row(layout, router) or (cuts_sequences and needs_whole):
             continue
         balancers = [b for b in partners(router) if not (cuts_sequences and str(b) in OF_A_PASS)]
         balancers = [b for b in balancers if str(b) not in NOISY_BALANCERS]

@@ -68,7 +68,7 @@ def test_balancers(train: Train, tmp_path: Path) -> None:
 
 
 OWN = {
-    "router": {"name": "examples.router:cosine", "latent_dim": 8},
+    "router": {"name": "examples.router:nearest", "latent_dim": 8},
     "balancer": {"examples.balancer:rprop": {"rate": 0.05}},
     "lr_scheduler__name": "constant",
 }

@@ -5,7 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
-from tests.cases import Case, build_router, cases
+from tests.cases import Case, build_route, cases
 from titan_moe.balancer import BALANCERS, Balancer, Scope, margin_counts, quantile_shift
 from titan_moe.metrics import maxvio
 from titan_moe.model.moe import MEASURED
@@ -18,7 +18,7 @@ CASES = cases(BALANCERS)
 
 
 def route(logits_TE, name="topk_softmax", bias_E=None):
-    return build_router(name)(logits_TE, bias_E)
+    return build_route(name)(logits_TE, bias_E)
 
 
 def loss_of(balancer: Balancer, routing: Routing, sequences: int = 1, num_tokens: int | None = None) -> torch.Tensor:
@@ -30,6 +30,8 @@ def loss_of(balancer: Balancer, routing: Routing, sequences: int = 1, num_tokens
 def test_aux_loss_is_the_papers_formula(router):
     routing = route(torch.randn(T, E), router)
     m = [sum(e == j for e in routing.topk_experts.flatten().tolist()) / T for j in range(E)]
+    if routing.mean_k is not None:  # as if a token had as many choices as it is to have
+        m = [routing.mean_k * value / sum(m) for value in m]
     ell = [sum(row[j] for row in routing.scores.tolist()) / T for j in range(E)]
     expected = 0.1 * sum(a * b for a, b in zip(m, ell, strict=True))
     assert loss_of(BALANCERS["aux_loss"](coeff=0.1), routing).item() == pytest.approx(expected, rel=1e-6)

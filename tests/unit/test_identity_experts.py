@@ -314,7 +314,7 @@ def test_what_does_not_go_with_them_is_refused(words: dict[str, Any], message: s
 
 
 def test_the_dry_run_tries_parts_with_all_that_they_choose_among() -> None:
-    check_parts(configure(**IDENTITY, **{"router.name": "examples.router:cosine"}))
+    check_parts(configure(**IDENTITY, **{"router.name": "examples.router:nearest"}))
     check_parts(configure(**IDENTITY, **{"balancer.tests.parts:everything.coeff": 1.0}))
     check_parts(configure(**IDENTITY, **{"balancer.examples.balancer:rprop.rate": 0.1}))
     with torch.device("meta"):

@@ -7,6 +7,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titan_moe.balancer.common import Balancer, State, no_loss
@@ -137,14 +138,23 @@ REACH = math.asinh(100 / SCALE)  # margins beyond 100 count as 100
 
 
 def margin_counts(routing: Routing, expert_bias_E: Tensor) -> Tensor:
-    """(E, M + 1) int32: for each expert, how many tokens are in each bin of its margin, and last its load."""
+    """(E, M + 1) int32: for each expert, how many tokens are in each bin of its margin, and last its load.
+
+    Of a router with `mean_k` the last column is another one whose sum is that of all choices which there are to be.
+    """
     if routing.selection is None:
         raise ValueError("balancer.loss_free.rule = 'quantile' needs a router whose Routing has a selection")
     T, E = routing.selection.shape
     biased_TE = routing.selection + expert_bias_E
 
-    # With as many choices as experts there is no (K+1)-th score; the two smallest are taken then.
-    cutoff_T1 = biased_TE.topk(min(routing.topk_experts.shape[1] + 1, E)).values[:, -2:].mean(-1, keepdim=True)
+    # With as many choices as experts there is no (K+1)-th score; the two smallest are taken then. Where a token takes
+    # all experts above 0, that is the cutoff, and the share of an expert is of the choices that there are to be.
+    load_E = routing.tokens_per_expert
+    if routing.mean_k is None:
+        cutoff_T1 = biased_TE.topk(min(routing.topk_experts.shape[1] + 1, E)).values[:, -2:].mean(-1, keepdim=True)
+    else:
+        cutoff_T1 = biased_TE.new_zeros(())
+        load_E = F.pad(load_E.new_full((1,), T * routing.mean_k), (0, E - 1))  # their sum counts
     position_TE = (torch.asinh((cutoff_T1 - biased_TE) / SCALE) / REACH + 1) * (BINS / 2)
     bin_TE = position_TE.nan_to_num().long().clamp(0, BINS - 1)
 
@@ -152,7 +162,7 @@ def margin_counts(routing: Routing, expert_bias_E: Tensor) -> Tensor:
     cell_N = (bin_TE + torch.arange(E, device=bin_TE.device) * BINS).flatten()  # (T, E) -> (T * E,)
     counts_EM = torch.zeros(E * BINS, dtype=torch.int32, device=cell_N.device)
     counts_EM = counts_EM.scatter_add_(0, cell_N, counts_EM.new_ones(()).expand(T * E)).view(E, BINS)
-    return torch.cat([counts_EM, routing.tokens_per_expert.int().unsqueeze(1)], dim=1)
+    return torch.cat([counts_EM, load_E.int().unsqueeze(1)], dim=1)
 
 
 def quantile_shift(counts: Tensor) -> Tensor:

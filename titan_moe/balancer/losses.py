@@ -45,8 +45,8 @@ def aux_loss(coeff: float = 0.1, scope: Scope = "micro_batch") -> Balancer:
         # sum; times K, because a token is counted once for each of its choices.
         T, E = routing.scores.shape
         load_GE = load.view(-1, E).to(routing.scores.dtype)
-        choices_per_token = routing.tokens_per_expert.sum() / T  # K
-        m_GE = choices_per_token * load_GE / load_GE.sum(-1, keepdim=True)
+        choices_per_token = routing.mean_k or routing.tokens_per_expert.sum() / T  # K
+        m_GE = choices_per_token * load_GE / load_GE.sum(-1, keepdim=True).clamp(min=1)  # no expert may be chosen
 
         # The mean probability l times this micro-batch's share T / num_tokens: the T cancels, a sum is left.
         scores_GE = routing.scores.view(load_GE.shape[0], -1, E).sum(1)  # (T, E) -> (G, E)

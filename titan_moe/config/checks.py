@@ -4,11 +4,11 @@ import torch
 
 from titan_moe.balancer import BALANCERS, SEEN
 from titan_moe.config.schema import find_component
-from titan_moe.config.sections import Config, balancer_tables
+from titan_moe.config.sections import BalancerTable, Config, balancer_tables
 from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
-from titan_moe.model.routing import ROUTERS
-from titan_moe.model.routing.common import asked_for
+from titan_moe.model.routing import ROUTERS, Places
+from titan_moe.model.routing.common import OFFERED, asked_for, parametric
 from titan_moe.model.transformer import moe_layer_ids
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import NO_MATRICES
@@ -136,8 +136,9 @@ def _check_identity_experts(config: Config) -> None:
     key = f"moe.num_identity_experts = {number}"
 
     # Routers from outside may mean something else by these names.
-    if router == "expert_choice" or (router in ROUTERS and arguments.get("capacity_factor")):
-        what = "router.name = 'expert_choice'" if router == "expert_choice" else "router.capacity_factor"
+    counts_rows = router in ("expert_choice", "token_rounding")
+    if counts_rows or (router in ROUTERS and arguments.get("capacity_factor")):
+        what = f"router.name = {router!r}" if counts_rows else "router.capacity_factor"
         raise ValueError(f"{key} does not go with {what}: an identity expert has room for all; take another router")
     if router in ROUTERS and arguments.get("num_groups", 1) > 1:
         raise ValueError(
@@ -262,15 +263,11 @@ ROUTERS_WITH_EVEN_LOAD = ("expert_choice", "base")  # the load of a forward pass
 
 def check_combinations(config: Config) -> None:
     """Refuse what would fail later or do nothing; each error says what to change."""
-    # Two tokens through the router, as a router itself refuses what does not fit it. Not for one from outside: it may
-    # need more than zeros. Random numbers that it draws are not to change those of the run.
-    router, arguments = config.router.name, config.router.arguments
+    router = config.router.name
     known = [table for table in balancer_tables(config) if table.component in BALANCERS]
     biased = any(BALANCERS[component](**options).moves_bias for _, component, options in known)
     if router in ROUTERS:
-        route = ROUTERS[router](top_k=config.moe.top_k, **arguments)
-        with torch.random.fork_rng(devices=[]):
-            route(torch.zeros(2, config.moe.router_width), torch.zeros(config.moe.router_width) if biased else None)
+        _try_router(config, biased)
 
     # What each of the two takes, but not together.
     for label, component, options in known:
@@ -279,27 +276,63 @@ def check_combinations(config: Config) -> None:
                 f"balancer.{label} goes from one MoE layer to the next, but this model has 1: set {label} = false "
                 "under [balancer]"
             )
-        if component == "aux_loss" and router in ROUTERS_WITH_EVEN_LOAD:
-            raise ValueError(
-                f"balancer.{label} has no effect with router.name = {router!r}, whose load is even by construction: "
-                f"set {label} = false under [balancer]"
-            )
-        is_exact = component == "aux_loss" and options.get("scope") == "global_batch_exact"
-        if is_exact and (arguments.get("jitter") or arguments.get("noise_std") or config.moe.expert_dropout):
+    for table in known:
+        _check_balancer(config, table)
+    if config.debug.force_balanced_routing and router in ROUTERS_WITH_EVEN_LOAD:
+        raise ValueError(
+            f"debug.force_balanced_routing = true deals experts out in turn, but router.name = {router!r} is even by "
+            "construction: switch one of them off"
+        )
+
+
+def _try_router(config: Config, biased: bool) -> None:
+    """Two tokens through a router of the registry, which itself refuses what does not fit it."""
+    # Not for one from outside: it may need more than zeros. Random numbers that it draws are not to change the run's.
+    width = config.moe.router_width
+    route = parametric(ROUTERS[config.router.name](top_k=config.moe.top_k, **config.router.arguments)).route
+    places = Places(positions=torch.arange(2).unsqueeze(0), document_ids=torch.zeros(1, 2, dtype=torch.int64))
+    asked = {name: place for name, place in places._asdict().items() if name in asked_for(route, OFFERED)}
+    with torch.random.fork_rng(devices=[]):
+        route(torch.zeros(2, width), torch.zeros(width) if biased else None, **asked)
+
+
+def _check_balancer(config: Config, table: BalancerTable) -> None:
+    """Refuse a balancer of the registry that does not go with the router or would do nothing."""
+    (label, component, options), router, arguments = table, config.router.name, config.router.arguments
+    if component == "aux_loss" and router in ROUTERS_WITH_EVEN_LOAD:
+        raise ValueError(
+            f"balancer.{label} has no effect with router.name = {router!r}, whose load is even by construction: "
+            f"set {label} = false under [balancer]"
+        )
+    if component == "aux_loss" and options.get("scope") == "global_batch_exact":
+        if arguments.get("jitter") or arguments.get("noise_std") or config.moe.expert_dropout:
             raise ValueError(
                 f'balancer.{label}.scope = "global_batch_exact" routes every token twice, but with router.jitter, '
                 "router.noise_std or moe.expert_dropout the second time differs: switch the noise off, or take "
                 'scope = "global_batch"'
             )
-        if component == "loss_free" and options.get("rule") == "quantile" and arguments.get("num_groups", 1) > 1:
+        if router in ("token_rounding", "emo"):
             raise ValueError(
-                f'balancer.{label}.rule = "quantile" compares each expert with the top_k of all experts, but '
-                f'router.num_groups ({arguments["num_groups"]}) limits the choice: take rule = "sign" or num_groups = 1'
+                f'balancer.{label}.scope = "global_batch_exact" routes every token twice, but with router.name = '
+                f'{router!r} the second time differs: take scope = "global_batch"'
             )
-    if config.debug.force_balanced_routing and router in ROUTERS_WITH_EVEN_LOAD:
+
+    # The rules even the load that there is, or compare with a token's K-th score of all experts.
+    is_quantile = options.get("rule") == "quantile"
+    if component == "loss_free" and is_quantile and arguments.get("num_groups", 1) > 1:
         raise ValueError(
-            f"debug.force_balanced_routing = true deals experts out in turn, but router.name = {router!r} is even by "
-            "construction: switch one of them off"
+            f'balancer.{label}.rule = "quantile" compares each expert with the top_k of all experts, but '
+            f'router.num_groups ({arguments["num_groups"]}) limits the choice: take rule = "sign" or num_groups = 1'
+        )
+    if component == "loss_free" and is_quantile and router in ("token_rounding", "emo"):
+        raise ValueError(
+            f'balancer.{label}.rule = "quantile" compares each expert with the top_k of all experts, but router.name = '
+            f'{router!r} takes others, too, or not all of these: take rule = "sign"'
+        )
+    if router == "threshold" and not is_quantile and BALANCERS[component](**options).moves_bias:
+        raise ValueError(
+            f"balancer.{label} evens the load whatever its sum, but router.name = 'threshold' is to have moe.top_k "
+            'experts a token on average: take balancer.loss_free with rule = "quantile"'
         )
 
 
@@ -322,8 +355,13 @@ def cautions(config: Config) -> list[str]:
     if config.moe.num_experts == 0:
         return said
 
-    # Routers that look at more than one token: the order of the text tells them what the model should predict.
-    name = config.router.name
+    return said + _cautions_of_router(config)
+
+
+def _cautions_of_router(config: Config) -> list[str]:
+    """Routers that look at more than one token: the order of the text tells them what the model should predict."""
+    # Those whose evaluation sees the future too are told apart: their losses can't be compared with others'.
+    said, name, arguments = [], config.router.name, config.router.arguments
     if name == "expert_choice":
         said.append(
             "router.name = 'expert_choice' compares each token with later ones: a causal model sees the future, in "
@@ -334,7 +372,23 @@ def cautions(config: Config) -> list[str]:
             f"router.name = {name!r} assigns tokens with an eye on later ones in training: a causal model sees the "
             "future there; evaluation takes each token's best experts"
         )
-    if config.router.arguments.get("capacity_factor") and config.router.arguments.get("drop_policy") == "score":
+    if name == "token_rounding":
+        said.append(
+            "router.name = 'token_rounding' drops and adds tokens with an eye on later ones in training: a causal "
+            "model sees the future there; evaluation takes each token's best experts"
+        )
+    if name == "emo":
+        said.append(
+            "router.name = 'emo' chooses the experts of a token by all tokens of its document: a causal model sees the "
+            "future, in training and in evaluation, so its losses are too good and it cannot generate as it was trained"
+        )
+    components = [table.component for table in balancer_tables(config)]
+    if name == "threshold" and not any(c == "loss_free" or ":" in c for c in components):
+        said.append(
+            "router.name = 'threshold' has moe.top_k experts a token on average only where something moves its "
+            'thresholds: set balancer.loss_free.rule = "quantile"'
+        )
+    if arguments.get("capacity_factor") and arguments.get("drop_policy") == "score":
         said.append(
             "router.drop_policy = 'score' drops a token in favour of later ones in training: a causal model sees the "
             "future there; drop_policy = 'position' does not"

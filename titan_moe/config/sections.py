@@ -344,6 +344,9 @@ KINDS = {
             "noise_std": _NOT_NEGATIVE,
             "capacity_factor": _NOT_NEGATIVE,
             "iterations": _COUNT,
+            **dict.fromkeys(("latent_dim", "tile"), _COUNT),
+            "rate": _POSITIVE,
+            **dict.fromkeys(("max_k", "min_pool", "max_pool", "eval_pool"), _NOT_NEGATIVE),
         },
     ),
     "balancer": Kind(

@@ -26,7 +26,6 @@ from titan_moe.convert.hf.architectures import moe_layers
 from titan_moe.convert.new_folder import new_checkpoint
 from titan_moe.data.tokenizer_files import read_tokenizer_files
 from titan_moe.model.moe import initial_state
-from titan_moe.model.routing import ParametricRouter
 from titan_moe.model.transformer import fill_normal
 from titan_moe.model.wrappers import is_balancer_state
 from titan_moe.runtime.world import seed_of
@@ -362,7 +361,7 @@ def _check_router(config: Config) -> None:
             f"moe.num_identity_experts = {config.moe.num_identity_experts}: the router has rows beside those of the "
             "experts that can be changed: experts can be changed where it is 0"
         )
-    if isinstance(build_router(config), ParametricRouter):
+    if build_router(config).init is not None:
         raise ValueError(
             f"router.name = {config.router.name!r} has parameters of its own, and nothing says which of them have a "
             "row for each expert: experts can be changed with routers that have one matrix"

@@ -29,11 +29,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
 
 from titan_moe import step
-from titan_moe.build import build_balancers, build_optimizer, build_sharded
+from titan_moe.build import build_balancers, build_optimizer, build_router, build_sharded, has_expert_bias
 from titan_moe.config import Config
 from titan_moe.model import cross_entropy
-from titan_moe.model.moe import MoE
-from titan_moe.model.routing.common import capacity_of, exact_factor
+from titan_moe.model.moe import MoE, linear_router
+from titan_moe.model.routing import Places
+from titan_moe.model.routing.common import OFFERED, asked_for
 from titan_moe.optimizer import optimizer as optimizers
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.expert_parallel import all_to_all
@@ -448,7 +449,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     mesh = build_mesh(device=torch.device("cpu"), **degrees._asdict())
     model = build_sharded(config, mesh, compile_blocks=False)
     local_length = training.seq_len // degrees.per_sequence
-    rows = rows_sent(config, training.local_batch_size * local_length)
+    rows = rows_sent(config, training.local_batch_size, local_length)
     received = -(-int(rows * (1 + excess)) // degrees.expert) * degrees.expert
     if mesh.ep is not None:
         fix_split_sizes(model, mesh.ep, rows, received)
@@ -521,17 +522,26 @@ def whole_step(passes: list[Work], simulated: int, micro_batches: int) -> Work:
     return work
 
 
-def rows_sent(config: Config, num_tokens: int) -> int:
-    """Rows that a rank sends to experts in a MoE layer, for `num_tokens` tokens: the most that the capacity lets by.
+def rows_sent(config: Config, sequences: int, length: int) -> int:
+    """Rows that a rank sends to experts in a MoE layer at most, of its `sequences` parts of `length` tokens each.
 
     Identity experts, which take none, are taken to be chosen as often as others.
     """
-    moe, factor = config.moe, config.router.arguments.get("capacity_factor")
-    choices = -(-num_tokens * moe.top_k * moe.num_experts // max(1, moe.router_width))
-    if not factor:
-        return choices
-    room = moe.num_experts * capacity_of(num_tokens, moe.top_k, moe.num_experts, exact_factor(factor))
-    return room if config.router.name == "expert_choice" else min(choices, room)
+    # As a layer does: only the router knows how many slots a token has, and how many of them may be used.
+    router, num_tokens, width = build_router(config), sequences * length, config.moe.router_width
+    with FakeTensorMode():
+        place = torch.zeros(sequences, length, dtype=torch.int64)
+        values = {
+            "x": torch.zeros(num_tokens, config.model.dim),
+            "router": (router.init or linear_router)(config.model.dim, width),
+            "layer": 0,
+            **Places(place, place)._asdict(),
+        }
+        bias_E = torch.zeros(width) if has_expert_bias(config) else None
+        asked = {name: values[name] for name in asked_for(router.route, OFFERED)}
+        routing = router.route(torch.zeros(num_tokens, width), bias_E, **asked)
+    slots = -(-routing.topk_experts.numel() * config.moe.num_experts // max(1, width))
+    return slots if routing.capacity is None else min(slots, config.moe.num_experts * routing.capacity)
 
 
 def without_load_lr(config: Config) -> Config:

@@ -8,8 +8,8 @@ permutation; `combine_rows` then makes of them, for each token, the weighted sum
 
 No (T, E) mask is built, and nothing waits for the device. Sorting gives a permutation, so the backward of both is again
 a gather: no atomic adds, hence the same bits in every run. Choices that a router did not keep, and those of identity
-experts, have no row. N is then min(T * K, E * capacity), which may be more than there are rows: those after the last
-expert's are not computed and hold anything.
+experts, have no row. N is then min(T * K, E * capacity), or T * K without a capacity, which may be more than there are
+rows: those after the last expert's are not computed and hold anything.
 
 Shapes: T tokens, D dim, K top_k, N = T * K rows, E experts without the identity experts.
 """

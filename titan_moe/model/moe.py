@@ -25,7 +25,7 @@ from titan_moe.model.dispatch import (
 )
 from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
-from titan_moe.model.routing.common import OFFERED, asked_for
+from titan_moe.model.routing.common import OFFERED, asked_for, parametric
 
 # num_experts -> tensors that a balancer keeps of a layer, by name
 InitState = Callable[[int], Mapping[str, Tensor]]
@@ -259,14 +259,14 @@ class MoE(nn.Module):
         # What makes the logits is called `router` in any case: the parameter group goes by that name.
         self.num_experts, self.num_identity_experts, self.layer = num_experts, num_identity_experts, layer
         self.router_width = num_experts + num_identity_experts
-        self.has_own_router = isinstance(route, ParametricRouter)
-        self.route, init = route if isinstance(route, ParametricRouter) else (route, linear_router)
+        router = parametric(route)
+        self.has_own_router, self.route = router.init is not None, router.route
         self.asked = asked_for(self.route, OFFERED)
         self.measures = {name: (take, asked_for(take, MEASURED, 0)) for name, take in (measures or {}).items()}
         self.dispatcher = local() if dispatcher is None else dispatcher
         self.first_expert = 0  # both are others where ranks have a part of the experts
         self.gather_experts: Callable[[Tensor], Tensor] = all_experts_here
-        self.router = init(dim, self.router_width)
+        self.router = (router.init or linear_router)(dim, self.router_width)
         self.experts = Experts(num_experts, dim, expert_dim, expert_dropout)
         self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
         self.expert_bias: Tensor | None

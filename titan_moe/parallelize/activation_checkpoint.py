@@ -9,6 +9,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from titan_moe.model.routing.sequence import CAUSAL_TOPK
+
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 ATTENTION_OPS = {
@@ -21,7 +23,7 @@ ATTENTION_OPS = {
 RANDOM_OPS = ATTENTION_OPS | {aten.rand_like.default, aten.randn_like.default, aten.rand.default, aten.randn.default}
 # The choice of experts is a few numbers a token. Computed again it could differ from the first where two experts are
 # nearly as good, and the gradient would be that of another function than forward's.
-CHOICE_OPS = {aten.topk.default, aten.sort.default, aten.sort.stable}
+CHOICE_OPS = {aten.topk.default, aten.sort.default, aten.sort.stable, CAUSAL_TOPK}
 # What came from other ranks costs most to compute again. All-gathers are not here: their result is as large as the
 # whole on every rank, so that it costs most to save.
 COMMUNICATION_OPS = {

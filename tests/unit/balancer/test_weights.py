@@ -120,7 +120,7 @@ def test_row_norm_holds_after_every_step() -> None:
         torch.testing.assert_close(rows, 0.5 * stepped / stepped.norm(dim=-1, keepdim=True), rtol=1e-5, atol=1e-7)
 
 
-OWN = {"router.name": "examples.router:cosine"}
+OWN = {"router.name": "examples.router:nearest"}
 BAD = [
     ({"balancer.erc.alpha": 1.5}, "balancer.erc.alpha = 1.5: must be less than or equal to 1"),
     ({"balancer.row_norm.norm": 0.0}, "balancer.row_norm.norm = 0.0: must be greater than 0"),
@@ -128,7 +128,7 @@ BAD = [
     ({"balancer.router_orthogonality.coeff": 0.1, **OWN}, "balancer.router_orthogonality needs a router with a matrix"),
     (
         {"balancer.erc.coeff": 0.1, **OWN},
-        "balancer.erc needs a router with a matrix .*CosineLogits of this one has not",
+        "balancer.erc needs a router with a matrix .*DistanceLogits of this one has not",
     ),
     ({"balancer.row_norm.norm": 1.0, **OWN}, "balancer.row_norm needs a router with a matrix .* this one has"),
     ({"balancer.erc.coeff": 0.1, "moe.num_experts": 1, "moe.top_k": 1}, "needs moe.num_experts of 2 or more"),

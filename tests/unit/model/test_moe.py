@@ -16,6 +16,7 @@ from titan_moe.model.dispatch import combine_rows, local
 from titan_moe.model.moe import MoE, expert_swiglu, swiglu_of_both
 from titan_moe.model.routing import Routing
 from titan_moe.model.routing.token_choice import topk_softmax
+from titan_moe.model.transformer import places_of
 
 D, HIDDEN, E, K = 16, 24, 4, 2
 COUNTS = {
@@ -148,15 +149,16 @@ def test_layer_equals_the_loop(case: Case, num_shared: int) -> None:
     moe = build(case, num_shared, bias=takes_bias(case.name))
     if moe.expert_bias is not None:
         moe.expert_bias.copy_(torch.tensor([0.5, -0.5, 0, 0]))
-    x = torch.randn(2, 7, D)
+    x, places = torch.randn(2, 7, D), places_of(torch.tensor([[1, 0, 1, 1, 1, 0, 1], [1] * 7]), 0)
 
     def reference(z: Tensor) -> tuple[Tensor, Routing]:
         torch.manual_seed(5)
-        routing = moe.route(F.linear(z.flatten(0, 1), moe.router.weight), moe.expert_bias)
+        asked = moe.take(moe.asked, places._asdict())
+        routing = moe.route(moe.router(z.flatten(0, 1)), moe.expert_bias, **asked)
         return moe_by_loop(moe, z, routing), routing
 
     torch.manual_seed(5)  # for noisy routers
-    assert_same(run(moe, moe, x), run(reference, moe, x), 1e-5)
+    assert_same(run(lambda z: moe(z, places), moe, x), run(reference, moe, x), 1e-5)
 
 
 def test_layer_with_one_token() -> None:

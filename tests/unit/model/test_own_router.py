@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from examples.router import CosineLogits, cosine
+from examples.router import DistanceLogits, nearest
 from tests.interop.models import configure
 from tests.tiny import batch, steps, tiny_model
 from titan_moe.build import build_model, build_optimizer
@@ -20,7 +20,7 @@ from titan_moe.convert.surgery import add_experts, change_experts
 from titan_moe.diagnostics import balance_tax
 from titan_moe.model.routing import ROUTERS, ParametricRouter, Router, Routing, force_balanced
 
-WORDS = {"router.name": "examples.router:cosine", "router.latent_dim": 8, "moe.num_experts": 4}
+WORDS = {"router.name": "examples.router:nearest", "router.latent_dim": 8, "moe.num_experts": 4}
 
 
 def model_of(router: Router | ParametricRouter, **arguments: Any) -> Any:
@@ -29,17 +29,17 @@ def model_of(router: Router | ParametricRouter, **arguments: Any) -> Any:
     return model
 
 
-def test_the_logits_are_cosines() -> None:
-    model = model_of(cosine(top_k=2, latent_dim=8))
+def test_the_logits_are_distances() -> None:
+    model = model_of(nearest(top_k=2, latent_dim=8))
     inputs: list[Tensor] = []
     model.layers[0].moe.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     _, (routing, _) = model(batch(0)[0])
     weights = {name: value.double() for name, value in model.layers[0].moe.router.named_parameters()}
     latent = inputs[0].flatten(0, 1).double() @ weights["project.weight"].t()
-    product = latent @ weights["vectors"].t()
-    norms = latent.norm(dim=-1, keepdim=True) * weights["vectors"].norm(dim=-1)
-    torch.testing.assert_close(routing.router_logits, (product / norms).float())
-    torch.testing.assert_close(routing.scores, (product / norms / 0.07).softmax(-1).float(), rtol=1e-4, atol=1e-5)
+    distances = torch.cdist(latent, weights["vectors"]).square()
+    differences = routing.router_logits - routing.router_logits[:, :1]
+    torch.testing.assert_close(differences, (distances[:, :1] - distances).float(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(routing.scores, (-distances / 0.07).softmax(-1).float(), rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_are_made_and_grouped_as_all_others() -> None:
@@ -75,7 +75,7 @@ def test_a_bias_of_a_router_begins_at_0_and_w2_is_not_residual() -> None:
 
 
 def test_logits_are_fp32_whatever_the_parameters_are() -> None:
-    model = model_of(cosine(top_k=2, latent_dim=8)).to(torch.bfloat16)
+    model = model_of(nearest(top_k=2, latent_dim=8)).to(torch.bfloat16)
     tokens, labels = batch(0)
     loss, (routing, _) = model(tokens, labels)
     assert routing.router_logits.dtype == torch.float32
@@ -144,18 +144,18 @@ def checkpoint(folder: Path) -> Path:
 
 def test_its_checkpoint_loads(tmp_path: Path) -> None:
     model, _ = load_model(checkpoint(tmp_path), trust_components=["examples"])
-    assert isinstance(model.moe_layers()[0].router, CosineLogits)
+    assert isinstance(model.moe_layers()[0].router, DistanceLogits)
 
 
 @pytest.mark.parametrize("convert", [to_hf, to_megatron])
 def test_conversions_refuse_it(tmp_path: Path, convert: Any) -> None:
     saved = checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"^router\.name = 'examples\.router:cosine'.* has no counterpart in "):
+    with pytest.raises(ValueError, match=r"^router\.name = 'examples\.router:nearest'.* has no counterpart in "):
         convert(saved, tmp_path / "out", trust_components=["examples"])
     assert not (tmp_path / "out").exists()
 
 
 def test_surgery_refuses_it(tmp_path: Path) -> None:
     saved, plans = checkpoint(tmp_path), partial(add_experts, torch.ones(4), 6, 0.0)
-    with pytest.raises(ValueError, match=r"'examples\.router:cosine' has parameters of its own"):
+    with pytest.raises(ValueError, match=r"'examples\.router:nearest' has parameters of its own"):
         change_experts(saved, tmp_path / "out", lambda _: [plans()] * 2, [], ["examples"])

@@ -23,11 +23,13 @@ class Routing(NamedTuple):
     router_logits: Tensor  # (T, E) fp32, before temperature, noise and bias
     scores: Tensor  # (T, E) fp32, sums to 1 over experts: the probabilities that balance losses use
     topk_scores: Tensor  # (T, K) fp32, the weights that combine the experts' outputs; 0 where a choice is not kept
-    topk_experts: Tensor  # (T, K) int64; E where a token has no K-th expert (only where experts choose tokens)
+    topk_experts: Tensor  # (T, K) int64; E in an unused slot, where a token has no K-th expert
     tokens_per_expert: Tensor  # (E,) int64, the load: what was chosen, before any drops
     selection: Tensor | None = None  # (T, E) fp32, what the choice compared before the bias; no gradient
     kept: Tensor | None = None  # (T, K) bool, the choices that are computed; None: all of them
-    capacity: int | None = None  # the most tokens that an expert computes, where `kept` is given; None: all
+    capacity: int | None = None  # where `kept` is given, at most E * capacity choices are computed; None: any number
+    has_unused: bool = False  # whether a token may have fewer experts than slots, by the router's own choice
+    mean_k: int | None = None  # choices a token is to have on average, where selection + bias > 0 is what makes one
     num_identity_experts: int = 0  # the last of the E, which give a token back as it is; a MoE layer fills it in
     measures: Mapping[str, Any] | None = None  # what balancers measured in the layer's forward, by their names
 
@@ -49,11 +51,19 @@ class ParametricRouter(NamedTuple):
     """A router with parameters of its own: `init(dim, num_experts)` makes the module that gives a layer's logits.
 
     The module maps a layer's input (T, D) to logits (T, E), in place of a matrix, with its parameters in fp32. It holds
-    parameters only, which are filled by their names as all others are, and belong to the group `router`.
+    parameters only, which are filled by their names as all others are, and belong to the group `router`. Without `init`
+    the logits are those of a linear layer, and the router only says what it needs: with `whole_sequences` a token's
+    choice depends on others of its sequence, and layouts in which ranks have parts of sequences are refused.
     """
 
     route: Router
-    init: Callable[[int, int], nn.Module]
+    init: Callable[[int, int], nn.Module] | None = None
+    whole_sequences: bool = False
+
+
+def parametric(router: Router | ParametricRouter) -> ParametricRouter:
+    """A router with what it needs beside logits and bias: nothing, if it is a function."""
+    return router if isinstance(router, ParametricRouter) else ParametricRouter(router)
 
 
 class Options(NamedTuple):
@@ -179,12 +189,35 @@ def make_routing(
     topk_scores_TK: Tensor,
     topk_experts_TK: Tensor,
     selection_TE: Tensor | None = None,
+    *,
+    used_TK: Tensor | None = None,
+    mean_k: int | None = None,
+    capacity: int | None = None,
 ) -> Routing:
-    """A Routing with its counts; a scatter because bincount has a data-dependent shape."""
+    """A Routing with its counts.
+
+    Where `used_TK`, a bool, is false, the slot is unused: it is no choice, whatever id and score it has here. `mean_k`
+    and `capacity` are fields of `Routing`.
+    """
+    # Unused slots have a place in the counts that is cut off. A scatter because bincount has a data-dependent shape.
+    E = logits_TE.shape[-1]
+    if used_TK is not None:
+        topk_experts_TK = torch.where(used_TK, topk_experts_TK, E)
+        topk_scores_TK = topk_scores_TK * used_TK
     ids_N = topk_experts_TK.flatten()  # (T, K) -> (N,)
-    counts_E = ids_N.new_zeros(logits_TE.shape[-1]).scatter_add_(0, ids_N, torch.ones_like(ids_N))  # (E,)
-    selection_TE = None if selection_TE is None else selection_TE.detach()
-    return Routing(logits_TE, scores_TE, topk_scores_TK, topk_experts_TK, counts_E, selection_TE)
+    counts = ids_N.new_zeros(E if used_TK is None else E + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))
+    return Routing(
+        router_logits=logits_TE,
+        scores=scores_TE,
+        topk_scores=topk_scores_TK,
+        topk_experts=topk_experts_TK,
+        tokens_per_expert=counts[:E],
+        selection=None if selection_TE is None else selection_TE.detach(),
+        kept=used_TK,
+        capacity=capacity,
+        has_unused=used_TK is not None,
+        mean_k=mean_k,
+    )
 
 
 def drop_over_capacity(routing: Routing, options: Options) -> Routing:
@@ -261,15 +294,30 @@ def force_balanced(router: Router) -> Router:
     """A router that deals the experts out in turn, for measuring speed at perfect balance (a debugging aid).
 
     Choice k of token t is expert (t * K + k) mod E, whatever the logits; its weight is the given router's score there.
+    Where slots are unused, these stay so, and the others are dealt the experts in turn.
     """
 
     @functools.wraps(router)  # takes what it takes
     def route(router_logits_TE: Tensor, expert_bias_E: Tensor | None, **asked: Any) -> Routing:
         routing = router(router_logits_TE, expert_bias_E, **asked)
         ids_TK = routing.topk_experts
+
+        # As many rows as the router has: with those of unused slots a measure of speed would be of other work.
+        used_TK = routing.kept if routing.has_unused else None
         slots_N = torch.arange(ids_TK.numel(), device=ids_TK.device)
+        if used_TK is not None:
+            slots_N = (used_TK.flatten().cumsum(0) - 1).clamp(min=0)
         dealt_TK = (slots_N % routing.scores.shape[-1]).view_as(ids_TK)  # (N,) -> (T, K)
         dealt_scores_TK = routing.scores.gather(-1, dealt_TK)
-        return make_routing(routing.router_logits, routing.scores, dealt_scores_TK, dealt_TK, routing.selection)
+        return make_routing(
+            routing.router_logits,
+            routing.scores,
+            dealt_scores_TK,
+            dealt_TK,
+            routing.selection,
+            used_TK=used_TK,
+            mean_k=routing.mean_k,
+            capacity=routing.capacity if routing.has_unused else None,
+        )
 
     return route
