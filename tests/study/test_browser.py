@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.study.browser import browser_tab, find_browser
+from tests.browser import browser_tab, check_readable, find_browser
 from tests.study.conftest import Write
 from tests.study.fake_train import records, tomllib
 from tests.study.fake_train import write as write_records
@@ -17,53 +17,6 @@ from titan_moe.study.runs import prepare
 from titan_moe.study.spec import load_study
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium or Chrome is installed")
-
-# Texts of one figure that lie on each other, by more than a pixel each way.
-OVERLAPS = """
-[...document.querySelectorAll('figure svg')].flatMap(svg => {
-  const texts = [...svg.querySelectorAll('text')].filter(t => t.textContent.trim());
-  const boxes = texts.map(t => t.getBoundingClientRect());
-  const found = [];
-  for (let i = 0; i < boxes.length; i++) for (let j = 0; j < i; j++) {
-    const a = boxes[i], b = boxes[j];
-    const x = Math.min(a.right, b.right) - Math.max(a.left, b.left);
-    const y = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-    const slanted = t => /rotate\\((?!-?0\\))/.test(t.getAttribute('transform') || '');
-    if (x > 1 && y > 2 && !slanted(texts[i]) && !slanted(texts[j]))
-      found.push(svg.closest('figure').id + ': ' + texts[i].textContent + ' / ' + texts[j].textContent);
-  }
-  return found;
-})
-"""
-OUTSIDE = """
-[...document.querySelectorAll('figure svg')].flatMap(svg => {
-  const frame = svg.getBoundingClientRect();
-  return [...svg.querySelectorAll('text')].filter(t => {
-    const box = t.getBoundingClientRect();
-    return box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 1;
-  }).map(t => svg.closest('figure').id + ': ' + t.textContent);
-})
-"""
-SMALLEST = """
-Math.min(...[...document.querySelectorAll('figure svg text')].filter(t => t.textContent.trim()).map(t =>
-  parseFloat(getComputedStyle(t).fontSize) * t.ownerSVGElement.getScreenCTM().a))
-"""
-# Contrast of text and of a figure's ink with the page, by the WCAG.
-CONTRAST = """
-(() => {
-  const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => { v /= 255;
-    return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126*r + 0.7152*g + 0.0722*b; };
-  const back = light(getComputedStyle(document.body).backgroundColor);
-  const ratio = c => { const l = light(c); return (Math.max(l, back) + 0.05) / (Math.min(l, back) + 0.05); };
-  const probe = document.createElement('i');
-  document.body.append(probe);
-  const of = v => { probe.style.color = `var(--${v})`; return ratio(getComputedStyle(probe).color); };
-  const text = Math.min(...['ink', 'soft', 'accent', 'good', 'bad', 'warn'].map(of));
-  const series = Math.min(...[0,1,2,3,4,5,6,7].map(i => of('series-' + i)));
-  const label = document.querySelector('figure svg text');
-  return {text, series, label: ratio(getComputedStyle(label).fill)};
-})()
-"""
 
 
 def make_page(write: Write) -> Path:
@@ -111,15 +64,7 @@ def test_a_report_can_be_read_on_every_screen(write: Write, tmp_path: Path, make
         for width in (1280, 375):
             for dark in (False, True):
                 tab.show(lone, width=width, dark=dark)
-                where = f"at {width} px, {'dark' if dark else 'light'}"
-                assert tab.value("document.documentElement.scrollWidth") <= width, f"it scrolls sideways {where}"
-                assert tab.value(OVERLAPS) == [], where
-                assert tab.value(OUTSIDE) == [], where
-                assert tab.value(SMALLEST) > 7.5, f"letters are too small {where}"
-                contrast = tab.value(CONTRAST)
-                assert contrast["text"] >= 4.5, where
-                assert contrast["label"] >= 4.5, where
-                assert contrast["series"] >= 3, where
+                check_readable(tab, width, dark)
         back = tab.value("getComputedStyle(document.body).backgroundColor")
         assert back != "rgb(255, 255, 255)", "dark mode is dark"
         assert tab.value("document.querySelectorAll('details[open]').length") == 0

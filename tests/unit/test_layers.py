@@ -31,6 +31,7 @@ LAYERS = {
     "norms": 0,
     "runtime": 0,
     "markdown": 0,
+    "theme": 0,
     "model": 1,
     "parallelize": 1,
     "optimizer": 1,

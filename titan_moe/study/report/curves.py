@@ -11,8 +11,8 @@ from titan_moe.study.grid import value_text
 from titan_moe.study.report.analysis import AxisInfo, Entry, Summary, short_name
 from titan_moe.study.report.figures import Panel
 from titan_moe.study.report.measures import CURVES
-from titan_moe.study.report.theme import GRID, WIDTH, colour, dashes, marker, new_figure
 from titan_moe.study.runs import Curve
+from titan_moe.theme import GRID, WIDTH, colour, dashes, marker, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

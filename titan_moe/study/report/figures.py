@@ -25,7 +25,7 @@ from titan_moe.study.report.analysis import (
 )
 from titan_moe.study.report.likeness import unlike
 from titan_moe.study.report.measures import MEASURES
-from titan_moe.study.report.theme import INK, LIGHT, colour, dashes, marker, new_figure
+from titan_moe.theme import INK, LIGHT, colour, dashes, marker, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

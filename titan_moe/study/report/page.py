@@ -3,17 +3,16 @@
 import datetime
 import math
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titan_moe import theme
 from titan_moe.config import to_toml
 from titan_moe.config.differences import flatten
 from titan_moe.markdown import plain
 from titan_moe.runtime.files import write_atomic
 from titan_moe.study.grid import Point, Run, baseline_of, expand, value_text
 from titan_moe.study.progress import counts
-from titan_moe.study.report import theme
 from titan_moe.study.report.analysis import (
     AxisInfo,
     Entry,
@@ -31,7 +30,7 @@ from titan_moe.study.report.analysis import (
     summarize,
 )
 from titan_moe.study.report.curves import curve_panels, load_panel
-from titan_moe.study.report.figures import Panel, difference_panels, measure_panels
+from titan_moe.study.report.figures import difference_panels, measure_panels
 from titan_moe.study.report.findings import Finding, baseline_note, comparisons, headline, notes
 from titan_moe.study.report.likeness import lengths, short_version
 from titan_moe.study.report.measures import COLUMNS, MEASURES
@@ -107,7 +106,6 @@ def write_report(page: Page, runs: Sequence[Run], folder: Path, refresh: float |
     with theme.style():
         sections = draw(page, summaries, common, axes, folder / "figures")
 
-    # The template formats nothing: numbers and names come to it as text.
     context = {
         "page": page,
         "blocks": blocks,
@@ -122,9 +120,8 @@ def write_report(page: Page, runs: Sequence[Run], folder: Path, refresh: float |
         "commits": sorted({short_version(e.result["git_commit"]) for e in entries if e.result["git_commit"]}),
         "time": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "refresh": refresh,
-        "colours": list(zip(theme.LIGHT, theme.DARK, strict=True)),
     }
-    write_atomic(folder / "report.html", render(context))
+    write_atomic(folder / "report.html", theme.render("titan_moe.study.report", "report.html.j2", context))
     sentences = [item.finding.text for item in blocks[-1:] if item.finding] + [item.comparisons for item in blocks[-1:]]
     return Written(folder / "report.html", [*filter(None, sentences), *warnings])
 
@@ -144,15 +141,6 @@ def block(title: str, summaries: Sequence[Summary], axes: Sequence[AxisInfo], re
         columns.remove("best_loss")
     places = {measure: standing(summaries, measure) for measure in columns}
     return Block(title, table(summaries, axes, places), headline(summaries, axes), comparisons(places.get("loss")))
-
-
-def render(context: Mapping[str, Any]) -> str:
-    """Fill in the page's template."""
-    from jinja2 import Environment, StrictUndefined
-
-    template = files("titan_moe.study.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(template).render(context)
 
 
 def draw(
@@ -184,7 +172,9 @@ def draw(
         for panel in section_panels:
             svg = theme.save_figure(panel.figure, folder, panel.name)
             file_names |= {f"{panel.name}.png", f"{panel.name}.svg"}
-            shown.append({"caption": panel.caption, "name": panel.name, "svg": embed(panel, svg)})
+            shown.append(
+                {"caption": panel.caption, "name": panel.name, "svg": theme.embedded(svg, panel.name, panel.caption)}
+            )
         if shown:
             sections.append({"title": title, "panels": shown})
 
@@ -193,13 +183,6 @@ def draw(
         if path.name not in file_names and path.suffix in (".png", ".svg"):
             path.unlink()
     return sections
-
-
-def embed(panel: Panel, svg: str) -> Any:
-    """The panel's SVG, marked as safe to stand in a page: text in it was escaped by matplotlib."""
-    from markupsafe import Markup, escape
-
-    return Markup(theme.embedded(svg, panel.name, str(escape(panel.caption))))
 
 
 BEST, LEVEL = "★", "≈"

@@ -1,15 +1,16 @@
-"""Colours and SVG: figures that a report can embed, which follow its light or dark mode, and files that stand alone."""
+"""The look of reports: colours, figures that a page can embed in light and dark mode, and the page around them."""
 
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from titan_moe.runtime.files import write_atomic
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.figure import Figure
 
 # Colours that the colour-blind can tell apart (after Okabe and Ito), each with a contrast of 3 or more to its page.
@@ -89,20 +90,30 @@ def new_figure(height: float, width: float = WIDTH) -> "Figure":
     return figure
 
 
-def save_figure(figure: "Figure", folder: Path, name: str) -> str:
-    """Write NAME.png and NAME.svg, dark on white; the SVG without its background."""
+def svg_of(figure: "Figure") -> str:
+    """The figure as SVG, without a background; its layout stays as it is now."""
     figure.draw_without_rendering()
-    figure.set_layout_engine(None)  # keeps the layout, which would be computed again for each of the two files
-    figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
+    figure.set_layout_engine(None)  # keeps the layout, which would be computed again for each file
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
+    return buffer.getvalue()
+
+
+def save_figure(figure: "Figure", folder: Path, name: str) -> str:
+    """Write NAME.png and NAME.svg, dark on white; the SVG without its background."""
+    svg = svg_of(figure)
+    figure.savefig(folder / f"{name}.png", dpi=160, facecolor="white")
     write_atomic(folder / f"{name}.svg", svg.replace("<svg ", '<svg style="background: white" ', 1))
     return svg
 
 
-def embedded(svg: str, name: str, label: str) -> str:
-    """The SVG of `save_figure` as an element of a page, its colours variables of the page, for light and dark mode."""
+def embedded(svg: str, name: str, label: str) -> "Markup":
+    """The SVG of `svg_of` as an element of a page, its colours variables of the page, for light and dark mode.
+
+    `label` is plain text for those who can't see the figure. Text inside of the figure was escaped by matplotlib.
+    """
+    from markupsafe import Markup, escape
+
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     for index, light in enumerate(LIGHT):
@@ -112,7 +123,23 @@ def embedded(svg: str, name: str, label: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
     svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
     width, height = (float(size) for size in re.findall(r' (?:width|height)="([\d.]+)pt"', svg)[:2])
-    head = f'<svg role="img" aria-label="{label}" style="max-width:{width * 4 / 3:.0f}px" '
-    return re.sub(r'^<svg ([^>]*?)width="[\d.]+pt" ?|(?<=^)<svg ', lambda _: head, svg, count=1).replace(
-        f' height="{height:g}pt"', "", 1
+    head = f'<svg role="img" aria-label="{escape(label)}" style="max-width:{width * 4 / 3:.0f}px" '
+    svg = re.sub(r'^<svg ([^>]*?)width="[\d.]+pt" ?|(?<=^)<svg ', lambda _: head, svg, count=1)
+    return Markup(svg.replace(f' height="{height:g}pt"', "", 1))
+
+
+def render(package: str, name: str, context: Mapping[str, Any]) -> str:
+    """Fill in the template `name` of `package`, which extends page.html.j2: all text is escaped, nothing is left open.
+
+    A template formats nothing: numbers and names come to it as text.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader(__name__, "")]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    return environment.get_template(name).render(context, colours=list(zip(LIGHT, DARK, strict=True)))
