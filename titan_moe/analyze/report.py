@@ -115,6 +115,8 @@ def tiles(analysis: Analysis) -> list[dict[str, str]]:
     special = mean(layer["specialisation"]["mean"] for layer in layers)
     alike = mean(mean_pair(layer["output_similarity"]) for layer in layers)
     settings = analysis["settings"]
+
+    # A number means something beside what it is measured against, so that is said with each.
     rows = [
         (
             f"{dead} of {experts * len(layers)}",
@@ -195,8 +197,8 @@ def section_context(section: Section) -> dict[str, Any]:
 
 def choice_context(choice: Choice, first: int) -> dict[str, Any]:
     """The figure of a layer's map for the template; where the layer has none that of another stands, hidden."""
-    found = choice.maps[first] or next(one for one in choice.maps if one is not None)
-    svg = theme.svg_of(heatmap(found, title=choice.title, has_numbers=False))
+    heat = choice.maps[first] or next(one for one in choice.maps if one is not None)
+    svg = theme.svg_of(heatmap(heat, title=choice.title, has_numbers=False))
     return {
         "name": choice.name,
         "caption": choice.caption,
@@ -221,11 +223,11 @@ def choice_data(choice: Choice, offered: Sequence[int]) -> dict[str, Any]:
     return {**map_names(given[0]), "layers": [one and pack(one.values, one.scale) for one in maps]}
 
 
-def map_names(found: Map) -> dict[str, Any]:
+def map_names(heat: Map) -> dict[str, Any]:
     """What is needed beside its values to read a map and to draw another one like it."""
-    scale = found.scale
+    scale = heat.scale
     return {
-        **{key: getattr(found, key) for key in ("row", "rows", "column", "columns")},
+        **{key: getattr(heat, key) for key in ("row", "rows", "column", "columns")},
         **{key: getattr(scale, key) for key in ("low", "high", "unit")},
         "isLog": scale.is_log,
         "palette": palette(scale),
@@ -294,10 +296,10 @@ def sample_context(analysis: Analysis, first: int) -> dict[str, Any] | None:
     counts = Counter(chosen_LTK[first, :, 0].tolist())
     texts: dict[int, list[list[SampleToken]]] = {}
     for index, count, one in pieces:
-        own = np.array(one["experts"][first])[:count, 0].tolist()
+        experts_S = np.array(one["experts"][first])[:count, 0].tolist()
         tokens = [
             SampleToken(in_text(text), ranking.get(expert, -1))
-            for text, expert in zip(one["tokens"], own, strict=False)
+            for text, expert in zip(one["tokens"], experts_S, strict=False)
         ]
         texts.setdefault(index, []).append(tokens)
     legend = [
@@ -382,6 +384,8 @@ def layer_table(analysis: Analysis) -> dict[str, Any]:
     """The numbers of every layer, for those who want them as numbers."""
     head = ["layer", "MaxVio", "in a document", "load entropy", "specialisation", "router entropy", "margin"]
     head += ["dead", "overlapping pairs", "outputs alike", "weights alike", "told of the next layer"]
+
+    # What a layer tells of the next one stands in its own row; the last has none.
     flows = [one["mutual_information"] for one in analysis["between_layers"]]
     rows = []
     for index, layer in enumerate(analysis["layers"]):
