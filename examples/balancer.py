@@ -28,19 +28,20 @@ def tolerant(rate: float = 0.001, tolerance: float = 0.1) -> Balancer:
     return Balancer(no_loss, post_step)
 
 
-def smebu(rate: float = 0.001, kappa: float = 1.0, momentum: float = 0.9) -> Balancer:
-    """Soft-clamped momentum bias updates: b += rate * m, of m a running mean of tanh(kappa * missing load), centred.
+def rprop(rate: float = 0.001, up: float = 1.2, down: float = 0.5) -> Balancer:
+    """Move the bias by a rate of each expert's own: it grows while an expert misses tokens, or has too many, in a row.
 
-    Source: Arcee's Trinity Large report (2026), arXiv 2602.17004, SMEBU.
+    The rule of Rprop (Riedmiller and Braun, 1993), with the error of the load in place of a gradient.
     """
 
     def init(num_experts: int) -> State:
-        return {"mean": torch.zeros(num_experts)}
+        return {"rate": torch.full((num_experts,), rate), "sign": torch.zeros(num_experts)}
 
     def post_step(load: Tensor, expert_bias: Tensor, state: State) -> tuple[Tensor, State]:
-        missing = 1 - load / load.sum(-1, keepdim=True) * load.shape[-1]  # (L, E): of the mean load, 0 there
-        push = torch.tanh(kappa * missing)
-        mean = torch.lerp(push - push.mean(-1, keepdim=True), state["mean"], momentum)
-        return expert_bias + rate * mean, {"mean": mean}
+        sign = torch.sign(load.float().mean(-1, keepdim=True) - load)  # (L, E)
+        agreement = sign * state["sign"]  # 1: as the step before, -1: now on the other side, 0: even load
+        factor = torch.where(agreement > 0, up, torch.where(agreement < 0, down, 1.0))
+        rates = state["rate"] * factor
+        return expert_bias + rates * sign, {"rate": rates, "sign": sign}
 
     return Balancer(no_loss, post_step, init=init)

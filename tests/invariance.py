@@ -16,6 +16,7 @@ from tests.tiny import batch, own_part, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.config.checks import check_combinations
 from titan_moe.config.sections import Component, Config, Moe
+from titan_moe.dry_run import check_parts
 from titan_moe.metrics import maxvio
 from titan_moe.model.transformer import Transformer
 from titan_moe.model.wrappers import plain_name
@@ -26,7 +27,7 @@ from titan_moe.runtime.dtensor import gathered
 from titan_moe.step import train_step
 
 # Of the examples one with parameters of its own, and one that keeps a state.
-OWN_ROUTER, OWN_BALANCER = Case("examples.router:cosine", {"latent_dim": 8}), Case("examples.balancer:smebu", {})
+OWN_ROUTER, OWN_BALANCER = Case("examples.router:cosine", {"latent_dim": 8}), Case("examples.balancer:rprop", {})
 ALL_ROUTERS = [*ROUTER_CASES, OWN_ROUTER]
 # And a balancer that sees everything that a balancer may see.
 EVERYTHING = Case("tests.parts:everything", {})
@@ -35,6 +36,7 @@ BUILT = {str(case): build(BALANCERS, case.name, **case.arguments) for case in BA
 INITS = {name: balancer.init for name, balancer in BUILT.items() if balancer.init is not None}
 MEASURES = {name: balancer.measure for name, balancer in BUILT.items() if balancer.measure is not None}
 NOISE = {"jitter", "noise_std"}
+NOISY_BALANCERS = {"erc": "ranks, micro-batches and compiled code draw other noise"}
 RATES = expand_load_lr({"load_lr": "ideal_normalized"}, top_k=1)
 
 
@@ -44,9 +46,11 @@ def is_cut_router(case: Case) -> bool:
 
 
 CUT_BALANCERS = {
+    **NOISY_BALANCERS,
     "aux_loss": "scope micro_batch is of the tokens of one forward pass on one rank",
     "aux_loss-scope=global_batch": "the running average is of the micro-batches so far",
     "entropy_loss-form=batch": "the mean is over the tokens of one forward pass on one rank",
+    "score_variance": "the mean is over the tokens of one forward pass on one rank",
 }
 
 
@@ -62,6 +66,8 @@ def fits(router: Case, balancer: Case) -> bool:
     )
     try:
         check_combinations(config)
+        if balancer != EVERYTHING and (str(balancer) in MEASURES or BUILT[str(balancer)].project is not None):
+            check_parts(config)  # which routers and experts it can look at
     except ValueError:
         return False
     return True
@@ -75,11 +81,16 @@ def partners(router: Case) -> list[Case]:
     return [balancer for other, balancer in PAIRS if other == router]
 
 
+def measures_of(router: Case) -> dict[str, Any]:
+    """What those balancers measure that go with a router."""
+    return {str(case): MEASURES[str(case)] for case in partners(router) if str(case) in MEASURES}
+
+
 def fresh(
     router: Case, wrap: Callable[[Transformer], None] | None = None, device: str = "cpu", **sizes: int
 ) -> Transformer:
-    """A model, of one layer unless `sizes` say otherwise, with selection biases and states that are not 0."""
-    more = {"num_layers": 1, "num_kv_heads": 2, "balancer_inits": INITS, "measures": MEASURES, **sizes}
+    """A model, of two layers unless `sizes` say otherwise, with selection biases and states that are not 0."""
+    more = {"num_kv_heads": 2, "balancer_inits": INITS, "measures": measures_of(router), **sizes}
     model = tiny_model(router, device=device, **more)
     model.eot_id = 3
     if wrap is not None:

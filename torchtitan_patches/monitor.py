@@ -7,23 +7,31 @@ balance losses enters there, too, at the scale of the step's loss.
 Shapes: B sequences, T tokens, E experts, K top_k, L MoE layers.
 """
 
+import re
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torchtitan.components.checkpointer.utils import canonical_fqn
 
-from titan_moe.balancer import Scope
+from titan_moe.balancer import OFFERED, Scope
+from titan_moe.model.moe import MEASURED, all_experts_here, local_weight
 from titan_moe.model.routing import Routing
-from titan_moe.model.routing.common import make_routing, normalized
+from titan_moe.model.routing.common import asked_for, make_routing, normalized
+from titan_moe.parallelize.expert_parallel import gather_over
 from titan_moe.runtime.dtensor import local
 from titan_moe.runtime.world import all_reduce_sum
-from titan_moe.step import Balancers, all_reduce_sums, sequence_load, update_balancers
+from titan_moe.step import Balancers, States, all_reduce_sums, project_routers, sequence_load, update_balancers
 
 # Layers by number: an operator takes tensors and numbers, but no objects.
 _LAYERS: weakref.WeakValueDictionary[int, "Layer"] = weakref.WeakValueDictionary()
+
+# The experts' weights by their names in titan_moe and in torchtitan.
+WEIGHTS = {"w1": "w1_EFD", "w2": "w2_EDF", "w3": "w3_EFD"}
 
 # The number of tokens of the current step. The loss is told it, the routers' backward needs it, and torchtitan has no
 # place that both see. One for the process, which has one trainer.
@@ -38,7 +46,7 @@ def note_tokens(global_valid_tokens: Tensor) -> None:
 class Layer:
     """Hooks on one MoE layer, and the sums that they have made since the last optimizer step or validation."""
 
-    def __init__(self, moe: Any, balancers: Balancers) -> None:
+    def __init__(self, moe: Any, balancers: Balancers, name: str) -> None:
         # Sums are tensors that are made once and changed in place: a CUDA graph replays nothing else.
         router, device = moe.router, local(moe.router.gate.weight).device
         self.moe, self.router, self.balancers = moe, router, balancers
@@ -48,6 +56,32 @@ class Layer:
         self.values = torch.zeros(len(self.losses), device=device)  # sums over tokens, at coefficient 1
         self.observed: dict[str, Tensor] = {}
         self.num_layers = 0  # of the model
+
+        self.name, self.layer = name, int(re.findall(r"\d+", name)[-1])  # as in torchtitan's checkpoints: layers.0.moe
+        self.states = {
+            key: {part: value.to(device, copy=True) for part, value in b.init(router.num_experts).items()}
+            for key, (_, b) in balancers.items()
+            if b.init is not None
+        }
+
+        # The experts of this rank; with expert parallelism all ranks have as many.
+        mesh = getattr(moe.routed_experts.token_dispatcher, "ep_mesh", None)
+        rank, size = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+        self.gather_experts = all_experts_here if mesh is None else gather_over(mesh)
+        self.expert_ids = torch.arange(router.num_experts, device=device).chunk(size)[rank]
+        self.measures = {
+            key: (b.measure, asked_for(b.measure, MEASURED, 0))
+            for key, (_, b) in balancers.items()
+            if b.measure is not None
+        }
+        experts, self.weights = moe.routed_experts.inner_experts, set[str]()
+        for key, (_, asked) in self.measures.items():
+            self.weights |= WEIGHTS.keys() & asked
+            if missing := [weight for weight in WEIGHTS if weight in asked and not hasattr(experts, WEIGHTS[weight])]:
+                raise ValueError(
+                    f"torchtitan_patches: balancer.{key} measures {missing[0]}, which this model's "
+                    f"{type(experts).__name__} has not: use a balancer without"
+                )
         self.logits: Any = None  # between the gate and the end of its router
         self.number = max(_LAYERS, default=-1) + 1
         _LAYERS[self.number] = self
@@ -93,11 +127,28 @@ class Layer:
             return output
 
         # Backward passes the weights of the chosen experts in every layer, so what it has to count is saved with them.
+        if self.measures:
+            routing = self.measured(routing, inputs[0].flatten(0, -2))  # (B, S, D) -> (T, D)
         loss, values = self.loss(routing, sequences=topk_experts.shape[0])
         with torch.no_grad():
             observed = [b.observe(routing, self.bias) for _, b in self.balancers.values() if b.observe is not None]
         topk_scores = _Inject.apply(topk_scores, loss, values, routing.tokens_per_expert, self.number, *observed)
         return topk_scores, topk_experts, scores
+
+    def measured(self, routing: Routing, x_TD: Tensor) -> Routing:
+        """The routing with what the balancers measure of the layer; the block's weights are whole in its forward."""
+        values = {
+            "routing": routing,
+            "x": x_TD,
+            "layer": self.layer,
+            "router": self.router.gate,
+            "expert_ids": self.expert_ids,
+            "gather_experts": self.gather_experts,
+        }
+        experts = self.moe.routed_experts.inner_experts
+        values |= {key: local_weight(getattr(experts, WEIGHTS[key])) for key in sorted(self.weights)}
+        measures = {key: take(**{name: values[name] for name in asked}) for key, (take, asked) in self.measures.items()}
+        return Routing(*routing[:-1], measures)
 
     def loss(self, routing: Routing, *, sequences: int) -> tuple[Tensor | None, Tensor]:
         """The sum of the losses to train on, times their coefficients, and each loss by itself, (n,); over tokens."""
@@ -190,7 +241,10 @@ class Monitor:
         if len(model_parts) != 1 or None in ends:
             raise ValueError("torchtitan_patches does not support pipeline parallelism: set its degree to 1")
         self.balancers = balancers
-        self.layers = [Layer(m, balancers) for part in model_parts for m in part.modules() if isinstance(m, MoE)]
+        (model,) = model_parts
+        self.layers = [
+            Layer(m, balancers, canonical_fqn(name)) for name, m in model.named_modules() if isinstance(m, MoE)
+        ]
         if not self.layers:
             raise ValueError("torchtitan_patches is for Mixtures of Experts, but this model has no MoE layer")
         for layer in self.layers:
@@ -200,8 +254,11 @@ class Monitor:
         self.own_bias_rule = any(b.moves_bias for _, b in balancers.values())
         if self.own_bias_rule and any(layer.moe.load_balance_coeff is None for layer in self.layers):
             raise ValueError(
-                "torchtitan_patches: loss_free needs a bias: set load_balance_coeff of each MoE.Config, to 1e-3"
+                "torchtitan_patches: a balancer moves the bias, and there is none: set load_balance_coeff of each "
+                "MoE.Config, to 1e-3"
             )
+        self.asks_step = any("step" in asked_for(b.post_step, OFFERED) for _, b in balancers.values())
+        self.step = 0  # optimizer steps that are done
         self.load = torch.zeros(0)
         self._values, self._tokens = torch.zeros(0), torch.ones(())
 
@@ -224,8 +281,10 @@ class Monitor:
         if _step_tokens:
             self._tokens = _step_tokens.pop()
 
+        self.step += 1
         if self.own_bias_rule:
-            update_balancers(self.balancers, [layer.bias for layer in self.layers], sums)
+            biases = [layer.bias for layer in self.layers]
+            update_balancers(self.balancers, biases, sums, self.states(), step=self.step)
 
         # torchtitan's own rule runs after this, and re-centres the bias: without counts it has nothing to move.
         for layer in self.layers:
@@ -235,6 +294,37 @@ class Monitor:
                 observed.zero_()
             if self.own_bias_rule:
                 layer.moe.tokens_per_expert_E.zero_()
+
+    def states(self) -> States:
+        """What balancers keep: name of the balancer -> name of the tensor -> that of each layer, in order."""
+        return {
+            name: {key: [layer.states[name][key] for layer in self.layers] for key in tensors}
+            for name, tensors in self.layers[0].states.items()
+        }
+
+    def moe_layers(self) -> list[Any]:
+        """The layers as `project_routers` knows them: `router` is the module that makes the logits."""
+        return [SimpleNamespace(router=layer.router.gate) for layer in self.layers]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What balancers keep, the tensors themselves, and the number of steps if one asks for it; flat."""
+        # Not buffers of the model: some of torchtitan's converters to Hugging Face fail on names that they don't know.
+        tensors = {
+            f"balancers.{layer.name}.{name}.{key}": tensor
+            for layer in self.layers
+            for name, state in layer.states.items()
+            for key, tensor in state.items()
+        }
+        return {**tensors, "balancers.step": self.step} if self.asks_step else tensors
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take what `state_dict` gave, from among other entries."""
+        if self.asks_step:
+            self.step = state_dict["balancers.step"]
+        for key, value in self.state_dict().items():
+            if isinstance(value, Tensor):
+                value.copy_(state_dict[key])
 
     def balance_losses(self) -> dict[str, Tensor]:
         """The losses of the last step by name, before their coefficients, mean over layers; all ranks take part."""
@@ -258,5 +348,7 @@ def monitor_of(optimizers: Any) -> Monitor:
 
 def attach(optimizers: Any, balancers: Balancers) -> None:
     """Make a monitor for a container of optimizers, and close each step before torchtitan's own hooks do."""
-    optimizers.monitor = Monitor(optimizers.model_parts, balancers)
-    optimizers.register_step_pre_hook(lambda *_: optimizers.monitor.finish_step())
+    optimizers.monitor = monitor = Monitor(optimizers.model_parts, balancers)
+    optimizers.register_step_pre_hook(lambda *_: monitor.finish_step())
+    always = torch.ones((), dtype=torch.bool, device=monitor.layers[0].load.device)  # torchtitan skips no step
+    optimizers.register_step_post_hook(lambda *_: project_routers(balancers, monitor, always))

@@ -70,6 +70,15 @@ class BalancedOptimizers(OptimizersContainer):
             else:  # the recipe's own
                 optimizer.step()
 
+    def state_dict(self) -> dict[str, Any]:
+        """torchtitan's, flat, and with it what the balancers keep."""
+        return {**super().state_dict(), **self.monitor.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; the optimizers take from it what is theirs."""
+        super().load_state_dict(state_dict)
+        self.monitor.load_state_dict(state_dict)
+
 
 def base_table(config: OptimizersContainer.Config) -> Table:
     """What [optimizer] inherits: the settings of the recipe's AdamW, where that updates everything."""

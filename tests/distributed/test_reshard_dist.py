@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from examples.balancer import smebu
+from examples.balancer import rprop
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import on_meta
 from tests.invariance import INITS, OWN_BALANCER, OWN_ROUTER
@@ -55,7 +55,7 @@ def part(
     for step in range(begin, begin + PART):
         tokens, labels = (half.chunk(world)[rank] for half in batch(step))
         micro = list(zip(tokens.chunk(4 // world), labels.chunk(4 // world), strict=True))
-        own = balancers() | {str(OWN_BALANCER): (1.0, smebu(rate=0.05))}
+        own = balancers() | {str(OWN_BALANCER): (1.0, rprop(rate=0.05))}
         options = {"max_norm": 0.1, "measure_experts": True, "balancer_states": model.balancer_states()}
         outputs.append(train_step(model, micro, optimizer, own, model.expert_biases(), **options))
     forward = forward_only(model, rank, world)
@@ -66,7 +66,7 @@ def part(
         **{name: torch.stack([getattr(output, name) for output in outputs]) for name in names},
         "stats": tuple(outputs[-1].expert_stats),
         "bias": torch.stack(model.expert_biases()).clone(),
-        "state": torch.stack(model.balancer_states()[str(OWN_BALANCER)]["mean"]).clone(),
+        "state": torch.stack(model.balancer_states()[str(OWN_BALANCER)]["rate"]).clone(),
         "param_norm": param_norm(model.parameters()),
         **forward,
     }

@@ -240,6 +240,21 @@ def test_one_layer_of_experts_of_which_a_token_takes_one(tmp_path: Path) -> None
     assert layer["entropy"]["mean"] == 0
 
 
+def test_identity_experts_are_the_last_and_have_no_weights(tmp_path: Path) -> None:
+    file = write_text(tmp_path / "text.jsonl", 20)
+    words = ["--data.path", file, "--data.cache_folder", tmp_path / "cache", "--training.seq_len", 32]
+    step = make_checkpoint(tmp_path / "run", **{"moe.num_identity_experts": 2})
+    found = analysis(tmp_path / "out", "--checkpoint", step, *words)
+    assert (found["model"]["num_experts"], found["model"]["num_identity_experts"]) == (10, 2)
+    for layer in found["layers"]:
+        assert len(layer["load"]) == len(layer["output_similarity"]) == 10
+        assert layer["output_similarity"][8][9] == 1  # both answer with the token
+        assert layer["weight_similarity"][0][1] is not None
+        assert layer["weight_similarity"][8] == [None] * 10
+        assert [pair["experts"] for pair in layer["overlapping_pairs"]] == [[8, 9]]
+    assert found["scalars"]["weight_similarity"] is not None
+
+
 def test_parts_that_are_not_asked_for_are_left_out(run: Path, tmp_path: Path) -> None:
     found = analysis(
         tmp_path / "out", "--checkpoint", run, "--ablation_tokens", 0, "--output_tokens", 0, "--top_tokens", 0

@@ -69,7 +69,7 @@ def test_balancers(train: Train, tmp_path: Path) -> None:
 
 OWN = {
     "router": {"name": "examples.router:cosine", "latent_dim": 8},
-    "balancer": {"examples.balancer:smebu": {"rate": 0.05}},
+    "balancer": {"examples.balancer:rprop": {"rate": 0.05}},
     "lr_scheduler__name": "constant",
 }
 
@@ -82,8 +82,8 @@ def test_own_parameters_and_states_resume(train: Train, tmp_path: Path) -> None:
     one, two = (load_model(tmp_path / name, trust_components=["examples"])[0] for name in ("whole", "cut"))
     assert_close(two.state_dict(), one.state_dict(), rtol=0, atol=0)
     [(name, state)] = one.balancer_states().items()
-    assert name == "examples.balancer:smebu"
-    assert all(mean.any() for mean in state["mean"])
+    assert name == "examples.balancer:rprop"
+    assert all(sign.any() for sign in state["sign"])
 
     for verb, words in (("evaluate", []), ("generate", ["--max_new_tokens", "1"])):
         ended = command(verb, ["--checkpoint", str(tmp_path / "cut"), "--trust_components", "examples", *words])
@@ -111,13 +111,13 @@ def test_a_run_does_not_take_up_a_state_midway(train: Train, tmp_path: Path) -> 
     """But a new run begins with the weights of one without."""
     off = {"balancer": {"loss_free": {"rate": 0.05}}, "training__steps": 2}
     records_of(train, tmp_path, "run", **off)
-    on = {"balancer": {"examples.balancer:smebu": {"rate": 0.05}}, "training__steps": 2}
+    on = {"balancer": {"examples.balancer:rprop": {"rate": 0.05}}, "training__steps": 2}
     refused = train("run", **{**on, "training__steps": 4}, job__allow_config_change=True)
     assert refused.code == 2
     assert "is of another model: balancer." in refused.err
     ended = train("new", **on, checkpoint__initial_load_path=str(tmp_path / "run"))
     assert ended.code == 0, ended.err
-    assert "this run keeps its initial layers.0.moe.balancer_state.examples/balancer:smebu/mean" in ended.err
+    assert "this run keeps its initial layers.0.moe.balancer_state.examples/balancer:rprop/rate" in ended.err
 
 
 def test_a_wrong_part_is_named_before_data_is_read(train: Train, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend as make_backend
 
-from examples.balancer import smebu
+from examples.balancer import rprop
 from tests.cases import OPTIMIZER_NAMES, ROUTER_CASES, Case, cases, takes_bias
 from tests.invariance import INITS, OWN_BALANCER, OWN_ROUTER
 from tests.tiny import SEQ, VOCAB, balancers, tiny_model
@@ -180,14 +180,17 @@ def test_accumulation_in_bf16(router: str) -> None:
 
 @pytest.mark.parametrize("case", cases(BALANCERS, extra={"loss_free": [{"decay_ratio": 1.0}]}), ids=str)
 def test_balancer(case: Case) -> None:
-    own = {case.name: (0.1, BALANCERS[case.name](**case.arguments))}
-    steps(build(), own, progress=0.5)
+    balancer = BALANCERS[case.name](**case.arguments)
+    keeps = {} if balancer.init is None else {case.name: balancer.init}
+    looks = {} if balancer.measure is None else {case.name: balancer.measure}
+    model = build(balancer_inits=keeps, measures=looks)
+    steps(model, {case.name: (0.1, balancer)}, progress=0.5, balancer_states=model.balancer_states())
 
 
 def test_own_parts() -> None:
     """A router with parameters of its own and a balancer that keeps a state, in bf16."""
     model = build(OWN_ROUTER, dtype=torch.bfloat16, balancer_inits=INITS)
-    own = {str(OWN_BALANCER): (1.0, smebu())}
+    own = {str(OWN_BALANCER): (1.0, rprop())}
     steps(model, own, balancer_states=model.balancer_states())
 
 

@@ -68,15 +68,15 @@ def test_export_agrees_and_comes_back(tmp_path: Path, kind: str) -> None:
 def test_what_balancers_keep_is_left_out_and_begins_anew(tmp_path: Path) -> None:
     trust = {"trust_components": ["examples"]}
     step = make_checkpoint(
-        tmp_path / "run", **{"router.name": "sigmoid", "balancer.own.name": "examples.balancer:smebu"}
+        tmp_path / "run", **{"router.name": "sigmoid", "balancer.own.name": "examples.balancer:rprop"}
     )
     to_hf(step, tmp_path / "hf", **trust)
     assert not any("balancer" in name for name in open_hf(tmp_path / "hf").state_dict())
     from_hf(tmp_path / "hf", tmp_path / "back", **trust)
     (model, _), (again, config) = (load_model(folder, **trust) for folder in (step, tmp_path / "back"))
-    assert config.balancer["own"]["name"] == "examples.balancer:smebu"
+    assert config.balancer["own"]["name"] == "examples.balancer:rprop"
     assert all(torch.equal(a, b) for a, b in zip(model.expert_biases(), again.expert_biases(), strict=True))
-    assert not any(mean.any() for mean in again.balancer_states()["own"]["mean"])
+    assert not any(sign.any() for sign in again.balancer_states()["own"]["sign"])
 
 
 SMALL = {

@@ -160,6 +160,9 @@ def train(weights: dict[str, Tensor] | None = None, **arguments: Any) -> dict[st
     first = state_of(trainer.model_parts[0])
     trainer.train()
     result = {"records": records.steps, "first": first, "last": state_of(trainer.model_parts[0]), "batches": batches}
+    if hasattr(trainer.optimizers, "monitor"):
+        kept = trainer.optimizers.monitor.states()
+        result["states"] = {name: {key: torch.stack(t) for key, t in of.items()} for name, of in kept.items()}
     if arguments.get("validate"):
         validator = trainer.validator
         loader = validator.dl_config.build(

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WARNINGS = "ignore"
+PARTS = "tests.torchtitan.parts:"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,14 @@ def test_each_piece_replaces_its_own_nodes_only(debug: Any) -> None:
         ),
         ({"balancers": {"aux_loss": {"scope": "global_batch"}}}, "use 'micro_batch' or 'sequence'"),
         ({"balancers": {"loss_free": {"decay_ratio": 0.1}}}, "leave it at 0"),
-        ({"balancers": {"examples.balancer:smebu": {}}}, "its post step takes state, which torchtitan's"),
+        ({"balancers": {"tests.parts:everything": {}}}, "use 'micro_batch' or 'sequence'"),
+        (
+            {"balancers": {PARTS + "late": {}}},
+            "late takes progress: torchtitan's optimizers do not know the run's length",
+        ),
+        ({"balancers": {PARTS + "coupled": {}}}, "coupled takes routings: torchtitan's layers do not see each other's"),
+        ({"balancers": {PARTS + "of_outputs": {}}}, "of_outputs takes outputs: torchtitan's dispatchers mix"),
+        ({"balancers": {PARTS + "of_thoughts": {}}}, "balancer.*of_thoughts takes 'thoughts', which is not offered"),
         ({"optimizer": {"name": "shampo"}}, "did you mean 'shampoo'"),
         ({"optimizer": {"router": {"load_lr": "batch_fraction"}}}, "only experts have a load"),
     ],
@@ -80,6 +88,18 @@ def test_models_and_losses_that_do_not_fit(debug: Any) -> None:
     config.model_spec = qwen3.model_registry("debugmodel")
     with pytest.raises(ValueError, match="has no MoE layer"):
         enable(config, metrics=True)
+
+
+def test_experts_without_the_weights_that_are_measured(debug: Any) -> None:
+    from torchtitan.models import gpt_oss
+    from torchtitan.models.common.moe import MoE
+
+    from torchtitan_patches.balancers import make_balancers
+    from torchtitan_patches.monitor import Layer
+
+    _, config, _, _ = next(iter(gpt_oss.model_registry("debugmodel").model.traverse(MoE.Config)))
+    with pytest.raises(ValueError, match="of_experts measures w1, which this model's GptOssGroupedExperts has not"):
+        Layer(config.build(), make_balancers({f"{PARTS}of_experts": {}}), "layers.0.moe")
 
 
 OVERRIDES = "torchtitan_patches.overrides"

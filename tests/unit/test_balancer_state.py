@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.balancer import smebu
+from examples.balancer import rprop
 from tests.interop.models import configure
 from tests.tiny import adamw, batch, tiny_model
 from titan_moe.balancer import Balancer, no_loss
@@ -21,8 +21,8 @@ from titan_moe.convert.surgery import add_experts, change_experts, merge_experts
 from titan_moe.data.tokenizer import bytes_tokenizer
 from titan_moe.step import train_step
 
-NAME = "examples.balancer:smebu"
-STATE = f"model.layers.0.moe.balancer_state.{NAME.replace('.', '/')}/mean"
+NAME = "examples.balancer:rprop"
+STATE = f"model.layers.0.moe.balancer_state.{NAME.replace('.', '/')}/sign"
 
 
 def with_state(balancer: Balancer, name: str = NAME, **arguments: Any) -> Any:
@@ -44,22 +44,6 @@ def step(model: Any, balancer: Balancer, number: int = 1, name: str = NAME, **ar
         balancer_states=model.balancer_states(),
         **arguments,
     )
-
-
-def test_smebu_is_its_formula() -> None:
-    """m = beta m + (1 - beta) (tanh(kappa v) - mean), v = (mean n - n) / mean n, b += rate m: worked in float64."""
-    balancer = smebu(rate=0.5, kappa=2.0, momentum=0.75)
-    model = with_state(balancer)
-    mean, bias = torch.zeros(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)
-    for number in range(1, 4):
-        load = step(model, balancer, number).load.double()
-        even = load.mean(-1, keepdim=True)
-        push = torch.tanh(2.0 * (even - load) / even)
-        mean = 0.75 * mean + 0.25 * (push - push.mean(-1, keepdim=True))
-        bias = bias + 0.5 * mean
-        assert push.any()
-        torch.testing.assert_close(torch.stack(model.balancer_states()[NAME]["mean"]).double(), mean)
-        torch.testing.assert_close(torch.stack(model.expert_biases()).double(), bias)
 
 
 def test_a_post_step_gets_what_it_names() -> None:
@@ -103,7 +87,7 @@ def test_states_of_any_shape_begin_as_init_says() -> None:
 
 
 def test_a_schedule_weighs_the_bias_alone() -> None:
-    balancer = smebu(rate=1.0)
+    balancer = rprop(rate=1.0)
     full, half = with_state(balancer), with_state(balancer)
     step(full, balancer)
     step(half, balancer._replace(schedule=lambda progress: 0.5))
@@ -113,16 +97,16 @@ def test_a_schedule_weighs_the_bias_alone() -> None:
 
 
 def test_a_step_that_is_skipped_changes_no_state() -> None:
-    balancer = smebu(rate=1.0)
+    balancer = rprop(rate=1.0)
     model = with_state(balancer)
     step(model, balancer)
-    before = [value.clone() for value in (*model.balancer_states()[NAME]["mean"], *model.expert_biases())]
+    before = [value.clone() for value in (*model.balancer_states()[NAME]["sign"], *model.expert_biases())]
     assert all(value.any() for value in before)
     handle = model.layers[1].attention.register_forward_hook(lambda module, inputs, output: output * float("nan"))
     output = step(model, balancer, 2)
     handle.remove()
     assert output.skipped
-    after = [*model.balancer_states()[NAME]["mean"], *model.expert_biases()]
+    after = [*model.balancer_states()[NAME]["sign"], *model.expert_biases()]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
@@ -148,7 +132,7 @@ def trained(folder: Path, words: dict[str, Any]) -> tuple[Path, Any]:
 
 
 def states(model: Any) -> list[Tensor]:
-    return model.balancer_states()[NAME]["mean"]
+    return model.balancer_states()[NAME]["sign"]
 
 
 def test_checkpoints_have_it(tmp_path: Path) -> None:
@@ -173,7 +157,7 @@ def test_weights_without_it_begin_anew_but_a_run_does_not_go_on(tmp_path: Path, 
         load_checkpoint(old, model=model, optimizer=build_optimizer(config, model))
     with caplog.at_level("WARNING", logger="titan_moe"):
         load_weights(old, model=model, strict=True)
-    assert "this run keeps its initial layers.0.moe.balancer_state.examples/balancer:smebu/mean" in caplog.text
+    assert "this run keeps its initial layers.0.moe.balancer_state.examples/balancer:rprop/rate" in caplog.text
     assert not any(value.any() for value in states(model))
     assert all(bias.any() for bias in model.expert_biases())
 
@@ -195,7 +179,7 @@ def test_a_state_of_another_size_is_refused(tmp_path: Path) -> None:
     wide = model.moe_layers()[1].balancer_state
     assert wide is not None
     wide.register_buffer(STATE.rpartition(".")[2], torch.zeros(4, 2))
-    with pytest.raises(ValueError, match=r"another model: model\.layers\.1\..*/mean is \(4,\) there, \(4, 2\) here$"):
+    with pytest.raises(ValueError, match=r"another model: model\.layers\.1\..*/sign is \(4,\) there, \(4, 2\) here$"):
         load_checkpoint(saved, model=model, optimizer=build_optimizer(config, model))
 
 

@@ -16,6 +16,7 @@ from tests.invariance import (
     CUT_BALANCERS,
     EVERYTHING,
     NOISE,
+    NOISY_BALANCERS,
     OWN_BALANCER,
     OWN_ROUTER,
     PAIRS,
@@ -84,7 +85,7 @@ COMPILED += [(BY_NAME["topk_softmax-capacity_factor=0.75"], "inductor")]
 @pytest.mark.parametrize(("router", "backend"), COMPILED, ids=str)
 def test_compiling_changes_nothing(router: Case, backend: str) -> None:
     torch.compiler.reset()
-    balancers = partners(router)
+    balancers = [balancer for balancer in partners(router) if str(balancer) not in NOISY_BALANCERS]
     got = outcome(fresh(router, partial(compiled, backend=backend)), balancers)
     assert_same(got, outcome(fresh(router), balancers))
 

@@ -3,10 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.cases import WHOLE_BATCH, build, takes_bias
-from tests.invariance import ALL_ROUTERS, INITS, OWN_BALANCER
+from tests.cases import WHOLE_BATCH
+from tests.invariance import ALL_ROUTERS, BUILT, INITS, measures_of, partners
 from tests.tiny import SEQ, VOCAB, adamw, balancers, batch, steps, tiny_model
-from titan_moe.balancer import BALANCERS
 from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.step import IGNORE, add, all_reduce_sums, eval_step, evaluate, train_step
@@ -181,15 +180,12 @@ SYNCHRONISING = ["base-assignment=exact"]  # SciPy's solver runs on the host
 @pytest.mark.parametrize("case", [case for case in ALL_ROUTERS if str(case) not in SYNCHRONISING], ids=str)
 def test_no_host_synchronisation_in_the_step(case):
     """A FakeTensor has no value: anything that reads one on the host, .item() or a branch, raises here."""
-    own = balancers(takes_bias(case.name))
-    if takes_bias(case.name):
-        own["quantile"] = (1.0, BALANCERS["loss_free"](rule="quantile"))
-        own[str(OWN_BALANCER)] = (1.0, build(BALANCERS, OWN_BALANCER.name))
+    own = {str(balancer): (1.0, BUILT[str(balancer)]) for balancer in partners(case)}
     with FakeTensorMode(), torch.device("cpu"):
-        model = tiny_model(case, balancer_inits=INITS)
+        model = tiny_model(case, balancer_inits=INITS, measures=measures_of(case))
         optimizer = Optimizer.around(torch.optim.AdamW(model.parameters(), fused=True))
         tokens = torch.zeros(4, SEQ, dtype=torch.int64)
-        states = {"balancer_states": model.balancer_states()}
+        model.eot_id, states = 3, {"balancer_states": model.balancer_states()}
         output = train_step(model, [(tokens, tokens)], optimizer, own, model.expert_biases(), max_norm=1.0, **states)
         assert output.load.shape == (2, 4)
         assert eval_step(model, tokens, tokens, torch.zeros(VOCAB)).load.shape == (2, 4)

@@ -104,7 +104,7 @@ def run_pass(
         texts=len(texts),
         vocabulary=vocabulary.kind.numel(),
         layers=len(layers),
-        experts=layers[0].num_experts,
+        experts=layers[0].router_width,
         seq_len=texts[0].seq_len,
         device=vocabulary.kind.device,
     )

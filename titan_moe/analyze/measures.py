@@ -92,9 +92,9 @@ def token_overlap(load_VE: Tensor) -> Tensor:
 
 
 def mean_of_pairs(matrix_EE: Tensor) -> float:
-    """The mean over the pairs i < j; NaN where there is none."""
+    """The mean over the pairs i < j that have a number; NaN where none has."""
     i, j = torch.triu_indices(*matrix_EE.shape, offset=1, device=matrix_EE.device)
-    return matrix_EE[i, j].double().mean().item()
+    return matrix_EE[i, j].double().nanmean().item()
 
 
 def top_tokens(load_VE: Tensor, counts_V: Tensor, *, number: int, min_count: int) -> list[list[int]]:

@@ -95,7 +95,7 @@ def output_similarity(model: Transformer, batches: Sequence[tuple[Tensor, Tensor
     Of OUTPUTS_PER_SEQUENCE tokens of each sequence, at even distances; over the batches of all ranks.
     """
     layers = model.moe_layers()
-    E, device = layers[0].num_experts, next(model.parameters()).device
+    E, device = layers[0].router_width, next(model.parameters()).device
     sums = torch.zeros(len(layers), E, E, dtype=torch.float64, device=device)
     number = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -117,12 +117,16 @@ def output_similarity(model: Transformer, batches: Sequence[tuple[Tensor, Tensor
 
 
 def cosine_sum(layer: MoE, x_nD: Tensor) -> Tensor:
-    """The sum over tokens of the cosines between the outputs of each two experts for them, (n, D) -> (E, E)."""
-    E = layer.num_experts
+    """The sum over tokens of the cosines between the outputs of each two experts for them, (n, D) -> (E, E).
+
+    E counts identity experts, which are the last: they answer with the token itself.
+    """
+    E, computed = layer.router_width, layer.num_experts
     total = torch.zeros(E, E, dtype=torch.float64, device=x_nD.device)
     for part in x_nD.split(max(1, OUTPUT_ROWS // E)):
-        counts_E = torch.full((E,), part.shape[0], dtype=torch.int64, device=part.device)
-        y = layer.experts(part.repeat(E, 1), counts_E)  # (E n, D)
+        counts_E = torch.full((computed,), part.shape[0], dtype=torch.int64, device=part.device)
+        y = layer.experts(part.repeat(computed, 1), counts_E)
+        y = torch.cat([y, part.repeat(E - computed, 1)])  # (E n, D)
         y = F.normalize(y.double(), dim=-1).view(E, -1)  # (E, n D)
         total += y @ y.t()
     return total

@@ -3,12 +3,14 @@
 Shapes: L MoE layers, E experts, K choices.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titan_moe import __version__
@@ -153,6 +155,7 @@ def check_alike(source: Source, first: Source, trust_components: Sequence[str]) 
     for key, value, wanted in (
         ("MoE layers", list(moe_layers(config)), list(moe_layers(other))),
         ("moe.num_experts", config.moe.num_experts, other.moe.num_experts),
+        ("moe.num_identity_experts", config.moe.num_identity_experts, other.moe.num_identity_experts),
         ("moe.top_k", config.moe.top_k, other.moe.top_k),
         ("tokenizer", *(load_tokenizer(str(one.folder / "tokenizer.json")).fingerprint for one in (source, first))),
     ):
@@ -184,6 +187,8 @@ def measure(
     # Weights are compared as they were saved: on a GPU the model's are rounded.
     tensors = read_lazily(source.folder)
     weights = torch.stack([similarity(tensors, layer) for layer in moe_layers(config)])
+    without = config.moe.num_identity_experts  # the last ids, which have no weights
+    weights = F.pad(weights, (0, without, 0, without), value=math.nan)
     step = read_manifest(source.folder)["step"]
     of_all = of_all_ranks(sequences)
     return Checkpoint(source.path, step, source.name, counts, of_all, weights, outputs), sequences
@@ -254,7 +259,8 @@ def model_entry(model: Transformer, config: Config) -> dict[str, Any]:
     return {
         "num_layers": config.model.num_layers,
         "moe_layers": list(moe_layers(config)),
-        "num_experts": config.moe.num_experts,
+        "num_experts": config.moe.router_width,
+        "num_identity_experts": config.moe.num_identity_experts,
         "top_k": config.moe.top_k,
         "num_shared_experts": config.moe.num_shared_experts,
         "dim": config.model.dim,

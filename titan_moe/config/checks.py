@@ -2,12 +2,14 @@
 
 import torch
 
-from titan_moe.balancer import BALANCERS
+from titan_moe.balancer import BALANCERS, SEEN
 from titan_moe.config.schema import find_component
 from titan_moe.config.sections import Config, balancer_tables
 from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS
+from titan_moe.model.routing.common import asked_for
+from titan_moe.model.transformer import moe_layer_ids
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import expand_load_lr
@@ -44,6 +46,7 @@ def _check_size(config: Config) -> None:
         "model.dim x model.dim": model.dim**2,
         "model.dim x model.ffn_dim": model.dim * model.ffn_dim,
         "moe.num_experts x model.dim x moe.expert_dim": moe.num_experts * model.dim * moe.expert_dim,
+        "moe.num_identity_experts x model.dim": moe.num_identity_experts * model.dim,
         "moe.num_shared_experts x model.dim x moe.expert_dim": moe.num_shared_experts * model.dim * moe.expert_dim,
     }
     if training.local_batch_size > 0:  # -1 follows from the number of ranks, which is not known yet
@@ -82,6 +85,9 @@ def _check_dense(config: Config) -> None:
             "quantize.converters has quantize.grouped_mm.float8, which needs experts, but moe.num_experts is 0: "
             "leave it out"
         )
+    for key in ("num_identity_experts", "expert_dropout"):
+        if value := getattr(moe, key):
+            raise ValueError(f"moe.{key} = {value} needs experts, but moe.num_experts is 0: leave it out")
     if moe.experts_backend != "grouped_mm":
         raise ValueError(
             f"moe.experts_backend = {moe.experts_backend!r} needs experts, but moe.num_experts is 0: leave it out"
@@ -96,6 +102,7 @@ def _check_experts(config: Config) -> None:
     moe = config.moe
     _check_experts_backend(config)
     _check_balance_tax(config)
+    _check_identity_experts(config)
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) must be at most moe.num_experts ({moe.num_experts})")
     if moe.first_dense_layers >= config.model.num_layers:
@@ -113,6 +120,41 @@ def _check_experts_backend(config: Config) -> None:
         raise ValueError(
             f"moe.experts_backend = {name!r} does not go with quantize.converters = "
             "['quantize.grouped_mm.float8']: experts in float8 are computed by 'grouped_mm' alone"
+        )
+    if name != "grouped_mm" and config.moe.expert_dropout:
+        raise ValueError(
+            f"moe.expert_dropout = {config.moe.expert_dropout} is inside the experts, and moe.experts_backend = "
+            f"{name!r} computes these without it: set it to 0, or take 'grouped_mm'"
+        )
+
+
+def _check_identity_experts(config: Config) -> None:
+    """Refuse with identity experts what counts or limits the rows of experts, and would take them for such."""
+    number, router, arguments = config.moe.num_identity_experts, config.router.name, config.router.arguments
+    if number == 0:
+        return
+    key = f"moe.num_identity_experts = {number}"
+
+    # Routers from outside may mean something else by these names.
+    if router == "expert_choice" or (router in ROUTERS and arguments.get("capacity_factor")):
+        what = "router.name = 'expert_choice'" if router == "expert_choice" else "router.capacity_factor"
+        raise ValueError(f"{key} does not go with {what}: an identity expert has room for all; take another router")
+    if router in ROUTERS and arguments.get("num_groups", 1) > 1:
+        raise ValueError(
+            f"{key} does not go with router.num_groups = {arguments['num_groups']}: groups are of experts that sit "
+            "side by side on a node, identity experts sit nowhere: set num_groups = 1"
+        )
+
+    # Of both the other side is the number of experts of a token, which differs from token to token.
+    if config.optimizer.groups.get("expert", {}).get("load_lr") == "batch_fraction":
+        raise ValueError(
+            f"{key} does not go with optimizer.expert.load_lr = 'batch_fraction', which counts moe.top_k experts of "
+            "a token: take 'ideal_normalized'"
+        )
+    if freq := config.metrics.balance_tax_freq:
+        raise ValueError(
+            f"{key} does not go with metrics.balance_tax_freq = {freq}: balanced routing would compute another number "
+            "of rows: set it to 0"
         )
 
 
@@ -228,20 +270,26 @@ def check_combinations(config: Config) -> None:
     if router in ROUTERS:
         route = ROUTERS[router](top_k=config.moe.top_k, **arguments)
         with torch.random.fork_rng(devices=[]):
-            route(torch.zeros(2, config.moe.num_experts), torch.zeros(config.moe.num_experts) if biased else None)
+            route(torch.zeros(2, config.moe.router_width), torch.zeros(config.moe.router_width) if biased else None)
 
     # What each of the two takes, but not together.
     for label, component, options in known:
+        if "routings" in asked_for(BALANCERS[component](**options).loss, SEEN, 3) and num_moe_layers(config) < 2:
+            raise ValueError(
+                f"balancer.{label} goes from one MoE layer to the next, but this model has 1: set {label} = false "
+                "under [balancer]"
+            )
         if component == "aux_loss" and router in ROUTERS_WITH_EVEN_LOAD:
             raise ValueError(
                 f"balancer.{label} has no effect with router.name = {router!r}, whose load is even by construction: "
                 f"set {label} = false under [balancer]"
             )
         is_exact = component == "aux_loss" and options.get("scope") == "global_batch_exact"
-        if is_exact and (arguments.get("jitter") or arguments.get("noise_std")):
+        if is_exact and (arguments.get("jitter") or arguments.get("noise_std") or config.moe.expert_dropout):
             raise ValueError(
-                f'balancer.{label}.scope = "global_batch_exact" routes every token twice, but with router.jitter or '
-                'router.noise_std the second time differs: switch the noise off, or take scope = "global_batch"'
+                f'balancer.{label}.scope = "global_batch_exact" routes every token twice, but with router.jitter, '
+                "router.noise_std or moe.expert_dropout the second time differs: switch the noise off, or take "
+                'scope = "global_batch"'
             )
         if component == "loss_free" and options.get("rule") == "quantile" and arguments.get("num_groups", 1) > 1:
             raise ValueError(
@@ -253,6 +301,12 @@ def check_combinations(config: Config) -> None:
             f"debug.force_balanced_routing = true deals experts out in turn, but router.name = {router!r} is even by "
             "construction: switch one of them off"
         )
+
+
+def num_moe_layers(config: Config) -> int:
+    """How many layers of the model have experts."""
+    moe = config.moe
+    return len(moe_layer_ids(config.model.num_layers, moe.num_experts, moe.first_dense_layers, moe.layer_freq))
 
 
 def cautions(config: Config) -> list[str]:

@@ -116,12 +116,13 @@ class Meter(TorchDispatchMode):
     """Count memory, collectives and operations of every operator that runs while the mode is active.
 
     A storage counts from the first operator that returns it until Python frees it. `vocab_sizes` are the sizes of the
-    vocabulary, whole and of one rank, by which the operators of the head and the loss are told from the others.
+    vocabulary, whole and of one rank, by which the operators of the head and the loss are told from the others. Of the
+    rows of the experts' products `computed_share` are computed.
     """
 
-    def __init__(self, fake: FakeTensorMode, vocab_sizes: Set[int]) -> None:
+    def __init__(self, fake: FakeTensorMode, vocab_sizes: Set[int], computed_share: float = 1.0) -> None:
         super().__init__()
-        self.fake, self.vocab_sizes = fake, vocab_sizes
+        self.fake, self.vocab_sizes, self.computed_share = fake, vocab_sizes, computed_share
 
         # Memory: each storage is of one kind at a time, so that the parts add up to the total.
         self.live: Counter[str] = Counter()  # bytes now, by kind
@@ -209,7 +210,8 @@ class Meter(TorchDispatchMode):
         work["operators", kind] += 1
         work["bytes", kind] += size
         if formula is not None:
-            work["flops", kind] += formula(*args, **kwargs, out_val=result)
+            flops = formula(*args, **kwargs, out_val=result)
+            work["flops", kind] += int(flops * self.computed_share) if "grouped" in str(func) else flops
 
     def _kind(self, func: Any, result: Any, args: Any, *, is_product: bool) -> str:
         tensors = _tensors((args, result))
@@ -451,6 +453,11 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     if mesh.ep is not None:
         fix_split_sizes(model, mesh.ep, rows, received)
 
+    # On one rank there is memory for a row of each choice, of which those of identity experts are not computed.
+    share = (
+        1.0 if mesh.ep is not None or not config.moe.num_experts else config.moe.num_experts / config.moe.router_width
+    )
+
     # Under the fake mode nothing is allocated; what is built before the step is not work, so the meter starts later.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
@@ -459,7 +466,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
         optimizer, balancers = build_optimizer(without_load_lr(config), model), build_balancers(config)
         tokens = torch.zeros(training.local_batch_size, local_length, dtype=torch.int64)  # (B, S)
         vocabulary = config.model.vocab_size
-        meter = Meter(fake, {vocabulary, vocabulary // degrees.tensor})
+        meter = Meter(fake, {vocabulary, vocabulary // degrees.tensor}, share)
         parameters = _local_bytes(model.parameters())
         for tensor in (*model.parameters(), *model.buffers()):
             meter.track(local(tensor), "parameters")
@@ -515,9 +522,12 @@ def whole_step(passes: list[Work], simulated: int, micro_batches: int) -> Work:
 
 
 def rows_sent(config: Config, num_tokens: int) -> int:
-    """Rows that a rank sends to experts in a MoE layer, for `num_tokens` tokens: the most that the capacity lets by."""
+    """Rows that a rank sends to experts in a MoE layer, for `num_tokens` tokens: the most that the capacity lets by.
+
+    Identity experts, which take none, are taken to be chosen as often as others.
+    """
     moe, factor = config.moe, config.router.arguments.get("capacity_factor")
-    choices = num_tokens * moe.top_k
+    choices = -(-num_tokens * moe.top_k * moe.num_experts // max(1, moe.router_width))
     if not factor:
         return choices
     room = moe.num_experts * capacity_of(num_tokens, moe.top_k, moe.num_experts, exact_factor(factor))

@@ -33,11 +33,7 @@ class Exchange(NamedTuple):
 def apply_ep(model: nn.Module, mesh: DeviceMesh) -> None:
     """Make the experts of every MoE layer DTensors, Shard(0) over `mesh`, and send tokens to them by all-to-all."""
     # One for all layers, so that torch.compile sees the same code in each.
-    dispatcher, group = all_to_all(mesh), mesh.get_group()
-
-    def gather_experts(of_experts: Tensor) -> Tensor:
-        return wait_tensor(all_gather_single(of_experts.contiguous(), 0, group))  # (E / P, ...) -> (E, ...)
-
+    dispatcher, gather_experts = all_to_all(mesh), gather_over(mesh)
     for layer in model.modules():
         if isinstance(layer, MoE):
             layer.dispatcher, layer.gather_experts = dispatcher, gather_experts
@@ -45,6 +41,16 @@ def apply_ep(model: nn.Module, mesh: DeviceMesh) -> None:
             for name, parameter in list(layer.experts.named_parameters()):
                 sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
                 layer.experts.register_parameter(name, nn.Parameter(sharded))
+
+
+def gather_over(mesh: DeviceMesh) -> Callable[[Tensor], Tensor]:
+    """The function that puts together (E, ...) from the (E / P, ...) of the ranks of `mesh`; differentiable."""
+    group = mesh.get_group()
+
+    def gather_experts(of_experts: Tensor) -> Tensor:
+        return wait_tensor(all_gather_single(of_experts.contiguous(), 0, group))  # (E / P, ...) -> (E, ...)
+
+    return gather_experts
 
 
 def all_to_all(mesh: DeviceMesh, read: ReadSplits | None = None) -> Dispatcher:

@@ -57,8 +57,8 @@ def test_files_inherit_change_and_drop_them(tmp_path: Path) -> None:
 
 def test_a_saved_one_from_outside_has_to_be_trusted(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    path.write_text(to_toml(configure(**{"balancer.own.name": "examples.balancer:smebu", "balancer.own.rate": 0.5})))
-    with pytest.raises(ValueError, match=r"balancer\.own\.name = 'examples\.balancer:smebu': is code from outside"):
+    path.write_text(to_toml(configure(**{"balancer.own.name": "examples.balancer:rprop", "balancer.own.rate": 0.5})))
+    with pytest.raises(ValueError, match=r"balancer\.own\.name = 'examples\.balancer:rprop': is code from outside"):
         load_saved(path)
     config = load_saved(path, trust_components=["examples"])
     assert config.balancer["own"]["rate"] == 0.5

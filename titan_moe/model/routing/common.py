@@ -27,7 +27,8 @@ class Routing(NamedTuple):
     tokens_per_expert: Tensor  # (E,) int64, the load: what was chosen, before any drops
     selection: Tensor | None = None  # (T, E) fp32, what the choice compared before the bias; no gradient
     kept: Tensor | None = None  # (T, K) bool, the choices that are computed; None: all of them
-    capacity: int | None = None  # the most tokens that an expert computes, where `kept` is given
+    capacity: int | None = None  # the most tokens that an expert computes, where `kept` is given; None: all
+    num_identity_experts: int = 0  # the last of the E, which give a token back as it is; a MoE layer fills it in
     measures: Mapping[str, Any] | None = None  # what balancers measured in the layer's forward, by their names
 
 
