@@ -17,6 +17,7 @@ from titan_moe.data.tokenizer import load_tokenizer
 
 SEQ, L, E, K = 16, 2, 4, 2
 STEPS = (2, 4, 6)
+FILES = ["analysis.json", "analysis.md", "report.html"]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,10 @@ def test_it_is_of_the_tokens_of_an_evaluation(run: Path, tmp_path: Path) -> None
         assert [pair["output_cosine"] for pair in layer["overlapping_pairs"]] == [cosines[pair] for pair in wanted]
     assert contents(run) == before
     assert (tmp_path / "analysis.md").read_text().startswith("# run, step 6\n")
-    assert not [path for path in tmp_path.iterdir() if path.name not in ("all", "analysis.json", "analysis.md")]
+    assert "run, step 6" in (tmp_path / "report.html").read_text()
+    assert not [
+        path for path in tmp_path.iterdir() if path.name not in ("all", "analysis.json", "analysis.md", "report.html")
+    ]
 
 
 def test_numbers_of_a_text_are_those_of_its_tokens(run: Path, tmp_path: Path) -> None:
@@ -200,7 +204,11 @@ def test_a_hugging_face_folder_is_the_checkpoint_that_it_came_from(tmp_path: Pat
     del ours["checkpoint"]
     assert_alike(ours, theirs)
     assert contents(tmp_path / "hf") == before
-    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["analysis.json", "analysis.md"]
+    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == [
+        "analysis.json",
+        "analysis.md",
+        "report.html",
+    ]
     ended = analyze("--checkpoint", tmp_path / "hf", *words)
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert "--out is needed" in ended.err
@@ -299,3 +307,10 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "analysis.json").exists()
     assert analyze("--checkpoint", run / "nowhere").code == 2
     assert not (run / "nowhere").exists()
+
+
+def test_a_missing_package_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("titan_moe.analyze.cli.find_spec", lambda name: None if name == "jinja2" else name)
+    ended = analyze("--checkpoint", run)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: the report of an analysis needs jinja2: pip install 'titan_moe[study]'\n"

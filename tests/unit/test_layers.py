@@ -58,7 +58,6 @@ LAYERS = {
     "train": 3,
     "generate": 3,
     "evaluate": 3,
-    "analyze": 3,
     "study": 3,
     "convert": 3,
     "estimate": 3,

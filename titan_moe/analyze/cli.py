@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from titan_moe.runtime.world import Runtime
 
 ANALYSIS, TABLES, FOLDER = "analysis.json", "analysis.md", "analysis"
 IMPORTED = "imported"  # checkpoint of a Hugging Face folder, which is there while it is analyzed
+PACKAGES = ("jinja2", "matplotlib")  # of the report
 HELP = {
     "dead_fraction": "an expert with a load below this times the mean is dead",
     "overlap_cosine": "two experts overlap where the mean cosine of their outputs is at least this",
@@ -42,6 +44,8 @@ HELP = {
 def main(args: list[str]) -> int:
     """Analyze, write the document and its tables, and print the numbers of a study; return the exit code."""
     options, overrides = parse(args)
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise ValueError(f"the report of an analysis needs {', '.join(missing)}: pip install 'titan_moe[study]'")
     settings = Settings(**{name: getattr(options, name) for name in Settings._fields})
     rt = world.read_world()
     command.init_logging(rt)
@@ -65,7 +69,7 @@ def main(args: list[str]) -> int:
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line: its own arguments, and `--section.key value` words for the configuration."""
-    about = "Analyze what router and experts of a checkpoint do: analysis.json and analysis.md in one pass over texts."
+    about = "Analyze what router and experts of a checkpoint do, in one pass over texts: report.html, analysis.json."
     parser = Parser("python -m titan_moe.analyze", about)
     place = "step folder, dump folder (its latest complete step) or Hugging Face folder; again for more: over training"
     parser.add_argument("--checkpoint", type=Path, required=True, action="append", metavar="DIR", help=place)
@@ -144,7 +148,10 @@ def source_of(step_folder: Path) -> Source:
 
 
 def write(analysis: dict[str, Any], out: Path) -> None:
-    """Write the document and its tables; each appears whole."""
+    """Write the document, its tables and its picture; each appears whole."""
+    from titan_moe.analyze.report import write_report  # matplotlib is slow to import
+
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / ANALYSIS, json.dumps(analysis, allow_nan=False, ensure_ascii=False) + "\n")
     write_atomic(out / TABLES, tables(analysis))
+    write_report(analysis, out)

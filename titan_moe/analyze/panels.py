@@ -125,8 +125,8 @@ def layers_map(analysis: Analysis, values: Any, scale: Scale) -> Map:
 
 def load_panel(analysis: Analysis, name: str, title: str, caption: str, counts: Any, width: float = WIDTH) -> Panel:
     """A map of loads (L, E), each over its even share in its layer."""
-    drawn_map = layers_map(analysis, over_even(counts), LOAD)
-    return Panel(name, caption, heatmap(drawn_map, width, title), drawn_map)
+    heat = layers_map(analysis, over_even(counts), LOAD)
+    return Panel(name, caption, heatmap(heat, width, title), heat)
 
 
 def sections_of(analysis: Analysis) -> list[Section]:
@@ -201,28 +201,28 @@ def evenness_panels(analysis: Analysis) -> list[Panel]:
         names = bucket_names(analysis)
         values = loads_LPE.max(-1) - 1
         scale = span(values, "MaxVio")
-        drawn_map = Map(values, scale, "layer", layer_names(analysis), "position in the sequence", names)
+        heat = Map(values, scale, "layer", layer_names(analysis), "position in the sequence", names)
         text = (
             "MaxVio of each layer by the token's position; buckets with few tokens look more uneven than they are: "
             f"the smallest has {min(bucket['num_tokens'] for bucket in buckets):,} tokens"
         )
-        panels.append(map_panel("maxvio-position", text, drawn_map))
+        panels.append(map_panel("maxvio-position", text, heat))
     return panels
 
 
-def map_panel(name: str, text: str, drawn_map: Map) -> Panel:
+def map_panel(name: str, text: str, heat: Map) -> Panel:
     """A panel of a map, which its caption explains."""
-    return Panel(name, text, heatmap(drawn_map), drawn_map)
+    return Panel(name, text, heatmap(heat), heat)
 
 
 def specialisation_section(analysis: Analysis) -> Section:
     """How far each expert's tokens are from all tokens."""
     layers = analysis["layers"]
     excess_LE = numbers([layer["specialisation"]["excess"] for layer in layers])
-    drawn_map = layers_map(analysis, excess_LE, span(excess_LE, "nats beyond chance", " nats"))
+    heat = layers_map(analysis, excess_LE, span(excess_LE, "nats beyond chance", " nats"))
     series = [Line("specialisation", numbers([layer["specialisation"]["mean"] for layer in layers]), points=excess_LE)]
     panels = [
-        map_panel("specialisation-experts", "Each expert's specialisation", drawn_map),
+        map_panel("specialisation-experts", "Each expert's specialisation", heat),
         Panel(
             "specialisation-layers",
             "Mean over a layer's experts, weighted by load; small dots are its experts",
@@ -264,9 +264,9 @@ def router_section(analysis: Analysis) -> Section:
     panels.append(Panel("entropy", text, lines(x, [entropy], "layer", "normalised entropy")))
     edges = analysis["histograms"]["entropy_edges"]
     rows = [layer["entropy"]["histogram"] for layer in layers]
-    drawn_map = histogram_map(rows, names, "normalised entropy", [f"{edge:.2f}" for edge in edges[:-1]])
+    heat = histogram_map(rows, names, "normalised entropy", [f"{edge:.2f}" for edge in edges[:-1]])
     text = "How the entropies of single tokens are spread; the number below a column is where it begins"
-    panels.append(map_panel("entropy-spread", text, drawn_map))
+    panels.append(map_panel("entropy-spread", text, heat))
 
     # Where every expert is chosen there is no margin.
     margins = [layer["margin"] for layer in layers]
@@ -278,9 +278,9 @@ def router_section(analysis: Analysis) -> Section:
         edges = analysis["histograms"]["margin_edges"]
         begins = ["less", *(f"{edge:.0e}".replace("e-0", "e-").replace("e+0", "e") for edge in edges[1:-1])]
         rows = [one["histogram"] if one else [0] * len(begins) for one in margins]
-        drawn_map = histogram_map(rows, names, "margin", begins)
+        heat = histogram_map(rows, names, "margin", begins)
         text = "How the margins of single tokens are spread; those on the left are nearly a toss of a coin"
-        panels.append(map_panel("margin-spread", text, drawn_map))
+        panels.append(map_panel("margin-spread", text, heat))
     return Section(
         "router",
         "How decided the router is",
@@ -312,9 +312,9 @@ def pruning_section(analysis: Analysis) -> Section:
     if pruning["single"] is not None:
         losses_LE = numbers(pruning["single"])
         scale = span(losses_LE, "loss above that of all (nats a token)", " nats a token", signed=True)
-        drawn_map = layers_map(analysis, losses_LE, scale)
+        heat = layers_map(analysis, losses_LE, scale)
         text = "Loss above that with all experts when this one is taken away: red is needed, blue does harm"
-        panels.append(map_panel("pruning-single", text, drawn_map))
+        panels.append(map_panel("pruning-single", text, heat))
     return Section("pruning", "Taking experts away", "What the model loses without some of its experts.", panels)
 
 
@@ -385,7 +385,7 @@ def layer_choices(analysis: Analysis) -> list[Choice]:
     layers = analysis["layers"]
     kinds = [short(kind["name"].replace("_", " ")) for kind in analysis["token_classes"]]
     places = bucket_names(analysis)
-    choices = [
+    candidates = [
         load_choice(analysis, "classes", "class of token", kinds, [layer["load_by_class"] for layer in layers]),
         load_choice(analysis, "positions", "position", places, [layer["load_by_position"] for layer in layers]),
         pair_choice(
@@ -406,13 +406,13 @@ def layer_choices(analysis: Analysis) -> list[Choice]:
         signed = key != "token_overlap"
         scale = span(np.concatenate(values or [np.empty(0)]), "cosine", signed=signed, least=0.1)
         scale = scale if signed else Scale("overlap", scale.colours, 0.0, 1.0)
-        choices.append(pair_choice(analysis, key, title, text, matrices, scale))
+        candidates.append(pair_choice(analysis, key, title, text, matrices, scale))
     if analysis["over_training"]:
         course = analysis["over_training"]
         steps = [f"{one['step']}" for one in course["checkpoints"]]
         counts = [[loads[index] for loads in course["load"]] for index in range(len(layers))]
-        choices.append(load_choice(analysis, "course", "step", steps, counts))
-    return [choice for choice in choices if any(one is not None for one in choice.maps)]
+        candidates.append(load_choice(analysis, "course", "step", steps, counts))
+    return [choice for choice in candidates if any(one is not None for one in choice.maps)]
 
 
 def load_choice(analysis: Analysis, name: str, row: str, rows: Sequence[str], counts: Sequence[Any]) -> Choice:

@@ -118,6 +118,8 @@ def tiles(analysis: Analysis) -> list[dict[str, str]]:
     special = mean(layer["specialisation"]["mean"] for layer in layers)
     alike = mean(mean_pair(layer["output_similarity"]) for layer in layers)
     settings = analysis["settings"]
+
+    # A number means something beside what it is measured against, so that is said with each.
     rows = [
         (
             f"{dead} of {experts * len(layers)}",
@@ -200,8 +202,8 @@ def section_context(section: Section) -> dict[str, Any]:
 
 def choice_context(choice: Choice, first: int) -> dict[str, Any]:
     """The figure of a layer's map for the template; where the layer has none that of another stands, hidden."""
-    drawn_map = choice.maps[first] or next(one for one in choice.maps if one is not None)
-    svg = theme.svg_of(heatmap(drawn_map, title=choice.title, has_numbers=False))
+    heat = choice.maps[first] or next(one for one in choice.maps if one is not None)
+    svg = theme.svg_of(heatmap(heat, title=choice.title, has_numbers=False))
     return {
         "name": choice.name,
         "caption": choice.caption,
@@ -226,11 +228,11 @@ def choice_data(choice: Choice, offered: Sequence[int]) -> dict[str, Any]:
     return {**map_names(given[0]), "layers": [one and pack(one.values, one.scale) for one in maps]}
 
 
-def map_names(drawn_map: Map) -> dict[str, Any]:
+def map_names(heat: Map) -> dict[str, Any]:
     """What is needed beside its values to read a map and to draw another one like it."""
-    scale = drawn_map.scale
+    scale = heat.scale
     return {
-        **{key: getattr(drawn_map, key) for key in ("row", "rows", "column", "columns")},
+        **{key: getattr(heat, key) for key in ("row", "rows", "column", "columns")},
         **{key: getattr(scale, key) for key in ("low", "high", "unit")},
         "isLog": scale.is_log,
         "palette": palette(scale),
@@ -299,10 +301,10 @@ def sample_context(analysis: Analysis, first: int) -> dict[str, Any] | None:
     counts = Counter(chosen_LTK[first, :, 0].tolist())
     texts: dict[int, list[list[SampleToken]]] = {}
     for index, count, one in pieces:
-        experts_T = np.array(one["experts"][first])[:count, 0].tolist()
+        experts_S = np.array(one["experts"][first])[:count, 0].tolist()
         tokens = [
             SampleToken(in_text(text), ranking.get(expert, -1))
-            for text, expert in zip(one["tokens"], experts_T, strict=False)
+            for text, expert in zip(one["tokens"], experts_S, strict=False)
         ]
         texts.setdefault(index, []).append(tokens)
     legend = [
@@ -397,9 +399,9 @@ def layer_table(analysis: Analysis) -> dict[str, Any]:
     """The numbers of every layer, for those who want them as numbers."""
     head = ["layer", "MaxVio", "in a document", "load entropy", "specialisation", "router entropy", "margin"]
     head += ["dead", "overlapping pairs", "outputs alike", "weights alike", "told of the next layer"]
-    flows = [one["mutual_information"] for one in analysis["between_layers"]]
 
-    # What an analysis could not measure, or a layer does not have, is a dash: the last one tells of no next layer.
+    # What a layer tells of the next one stands in its own row; the last has none.
+    flows = [one["mutual_information"] for one in analysis["between_layers"]]
     rows = []
     for index, layer in enumerate(analysis["layers"]):
         rows.append(
