@@ -8,6 +8,7 @@ Shapes: T tokens, E experts, K choices of a token, L layers, D dim.
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,17 @@ def check_parts(config: Config) -> None:
     # Their builders speak of their own keys, so that what they raise stays as it is.
     balancers = {name: balancer for name, (_, balancer) in build_balancers(config).items()}
     moves_bias = any(balancer.moves_bias for balancer in balancers.values())
-    bias_E = torch.zeros(config.moe.num_experts) if moves_bias else None
+    width, identity = config.moe.router_width, config.moe.num_identity_experts
+    bias_E = torch.zeros(width) if moves_bias else None
     router = build_router(config)
 
     # A router may draw noise: the run is to draw the same as it would without this.
     with torch.random.fork_rng(devices=[]):
         with blamed(f"router {config.router.name}", config.router.name):
-            values = dry_values(router, config.model.dim, config.moe.num_experts)
-            routing = values["routing"] = dry_routing(router, bias_E, values)
-            check_routing(routing, config.moe.num_experts)
+            values = dry_values(router, config.model.dim, config.moe.num_experts, width)
+            routing = dry_routing(router, bias_E, values, width)
+            check_routing(routing, width)
+            routing = values["routing"] = routing._replace(num_identity_experts=identity)
         for label, component, _ in balancer_tables(config):
             with blamed(f"balancer {label}", component):
                 check_loss(balancers[label], label, routing, values)
@@ -80,7 +83,7 @@ class WrongResultError(Exception):
     """A part gave something that it must not."""
 
 
-def dry_values(router: ParametricRouter, dim: int, num_experts: int) -> dict[str, Any]:
+def dry_values(router: ParametricRouter, dim: int, num_experts: int, router_width: int) -> dict[str, Any]:
     """What a layer has to offer a router and measures, but for the routing: of random tokens, in two documents each."""
     generator = torch.Generator().manual_seed(0)
 
@@ -92,7 +95,7 @@ def dry_values(router: ParametricRouter, dim: int, num_experts: int) -> dict[str
     places = places_of(torch.tensor([1, 1, 0, *[1] * (length - 3)]).expand(SEQUENCES, length), 0)
     return {
         "x": randn(TOKENS, dim),
-        "router": linear_router(dim, num_experts) if router.init is None else own_module(router.init, dim, num_experts),
+        "router": (linear_router if router.init is None else partial(own_module, router.init))(dim, router_width),
         "layer": 0,
         **places._asdict(),
         "w1": randn(num_experts, WIDTH, dim),
@@ -103,15 +106,14 @@ def dry_values(router: ParametricRouter, dim: int, num_experts: int) -> dict[str
     }
 
 
-def dry_routing(router: ParametricRouter, bias_E: Tensor | None, values: Mapping[str, Any]) -> Any:
+def dry_routing(router: ParametricRouter, bias_E: Tensor | None, values: Mapping[str, Any], router_width: int) -> Any:
     """What the router gives for the `dry_values`, by the logits of a module of its own where it has one."""
     # As in a MoE layer, but for the logits of a linear router, which any numbers stand for.
-    x_TD, num_experts = values["x"], len(values["expert_ids"])
     if router.init is None:
-        logits_TE = torch.randn(TOKENS, num_experts, generator=torch.Generator().manual_seed(0))
+        logits_TE = torch.randn(TOKENS, router_width, generator=torch.Generator().manual_seed(0))
     else:
-        logits_TE = values["router"](x_TD)
-        check_tensor("its module must give logits", logits_TE, ((TOKENS, num_experts), torch.float32))
+        logits_TE = values["router"](values["x"])
+        check_tensor("its module must give logits", logits_TE, ((TOKENS, router_width), torch.float32))
     return router.route(logits_TE, bias_E, **{name: values[name] for name in asked_for(router.route, OFFERED)})
 
 
@@ -236,7 +238,7 @@ def check_post_step(balancer: Balancer, routing: Routing) -> None:
     if not isinstance(load_E, Tensor) or load_E.is_floating_point():
         raise WrongResultError(f"observe must return integers, gave {described(load_E)}")
     bias_LE, load_LE = torch.stack([bias_E] * LAYERS), torch.stack([load_E] * LAYERS)
-    result: Any = balancer.post_step(load_LE, bias_LE, **balancer.asked(state, 1, 0.5))
+    result: Any = balancer.post_step(load_LE, bias_LE, **balancer.asked(state, 1, 0.5, routing.num_identity_experts))
     if asks_state and not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise WrongResultError(f"post_step must return (expert_bias, state), gave {described(result)}")
     moved_LE, new_state = result if asks_state else (result, {})

@@ -133,10 +133,10 @@ def _balancers(config: Config) -> set[str]:
 
 def _balancer_tensors(config: Config) -> dict[str, tuple[int, ...]]:
     """Shapes of what a MoE layer has for its balancers: the selection bias, and what they keep."""
-    num_experts = config.moe.num_experts
-    state = initial_state(balancer_inits(config), num_experts) if num_experts else {}
+    width = config.moe.router_width
+    state = initial_state(balancer_inits(config), width) if width else {}
     shapes = {name: tuple(value.shape) for name, value in state.items()}
-    return {**shapes, "expert_bias": (num_experts,)} if has_expert_bias(config) else shapes
+    return {**shapes, "expert_bias": (width,)} if has_expert_bias(config) else shapes
 
 
 def changes_since(job: Job, before: Before) -> Changes:

@@ -1,6 +1,7 @@
 """What a step and an evaluation leave behind, and pure measures of it.
 
-Shapes: L MoE layers, E experts. A load is a number of tokens per expert, over all ranks and micro-batches.
+Shapes: L MoE layers, E experts that have weights, Z identity experts. A load is a number of tokens per expert, over all
+ranks and micro-batches.
 """
 
 import math
@@ -24,7 +25,7 @@ class StepOutput(NamedTuple):
     balance_losses: dict[str, Tensor]  # scalars before their coefficients, mean over layers
     total_loss: Tensor  # scalar, what was differentiated
     grad_norm: Tensor  # scalar, before clipping
-    load: Tensor  # (L, E) int64
+    load: Tensor  # (L, E) int64, of the experts that have weights
     num_tokens: Tensor  # scalar int64
     routing_means: dict[str, Tensor]  # (L,) each, by name: means over tokens; none for a dense model
     load_factors: Tensor | None = None  # (L, E) of the experts' learning rates, None where loads do not set them
@@ -42,7 +43,8 @@ class EvalOutput(NamedTuple):
     num_tokens: Tensor  # scalar: labels that count
     num_bytes: Tensor  # scalar: UTF-8 bytes these labels stand for
     load: Tensor  # (L, E)
-    scores_sum: Tensor  # (L, E): routing probabilities
+    identity_load: Tensor  # (L, Z): of the identity experts
+    scores_sum: Tensor  # (L, E + Z): routing probabilities
     z_loss_sum: Tensor  # (L,)
     entropy_sum: Tensor  # (L,)
 
@@ -166,11 +168,22 @@ def eval_metrics(output: EvalOutput) -> dict[str, Tensor]:
 
     # The losses' formulas with load and probabilities of the whole set; a dense model has neither.
     if output.load.numel():
-        metrics["aux_loss"] = (output.load / T * output.scores_sum / T).sum(-1).mean()
+        load_of_all = torch.cat([output.load, output.identity_load], dim=-1)
+        metrics["aux_loss"] = (load_of_all / T * output.scores_sum / T).sum(-1).mean()
         metrics["z_loss"] = (output.z_loss_sum / T).mean()
         metrics["entropy_loss"] = (output.entropy_sum / T).mean()
         metrics |= per_layer("maxvio_global", maxvio(output.load))
+        for name, mean_L in identity_means(output.load, output.identity_load, T).items():
+            metrics |= per_layer(name, mean_L)
     return metrics
+
+
+def identity_means(load: Tensor, identity_load: Tensor, num_tokens: Tensor) -> dict[str, Tensor]:
+    """How much of the routing costs nothing, (L,) each by its name in metrics.jsonl; none without identity experts."""
+    if identity_load.shape[-1] == 0:
+        return {}
+    computed, free = (one.sum(-1).to(torch.float64) for one in (load, identity_load))  # (L, E), (L, Z) -> (L,)
+    return {"identity_fraction": free / (computed + free).clamp(min=_TINY), "experts_per_token": computed / num_tokens}
 
 
 def per_layer(name: str, values_L: Tensor) -> dict[str, Tensor]:
@@ -209,7 +222,10 @@ def to_numbers(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def active_parameters(named_parameters: Iterable[tuple[str, Tensor]], num_experts: int, top_k: int) -> int:
-    """Parameters that take part in a token's forward pass: all but the experts it does not visit."""
+    """Parameters that take part in a token's forward pass: all but the experts it does not visit.
+
+    `num_experts` counts identity experts, which have none: it is the mean over tokens where all are chosen alike.
+    """
     return sum(
         p.numel() * top_k // num_experts if group_of(name) == "expert" else p.numel() for name, p in named_parameters
     )

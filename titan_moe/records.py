@@ -76,7 +76,7 @@ def count_active(config: Config, model: Transformer) -> int:
     parameters = model.named_parameters()
     if not config.model.tie_embeddings:
         parameters = ((name, p) for name, p in parameters if not name.startswith("tok_embeddings"))
-    return active_parameters(parameters, config.moe.num_experts, config.moe.top_k)
+    return active_parameters(parameters, config.moe.router_width, config.moe.top_k)
 
 
 def write_record(sinks: Sink, record: Record) -> None:

@@ -1,6 +1,7 @@
 """One training step and one evaluation step: read from here.
 
-Shapes: B sequences, S positions, V vocabulary, L MoE layers, E experts.
+Shapes: B sequences, S positions, V vocabulary, L MoE layers, E experts, Z identity experts. What is of routers and
+balancers has E + Z experts, where (..., E) is written as well.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan_moe.balancer import Balancer, Scope, token_entropy, token_z_loss
-from titan_moe.metrics import EvalOutput, StepOutput
+from titan_moe.metrics import EvalOutput, StepOutput, identity_means
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.routing import Routing
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
@@ -80,7 +81,7 @@ def train_step(
             **{f"balance/{name}": value for name, value in balance.items()},
             **routing_sums(routings),
             **observations(balancers, routings, expert_biases),
-            "load": stack_loads(routings, device=tokens.device),
+            **split_loads(routings, device=tokens.device),
         }
         sums = add(sums, values)
 
@@ -127,12 +128,14 @@ def eval_step(model: nn.Module, tokens: Tensor, labels: Tensor, token_bytes: Ten
 
     # A batch is real or a dummy that only keeps this rank in step with the others: its tokens are routed all the same.
     is_real = counts.any()
+    loads = split_loads(routings, device=tokens.device)
     return EvalOutput(
         loss_sum=score.ce_sum.double(),
         num_correct=score.num_correct,
         num_tokens=counts.sum(),
         num_bytes=(token_bytes[labels.clamp(min=0)] * counts).sum(),
-        load=stack_loads(routings, device=tokens.device) * is_real,
+        load=loads["load"] * is_real,
+        identity_load=loads["identity_load"] * is_real,
         scores_sum=stack([r.scores.sum(0) for r in routings], score.ce_sum) * is_real,
         z_loss_sum=stack([token_z_loss(r).sum() for r in routings], score.ce_sum) * is_real,
         entropy_sum=stack([token_entropy(r).sum() for r in routings], score.ce_sum) * is_real,
@@ -235,12 +238,16 @@ def update_balancers(
 ) -> None:
     """Apply the balancers' post steps to the selection biases (E,) of all layers and to the `states`, in place.
 
-    `sums`, of all ranks, has the `load` (L, E) and the `observations`. Where `finite`, a bool scalar, is false, nothing
+    `sums`, of all ranks, has the `split_loads` and the `observations`. Where `finite`, a bool scalar, is false, nothing
     changes.
     """
     post_steps = {name: balancer for name, (_, balancer) in balancers.items() if balancer.moves_bias}
     if not post_steps:
         return
+
+    # The router's load, of the experts that have weights and of those that have none.
+    identity_load = sums.get("identity_load", sums["load"][..., :0])
+    router_load, num_identity_experts = torch.cat([sums["load"], identity_load], dim=-1), identity_load.shape[-1]
 
     # All layers at once, and one after the other where several balancers move the bias.
     bias_LE = before_LE = torch.stack(list(expert_biases))
@@ -248,8 +255,9 @@ def update_balancers(
     for name, balancer in post_steps.items():
         tensors = (states or {})[name] if balancer.init else {}
         before = {key: torch.stack(list(layers)) for key, layers in tensors.items()}  # (L, ...) each
-        load = sums.get(f"observed/{name}", sums["load"])
-        bias_LE, after = balancer.after_step(load, bias_LE, before, step=step, progress=progress)
+        load = sums.get(f"observed/{name}", router_load)
+        offered = {"step": step, "progress": progress, "num_identity_experts": num_identity_experts}
+        bias_LE, after = balancer.after_step(load, bias_LE, before, **offered)
         changes += [(layers, before[key], after[key]) for key, layers in tensors.items()]
     changes.append((expert_biases, before_LE, bias_LE))
 
@@ -327,11 +335,12 @@ def routing_means(sums: Sums) -> dict[str, Tensor]:
         return {}
     means = {name: sums[name] / sums["tokens"] for name in ("router_logit_norm", "router_confidence")}
     if "dropped" in sums:
-        means["dropped_fraction"] = sums["dropped"] / sums["load"].sum(-1).clamp(min=1)  # no token may have an expert
+        choices_L = sums["load"].sum(-1) + sums["identity_load"].sum(-1)
+        means["dropped_fraction"] = sums["dropped"] / choices_L.clamp(min=1)  # no token may have an expert
         means["unrouted_fraction"] = sums["unrouted"] / sums["tokens"]
     if "experts" in sums:
         means["experts_per_token"] = sums["experts"] / sums["tokens"]
-    return means
+    return means | identity_means(sums["load"], sums["identity_load"], sums["tokens"])
 
 
 def stack_loads(routings: Sequence[Routing], *, device: torch.device) -> Tensor:
@@ -339,6 +348,13 @@ def stack_loads(routings: Sequence[Routing], *, device: torch.device) -> Tensor:
     if not routings:
         return torch.zeros(0, dtype=torch.int64, device=device)
     return torch.stack([r.tokens_per_expert for r in routings])
+
+
+def split_loads(routings: Sequence[Routing], *, device: torch.device) -> Sums:
+    """The `load` of the experts that have weights, (L, E), and the `identity_load` of those that have none, (L, Z)."""
+    load = stack_loads(routings, device=device)
+    num_experts = load.shape[-1] - (routings[0].num_identity_experts if routings else 0)
+    return {"load": load[..., :num_experts], "identity_load": load[..., num_experts:]}
 
 
 def stack(values: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -1,14 +1,18 @@
 """Every router with every balancer of the registries: a step of 2 and 4 ranks, in all layouts, equals one process."""
 
+from functools import partial
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
+import torch
 
 from tests.cases import OF_SEQUENCES, Case, draws_noise
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import LAYOUTS, apply, degrees_of, place
 from tests.invariance import (
     ALL_ROUTERS,
+    EVERYTHING,
     NOISY_BALANCERS,
     OWN_ROUTER,
     assert_same,
@@ -82,3 +86,43 @@ def test_ranks_equal_one_process(world: int) -> None:
                 assert_same(got, alone[name])
             except AssertionError as error:
                 raise AssertionError(f"{layout}, {name}: {error}") from None
+
+
+# Layers in which a part of the choices costs nothing. With the second bias a token's first choice is an identity
+# expert's, with the third both are: no rank has a row for any expert.
+IDENTITY, BIASES = 2, {"none": 0.0, "half": (0, 0, 0, 0, -9.0, 9.0), "all": (0, 0, 0, 0, 9.0, 9.0)}
+WITH_BIAS = [Case("aux_loss", {"scope": "global_batch_exact"}), Case("aux_loss", {"scope": "sequence"})]
+WITH_BIAS += [Case("z_loss", {}), Case("loss_free", {"rule": "quantile"}), EVERYTHING]
+
+
+def with_identity_experts(bias: str, **own: Any) -> dict[str, Any]:
+    model = fresh(Case("softmax_topk", {}), num_identity_experts=IDENTITY, num_shared_experts=1, **own.pop("fresh", {}))
+    for buffer in model.expert_biases():
+        buffer.copy_(torch.tensor(BIASES[bias]))
+    return outcome(model, WITH_BIAS, **own)
+
+
+def identity_on_ranks(rank: int, world: int) -> dict[tuple[str, str], dict[str, Any]]:
+    return {
+        (layout, bias): with_identity_experts(
+            bias,
+            fresh={"wrap": partial(apply, world=world, layout=layout), "device": "meta"},
+            **place(rank, world, layout),
+        )
+        for layout in LAYOUTS[world]
+        for bias in BIASES
+    }
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_with_identity_experts_equal_one_process(world: int) -> None:
+    alone = {bias: with_identity_experts(bias) for bias in BIASES}
+    assert {bias: float(one["load"].sum()) for bias, one in alone.items()} == {"none": ANY, "half": 128.0, "all": 0.0}
+    for result in run_ranks(world, identity_on_ranks):
+        for (layout, bias), got in result.items():
+            try:
+                assert_same(got, alone[bias])
+            except AssertionError as error:
+                raise AssertionError(f"{layout}, bias {bias}: {error}") from None

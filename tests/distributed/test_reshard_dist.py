@@ -66,7 +66,7 @@ def part(
         **{name: torch.stack([getattr(output, name) for output in outputs]) for name in names},
         "stats": tuple(outputs[-1].expert_stats),
         "bias": torch.stack(model.expert_biases()).clone(),
-        "state": torch.stack(model.balancer_states()[str(OWN_BALANCER)]["mean"]).clone(),
+        "state": torch.stack(model.balancer_states()[str(OWN_BALANCER)]["rate"]).clone(),
         "param_norm": param_norm(model.parameters()),
         **forward,
     }

@@ -76,7 +76,7 @@ def test_what_balancers_keep_is_left_out_and_begins_anew(tmp_path: Path) -> None
     (model, _), (again, config) = (load_model(folder, **trust) for folder in (step, tmp_path / "back"))
     assert config.balancer["own"]["name"] == "examples.balancer:rprop"
     assert all(torch.equal(a, b) for a, b in zip(model.expert_biases(), again.expert_biases(), strict=True))
-    assert not any(mean.any() for mean in again.balancer_states()["own"]["mean"])
+    assert not any(sign.any() for sign in again.balancer_states()["own"]["sign"])
 
 
 SMALL = {

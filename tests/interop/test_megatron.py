@@ -137,6 +137,7 @@ def test_refusals(tmp_path: Path) -> None:
     for changes, message in (
         ({"router.name": "expert_choice"}, "router.name = 'expert_choice'"),
         ({"router.name": "sigmoid", "router.norm_topk": False}, "norm_topk = False has no counterpart"),
+        ({"moe.num_identity_experts": 2}, "moe.num_identity_experts = 2 has no counterpart"),
         ({"moe.top_k": 1}, "router.name = 'topk_softmax' with moe.top_k = 1 has no counterpart"),
     ):
         with pytest.raises(ValueError, match="has no counterpart in Megatron-core") as error:

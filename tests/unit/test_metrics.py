@@ -94,6 +94,7 @@ def test_eval_metrics_of_the_whole_set():
         num_tokens=torch.tensor(20),
         num_bytes=torch.tensor(60),
         load=torch.tensor([[30, 10]]),
+        identity_load=torch.zeros(1, 0, dtype=torch.int64),
         scores_sum=torch.tensor([[15.0, 5.0]]),
         z_loss_sum=torch.tensor([40.0]),
         entropy_sum=torch.tensor([10.0]),

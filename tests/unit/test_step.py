@@ -185,7 +185,7 @@ def test_no_host_synchronisation_in_the_step(case):
         model = tiny_model(case, balancer_inits=INITS, measures=measures_of(case))
         optimizer = Optimizer.around(torch.optim.AdamW(model.parameters(), fused=True))
         tokens = torch.zeros(4, SEQ, dtype=torch.int64)
-        states = {"balancer_states": model.balancer_states()}
+        model.eot_id, states = 3, {"balancer_states": model.balancer_states()}
         output = train_step(model, [(tokens, tokens)], optimizer, own, model.expert_biases(), max_norm=1.0, **states)
         assert output.load.shape == (2, 4)
         assert eval_step(model, tokens, tokens, torch.zeros(VOCAB)).load.shape == (2, 4)

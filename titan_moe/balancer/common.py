@@ -13,7 +13,7 @@ from titan_moe.model.routing import Routing
 from titan_moe.model.routing.common import asked_for
 
 State = Mapping[str, Tensor]  # what a balancer keeps, by name
-OFFERED = ("state", "step", "progress")  # to a post step, after load and bias
+OFFERED = ("state", "step", "progress", "num_identity_experts")  # to a post step, after load and bias
 SEEN = ("measure", "routings", "index")  # by a loss, after routing, load and num_tokens
 Scope = Literal["micro_batch", "sequence", "global_batch", "global_batch_exact"]
 
@@ -42,9 +42,10 @@ class Balancer(NamedTuple):
     integers, whose sum over micro-batches and ranks `post_step` gets in place of the load. The step multiplies the
     change of the bias by `schedule(progress)`; progress goes from 0 to 1, the end of the run.
 
-    A post step that takes more by name gets it: `step`, the step's number from 1, `progress`, and `state`, tensors of
-    its own. `init(num_experts)` makes those of one layer, fp32, alike on all ranks; the post step has them with the
-    layers in front, (L, ...), and gives (bias, new state). They are in checkpoints, and a skipped step changes none.
+    A post step that takes more by name gets it: `step`, the step's number from 1, `progress`, `num_identity_experts`,
+    how many of the E give the token back as it is (the last ones), and `state`, tensors of its own. `init(num_experts)`
+    makes those of one layer, fp32, alike on all ranks; the post step has them with the layers in front, (L, ...), and
+    gives (bias, new state). They are in checkpoints, and a skipped step changes none.
 
     `project(weights)` gives a layer's router weights, by their names, as they are to be after an optimizer step: a
     projection or a normalisation. They come whole and in fp32; those of a linear router are `weight` (E, D).
@@ -92,16 +93,24 @@ class Balancer(NamedTuple):
         load = dict(loads) if isinstance(self.scope, tuple) else loads[self.scope]
         return self.loss(routing, load, num_tokens, **asked)
 
-    def asked(self, state: State, step: int, progress: float) -> dict[str, Any]:
+    def asked(self, state: State, step: int, progress: float, num_identity_experts: int = 0) -> dict[str, Any]:
         """What of these its post step takes, by name."""
-        offered = dict(zip(OFFERED, (state, step, progress), strict=True))
+        offered = dict(zip(OFFERED, (state, step, progress, num_identity_experts), strict=True))
         return {name: offered[name] for name in asked_for(self.post_step, OFFERED)}
 
     def after_step(
-        self, load: Tensor, expert_bias: Tensor, state: State, *, step: int, progress: float
+        self,
+        load: Tensor,
+        expert_bias: Tensor,
+        state: State,
+        *,
+        step: int,
+        progress: float,
+        num_identity_experts: int = 0,
     ) -> tuple[Tensor, State]:
         """Bias and state after an optimizer step: what the post step gives, and of the bias its schedule's part."""
-        result = self.post_step(load, expert_bias, **self.asked(state, step, progress))
+        asked = self.asked(state, step, progress, num_identity_experts)
+        result = self.post_step(load, expert_bias, **asked)
         moved, new_state = result if isinstance(result, tuple) else (result, state)
         factor = self.schedule(progress)
         return moved if factor == 1 else torch.lerp(expert_bias, moved, factor), new_state

@@ -76,7 +76,8 @@ def erc(coeff: float = 1.0, alpha: float = 1.0, noise: bool = True) -> Balancer:
     """
 
     def measure(routing: Routing, router: nn.Module, w1: Tensor, gather_experts: Callable[[Tensor], Tensor]) -> Tensor:
-        rows_ED = router_rows("erc", routing, router)
+        num_experts = routing.scores.shape[-1] - routing.num_identity_experts  # those have no w1 to be excited
+        rows_ED = router_rows("erc", routing, router)[:num_experts]
         if len(rows_ED) < 2:
             raise ValueError("balancer.erc compares experts: it needs moe.num_experts of 2 or more")
         if noise:

@@ -1,8 +1,5 @@
 """What must hold between keys, checked before any process group or data exists, and what to tell of sound ones."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from titan_moe.balancer import BALANCERS, SEEN
@@ -49,6 +46,7 @@ def _check_size(config: Config) -> None:
         "model.dim x model.dim": model.dim**2,
         "model.dim x model.ffn_dim": model.dim * model.ffn_dim,
         "moe.num_experts x model.dim x moe.expert_dim": moe.num_experts * model.dim * moe.expert_dim,
+        "moe.num_identity_experts x model.dim": moe.num_identity_experts * model.dim,
         "moe.num_shared_experts x model.dim x moe.expert_dim": moe.num_shared_experts * model.dim * moe.expert_dim,
     }
     if training.local_batch_size > 0:  # -1 follows from the number of ranks, which is not known yet
@@ -87,6 +85,9 @@ def _check_dense(config: Config) -> None:
             "quantize.converters has quantize.grouped_mm.float8, which needs experts, but moe.num_experts is 0: "
             "leave it out"
         )
+    for key in ("num_identity_experts", "expert_dropout"):
+        if value := getattr(moe, key):
+            raise ValueError(f"moe.{key} = {value} needs experts, but moe.num_experts is 0: leave it out")
     if moe.experts_backend != "grouped_mm":
         raise ValueError(
             f"moe.experts_backend = {moe.experts_backend!r} needs experts, but moe.num_experts is 0: leave it out"
@@ -101,6 +102,7 @@ def _check_experts(config: Config) -> None:
     moe = config.moe
     _check_experts_backend(config)
     _check_balance_tax(config)
+    _check_identity_experts(config)
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) must be at most moe.num_experts ({moe.num_experts})")
     if moe.first_dense_layers >= config.model.num_layers:
@@ -118,6 +120,42 @@ def _check_experts_backend(config: Config) -> None:
         raise ValueError(
             f"moe.experts_backend = {name!r} does not go with quantize.converters = "
             "['quantize.grouped_mm.float8']: experts in float8 are computed by 'grouped_mm' alone"
+        )
+    if name != "grouped_mm" and config.moe.expert_dropout:
+        raise ValueError(
+            f"moe.expert_dropout = {config.moe.expert_dropout} is inside the experts, and moe.experts_backend = "
+            f"{name!r} computes these without it: set it to 0, or take 'grouped_mm'"
+        )
+
+
+def _check_identity_experts(config: Config) -> None:
+    """Refuse with identity experts what counts or limits the rows of experts, and would take them for such."""
+    number, router, arguments = config.moe.num_identity_experts, config.router.name, config.router.arguments
+    if number == 0:
+        return
+    key = f"moe.num_identity_experts = {number}"
+
+    # Routers from outside may mean something else by these names.
+    is_limited = router in ("expert_choice", "token_rounding")
+    if is_limited or (router in ROUTERS and arguments.get("capacity_factor")):
+        what = f"router.name = {router!r}" if is_limited else "router.capacity_factor"
+        raise ValueError(f"{key} does not go with {what}: an identity expert has room for all; take another router")
+    if router in ROUTERS and arguments.get("num_groups", 1) > 1:
+        raise ValueError(
+            f"{key} does not go with router.num_groups = {arguments['num_groups']}: groups are of experts that sit "
+            "side by side on a node, identity experts sit nowhere: set num_groups = 1"
+        )
+
+    # Of both the other side is the number of experts of a token, which differs from token to token.
+    if config.optimizer.groups.get("expert", {}).get("load_lr") == "batch_fraction":
+        raise ValueError(
+            f"{key} does not go with optimizer.expert.load_lr = 'batch_fraction', which counts moe.top_k experts of "
+            "a token: take 'ideal_normalized'"
+        )
+    if freq := config.metrics.balance_tax_freq:
+        raise ValueError(
+            f"{key} does not go with metrics.balance_tax_freq = {freq}: balanced routing would compute another number "
+            "of rows: set it to 0"
         )
 
 
@@ -225,7 +263,7 @@ ROUTERS_WITH_EVEN_LOAD = ("expert_choice", "base")  # the load of a forward pass
 
 def check_combinations(config: Config) -> None:
     """Refuse what would fail later or do nothing; each error says what to change."""
-    router, arguments = config.router.name, config.router.arguments
+    router = config.router.name
     known = [table for table in balancer_tables(config) if table.component in BALANCERS]
     biased = any(BALANCERS[component](**options).moves_bias for _, component, options in known)
     if router in ROUTERS:
@@ -239,7 +277,7 @@ def check_combinations(config: Config) -> None:
                 "under [balancer]"
             )
     for table in known:
-        _check_balancer(router, arguments, table)
+        _check_balancer(config, table)
     if config.debug.force_balanced_routing and router in ROUTERS_WITH_EVEN_LOAD:
         raise ValueError(
             f"debug.force_balanced_routing = true deals experts out in turn, but router.name = {router!r} is even by "
@@ -250,16 +288,17 @@ def check_combinations(config: Config) -> None:
 def _try_router(config: Config, biased: bool) -> None:
     """Two tokens through a router of the registry, which itself refuses what does not fit it."""
     # Not for one from outside: it may need more than zeros. Random numbers that it draws are not to change the run's.
-    num_experts = config.moe.num_experts
+    width = config.moe.router_width
     route = parametric(ROUTERS[config.router.name](top_k=config.moe.top_k, **config.router.arguments)).route
     places = Places(positions=torch.arange(2).unsqueeze(0), document_ids=torch.zeros(1, 2, dtype=torch.int64))
     asked = {name: place for name, place in places._asdict().items() if name in asked_for(route, OFFERED)}
     with torch.random.fork_rng(devices=[]):
-        route(torch.zeros(2, num_experts), torch.zeros(num_experts) if biased else None, **asked)
+        route(torch.zeros(2, width), torch.zeros(width) if biased else None, **asked)
 
 
-def _check_balancer(router: str, arguments: Mapping[str, Any], table: BalancerTable) -> None:
+def _check_balancer(config: Config, table: BalancerTable) -> None:
     """Refuse a balancer of the registry that does not go with the router or would do nothing."""
+    router, arguments = config.router.name, config.router.arguments
     label, component, options = table
     if component == "aux_loss" and router in ROUTERS_WITH_EVEN_LOAD:
         raise ValueError(
@@ -267,10 +306,11 @@ def _check_balancer(router: str, arguments: Mapping[str, Any], table: BalancerTa
             f"set {label} = false under [balancer]"
         )
     if component == "aux_loss" and options.get("scope") == "global_batch_exact":
-        if arguments.get("jitter") or arguments.get("noise_std"):
+        if arguments.get("jitter") or arguments.get("noise_std") or config.moe.expert_dropout:
             raise ValueError(
-                f'balancer.{label}.scope = "global_batch_exact" routes every token twice, but with router.jitter or '
-                'router.noise_std the second time differs: switch the noise off, or take scope = "global_batch"'
+                f'balancer.{label}.scope = "global_batch_exact" routes every token twice, but with router.jitter, '
+                "router.noise_std or moe.expert_dropout the second time differs: switch the noise off, or take "
+                'scope = "global_batch"'
             )
         if router in ("token_rounding", "emo"):
             raise ValueError(

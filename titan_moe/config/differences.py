@@ -33,7 +33,8 @@ FREE = {
 ANOTHER_MODEL = (
     *(f"model.{name}" for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size")),
     *(f"model.{name}" for name in ("qk_norm", "tie_embeddings")),
-    *(f"moe.{name}" for name in ("num_experts", "expert_dim", "num_shared_experts", "first_dense_layers")),
+    *(f"moe.{name}" for name in ("num_experts", "num_identity_experts", "expert_dim", "num_shared_experts")),
+    "moe.first_dense_layers",
     "moe.layer_freq",
 )
 

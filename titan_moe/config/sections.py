@@ -75,14 +75,23 @@ class Moe:
     """The Mixture-of-Experts layers; the defaults are the paper's Table 1."""
 
     num_experts: Annotated[NonNegativeInt, "routed experts of a layer (0: dense model)"] = 8
+    num_identity_experts: Annotated[
+        NonNegativeInt, "more experts to choose among, which give the token back as it is and cost nothing"
+    ] = 0
     top_k: Annotated[PositiveInt, "experts of a token"] = 2
     expert_dim: Annotated[PositiveInt, "hidden width of an expert"] = 2048
     num_shared_experts: Annotated[NonNegativeInt, "experts that every token passes, beside its top_k"] = 0
     first_dense_layers: Annotated[NonNegativeInt, "layers at the bottom without experts"] = 0
     layer_freq: Annotated[PositiveInt, "from there on, every layer_freq-th layer has experts (1: all)"] = 1
+    expert_dropout: Annotated[Fraction, "dropout of the experts' hidden activations in training (0: none)"] = 0.0
     experts_backend: Annotated[
         str, "who computes the experts: grouped_mm (torch), liger (liger-kernel's Triton kernels), or my_pkg.my_mod:fn"
     ] = "grouped_mm"
+
+    @property
+    def router_width(self) -> int:
+        """How many experts a router chooses among."""
+        return self.num_experts + self.num_identity_experts
 
 
 @dataclass(frozen=True)
@@ -313,8 +322,9 @@ METRIC_NAMES = (
     *("kind", "step", "num_tokens", "loss", "total_loss", "grad_norm", "param_norm", "skipped", "skipped_steps"),
     *("maxvio_batch", "minvio_batch", "avgvio_batch", "load", "load_cv", "load_entropy", "dead_experts"),
     *("expert_batch_mean", "expert_batch_min", "router_logit_norm", "router_confidence", "dropped_fraction"),
-    *("unrouted_fraction", "tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu"),
-    *("experts_per_token", "balance_tax", "gradient_snr", "update_ratio", "nonfinite", "nonfinite_gradients"),
+    *("unrouted_fraction", "identity_fraction", "experts_per_token"),
+    *("tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu"),
+    *("balance_tax", "gradient_snr", "update_ratio", "nonfinite", "nonfinite_gradients"),
 )
 
 SECTIONS = get_type_hints(Config)

@@ -128,7 +128,7 @@ def change_experts(
     before = read_config(step_folder, trust_components)
     if not before.moe.num_experts:
         raise ValueError(f"{step_folder} is of a dense model: upcycle makes experts of it")
-    _refuse_own_router(before)
+    _check_router(before)
     tensors = read_lazily(step_folder)
 
     # The plans say how many experts there are afterwards: the configuration follows them, whatever asked for them.
@@ -136,6 +136,7 @@ def change_experts(
     num_experts = len(plan_of_layer[moe_layers(before)[0]])
     overrides = ["--moe.num_experts", str(num_experts), *overrides]
     config = _new_config(step_folder, out, overrides, trust_components)
+    _check_router(config)
 
     # A state of experts that has neither a row for each nor one number for all can't be told apart by expert. It is
     # refused: carried over as it is it would be wrong without anybody noticing.
@@ -182,7 +183,7 @@ def upcycle(
     overrides = ["--moe.expert_dim", str(width), *overrides]
     config = _new_config(step_folder, out, overrides, trust_components)
     _check_upcycling(before, config, granularity)
-    _refuse_own_router(config)
+    _check_router(config)
 
     # `NAME.feed_forward.w1.weight`, and its optimizer states `NAME.feed_forward.w1.weight.STATE`, become
     # `NAME.moe.experts.w1[.STATE]`. With load_lr experts have other states than a dense matrix: they begin anew.
@@ -353,8 +354,13 @@ def _fresh_values(config: Config) -> dict[str, Any]:
     return values
 
 
-def _refuse_own_router(config: Config) -> None:
-    """Raise ValueError for a router with parameters of its own: nothing says which have a row for each expert."""
+def _check_router(config: Config) -> None:
+    """Raise ValueError for a router whose parameters do not have just a row for each expert."""
+    if config.moe.num_identity_experts:
+        raise ValueError(
+            f"moe.num_identity_experts = {config.moe.num_identity_experts}: the router has rows beside those of the "
+            "experts that can be changed: experts can be changed where it is 0"
+        )
     if build_router(config).init is not None:
         raise ValueError(
             f"router.name = {config.router.name!r} has parameters of its own, and nothing says which of them have a "

@@ -117,12 +117,13 @@ class Meter(TorchDispatchMode):
     """Count memory, collectives and operations of every operator that runs while the mode is active.
 
     A storage counts from the first operator that returns it until Python frees it. `vocab_sizes` are the sizes of the
-    vocabulary, whole and of one rank, by which the operators of the head and the loss are told from the others.
+    vocabulary, whole and of one rank, by which the operators of the head and the loss are told from the others. Of the
+    rows of the experts' products `computed_share` are computed.
     """
 
-    def __init__(self, fake: FakeTensorMode, vocab_sizes: Set[int]) -> None:
+    def __init__(self, fake: FakeTensorMode, vocab_sizes: Set[int], computed_share: float = 1.0) -> None:
         super().__init__()
-        self.fake, self.vocab_sizes = fake, vocab_sizes
+        self.fake, self.vocab_sizes, self.computed_share = fake, vocab_sizes, computed_share
 
         # Memory: each storage is of one kind at a time, so that the parts add up to the total.
         self.live: Counter[str] = Counter()  # bytes now, by kind
@@ -210,7 +211,8 @@ class Meter(TorchDispatchMode):
         work["operators", kind] += 1
         work["bytes", kind] += size
         if formula is not None:
-            work["flops", kind] += formula(*args, **kwargs, out_val=result)
+            flops = formula(*args, **kwargs, out_val=result)
+            work["flops", kind] += int(flops * self.computed_share) if "grouped" in str(func) else flops
 
     def _kind(self, func: Any, result: Any, args: Any, *, is_product: bool) -> str:
         tensors = _tensors((args, result))
@@ -452,6 +454,11 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     if mesh.ep is not None:
         fix_split_sizes(model, mesh.ep, rows, received)
 
+    # On one rank there is memory for a row of each choice, of which those of identity experts are not computed.
+    share = (
+        1.0 if mesh.ep is not None or not config.moe.num_experts else config.moe.num_experts / config.moe.router_width
+    )
+
     # Under the fake mode nothing is allocated; what is built before the step is not work, so the meter starts later.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
@@ -460,7 +467,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
         optimizer, balancers = build_optimizer(without_load_lr(config), model), build_balancers(config)
         tokens = torch.zeros(training.local_batch_size, local_length, dtype=torch.int64)  # (B, S)
         vocabulary = config.model.vocab_size
-        meter = Meter(fake, {vocabulary, vocabulary // degrees.tensor})
+        meter = Meter(fake, {vocabulary, vocabulary // degrees.tensor}, share)
         parameters = _local_bytes(model.parameters())
         for tensor in (*model.parameters(), *model.buffers()):
             meter.track(local(tensor), "parameters")
@@ -516,22 +523,25 @@ def whole_step(passes: list[Work], simulated: int, micro_batches: int) -> Work:
 
 
 def rows_sent(config: Config, sequences: int, length: int) -> int:
-    """Rows that a rank sends to experts in a MoE layer at most, of its `sequences` parts of `length` tokens each."""
+    """Rows that a rank sends to experts in a MoE layer at most, of its `sequences` parts of `length` tokens each.
+
+    Identity experts, which take none, are taken to be chosen as often as others.
+    """
     # As a layer does: only the router knows how many slots a token has, and how many of them may be used.
-    router, num_tokens, num_experts = build_router(config), sequences * length, config.moe.num_experts
+    router, num_tokens, moe = build_router(config), sequences * length, config.moe
     with FakeTensorMode():
         place = torch.zeros(sequences, length, dtype=torch.int64)
         values = {
             "x": torch.zeros(num_tokens, config.model.dim),
-            "router": (router.init or linear_router)(config.model.dim, num_experts),
+            "router": (router.init or linear_router)(config.model.dim, moe.router_width),
             "layer": 0,
             **Places(place, place)._asdict(),
         }
-        bias_E = torch.zeros(num_experts) if has_expert_bias(config) else None
+        bias_E = torch.zeros(moe.router_width) if has_expert_bias(config) else None
         asked = {name: values[name] for name in asked_for(router.route, OFFERED)}
-        routing = router.route(torch.zeros(num_tokens, num_experts), bias_E, **asked)
-    slots = routing.topk_experts.numel()
-    return slots if routing.capacity is None else min(slots, num_experts * routing.capacity)
+        routing = router.route(torch.zeros(num_tokens, moe.router_width), bias_E, **asked)
+    rows = -(-routing.topk_experts.numel() * moe.num_experts // max(1, moe.router_width))
+    return rows if routing.capacity is None else min(rows, moe.num_experts * routing.capacity)
 
 
 def without_load_lr(config: Config) -> Config:

@@ -7,11 +7,11 @@ sorted by expert. `send_back(y_ND, state)` gives the experts' outputs to where t
 permutation; `combine_rows` then makes of them, for each token, the weighted sum of its rows.
 
 No (T, E) mask is built, and nothing waits for the device. Sorting gives a permutation, so the backward of both is again
-a gather: no atomic adds, hence the same bits in every run. Choices that a router did not keep have no row. N is then
-min(T * K, E * capacity), or T * K without a capacity, which may be more than were kept: the rows after the last
-expert's are not computed and hold anything.
+a gather: no atomic adds, hence the same bits in every run. Choices that a router did not keep, and those of identity
+experts, have no row. N is then min(T * K, E * capacity), or T * K without a capacity, which may be more than there are
+rows: those after the last expert's are not computed and hold anything.
 
-Shapes: T tokens, D dim, K top_k, N = T * K rows, E experts.
+Shapes: T tokens, D dim, K top_k, N = T * K rows, E experts without the identity experts.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,8 @@ class Permutation(NamedTuple):
     """Which choice each row is of, and which row each choice has."""
 
     order: Tensor  # (N,) int64: row i of the sorted rows is choice order[i] = t * K + k
-    row: Tensor  # (T, K) int64: the row of choice k of token t; 0 where it was not kept
-    kept: Tensor | None = None  # (T, K) bool; None: all
+    row: Tensor  # (T, K) int64: the row of choice k of token t; 0 where it has none
+    kept: Tensor | None = None  # (T, K) bool, the choices that have a row; None: all
 
 
 def local() -> Dispatcher:
@@ -51,11 +51,21 @@ def _dispatch_local(x_TD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, Per
     return gather_rows(x_TD, permutation), tokens_per_expert_E, permutation, None  # (N, D), (E,)
 
 
+def computed_choices(routing: Routing) -> Tensor | None:
+    """The choices that an expert computes, (T, K) bool: kept, and of no identity expert. None: all."""
+    if not routing.num_identity_experts:
+        return routing.kept
+    has_weights_TK = routing.topk_experts < routing.scores.shape[-1] - routing.num_identity_experts
+    return has_weights_TK if routing.kept is None else has_weights_TK & routing.kept
+
+
 def sort_choices(routing: Routing) -> tuple[Permutation, Tensor]:
     """The order of the choices by expert, and how many rows each expert has, (E,) int64."""
-    if routing.kept is not None:
-        return sort_kept(routing)
-    return sort_by_expert(routing.topk_experts, routing.scores.shape[-1]), routing.tokens_per_expert
+    computed_TK, num_experts = computed_choices(routing), routing.scores.shape[-1] - routing.num_identity_experts
+    if computed_TK is None:
+        return sort_by_expert(routing.topk_experts, num_experts), routing.tokens_per_expert
+    capacity = len(computed_TK) if routing.capacity is None else routing.capacity
+    return sort_computed(routing.topk_experts, computed_TK, num_experts, capacity)
 
 
 def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> Permutation:
@@ -67,25 +77,28 @@ def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> Permutation:
     return Permutation(order_N, row_N.view_as(topk_experts_TK))  # (N,), (T, K)
 
 
-def sort_kept(routing: Routing) -> tuple[Permutation, Tensor]:
-    """The stable order by expert of the choices that were kept, and how many of them each expert has, (E,) int64."""
-    assert routing.kept is not None
-    num_experts = routing.scores.shape[-1]
+def sort_computed(
+    topk_experts_TK: Tensor, computed_TK: Tensor, num_experts: int, capacity: int
+) -> tuple[Permutation, Tensor]:
+    """The stable order by expert of the choices that are computed, and how many each expert has, (E,) int64."""
+    # The others will point to row 0, so there must be one: if nobody computes anything, the first choice goes to the
+    # last expert. Its weight is 0.
+    is_first_TK = torch.zeros_like(computed_TK)
+    is_first_TK[:1, :1] = True
+    has_row_TK = computed_TK | (is_first_TK & ~computed_TK.any())
 
-    # Choices that are not kept get the number after the last expert's: they are sorted to the end, and counted apart.
-    key_N = torch.where(routing.kept, routing.topk_experts, num_experts).flatten()  # (T, K) -> (N,)
+    # Choices without a row get the number after the last expert's: they are sorted to the end, and counted apart.
+    key_N = torch.where(has_row_TK, topk_experts_TK.clamp(max=num_experts - 1), num_experts).flatten()  # (T, K) -> (N,)
     counts_E = key_N.new_zeros(num_experts + 1).scatter_add_(0, key_N, torch.ones_like(key_N))[:num_experts]  # (E,)
 
-    # Only the device knows how many choices were kept. The rows are as many as could be, which the host knows.
-    num_rows = key_N.numel()
-    if routing.capacity is not None:
-        num_rows = min(num_rows, num_experts * routing.capacity)
+    # Only the device knows how many choices have a row. The rows are as many as could be, which the host knows.
+    num_rows = min(key_N.numel(), num_experts * capacity)
     order_N = _argsort(key_N, num_experts)
 
-    # The inverse, without a scatter (`rank_in_expert` says why). A choice that is not kept points to row 0, because
-    # its own place may be after the last row.
-    row_TK = order_N.argsort().view_as(routing.kept) * routing.kept  # (N,) -> (T, K)
-    return Permutation(order_N[:num_rows], row_TK, routing.kept), counts_E
+    # The inverse, without a scatter (`rank_in_expert` says why). A choice without a row points to row 0, because its
+    # own place may be after the last row.
+    row_TK = order_N.argsort().view_as(has_row_TK) * has_row_TK  # (N,) -> (T, K)
+    return Permutation(order_N[:num_rows], row_TK, has_row_TK), counts_E
 
 
 def _argsort(key_N: Tensor, largest: int) -> Tensor:
@@ -107,11 +120,11 @@ def combine_rows(y_ND: Tensor, topk_scores_TK: Tensor, permutation: Permutation)
     return _Combine.apply(y_ND, topk_scores_TK, *permutation)
 
 
-def rows_of_choices(y_ND: Tensor, permutation: Permutation) -> Tensor:
-    """The row of each choice, 0 where it was not kept: (N, D) -> (T, K, D)."""
+def rows_of_choices(y_ND: Tensor, permutation: Permutation, computed_TK: Tensor | None) -> Tensor:
+    """The row of each choice, 0 where none was computed: (N, D) -> (T, K, D)."""
     T, K = permutation.row.shape
     y_TKD = permute(y_ND, permutation.row.flatten(), permutation.order).view(T, K, -1)
-    return y_TKD if permutation.kept is None else y_TKD.masked_fill(~permutation.kept.unsqueeze(-1), 0)
+    return y_TKD if computed_TK is None else y_TKD.masked_fill(~computed_TK.unsqueeze(-1), 0)
 
 
 def permute(x_MD: Tensor, order_M: Tensor, inverse_M: Tensor) -> Tensor:

@@ -15,7 +15,14 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from titan_moe.model import fused
-from titan_moe.model.dispatch import Dispatcher, Permutation, combine_rows, local, rows_of_choices
+from titan_moe.model.dispatch import (
+    Dispatcher,
+    Permutation,
+    combine_rows,
+    computed_choices,
+    local,
+    rows_of_choices,
+)
 from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.routing.common import OFFERED, asked_for, parametric
@@ -114,13 +121,22 @@ class _GatedDownOnCpu(Function):
 
 
 def expert_swiglu(
-    x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, tokens_per_expert_E: Tensor, precision: Precision = "high"
+    x_ND: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor,
+    tokens_per_expert_E: Tensor,
+    precision: Precision = "high",
+    dropout: float = 0.0,
 ) -> Tensor:
     """w2 @ (silu(w1 @ x) * (w3 @ x)) with the weights of each row's expert; rows come sorted by expert.
 
     (N, D) -> (N, D); w1, w3 are (E, F, D), w2 is (E, D, F). tokens_per_expert_E sums to at most N: rows after the sum
     are not computed and hold anything. A `precision` of float8 is that of the products of forward and of the gradient
     of x; the weights' gradients are computed in the tensors' own. Source: Shazeer (2020), SwiGLU.
+
+    `dropout` is the probability with which each number of silu(w1 @ x) * (w3 @ x) is 0; others are divided by
+    1 - dropout. Source: "expert dropout", Switch (Fedus et al., 2021), section 2.4.
     """
     offs_E = tokens_per_expert_E.cumsum(0, dtype=torch.int32)
 
@@ -128,13 +144,19 @@ def expert_swiglu(
     is_estimate = isinstance(x_ND, FakeTensor) and not torch.compiler.is_compiling()
     if x_ND.device.type == "cpu" and precision == "high" and not is_estimate:
         h1_NF, h3_NF = (_UpOnCpu.apply(x_ND, w, offs_E) for w in (w1, w3))
+        h3_NF = F.dropout(h3_NF, dropout) if dropout else h3_NF  # a factor of the product: either may be dropped
         return _GatedDownOnCpu.apply(h1_NF, h3_NF, w2, offs_E)
-    return swiglu_of_both(x_ND, w1, w2, w3, offs_E, precision)
+    return swiglu_of_both(x_ND, w1, w2, w3, offs_E, precision, dropout)
 
 
-def swiglu_of_both(x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Tensor, precision: Precision) -> Tensor:
+def swiglu_of_both(
+    x_ND: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, offs_E: Tensor, precision: Precision, dropout: float = 0.0
+) -> Tensor:
     """`expert_swiglu` with w1 and w3 in one product, offs_E being the cumulative counts."""
     h13_N2F = _Up.apply(x_ND, w1, w3, offs_E, precision)
+    if dropout:
+        h1_NF, h3_NF = h13_N2F.chunk(2, dim=-1)  # (N, 2 F) -> 2 x (N, F)
+        h13_N2F = torch.cat([h1_NF, F.dropout(h3_NF, dropout)], dim=-1)
     return _GatedDown.apply(h13_N2F, w2, offs_E, precision)
 
 
@@ -166,10 +188,12 @@ class Experts(nn.Module):
     """E SwiGLU networks as one tensor per matrix, the expert first: w1, w3 (E, F, D), w2 (E, D, F).
 
     With expert parallelism the tensors are DTensors, sharded on dim 0, and this rank computes its own experts.
+    `dropout` acts where gradients are recorded. Its numbers come from the device's generator, as a router's noise does.
     """
 
-    def __init__(self, num_experts: int, dim: int, expert_dim: int) -> None:
+    def __init__(self, num_experts: int, dim: int, expert_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
+        self.dropout = dropout
         self.precision: Precision = "high"
         self.backend: ExpertsBackend | None = None  # in place of `expert_swiglu`
         self.w1 = nn.Parameter(torch.empty(num_experts, expert_dim, dim))
@@ -181,7 +205,8 @@ class Experts(nn.Module):
         w1, w2, w3 = map(local_weight, (self.w1, self.w2, self.w3))
         if self.backend is not None:
             return self.backend(x_ND, w1, w2, w3, tokens_per_expert_E)
-        return expert_swiglu(x_ND, w1, w2, w3, tokens_per_expert_E, self.precision)
+        dropout = self.dropout if torch.is_grad_enabled() else 0.0
+        return expert_swiglu(x_ND, w1, w2, w3, tokens_per_expert_E, self.precision, dropout)
 
 
 def initial_state(balancer_inits: Mapping[str, InitState], num_experts: int) -> dict[str, Tensor]:
@@ -208,6 +233,10 @@ class MoE(nn.Module):
     which is the same function as their sum. `expert_bias` is an fp32 buffer (E,) that balancers write between steps,
     and `balancer_state` holds those that they keep for themselves, made by `balancer_inits`. `measures` are taken, by
     the names of their balancers, where gradients are recorded, and returned with the routing.
+
+    The router chooses among `num_identity_experts` more, which have the last ids: their output is the token itself,
+    times its weight like any other, and costs no rows. Source: LongCat-Flash (2025, arXiv 2509.01322), 2.1, its
+    zero-computation experts. E counts them wherever routing, bias and balancers are concerned.
     """
 
     def __init__(
@@ -218,7 +247,9 @@ class MoE(nn.Module):
         expert_dim: int,
         route: Router | ParametricRouter,
         layer: int = 0,
+        num_identity_experts: int = 0,
         num_shared_experts: int = 0,
+        expert_dropout: float = 0.0,
         expert_bias: bool = False,
         balancer_inits: Mapping[str, InitState] | None = None,
         measures: Mapping[str, Measure] | None = None,
@@ -226,7 +257,8 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         # What makes the logits is called `router` in any case: the parameter group goes by that name.
-        self.num_experts, self.layer = num_experts, layer
+        self.num_experts, self.num_identity_experts, self.layer = num_experts, num_identity_experts, layer
+        self.router_width = num_experts + num_identity_experts
         router = parametric(route)
         self.has_own_router, self.route = router.init is not None, router.route
         self.asked = asked_for(self.route, OFFERED)
@@ -234,14 +266,15 @@ class MoE(nn.Module):
         self.dispatcher = local() if dispatcher is None else dispatcher
         self.first_expert = 0  # both are others where ranks have a part of the experts
         self.gather_experts: Callable[[Tensor], Tensor] = all_experts_here
-        self.router = (router.init or linear_router)(dim, num_experts)
-        self.experts = Experts(num_experts, dim, expert_dim)
+        self.router = (router.init or linear_router)(dim, self.router_width)
+        self.experts = Experts(num_experts, dim, expert_dim, expert_dropout)
         self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
         self.expert_bias: Tensor | None
-        self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32) if expert_bias else None)
+        bias_E = torch.zeros(self.router_width, dtype=torch.float32) if expert_bias else None
+        self.register_buffer("expert_bias", bias_E)
         self.balancer_inits = balancer_inits or {}
         self.balancer_state = nn.Module() if self.balancer_inits else None
-        for name, value in initial_state(self.balancer_inits, num_experts).items():
+        for name, value in initial_state(self.balancer_inits, self.router_width).items():
             assert self.balancer_state is not None
             self.balancer_state.register_buffer(name, value)
 
@@ -250,18 +283,33 @@ class MoE(nn.Module):
         x_TD = x_BSD.flatten(0, 1)  # (B, S, D) -> (T, D)
         values = {"x": x_TD} | ({} if places is None else places._asdict())
         routing = self.route(self.router_logits(x_TD), self.expert_bias, **self.take(self.asked, values))
+        if self.num_identity_experts:
+            routing = Routing(*routing[:-2], self.num_identity_experts)
         x_ND, tokens_per_expert_E, permutation, state = self.dispatcher.dispatch(x_TD, routing)  # (T, D) -> (N, D)
 
         # The shared experts need no rows from elsewhere: they are computed while these travel.
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         y_ND = self.experts(self.dispatcher.receive(x_ND, state), tokens_per_expert_E)
         y_ND = self.dispatcher.send_back(y_ND, state)
-        y_BSD = combine_rows(y_ND, routing.topk_scores, permutation).view_as(x_BSD)  # (N, D) -> (B, S, D)
+        y_BSD = self.combine(y_ND, routing, permutation, x_TD).view_as(x_BSD)  # (N, D) -> (B, S, D)
 
         # Evaluation has no losses to measure for.
         if self.measures and torch.is_grad_enabled():
             routing = self.measured(routing, y_ND, permutation, values)
         return (y_BSD if shared_BSD is None else y_BSD + shared_BSD), routing
+
+    def combine(self, y_ND: Tensor, routing: Routing, permutation: Permutation, x_TD: Tensor) -> Tensor:
+        """The weighted sum of what each token's experts gave, identity experts included: (N, D) -> (T, D)."""
+        if not self.num_identity_experts:
+            return combine_rows(y_ND, routing.topk_scores, permutation)
+
+        # What no expert computes and has a weight is an identity expert's. All of them give the same, so one product
+        # with the sum of their weights is enough.
+        computed_TK = computed_choices(routing)
+        assert computed_TK is not None
+        of_experts_TK = torch.where(computed_TK, routing.topk_scores, 0)
+        identity_T1 = torch.where(computed_TK, 0, routing.topk_scores).sum(-1, keepdim=True)  # (T, K) -> (T, 1)
+        return (combine_rows(y_ND, of_experts_TK, permutation) + x_TD * identity_T1).to(y_ND.dtype)
 
     def take(self, names: tuple[str, ...], values: Mapping[str, Any]) -> dict[str, Any]:
         """What a function asks for by name: of `values`, else of the layer.
@@ -275,7 +323,7 @@ class MoE(nn.Module):
         names = {name for _, asked in self.measures.values() for name in asked}
         values = {**values, "routing": routing}
         if "outputs" in names:
-            values["outputs"] = rows_of_choices(y_ND, permutation)  # (T, K, D)
+            values["outputs"] = rows_of_choices(y_ND, permutation, computed_choices(routing))  # (T, K, D)
         for name in names & set(WEIGHTS):
             values[name] = local_weight(getattr(self.experts, name))
         measures = {name: take(**self.take(asked, values)) for name, (take, asked) in self.measures.items()}

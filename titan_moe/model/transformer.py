@@ -74,10 +74,12 @@ class Transformer(nn.Module):
         tie_embeddings: bool = True,
         init_std: float = 0.02,
         num_experts: int = 0,
+        num_identity_experts: int = 0,
         expert_dim: int = 0,
         num_shared_experts: int = 0,
         first_dense_layers: int = 0,
         layer_freq: int = 1,
+        expert_dropout: float = 0.0,
         router: Router | ParametricRouter | None = None,
         expert_bias: bool = False,
         balancer_inits: Mapping[str, InitState] | None = None,
@@ -104,6 +106,8 @@ class Transformer(nn.Module):
             if layer not in moe_layers:
                 _check_positive("model.ffn_dim", ffn_dim, f"layer {layer} is dense")
                 return FeedForward(dim, ffn_dim)
+
+            # Grouped products want whole rows of 16 bytes, so widths are checked before experts are made of them.
             _check_positive("moe.expert_dim", expert_dim, f"layer {layer} is a MoE layer")
             _check_multiple_of_8("model.dim", dim)
             _check_multiple_of_8("moe.expert_dim", expert_dim)
@@ -112,8 +116,10 @@ class Transformer(nn.Module):
             return MoE(
                 dim=dim,
                 num_experts=num_experts,
+                num_identity_experts=num_identity_experts,
                 expert_dim=expert_dim,
                 num_shared_experts=num_shared_experts,
+                expert_dropout=expert_dropout,
                 route=router,
                 layer=layer,
                 expert_bias=expert_bias,
@@ -217,7 +223,7 @@ class Transformer(nn.Module):
     def init_balancer_states(self) -> None:
         """Fill what balancers keep as at the start of a run."""
         for layer in self.moe_layers():
-            for name, value in initial_state(layer.balancer_inits, layer.num_experts).items():
+            for name, value in initial_state(layer.balancer_inits, layer.router_width).items():
                 cast(nn.Module, layer.balancer_state).get_buffer(name).copy_(value)
 
 

@@ -113,6 +113,7 @@ def test_full_disk(tmp_path: Path, size: int) -> None:
     ("changes", "message"),
     [
         ({"router.name": "expert_choice"}, "router.name = 'expert_choice' has no counterpart"),
+        ({"moe.num_identity_experts": 2}, "moe.num_identity_experts = 2 has no counterpart"),
         ({"router.name": "sinkhorn"}, "router.name = 'sinkhorn' has no counterpart"),
         ({"router.num_groups": 2, "router.topk_groups": 1}, "router.num_groups = 2 has a counterpart"),
         (

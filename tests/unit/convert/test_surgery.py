@@ -210,6 +210,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
         ("upcycle", dense, "--num_experts 4 --moe.num_shared_experts 1", "upcycle makes no shared experts"),
         ("upcycle", dense, "--num_experts 4 --model.dim 64", "the configuration asks for another model"),
         ("upcycle", dense, "--num_experts 4 --moe.topk 4", "unknown key; did you mean moe.top_k?"),
+        ("upcycle", dense, "--num_experts 4 --moe.num_identity_experts 2", "moe.num_identity_experts = 2: the router"),
         ("prune", dense, "--num_experts 2", "is of a dense model"),
         ("revive", experts, "--num_experts 2", "leave --num_experts out"),
         ("prune", experts, "--num_experts 2 --granularity 2", "--granularity is for upcycle"),
@@ -222,6 +223,10 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:
         assert (code, err.count("\n")) == (2, 1), (verb, words, err)
         assert message in err
         assert names(tmp_path) == ["dense", "experts"]
+    identity = make_trained(tmp_path / "identity", **{"moe.num_identity_experts": 2})
+    code, err = run(surgery, "prune", identity, out, "--num_experts", "2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "moe.num_identity_experts = 2: the router has rows beside" in err
     odd = _with_odd_state(experts, tmp_path)
     with pytest.raises(ValueError, match="has no row for each expert"):
         change_experts(odd, out, lambda tensors: [[keep(0), keep(1)]] * 2, [])

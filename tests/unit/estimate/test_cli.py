@@ -131,6 +131,20 @@ def test_expert_parallelism() -> None:
         run(8, "--parallelism.expert_parallel_degree", "3")
 
 
+def test_identity_experts_take_no_rows() -> None:
+    """Of 2 choices among 8 + 8 experts one is computed in the mean, on one rank as on four."""
+    more = ("--moe.num_identity_experts", "8")
+    one, four = run(1, *more), run(4, *more, "--parallelism.expert_parallel_degree", "4")
+    plain = run(1)
+    rows = 2 * 64
+    assert one.expert_rows == four.expert_rows == rows
+    saved = 6 * rows * (EXPERTS // 8) - 6 * rows * 3 * 8 * 32  # as many rows less, and the router's 8 rows more
+    assert plain.flops - one.flops == pytest.approx(saved, rel=1e-6)
+    assert one.flops == pytest.approx(four.flops, rel=0.01)
+    sent = sum(size for (name, _), (_, size) in four.traffic.items() if name == "all_to_all_single")
+    assert sent == pytest.approx(3 * (4 * rows * 32 * 4 + 8 * 8) * 3 / 4, rel=0.01)
+
+
 @pytest.mark.slow
 def test_what_saves_memory_saves_memory() -> None:
     plain = run(2)

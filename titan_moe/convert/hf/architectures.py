@@ -44,6 +44,11 @@ def architecture_of(config: Config) -> Architecture:
     moe, router, qk_norm = config.moe, config.router, config.model.qk_norm
     if moe.num_experts == 0:
         return Architecture("qwen3" if qk_norm else "llama")
+    if moe.num_identity_experts:
+        raise ValueError(
+            f"moe.num_identity_experts = {moe.num_identity_experts} has no counterpart in the Hugging Face models that "
+            "can be written: only a model without them can be"
+        )
     if router.name == "sigmoid":
         _check_glm(config)
         return Architecture("glm4_moe", has_zero_shared=moe.num_shared_experts == 0)

@@ -160,6 +160,12 @@ def transformer_config(config: Config) -> dict[str, Any]:
     if not moe.num_experts:
         return arguments
 
+    if moe.num_identity_experts:
+        raise ValueError(
+            f"moe.num_identity_experts = {moe.num_identity_experts} has no counterpart in Megatron-core: only a model "
+            "without them can be converted"
+        )
+
     # Balancing acts in training only. Without a layer_freq Megatron has experts in every layer.
     arguments |= {
         "num_moe_experts": moe.num_experts,

@@ -30,6 +30,7 @@ class Routing(NamedTuple):
     capacity: int | None = None  # where `kept` is given, at most E * capacity choices are computed; None: any number
     has_unused: bool = False  # whether a token may have fewer experts than slots, by the router's own choice
     mean_k: int | None = None  # choices a token is to have on average, where selection + bias > 0 is what makes one
+    num_identity_experts: int = 0  # the last of the E, which give a token back as it is; a MoE layer fills it in
     measures: Mapping[str, Any] | None = None  # what balancers measured in the layer's forward, by their names
 
 
