@@ -89,10 +89,10 @@ def balance_tax(model: nn.Module, tokens: Tensor, labels: Tensor, repeats: int =
         try:
             for _ in range(repeats + 1):
                 for is_forced, routes in ((False, learned), (True, forced)):
-                    _set_routes(layers, routes)
+                    set_routes(layers, routes)
                     times[is_forced].append(_seconds(model, tokens, labels))
         finally:
-            _set_routes(layers, learned)
+            set_routes(layers, learned)
             model.zero_grad()
 
     # The first pass of each warmed up: it made memory and kernels.
@@ -114,7 +114,8 @@ def _forced(route: Router) -> Router:
     return force_balanced(route)
 
 
-def _set_routes(layers: Sequence[MoE], routes: Sequence[Router]) -> None:
+def set_routes(layers: Sequence[MoE], routes: Sequence[Router]) -> None:
+    """Give each MoE layer another router, from outside and for a while."""
     for layer, route in zip(layers, routes, strict=True):
         layer.route = route
 

@@ -8,7 +8,6 @@ Shapes: T tokens, E experts, K choices of a token, L layers, D dim.
 import contextlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +90,12 @@ def dry_values(router: ParametricRouter, dim: int, num_experts: int, router_widt
         return torch.randn(*shape, generator=generator)
 
     # A narrow stand-in for the experts: a measure may not go by their width.
+    module = linear_router(dim, router_width) if router.init is None else own_module(router.init, dim, router_width)
     length = TOKENS // SEQUENCES
     places = places_of(torch.tensor([1, 1, 0, *[1] * (length - 3)]).expand(SEQUENCES, length), 0)
     return {
         "x": randn(TOKENS, dim),
-        "router": (linear_router if router.init is None else partial(own_module, router.init))(dim, router_width),
+        "router": module,
         "layer": 0,
         **places._asdict(),
         "w1": randn(num_experts, WIDTH, dim),

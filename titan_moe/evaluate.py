@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from titan_moe.parallelize.parallelize import move_for_inference
 from titan_moe.runtime import command, world
 from titan_moe.runtime.command import Parser
 from titan_moe.runtime.dtypes import DTYPES
+from titan_moe.runtime.world import Runtime
 from titan_moe.step import evaluate
 
 OVERRIDES = (  # what the command line may change: the rest belongs to the checkpoint
@@ -91,9 +93,18 @@ def evaluation_config(
     return config, config.data.path if "data.path" in given else []
 
 
-def validation_batches(config: Config, tokenizer: str, files: list[str], device: torch.device = CPU) -> Batches:
-    """Iterate over `files`, or over the run's validation data where there are none, on `device`."""
+def validation_batches(
+    config: Config, tokenizer: str, files: list[str], device: torch.device = CPU, rt: Runtime | None = None
+) -> Batches:
+    """Iterate over `files`, or over the run's validation data where there are none, on `device`.
+
+    With `rt` this process gets its share of the sequences, and all get the same number of batches.
+    """
     arguments = data_arguments(config)
+    share: dict[str, Any] = {}
+    if rt is not None:
+        share = {"dp_rank": rt.rank, "dp_degree": rt.world_size, "is_main": rt.local_rank == 0}
+        share["barrier"] = world.barrier
 
     # Files of one's own are validation data as a whole: nothing of them is held out or shuffled.
     if files:
@@ -105,10 +116,12 @@ def validation_batches(config: Config, tokenizer: str, files: list[str], device:
             local_batch_size=arguments["validation_local_batch_size"],
             cache_folder=arguments["cache_folder"],
             device=device,
+            **share,
         )()
 
     # The batches of training are not taken, so their size is any.
-    data = build_data(**arguments, tokenizer=tokenizer, global_batch_size=1, local_batch_size=1, device=device)
+    sizes = {"global_batch_size": -1, "local_batch_size": 1}
+    data = build_data(**arguments, **share, **sizes, tokenizer=tokenizer, device=device)
     if data.validation is None:
         raise ValueError("the run held out no validation data: give files by --data.path")
     return data.validation()

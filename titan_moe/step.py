@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from titan_moe.balancer import Balancer, Scope, token_entropy, token_z_loss
 from titan_moe.metrics import EvalOutput, StepOutput, identity_means
 from titan_moe.model.cross_entropy import IGNORE
+from titan_moe.model.dispatch import computed_choices
 from titan_moe.model.routing import Routing
 from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
 from titan_moe.optimizer.optimizer import Optimizer
@@ -325,7 +326,8 @@ def routing_sums(routings: Sequence[Routing]) -> Sums:
         sums["dropped"] = torch.stack(dropped).float()
         sums["unrouted"] = torch.stack([(~is_kept.any(-1)).sum() for _, is_kept in limited]).float()
     if any(r.has_unused for r in routings):
-        sums["experts"] = torch.stack([is_kept.sum() for _, is_kept in limited]).float()
+        computed = [computed_choices(r) for r in routings]
+        sums["experts"] = torch.stack([choices.sum() for choices in computed if choices is not None]).float()
     return sums
 
 
@@ -338,9 +340,10 @@ def routing_means(sums: Sums) -> dict[str, Tensor]:
         choices_L = sums["load"].sum(-1) + sums["identity_load"].sum(-1)
         means["dropped_fraction"] = sums["dropped"] / choices_L.clamp(min=1)  # no token may have an expert
         means["unrouted_fraction"] = sums["unrouted"] / sums["tokens"]
+    means |= identity_means(sums["load"], sums["identity_load"], sums["tokens"])
     if "experts" in sums:
         means["experts_per_token"] = sums["experts"] / sums["tokens"]
-    return means | identity_means(sums["load"], sums["identity_load"], sums["tokens"])
+    return means
 
 
 def stack_loads(routings: Sequence[Routing], *, device: torch.device) -> Tensor:

@@ -80,3 +80,28 @@ def test_a_study_from_the_command_line(tmp_path: Path, shared: Path, request: py
 
 def last_step(run: Path) -> int:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+@pytest.mark.slow
+def test_a_study_analyzes_its_runs(tmp_path: Path, shared: Path):
+    """What the analyses found is in results.jsonl and drawn; checkpoints go after them."""
+    data = {"data": {**TINY["data"], "path": [str(shared / "text.jsonl")], "cache_folder": str(shared / "cache")}}
+    document = {
+        "study": {"analyze": True, "keep_checkpoints": False, "report": ["loss", "specialisation"]},
+        "config": {**TINY, **data},
+        "axes": {"coeff": {"key": "balancer.aux_loss.coeff", "values": [0.1, 0.2]}},
+    }
+    file = tmp_path / "tiny.toml"
+    file.write_text(tomli_w.dumps(document))
+    words = [sys.executable, "-m", "titan_moe.study", str(file), "--dump_folder", str(tmp_path / "out"), "--jobs", "2"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=3 * PATIENCE)
+    assert (done.returncode, done.stderr) == (0, "")
+    for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines():
+        result = json.loads(line)
+        analysis = json.loads((Path(result["folder"]) / "analysis" / "analysis.json").read_text())
+        assert analysis["checkpoint"]["step"] == 6
+        assert {name: result.get(name) for name in analysis["scalars"]} == analysis["scalars"]
+        assert result["specialisation"] > 0
+        assert analysis["loss"] == pytest.approx(result["loss"], rel=1e-5)
+        assert not (Path(result["folder"]) / "checkpoint").exists()
+    assert list((tmp_path / "out" / "figures").glob("specialisation*.svg"))

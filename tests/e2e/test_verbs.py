@@ -161,7 +161,7 @@ def test_bad_arguments_of_evaluate(run: Path, tmp_path: Path) -> None:
     assert numbers(evaluate(run, "--data.path", str(short), "--training.seq_len", "4"))["num_tokens"] == 4
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "generate"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "analyze.cli"])
 def test_help(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for word in ("--help", "-h"):

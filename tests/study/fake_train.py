@@ -71,6 +71,7 @@ def main() -> int:
     (folder / "config.toml").write_text(text)
     (folder / "run.json").write_text(json.dumps({"git_commit": "0" * 40, "device": "a test"}))
     (folder / "checkpoint").mkdir(exist_ok=True)
+    (folder / "checkpoint" / "step").write_text(str(steps))
     first = done_before(folder) + 1
     if seed == 13:
         print("error: step 3: NaN or infinite router logits: the run has diverged and stops", file=sys.stderr)

@@ -269,7 +269,7 @@ def test_slurm_gets_a_job_array_of_what_is_left(
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setattr("titan_moe.study.slurm.sys.executable", str(programs / "python"))
+    monkeypatch.setattr("titan_moe.study.runner.sys.executable", str(programs / "python"))
     path = write(study__sbatch=["--partition=gpu"], study__seeds=[1, 13])
     monkeypatch.setenv("REFUSE", "1")
     with pytest.raises(ValueError, match=r"sbatch refused .*invalid partition.*study\.sbatch"):

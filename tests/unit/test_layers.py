@@ -60,6 +60,7 @@ LAYERS = {
     "study": 3,
     "convert": 3,
     "estimate": 3,
+    "analyze": 3,
 }
 
 

@@ -136,9 +136,9 @@ def _check_identity_experts(config: Config) -> None:
     key = f"moe.num_identity_experts = {number}"
 
     # Routers from outside may mean something else by these names.
-    is_limited = router in ("expert_choice", "token_rounding")
-    if is_limited or (router in ROUTERS and arguments.get("capacity_factor")):
-        what = f"router.name = {router!r}" if is_limited else "router.capacity_factor"
+    counts_rows = router in ("expert_choice", "token_rounding")
+    if counts_rows or (router in ROUTERS and arguments.get("capacity_factor")):
+        what = f"router.name = {router!r}" if counts_rows else "router.capacity_factor"
         raise ValueError(f"{key} does not go with {what}: an identity expert has room for all; take another router")
     if router in ROUTERS and arguments.get("num_groups", 1) > 1:
         raise ValueError(
@@ -298,8 +298,7 @@ def _try_router(config: Config, biased: bool) -> None:
 
 def _check_balancer(config: Config, table: BalancerTable) -> None:
     """Refuse a balancer of the registry that does not go with the router or would do nothing."""
-    router, arguments = config.router.name, config.router.arguments
-    label, component, options = table
+    (label, component, options), router, arguments = table, config.router.name, config.router.arguments
     if component == "aux_loss" and router in ROUTERS_WITH_EVEN_LOAD:
         raise ValueError(
             f"balancer.{label} has no effect with router.name = {router!r}, whose load is even by construction: "

@@ -25,7 +25,7 @@ from titan_moe.data.loader import (
 )
 from titan_moe.data.sources import find_files, stdlib_files
 from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
-from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, token_byte_lengths
+from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, token_contents
 
 DATASETS = ("stdlib", "text", "fineweb_edu", "hf")
 STREAM_VALIDATION_TOKENS = 1 << 20  # a stream has no end: what "all of it" (validation.steps -1) stands for
@@ -190,7 +190,7 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
 
     The bits per byte of a text are its cross-entropy in nats / ln 2 / the sum of its tokens' bytes.
     """
-    return torch.tensor(token_byte_lengths(tokenizer))
+    return torch.tensor([len(content) for content in token_contents(tokenizer)])
 
 
 def resolve_batch_sizes(global_batch_size: int, local_batch_size: int, dp_degree: int) -> tuple[int, int]:

@@ -268,8 +268,8 @@ def _download(name: str, endpoint: str) -> dict[str, str]:
     return collect_files(lambda file: read_text(Path(paths[file])) if file in paths else None, name)
 
 
-def token_byte_lengths(tokenizer: Tokenizer) -> list[int]:
-    """Return the number of UTF-8 bytes that each id stands for, 0 for special tokens and unused ids.
+def token_contents(tokenizer: Tokenizer) -> list[bytes]:
+    """Return the bytes that each id stands for, none for special tokens and unused ids.
 
     Exact for byte-level vocabularies (bytes, this package's BPE, GPT-2, Llama 3, Qwen ...); for sentencepiece's (Llama
     2) up to their normalisation and the space they put before a text. Other kinds (WordPiece) lose bytes: an error.
@@ -283,22 +283,24 @@ def token_byte_lengths(tokenizer: Tokenizer) -> list[int]:
     }
     if not kinds & {"ByteLevel", "Metaspace", "ByteFallback"}:
         raise ValueError(
-            "bits per byte need a byte-level or sentencepiece tokenizer: this one does not keep every byte of a text"
+            "bits per byte and texts of tokens need a byte-level or sentencepiece tokenizer: this one does not keep "
+            "every byte of a text"
         )
 
     # Added tokens are plain text in every kind. Special ones are left out when text is decoded, so they have no bytes.
     added = {token["id"]: token for token in content["added_tokens"]}
-    lengths = [0] * tokenizer.vocab_size
+    byte_of = {char: byte for byte, char in enumerate(_byte_chars())}
+    contents = [b""] * tokenizer.vocab_size
     for token, index in tokenizer.backend.get_vocab(with_added_tokens=True).items():
         if index in added:
-            lengths[index] = 0 if added[index]["special"] else len(token.encode())
+            contents[index] = b"" if added[index]["special"] else token.encode()
         elif "ByteLevel" in kinds:
-            lengths[index] = len(token)  # one character stands for one byte
+            contents[index] = bytes(byte_of.get(char, ord("?")) for char in token)  # one character stands for one byte
         elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
-            lengths[index] = 1
+            contents[index] = bytes([int(token[3:5], 16)])
         else:
-            lengths[index] = len(token.replace("▁", " ").encode())
-    return lengths
+            contents[index] = token.replace("▁", " ").encode()
+    return contents
 
 
 def _byte_chars() -> list[str]:

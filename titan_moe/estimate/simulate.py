@@ -528,20 +528,20 @@ def rows_sent(config: Config, sequences: int, length: int) -> int:
     Identity experts, which take none, are taken to be chosen as often as others.
     """
     # As a layer does: only the router knows how many slots a token has, and how many of them may be used.
-    router, num_tokens, moe = build_router(config), sequences * length, config.moe
+    router, num_tokens, width = build_router(config), sequences * length, config.moe.router_width
     with FakeTensorMode():
         place = torch.zeros(sequences, length, dtype=torch.int64)
         values = {
             "x": torch.zeros(num_tokens, config.model.dim),
-            "router": (router.init or linear_router)(config.model.dim, moe.router_width),
+            "router": (router.init or linear_router)(config.model.dim, width),
             "layer": 0,
             **Places(place, place)._asdict(),
         }
-        bias_E = torch.zeros(moe.router_width) if has_expert_bias(config) else None
+        bias_E = torch.zeros(width) if has_expert_bias(config) else None
         asked = {name: values[name] for name in asked_for(router.route, OFFERED)}
-        routing = router.route(torch.zeros(num_tokens, moe.router_width), bias_E, **asked)
-    rows = -(-routing.topk_experts.numel() * moe.num_experts // max(1, moe.router_width))
-    return rows if routing.capacity is None else min(rows, moe.num_experts * routing.capacity)
+        routing = router.route(torch.zeros(num_tokens, width), bias_E, **asked)
+    slots = -(-routing.topk_experts.numel() * config.moe.num_experts // max(1, width))
+    return slots if routing.capacity is None else min(slots, config.moe.num_experts * routing.capacity)
 
 
 def without_load_lr(config: Config) -> Config:

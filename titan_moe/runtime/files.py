@@ -224,13 +224,11 @@ def appender(path: Path) -> Appender:
     return Appender(append, sync, close)
 
 
-def check_writable(folder: Path) -> None:
-    """Raise ValueError where the folder of a run cannot be written or made; leaves nothing behind."""
+def check_writable(folder: Path, key: str = "job.dump_folder") -> None:
+    """Raise ValueError, which names the key, where a folder cannot be written or made; leaves nothing behind."""
     existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ValueError(
-            f"job.dump_folder {folder} is not writable: {error.strerror}: {existing}; give another one"
-        ) from error
+        raise ValueError(f"{key} {folder} is not writable: {error.strerror}: {existing}; give another one") from error

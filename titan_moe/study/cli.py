@@ -15,8 +15,8 @@ from titan_moe.runtime.files import write_atomic
 from titan_moe.study.grid import Run, point_text, runs_of
 from titan_moe.study.progress import counts, progress, statuses
 from titan_moe.study.reuse import reuse
-from titan_moe.study.runner import Pool, check_pool, run_all, train_command
-from titan_moe.study.runs import changes, is_going
+from titan_moe.study.runner import Pool, analyze_command, check_pool, run_all, train_command
+from titan_moe.study.runs import changes, is_going, lacks_analysis, last_words
 from titan_moe.study.spec import Study, load_study
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def run_study(study: Study, runs: Sequence[Run], options: argparse.Namespace) ->
     run_statuses = statuses(runs)
     wanted = {"new", "interrupted", "failed"} if options.resume else {"new", "interrupted"}
     todo = [run for run, run_status in zip(runs, run_statuses, strict=True) if run_status.state in wanted]
+    todo += unanalyzed(study, runs)
     print(f"{study.name}: {len(runs)} runs in {study.folder}: {counts(run_statuses)}", flush=True)
     stopped = 0
     if options.report:
@@ -152,9 +153,15 @@ def train(study: Study, runs: Sequence[Run], todo: Sequence[Run], options: argpa
             pool=pool,
             command=train_command(study.section.nproc),
             keep_checkpoints=study.section.keep_checkpoints,
+            then=analyze_command(study.section.nproc) if study.section.analyze else None,
             on_tick=on_tick,
             on_end=ended,
         )
+
+
+def unanalyzed(study: Study, runs: Sequence[Run]) -> list[Run]:
+    """The finished runs whose analysis the study wants and lacks."""
+    return [run for run in runs if lacks_analysis(run)] if study.section.analyze else []
 
 
 def watch(study: Study, runs: Sequence[Run], seconds: float) -> int:
@@ -186,6 +193,10 @@ def closing(study: Study, runs: Sequence[Run], stopped: int) -> int:
         if run_status.state in ("failed", "interrupted"):
             print(f"{run_status.state:<12} {point_text(run.point)}, seed {run.seed}: {run_status.message}")
             print(f"{'':12} {run.folder}")
+    lacking = unanalyzed(study, runs)
+    for run in lacking:
+        print(f"{'unanalyzed':<12} {point_text(run.point)}, seed {run.seed}: {last_words(run.folder)}")
+        print(f"{'':12} {run.folder}")
 
     # The exit code says whether the result is whole, so that a script can run the command again until it is.
     if stopped:
@@ -193,7 +204,7 @@ def closing(study: Study, runs: Sequence[Run], stopped: int) -> int:
         return 128 + stopped
     if any(run_status.state == "failed" for run_status in run_statuses):
         print("the same command with --resume tries failed runs again")
-    return int(any(run_status.state in ("failed", "interrupted") for run_status in run_statuses))
+    return int(bool(lacking) or any(run_status.state in ("failed", "interrupted") for run_status in run_statuses))
 
 
 def write_report(study: Study, runs: Sequence[Run], refresh: float | None = None) -> "Written":

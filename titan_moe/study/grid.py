@@ -107,6 +107,9 @@ def resolve(study: Study, point: Point, seed: int, folder: Path) -> Config:
     job_table = {"job": {"dump_folder": str(folder), "description": f"{study.name}: {point_text(point)}, seed {seed}"}}
     seeded = Layer(f"{study.path}: study.seeds", {"training": {"seed": seed}})
     config = merge_layers([*layers, Layer(study.path, job_table), seeded])
+    if study.section.analyze and not (config.checkpoint.enable and config.moe.num_experts):
+        key = "checkpoint.enable = false" if config.moe.num_experts else "moe.num_experts = 0"
+        raise ValueError(f"{study.path}: study.analyze = true needs checkpoints of models with experts, not {key}")
     if not config.validation.enable:
         raise ValueError(f"{study.path}: validation.enable = false: a study compares validation losses: set it to true")
     return config

@@ -20,7 +20,7 @@ from titan_moe.runtime.command import StopRequest
 from titan_moe.runtime.files import write_atomic
 from titan_moe.runtime.lock import try_lock
 from titan_moe.study.grid import Run
-from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, is_going, prepare, status
+from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, analysis_words, is_going, lacks_analysis, prepare, status
 
 PATIENCE = 300.0  # seconds that a training may take to save and end after a SIGTERM
 Command = Callable[[Run], list[str]]
@@ -34,6 +34,7 @@ class Worker(NamedTuple):
     slot: int  # below the pool's jobs: which share of the GPUs it has
     lock: TextIO
     log: TextIO
+    is_training: bool = True  # false for the analysis that follows it in its slot
 
 
 class Pool(NamedTuple):
@@ -45,14 +46,18 @@ class Pool(NamedTuple):
 
 def train_command(nproc: int) -> Command:
     """The command of a run: one process, or several of torchrun."""
-    launch = ["-m", "titan_moe.train"]
-    if nproc > 1:
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}", *launch]
+    return lambda run: [*launch("titan_moe.train", nproc), "--job.config_file", str(run.folder / POINT)]
 
-    def command(run: Run) -> list[str]:
-        return [sys.executable, *launch, "--job.config_file", str(run.folder / POINT)]
 
-    return command
+def analyze_command(nproc: int) -> Command:
+    """The command of the analysis of a finished run, of as many processes."""
+    return lambda run: [*launch("titan_moe.analyze", nproc), *analysis_words(run)]
+
+
+def launch(module: str, nproc: int) -> list[str]:
+    """How a command of this package is started in one process, or in several by torchrun."""
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    return [sys.executable, *several, "-m", module]
 
 
 def check_pool(pool: Pool) -> None:
@@ -79,12 +84,14 @@ def run_all(
     pool: Pool,
     command: Command,
     keep_checkpoints: bool = True,
+    then: Command | None = None,
     on_tick: Callable[[Sequence[Worker]], None],
     on_end: Callable[[Run], None],
     interval: float = 0.2,
 ) -> int:
     """Train the runs, `pool.jobs` at a time; the number of the signal that stopped it early, else 0.
 
+    A training that has finished is followed by its command of `then`, if that is given, in the same slot.
     `on_tick` gets the trainings under way every `interval` seconds, `on_end` each run that has ended. A run that
     another process works on is left to it. At a signal the trainings are asked to stop, and save; the same command goes
     on from there.
@@ -95,7 +102,7 @@ def run_all(
         while (queue and not stop.signal) or active:
             # A slot is a share of the cores and certain GPUs, so a new training gets one that nobody has.
             while queue and free and not stop.signal:
-                worker = start_run(queue.popleft(), pool, free[0], command)
+                worker = start_run(queue.popleft(), pool, free[0], command, then)
                 if worker is not None:
                     active.append(worker)
                     free.remove(worker.slot)
@@ -107,8 +114,13 @@ def run_all(
             # Processes are polled, not waited for: any of them may be the next to end, and the table has to move.
             for worker in [worker for worker in active if worker.process.poll() is not None]:
                 active.remove(worker)
+                if then is not None and worker.is_training and worker.process.returncode == 0 and not stop.signal:
+                    words, variables = then(worker.run), environment(pool, worker.slot)
+                    process = spawn(words, worker.lock, worker.log, variables)
+                    active.append(worker._replace(process=process, is_training=False))
+                    continue
                 free.append(worker.slot)
-                finish(worker, keep_checkpoints)
+                finish(worker, keep_checkpoints, then is not None)
                 on_end(worker.run)
             on_tick(active)
             if active:
@@ -117,46 +129,61 @@ def run_all(
         # Only an error in here, such as a full disk, gets here with trainings under way: none is left behind.
         _end(active)
         for worker in active:
-            finish(worker, keep_checkpoints)
+            finish(worker, keep_checkpoints, then is not None)
     return stop.signal
 
 
-def start_run(run: Run, pool: Pool, slot: int, command: Command) -> Worker | None:
-    """Start a training in a slot of the pool; None where another process works on the run."""
+def start_run(run: Run, pool: Pool, slot: int, command: Command, then: Command | None = None) -> Worker | None:
+    """Start a training in a slot of the pool; None where another process works on the run.
+
+    For a finished run that lacks its analysis start that, by `then`.
+    """
     # Between the look and the lock another process may take it, so the lock decides. The look also sees a training
     # that was started without a study.
     run.folder.mkdir(parents=True, exist_ok=True)
     if is_going(run.folder):
         return None
+    is_training = then is None or not lacks_analysis(run)
     lock = open(run.folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115
     if not try_lock(lock):
         lock.close()
         return None
     prepare(run)
 
-    # The training inherits the lock. If this process is killed, the training still holds it until its own end, and no
-    # second study starts the same run.
     log = open(run.folder / LOG, "a", encoding="utf-8")  # noqa: SIM115
-    process = subprocess.Popen(
-        command(run),
+    words = command(run) if then is None or is_training else then(run)
+    return Worker(run, spawn(words, lock, log, environment(pool, slot)), slot, lock, log, is_training)
+
+
+def spawn(words: Sequence[str], lock: TextIO, log: TextIO, variables: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command that writes to `log`, with these environment variables.
+
+    It inherits the lock. If this process is killed, the command still holds it until its own end, and no second study
+    starts the same run.
+    """
+    return subprocess.Popen(
+        words,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        env=environment(pool, slot),
+        env=variables,
         pass_fds=(lock.fileno(),),
         start_new_session=True,  # Ctrl-C reaches this process alone, which then asks the trainings to stop
     )
-    return Worker(run, process, slot, lock, log)
 
 
-def finish(worker: Worker, keep_checkpoints: bool) -> None:
-    """Write down how a training ended; remove the checkpoints of a finished one unless they are wanted."""
+def finish(worker: Worker, keep_checkpoints: bool, analyzes: bool = False) -> None:
+    """Write down how a training ended; remove the checkpoints of a finished one unless they are wanted.
+
+    Where the study `analyzes` its runs, they are wanted until they have been.
+    """
     run = worker.run
     code = worker.process.wait()
     worker.log.close()
     worker.lock.close()
     write_atomic(run.folder / EXIT_CODE, f"{code}\n")
-    if not keep_checkpoints and status(run.folder, run.config.training.steps).state == "finished":
+    is_finished = status(run.folder, run.config.training.steps).state == "finished"
+    if is_finished and not keep_checkpoints and not (analyzes and lacks_analysis(run)):
         shutil.rmtree(run.folder / run.config.checkpoint.folder, ignore_errors=True)
 
 

@@ -15,6 +15,9 @@ from typing import Any, NamedTuple
 
 from titan_moe.config import read_saved, to_toml
 from titan_moe.config.differences import differences
+from titan_moe.config.layers import read_file
+from titan_moe.config.saved import outside_components
+from titan_moe.runtime.command import TRUST
 from titan_moe.runtime.files import write_atomic
 from titan_moe.runtime.lock import RUN_LOCK, is_locked
 from titan_moe.sinks.files import last_records, parse_record
@@ -22,6 +25,7 @@ from titan_moe.study.grid import Run, point_text, without_job
 from titan_moe.study.report.measures import CURVES
 
 POINT, LOG, EXIT_CODE, METRICS, LOCK = "point.toml", "log.txt", "exit_code", "metrics.jsonl", ".lock"
+ANALYSIS = "analysis"  # folder of an analysis of the last checkpoint
 TOKENS = "train/num_tokens"  # tokens seen so far, over the steps
 Record = dict[str, Any]
 Curve = list[tuple[int, float]]  # step, value
@@ -259,6 +263,7 @@ def result(run: Run, state: str) -> Record:
         "steps": run.config.training.steps,
         **reached(run_history),
         **measure(run_history),
+        **analysis_scalars(run),
         "folder": str(run.folder),
         "dataset": data.dataset,
         "path": list(data.path),
@@ -266,6 +271,39 @@ def result(run: Run, state: str) -> Record:
         "tokenizer": data.tokenizer,
         **recorded(read_facts(run.folder)),
     }
+
+
+def analysis_scalars(run: Run) -> dict[str, float]:
+    """The numbers that an analysis of the run's last step gives a study; none where there is no such analysis."""
+    path = run.folder / ANALYSIS / "analysis.json"
+    try:
+        facts = path.stat()
+    except FileNotFoundError:
+        return {}
+    step, scalars = _analysis(path, facts.st_size, facts.st_mtime_ns)
+    return scalars if step == run.config.training.steps else {}
+
+
+@functools.lru_cache(maxsize=1024)
+def _analysis(path: Path, size: int, changed: int) -> tuple[int, dict[str, float]]:
+    """The step that an analysis is of, and its scalars that are numbers."""
+    document = json.loads(path.read_text(encoding="utf-8"))
+    scalars = {name: value for name, value in document["scalars"].items() if value is not None}
+    return document["checkpoint"]["step"], scalars
+
+
+def lacks_analysis(run: Run) -> bool:
+    """Whether a finished run has a checkpoint, but no analysis of it."""
+    is_finished = status(run.folder, run.config.training.steps).state == "finished"
+    return is_finished and (run.folder / run.config.checkpoint.folder).is_dir() and not analysis_scalars(run)
+
+
+def analysis_words(run: Run) -> list[str]:
+    """The command line of a run's analysis; its configuration is the user's own, so the code that it names is run."""
+    words = ["--checkpoint", str(run.folder / run.config.checkpoint.folder), "--out", str(run.folder / ANALYSIS)]
+    table = read_file(str(run.folder / POINT))
+    modules = sorted({name.partition(":")[0] for _, name in outside_components(table)})
+    return [*words, TRUST, *modules] if modules else words
 
 
 def reached(run_history: History) -> Record:

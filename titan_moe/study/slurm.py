@@ -4,13 +4,13 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from titan_moe.runtime.files import write_atomic
 from titan_moe.study.grid import Run
-from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, prepare
+from titan_moe.study.runner import launch
+from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, analysis_words, prepare
 from titan_moe.study.spec import Study
 
 SCRIPT, LIST, JOB = "array.sbatch", "runs.txt", "job_id"
@@ -35,7 +35,7 @@ wait $training
 code=$?
 trap '' TERM
 wait $training 2> /dev/null && code=0
-echo "$code" > "$run/{exit_code}"
+{analysis}echo "$code" > "$run/{exit_code}"
 """
 
 
@@ -54,9 +54,9 @@ def submit(study: Study, runs: Sequence[Run], jobs: int = 1) -> None:
     check_idle(folder)
 
     # What a task reads is on the disk before SLURM knows of it: a task may start at once.
-    script = write_script(study, runs, jobs)
     for run in runs:
         prepare(run)
+    script = write_script(study, runs, jobs)
     done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"sbatch refused {script}: {' '.join(done.stderr.split())}: see study.sbatch in {study.path}")
@@ -80,6 +80,17 @@ def check_idle(folder: Path) -> None:
         )
 
 
+def analysis_line(runs: Sequence[Run], nproc: int) -> str:
+    """The line of the script that analyzes a run whose training has finished."""
+    # What the runs differ in, their folder, is a variable of the script.
+    folder = str(runs[0].folder)
+    words = [
+        f'"$run"{shlex.quote(word.removeprefix(folder))}' if word.startswith(folder) else shlex.quote(word)
+        for word in [*launch("titan_moe.analyze", nproc), *analysis_words(runs[0])]
+    ]
+    return f'[ "$code" = 0 ] && {" ".join(words)} >> "$run/{LOG}" 2>&1\n'
+
+
 def write_script(study: Study, runs: Sequence[Run], jobs: int) -> Path:
     """Write the list of runs and the script whose tasks each train one of them; the script's path."""
     # Paths are absolute, and tasks go to the folder that this command runs in: data may be named relative to it.
@@ -87,9 +98,6 @@ def write_script(study: Study, runs: Sequence[Run], jobs: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / LIST, "".join(f"{run.folder.absolute()}\n" for run in runs))
     nproc = study.section.nproc
-    launch = "titan_moe.train"
-    if nproc > 1:
-        launch = f"torch.distributed.run --standalone --nproc_per_node={nproc} -m titan_moe.train"
     text = TEMPLATE.format(
         name=re.sub(r"[^A-Za-z0-9_.-]", "_", study.name),
         last=len(runs) - 1,
@@ -98,7 +106,8 @@ def write_script(study: Study, runs: Sequence[Run], jobs: int) -> Path:
         lines="\n".join(f"#SBATCH {line}" for line in study.section.sbatch),
         list=shlex.quote(str(folder / LIST)),
         here=shlex.quote(str(Path.cwd())),
-        command=f"{shlex.quote(sys.executable)} -m {launch}",
+        command=shlex.join(launch("titan_moe.train", nproc)),
+        analysis=analysis_line(runs, nproc) if study.section.analyze else "",
         point=POINT,
         log=LOG,
         lock=LOCK,

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, PositiveInt
 
 from titan_moe.config.layers import Layer, command_line_layer, file_layers
 from titan_moe.config.schema import check_value, key_error, unknown_key
-from titan_moe.study.report.measures import CURVES, MEASURES
+from titan_moe.study.report.measures import ANALYZED, CURVES, MEASURES
 
 TABLES = ("study", "config", "axes", "points")
 Settings = Mapping[str, Any]  # section -> key -> value, as in a configuration file
@@ -56,6 +56,7 @@ class Section:
     ] = "product"
     nproc: Annotated[PositiveInt, "processes of a run; above 1 by torchrun"] = 1
     keep_checkpoints: Annotated[bool, "whether finished runs keep their checkpoints"] = True
+    analyze: Annotated[bool, "whether finished runs are analyzed, for what router and experts of a model do"] = False
     report: Annotated[Measures, "measures to draw against the axes"] = field(
         default_factory=lambda: ["loss", "perplexity", "accuracy", "maxvio_global"]
     )
@@ -118,6 +119,7 @@ def load_study(path: str, overrides: Sequence[str] = (), dump_folder: str = "") 
 
     # An axis whose `key` is an empty list sets nothing, and is left out: so a file takes back an axis of its base.
     section = Section(**merged["study"])
+    _check_analyzed(path, section)
     axes = tuple(_axis(origins[name], name, table) for name, table in merged["axes"].items())
     axes = tuple(axis for axis in axes if axis.keys or axis.options)
 
@@ -132,6 +134,13 @@ def load_study(path: str, overrides: Sequence[str] = (), dump_folder: str = "") 
 def _check_table(origin: str, key: str, value: Any, kind: type) -> None:
     if not isinstance(value, kind):
         raise key_error(origin, key, f"must be {'a table' if kind is dict else 'an array of tables'}", value)
+
+
+def _check_analyzed(path: str, section: Section) -> None:
+    """Raise ValueError for a measure to draw that no run would have."""
+    for name in section.report:
+        if name in ANALYZED and not section.analyze:
+            raise key_error(path, "study.report", f"{name!r} is of an analysis: set study.analyze = true")
 
 
 def _checked_section(table: dict[str, Any], origin: str) -> dict[str, Any]:

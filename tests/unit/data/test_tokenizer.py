@@ -91,7 +91,9 @@ def test_sentencepiece_like_tokenizers() -> None:
 def test_bits_per_byte_need_a_tokenizer_that_keeps_bytes() -> None:
     backend = Backend(models.WordLevel({"a": 0, "[EOS]": 1, "[UNK]": 2}, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()  # pyrefly: ignore
-    with pytest.raises(ValueError, match="bits per byte need a byte-level or sentencepiece tokenizer"):
+    with pytest.raises(
+        ValueError, match="bits per byte and texts of tokens need a byte-level or sentencepiece tokenizer"
+    ):
         token_bytes(from_json(backend.to_str()))
 
 

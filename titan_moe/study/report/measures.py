@@ -34,6 +34,17 @@ MEASURES = {
     "tokens_per_second": Measure("tokens/s", "higher", ",.0f", True),
     "peak_memory_gib": Measure("peak memory", "lower", ".2f", True, "GiB"),
 }
+# Those of an analysis of the last checkpoint, which `study.analyze` asks for: the scalars of `titan_moe.analyze`.
+ANALYZED = {
+    "specialisation": Measure("specialisation", "", ".4f", unit="nats"),
+    "router_margin": Measure("router margin", "", ".4g"),
+    "router_entropy": Measure("router entropy", "", ".4f", unit="nats"),
+    "dead_experts": Measure("dead experts", "lower", ".1f", True),
+    "output_similarity": Measure("similarity of experts' outputs", "", ".4f"),
+    "weight_similarity": Measure("similarity of experts' weights", "", ".4f"),
+    "document_maxvio": Measure("MaxVio of documents", "lower", ".3f", True),
+}
+MEASURES |= ANALYZED
 # The columns of the report's table.
 COLUMNS = (
     *("loss", "best_loss", "perplexity", "accuracy", "maxvio_batch", "maxvio_global"),

@@ -105,9 +105,8 @@ def test_threshold(max_k: int) -> None:
     assert_weights(lambda z: route(z, BIAS), formula)
     counts = (dense(route(logits(), BIAS)) > 0).sum(1)
     assert counts.min() < K < counts.max() <= max_k
-    means = routing_means(
-        {**routing_sums([route(logits(), BIAS)]), "load": torch.ones(1, E), "identity_load": torch.ones(1, 0)}
-    )
+    loads = {"load": torch.ones(1, E), "identity_load": torch.ones(1, 0)}
+    means = routing_means({**routing_sums([route(logits(), BIAS)]), **loads})
     assert means["experts_per_token"].item() == pytest.approx(counts.sum().item() / T)
     assert means["dropped_fraction"].item() == 0
 

@@ -1,0 +1,1 @@
+"""What the router and the experts of a model do: `python -m titan_moe.analyze` and the functions behind it."""
