@@ -85,6 +85,7 @@ COMPILED += [
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in dynamo
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")  # as well
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # as well
+@pytest.mark.filterwarnings("ignore:`torch._prims_common.check` is deprecated:FutureWarning")  # as well, in inductor
 @pytest.mark.parametrize(("router", "backend"), COMPILED, ids=str)
 def test_compiling_changes_nothing(router: Case, backend: str) -> None:
     torch.compiler.reset()
