@@ -27,7 +27,11 @@ LOSSES = {**SEQUENCE, "z_loss": {"coeff": 0.01}, "entropy_loss": {"coeff": 0.02}
 BY_LOAD = {"load_lr": "ideal_normalized", "load_lr_ema": 0.5}
 PARTS = "tests.torchtitan.parts:"
 WEIGHTS = {f"{PARTS}of_router": {"coeff": 1e-3}, f"{PARTS}of_experts": {"coeff": 0.1}}
-KEPT = {f"{PARTS}paced": {"rate": 0.01}, "examples.balancer:rprop": {}, f"{PARTS}even_rows": {}}
+KEPT = {
+    f"{PARTS}paced": {"rate": 0.01},
+    "smebu": {"rate": 1e-3, "kappa": 1.0, "momentum": 0.9},
+    f"{PARTS}even_rows": {},
+}
 ALL = {
     "balancers": {**LOSSES, **WEIGHTS, **KEPT, "loss_free": {"rate": 0.01}},
     "optimizer": {"expert": {"lr": 0.02, **BY_LOAD}, "router": {"lr": 0.003}},
