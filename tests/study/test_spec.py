@@ -184,7 +184,7 @@ def test_a_mistake_on_the_command_line(write: Write, words: list[str], parts: li
 def test_shipped_studies_expand_to_runs_that_are_configured_right(path: str):
     study = load_study(path)
     assert study.section.title
-    assert study.section.mirrors, "names the table or figure of the paper"
+    assert study.section.mirrors, "names the table or figure of the paper, or what came after it"
     points = expand(study)
     assert len(points) > 1
     runs = runs_of(study)
@@ -203,7 +203,7 @@ def test_every_study_is_there_in_two_sizes():
     studies = {name for name in names if not name.endswith("_mini")}
     assert names - studies == {f"{name}_mini" for name in studies}
     wanted = {"expert_lr", "load_lr", "aux_expert_lr", "aux_coeff", "experts", "loss_free", "shampoo", "score_rate"}
-    assert studies == wanted | {"expert_lr_experts", "top_k", "temperature"}
+    assert studies == wanted | {"expert_lr_experts", "top_k", "temperature", "balancers"}
 
 
 def test_the_configuration_of_a_run_survives_its_file(write: Write):
