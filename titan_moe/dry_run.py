@@ -7,7 +7,7 @@ Shapes: T tokens, E experts, K choices of a token, L layers, D dim.
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,7 @@ def check_projection(balancer: Balancer, router: nn.Module) -> None:
         return
     weights = {name: parameter.detach().clone() for name, parameter in router.named_parameters()}
     result: Any = balancer.project(weights)
+    check_unchanged("project", weights.values())
     if not isinstance(result, Mapping) or result.keys() != weights.keys():
         gave = [*result] if isinstance(result, Mapping) else described(result)
         raise WrongResultError(f"project must return the weights {[*weights]}, gave {gave}")
@@ -238,7 +239,9 @@ def check_post_step(balancer: Balancer, routing: Routing) -> None:
     if not isinstance(load_E, Tensor) or load_E.is_floating_point():
         raise WrongResultError(f"observe must return integers, gave {described(load_E)}")
     bias_LE, load_LE = torch.stack([bias_E] * LAYERS), torch.stack([load_E] * LAYERS)
-    result: Any = balancer.post_step(load_LE, bias_LE, **balancer.asked(state, 1, 0.5, routing.num_identity_experts))
+    asked = balancer.asked(dict(state), 1, 0.5, routing.num_identity_experts)
+    result: Any = balancer.post_step(load_LE, bias_LE, **asked)
+    check_unchanged("post_step", [load_LE, bias_LE, *state.values()])
     if asks_state and not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise WrongResultError(f"post_step must return (expert_bias, state), gave {described(result)}")
     moved_LE, new_state = result if asks_state else (result, {})
@@ -259,6 +262,12 @@ def stacked_state(state: Any) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             raise WrongResultError(f"init must return fp32 tensors, gave {key}: {described(value)}")
     return {key: torch.stack([value] * LAYERS) for key, value in state.items()}
+
+
+def check_unchanged(function: str, arguments: Iterable[Tensor]) -> None:
+    """Raise WrongResultError where one of these new tensors was written: a skipped step has to keep what was before."""
+    if any(tensor._version for tensor in arguments):
+        raise WrongResultError(f"{function} must return new tensors, and wrote into those that it was given")
 
 
 def check_tensor(must: str, value: Any, expected: Expected) -> None:

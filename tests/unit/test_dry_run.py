@@ -145,6 +145,18 @@ BAD_BALANCERS: list[tuple[Any, str]] = [
         state_of(mean_of, lambda load, bias, state: (bias, {"mean": bias[0]})),
         "post_step must return state mean as (2, 8) float32, gave (8,) float32",
     ),
+    (
+        Balancer(no_loss, lambda load, bias: bias.add_(1)),
+        "post_step must return new tensors, and wrote into those that",
+    ),
+    (
+        state_of(mean_of, lambda load, bias, state: (bias, {"mean": state["mean"].add_(1)})),
+        "post_step must return new tensors, and wrote into those that it was given",
+    ),
+    (
+        projecting(lambda weights: {name: weight.mul_(0.5) for name, weight in weights.items()}),
+        "project must return new tensors, and wrote into those that it was given",
+    ),
     (seeing(lambda speed: speed), "takes 'speed', which is not offered: routing, outputs, w1, w2, w3, expert_ids, "),
     (seeing(lambda router: router.weight), "measure must compute something of a weight, whose memory is freed"),
     (seeing(lambda w1: {"row": w1[0]}), "measure must compute something of a weight, whose memory is freed"),

@@ -109,7 +109,7 @@ class Balancer(NamedTuple):
         num_identity_experts: int = 0,
     ) -> tuple[Tensor, State]:
         """Bias and state after an optimizer step: what the post step gives, and of the bias its schedule's part."""
-        asked = self.asked(state, step, progress, num_identity_experts)
+        asked = self.asked(dict(state), step, progress, num_identity_experts)  # it may put others into its dict
         result = self.post_step(load, expert_bias, **asked)
         moved, new_state = result if isinstance(result, tuple) else (result, state)
         factor = self.schedule(progress)
