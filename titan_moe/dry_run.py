@@ -52,7 +52,7 @@ def check_parts(config: Config) -> None:
             check_routing(routing, width)
             routing = values["routing"] = routing._replace(num_identity_experts=identity)
         for label, component, _ in balancer_tables(config):
-            with blamed(f"balancer {label}", component):
+            with blamed(f"balancer {label}", component), keys_of(label, component):
                 check_loss(balancers[label], label, routing, values)
                 check_post_step(balancers[label], routing)
                 check_projection(balancers[label], values["router"])
@@ -76,6 +76,20 @@ def blamed(part: str, component: str) -> Iterator[None]:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         tried = f"tried on {SEQUENCES} sequences of {TOKENS // SEQUENCES} tokens"
         raise ValueError(f"{part}: {what} ({Path(last.filename).name}:{last.lineno}, {tried})") from error
+
+
+@contextlib.contextmanager
+def keys_of(label: str, component: str) -> Iterator[None]:
+    """Let the errors inside, in which a balancer of ours names its keys, name those of the table that it is built from.
+
+    With several instances of one balancer its own name would lead to none of them, or to the wrong one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if ":" in component or label == component:
+            raise
+        raise ValueError(str(error).replace(f"balancer.{component}", f"balancer.{label}")) from error
 
 
 class WrongResultError(Exception):

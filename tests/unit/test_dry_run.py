@@ -1,5 +1,6 @@
 """Parts from outside that give what they must not: one line that names them, before data is read."""
 
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -190,6 +191,19 @@ def test_a_fault_says_where_it_is(part: ModuleType) -> None:
         match=rf"^router {name}: RuntimeError: .* \(test_dry_run\.py:\d+, tried on 2 sequences of 8 tokens\)$",
     ):
         check_parts(configure(**{"router.name": name}))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"name": "orthogonality"}, "balancer.mine compares the experts of a token: it needs moe.top_k of 2 or more"),
+        ({"name": "pid", "real_share": 0.5}, "balancer.mine.real_share (0.5) must be 1 without identity experts"),
+    ],
+)
+def test_an_instance_is_named_by_its_table(words: dict[str, Any], message: str) -> None:
+    given = {f"balancer.mine.{key}": value for key, value in words.items()}
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
+        check_parts(configure(**{"moe.top_k": 1, "balancer.loss_free": "false", **given}))
 
 
 def make_failing(*, top_k: int) -> Any:
