@@ -53,6 +53,7 @@ def check_parts(config: Config) -> None:
             routing = values["routing"] = routing._replace(num_identity_experts=identity)
         for label, component, _ in balancer_tables(config):
             with blamed(f"balancer {label}", component), keys_of(label, component):
+                check_effect(balancers[label])
                 check_loss(balancers[label], label, routing, values)
                 check_post_step(balancers[label], routing)
                 check_projection(balancers[label], values["router"])
@@ -184,9 +185,19 @@ def check_routing(routing: Any, num_experts: int) -> None:
         raise WrongResultError("tokens_per_expert must count topk_experts: let make_routing do it")
 
 
+def check_effect(balancer: Balancer) -> None:
+    """Raise WrongResultError for a balancer that does nothing, or has parts that nothing would ask."""
+    if not (balancer.has_loss or balancer.moves_bias or balancer.project):
+        raise WrongResultError("must have a loss, a post_step or a project: it has none of them")
+    if not balancer.moves_bias:
+        for name in ("observe", "schedule"):
+            if getattr(balancer, name) is not Balancer._field_defaults[name]:
+                raise WrongResultError(f"its {name} is for a post_step, and it has none")
+
+
 def check_loss(balancer: Balancer, label: str, routing: Routing, values: Mapping[str, Any]) -> None:
     """Raise WrongResultError where the loss is no scalar, or goes by a measure that no layer can give."""
-    if "measure" in asked_for(balancer.loss, SEEN, 3) and balancer.measure is None:
+    if ("measure" in asked_for(balancer.loss, SEEN, 3)) != (balancer.measure is not None):
         raise WrongResultError("a loss that takes `measure` and a function `measure` belong together")
     if balancer.measure is not None:
         routing = routing._replace(measures={label: dry_measure(balancer.measure, routing, values)})

@@ -163,6 +163,19 @@ BAD_BALANCERS: list[tuple[Any, str]] = [
     (seeing(lambda w1: {"row": w1[0]}), "measure must compute something of a weight, whose memory is freed"),
     (seeing(lambda x: 3), "measure must return tensors, gave int"),
     (Balancer(lambda r, load, n, measure: measure, keep_bias), "a loss that takes `measure` and a function `measure`"),
+    (
+        Balancer(lambda r, load, n: r.scores.mean(), keep_bias, measure=lambda x: x.mean()),
+        "a loss that takes `measure` and a function `measure` belong together",
+    ),
+    (Balancer(no_loss, keep_bias), "must have a loss, a post_step or a project: it has none of them"),
+    (
+        Balancer(lambda r, load, n: r.scores.mean(), keep_bias, observe=lambda r, bias: r.tokens_per_expert),
+        "its observe is for a post_step, and it has none",
+    ),
+    (
+        Balancer(lambda r, load, n: r.scores.mean(), keep_bias, schedule=lambda progress: 1 - progress),
+        "its schedule is for a post_step, and it has none",
+    ),
     (Balancer(lambda r, load, n, other: other, keep_bias), "takes 'other', which is not offered: measure, routings, "),
     (projecting(lambda weights: weights["weight"]), "project must return the weights ['weight'], gave (8, 32) float32"),
     (projecting(lambda weights: {}), "project must return the weights ['weight'], gave []"),
