@@ -7,7 +7,7 @@ Shapes: T tokens, E experts, K choices of a token, L layers, D dim.
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def check_parts(config: Config) -> None:
             check_routing(routing, width)
             routing = values["routing"] = routing._replace(num_identity_experts=identity)
         for label, component, _ in balancer_tables(config):
-            with blamed(f"balancer {label}", component):
+            with blamed(f"balancer {label}", component), keys_of(label, component):
+                check_effect(balancers[label])
                 check_loss(balancers[label], label, routing, values)
                 check_post_step(balancers[label], routing)
                 check_projection(balancers[label], values["router"])
@@ -76,6 +77,20 @@ def blamed(part: str, component: str) -> Iterator[None]:
         what = " ".join(f"{type(error).__name__}: {error}".split())
         tried = f"tried on {SEQUENCES} sequences of {TOKENS // SEQUENCES} tokens"
         raise ValueError(f"{part}: {what} ({Path(last.filename).name}:{last.lineno}, {tried})") from error
+
+
+@contextlib.contextmanager
+def keys_of(label: str, component: str) -> Iterator[None]:
+    """Let the errors inside, in which a balancer of ours names its keys, name those of the table that it is built from.
+
+    With several instances of one balancer its own name would lead to none of them, or to the wrong one.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if ":" in component or label == component:
+            raise
+        raise ValueError(str(error).replace(f"balancer.{component}", f"balancer.{label}")) from error
 
 
 class WrongResultError(Exception):
@@ -170,9 +185,19 @@ def check_routing(routing: Any, num_experts: int) -> None:
         raise WrongResultError("tokens_per_expert must count topk_experts: let make_routing do it")
 
 
+def check_effect(balancer: Balancer) -> None:
+    """Raise WrongResultError for a balancer that does nothing, or has parts that nothing would ask."""
+    if not (balancer.has_loss or balancer.moves_bias or balancer.project):
+        raise WrongResultError("must have a loss, a post_step or a project: it has none of them")
+    if not balancer.moves_bias:
+        for name in ("observe", "schedule"):
+            if getattr(balancer, name) is not Balancer._field_defaults[name]:
+                raise WrongResultError(f"its {name} is for a post_step, and it has none")
+
+
 def check_loss(balancer: Balancer, label: str, routing: Routing, values: Mapping[str, Any]) -> None:
     """Raise WrongResultError where the loss is no scalar, or goes by a measure that no layer can give."""
-    if "measure" in asked_for(balancer.loss, SEEN, 3) and balancer.measure is None:
+    if ("measure" in asked_for(balancer.loss, SEEN, 3)) != (balancer.measure is not None):
         raise WrongResultError("a loss that takes `measure` and a function `measure` belong together")
     if balancer.measure is not None:
         routing = routing._replace(measures={label: dry_measure(balancer.measure, routing, values)})
@@ -208,6 +233,7 @@ def check_projection(balancer: Balancer, router: nn.Module) -> None:
         return
     weights = {name: parameter.detach().clone() for name, parameter in router.named_parameters()}
     result: Any = balancer.project(weights)
+    check_unchanged("project", weights.values())
     if not isinstance(result, Mapping) or result.keys() != weights.keys():
         gave = [*result] if isinstance(result, Mapping) else described(result)
         raise WrongResultError(f"project must return the weights {[*weights]}, gave {gave}")
@@ -238,7 +264,9 @@ def check_post_step(balancer: Balancer, routing: Routing) -> None:
     if not isinstance(load_E, Tensor) or load_E.is_floating_point():
         raise WrongResultError(f"observe must return integers, gave {described(load_E)}")
     bias_LE, load_LE = torch.stack([bias_E] * LAYERS), torch.stack([load_E] * LAYERS)
-    result: Any = balancer.post_step(load_LE, bias_LE, **balancer.asked(state, 1, 0.5, routing.num_identity_experts))
+    asked = balancer.asked(dict(state), 1, 0.5, routing.num_identity_experts)
+    result: Any = balancer.post_step(load_LE, bias_LE, **asked)
+    check_unchanged("post_step", [load_LE, bias_LE, *state.values()])
     if asks_state and not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         raise WrongResultError(f"post_step must return (expert_bias, state), gave {described(result)}")
     moved_LE, new_state = result if asks_state else (result, {})
@@ -259,6 +287,12 @@ def stacked_state(state: Any) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.dtype != torch.float32:
             raise WrongResultError(f"init must return fp32 tensors, gave {key}: {described(value)}")
     return {key: torch.stack([value] * LAYERS) for key, value in state.items()}
+
+
+def check_unchanged(function: str, arguments: Iterable[Tensor]) -> None:
+    """Raise WrongResultError where one of these new tensors was written: a skipped step has to keep what was before."""
+    if any(tensor._version for tensor in arguments):
+        raise WrongResultError(f"{function} must return new tensors, and wrote into those that it was given")
 
 
 def check_tensor(must: str, value: Any, expected: Expected) -> None:

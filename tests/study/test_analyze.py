@@ -12,7 +12,7 @@ from tests.study.conftest import Study, Write
 from titan_moe.study import cli, runner
 from titan_moe.study.grid import Run, runs_of
 from titan_moe.study.report.measures import ANALYZED
-from titan_moe.study.runs import analysis_scalars, analysis_words, prepare, result
+from titan_moe.study.runs import analysis_scalars, prepare, result
 from titan_moe.study.spec import load_study
 
 RUNS = Path("outputs/studies/small/runs")
@@ -87,7 +87,20 @@ def test_own_code_of_the_study_is_trusted(write: Write) -> None:
     path = write(config__balancer={"tests.parts:everything": {"coeff": 0.1}}, axes__coeff=None)
     run = runs_of(load_study(path))[0]
     prepare(run)
-    assert analysis_words(run)[-2:] == ["--trust_components", "tests.parts"]
+    assert runner.analyze_command(1)(run)[-2:] == ["--trust_components", "tests.parts"]
+
+
+def test_slurm_trusts_the_own_code_of_every_run(write: Write) -> None:
+    """The first run has none; the line of the script is of all."""
+    from titan_moe.study import slurm
+
+    routers = {"key": "router.name", "values": ["topk_softmax", "examples.router:softplus"]}
+    study = load_study(write(study__analyze=True, study__seeds=[1], axes__coeff=routers))
+    runs = runs_of(study)
+    for run in runs:
+        prepare(run)
+    script = slurm.write_script(study, runs, 1)
+    assert "--trust_components examples.router >> " in script.read_text()
 
 
 def test_slurm_analyzes_what_has_finished(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

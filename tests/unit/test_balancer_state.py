@@ -96,8 +96,15 @@ def test_a_schedule_weighs_the_bias_alone() -> None:
     assert str(full.balancer_states()) == str(half.balancer_states())
 
 
-def test_a_step_that_is_skipped_changes_no_state() -> None:
-    balancer = rprop(rate=1.0)
+def in_its_dict(load: Tensor, expert_bias: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    state["sign"] = state["sign"] + 1
+    return expert_bias + 1, state
+
+
+@pytest.mark.parametrize(
+    "balancer", [rprop(rate=1.0), Balancer(no_loss, in_its_dict, init=lambda n: {"sign": torch.zeros(n)})]
+)
+def test_a_step_that_is_skipped_changes_no_state(balancer: Balancer) -> None:
     model = with_state(balancer)
     step(model, balancer)
     before = [value.clone() for value in (*model.balancer_states()[NAME]["sign"], *model.expert_biases())]

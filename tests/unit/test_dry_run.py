@@ -1,5 +1,6 @@
 """Parts from outside that give what they must not: one line that names them, before data is read."""
 
+import re
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -145,11 +146,36 @@ BAD_BALANCERS: list[tuple[Any, str]] = [
         state_of(mean_of, lambda load, bias, state: (bias, {"mean": bias[0]})),
         "post_step must return state mean as (2, 8) float32, gave (8,) float32",
     ),
+    (
+        Balancer(no_loss, lambda load, bias: bias.add_(1)),
+        "post_step must return new tensors, and wrote into those that",
+    ),
+    (
+        state_of(mean_of, lambda load, bias, state: (bias, {"mean": state["mean"].add_(1)})),
+        "post_step must return new tensors, and wrote into those that it was given",
+    ),
+    (
+        projecting(lambda weights: {name: weight.mul_(0.5) for name, weight in weights.items()}),
+        "project must return new tensors, and wrote into those that it was given",
+    ),
     (seeing(lambda speed: speed), "takes 'speed', which is not offered: routing, outputs, w1, w2, w3, expert_ids, "),
     (seeing(lambda router: router.weight), "measure must compute something of a weight, whose memory is freed"),
     (seeing(lambda w1: {"row": w1[0]}), "measure must compute something of a weight, whose memory is freed"),
     (seeing(lambda x: 3), "measure must return tensors, gave int"),
     (Balancer(lambda r, load, n, measure: measure, keep_bias), "a loss that takes `measure` and a function `measure`"),
+    (
+        Balancer(lambda r, load, n: r.scores.mean(), keep_bias, measure=lambda x: x.mean()),
+        "a loss that takes `measure` and a function `measure` belong together",
+    ),
+    (Balancer(no_loss, keep_bias), "must have a loss, a post_step or a project: it has none of them"),
+    (
+        Balancer(lambda r, load, n: r.scores.mean(), keep_bias, observe=lambda r, bias: r.tokens_per_expert),
+        "its observe is for a post_step, and it has none",
+    ),
+    (
+        Balancer(lambda r, load, n: r.scores.mean(), keep_bias, schedule=lambda progress: 1 - progress),
+        "its schedule is for a post_step, and it has none",
+    ),
     (Balancer(lambda r, load, n, other: other, keep_bias), "takes 'other', which is not offered: measure, routings, "),
     (projecting(lambda weights: weights["weight"]), "project must return the weights ['weight'], gave (8, 32) float32"),
     (projecting(lambda weights: {}), "project must return the weights ['weight'], gave []"),
@@ -178,6 +204,19 @@ def test_a_fault_says_where_it_is(part: ModuleType) -> None:
         match=rf"^router {name}: RuntimeError: .* \(test_dry_run\.py:\d+, tried on 2 sequences of 8 tokens\)$",
     ):
         check_parts(configure(**{"router.name": name}))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"name": "orthogonality"}, "balancer.mine compares the experts of a token: it needs moe.top_k of 2 or more"),
+        ({"name": "pid", "real_share": 0.5}, "balancer.mine.real_share (0.5) must be 1 without identity experts"),
+    ],
+)
+def test_an_instance_is_named_by_its_table(words: dict[str, Any], message: str) -> None:
+    given = {f"balancer.mine.{key}": value for key, value in words.items()}
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}"):
+        check_parts(configure(**{"moe.top_k": 1, "balancer.loss_free": "false", **given}))
 
 
 def make_failing(*, top_k: int) -> Any:

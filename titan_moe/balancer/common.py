@@ -45,7 +45,7 @@ class Balancer(NamedTuple):
     A post step that takes more by name gets it: `step`, the step's number from 1, `progress`, `num_identity_experts`,
     how many of the E give the token back as it is (the last ones), and `state`, tensors of its own. `init(num_experts)`
     makes those of one layer, fp32, alike on all ranks; the post step has them with the layers in front, (L, ...), and
-    gives (bias, new state). They are in checkpoints, and a skipped step changes none.
+    gives (bias, new state), new tensors all. They are in checkpoints, and a skipped step changes none.
 
     `project(weights)` gives a layer's router weights, by their names, as they are to be after an optimizer step: a
     projection or a normalisation. They come whole and in fp32; those of a linear router are `weight` (E, D).
@@ -109,7 +109,7 @@ class Balancer(NamedTuple):
         num_identity_experts: int = 0,
     ) -> tuple[Tensor, State]:
         """Bias and state after an optimizer step: what the post step gives, and of the bias its schedule's part."""
-        asked = self.asked(state, step, progress, num_identity_experts)
+        asked = self.asked(dict(state), step, progress, num_identity_experts)  # it may put others into its dict
         result = self.post_step(load, expert_bias, **asked)
         moved, new_state = result if isinstance(result, tuple) else (result, state)
         factor = self.schedule(progress)

@@ -20,7 +20,18 @@ from titan_moe.runtime.command import StopRequest
 from titan_moe.runtime.files import write_atomic
 from titan_moe.runtime.lock import try_lock
 from titan_moe.study.grid import Run
-from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, analysis_words, is_going, lacks_analysis, prepare, status
+from titan_moe.study.runs import (
+    EXIT_CODE,
+    LOCK,
+    LOG,
+    POINT,
+    analysis_words,
+    is_going,
+    lacks_analysis,
+    own_modules,
+    prepare,
+    status,
+)
 
 PATIENCE = 300.0  # seconds that a training may take to save and end after a SIGTERM
 Command = Callable[[Run], list[str]]
@@ -51,7 +62,7 @@ def train_command(nproc: int) -> Command:
 
 def analyze_command(nproc: int) -> Command:
     """The command of the analysis of a finished run, of as many processes."""
-    return lambda run: [*launch("titan_moe.analyze", nproc), *analysis_words(run)]
+    return lambda run: [*launch("titan_moe.analyze", nproc), *analysis_words(run, own_modules([run]))]
 
 
 def launch(module: str, nproc: int) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from titan_moe.runtime.files import write_atomic
 from titan_moe.study.grid import Run
 from titan_moe.study.runner import launch
-from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, analysis_words, prepare
+from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, analysis_words, own_modules, prepare
 from titan_moe.study.spec import Study
 
 SCRIPT, LIST, JOB = "array.sbatch", "runs.txt", "job_id"
@@ -82,11 +82,11 @@ def check_idle(folder: Path) -> None:
 
 def analysis_line(runs: Sequence[Run], nproc: int) -> str:
     """The line of the script that analyzes a run whose training has finished."""
-    # What the runs differ in, their folder, is a variable of the script.
-    folder = str(runs[0].folder)
+    # One line serves all runs: their folder is a variable of the script, and each may run the modules of all.
+    folder, words = str(runs[0].folder), analysis_words(runs[0], own_modules(runs))
     words = [
         f'"$run"{shlex.quote(word.removeprefix(folder))}' if word.startswith(folder) else shlex.quote(word)
-        for word in [*launch("titan_moe.analyze", nproc), *analysis_words(runs[0])]
+        for word in [*launch("titan_moe.analyze", nproc), *words]
     ]
     return f'[ "$code" = 0 ] && {" ".join(words)} >> "$run/{LOG}" 2>&1\n'
 

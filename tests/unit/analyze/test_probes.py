@@ -16,8 +16,11 @@ from titan_moe.analyze.probes import (
     of_all_ranks,
     output_similarity,
     prune,
+    route_without,
     without_experts,
 )
+from titan_moe.model.routing import ROUTERS
+from titan_moe.model.routing.common import parametric
 from titan_moe.model.transformer import Transformer
 
 E, L = 4, 2
@@ -117,6 +120,21 @@ def test_the_loss_without_an_expert_is_that_of_a_model_that_never_had_it(router:
         _, routings = model(pair[0], want="routings")
     for routing, expert in zip(routings, gone, strict=True):
         assert routing.tokens_per_expert[expert] == 0
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_an_expert_that_is_away_stays_away_whatever_the_loads_before(with_bias: bool) -> None:
+    """A causal bias, that lowers the scores of all others below the sigmoid of a logit of -inf."""
+    causal_bias = parametric(ROUTERS["causal_bias"](top_k=2, rate=1.0))
+    generator = torch.Generator().manual_seed(0)
+    removed = F.one_hot(torch.tensor(3), 4).bool()
+    bias = torch.zeros(4) if with_bias else None
+    positions = torch.arange(32).expand(2, 32)
+    routing = route_without(causal_bias.route, removed)(
+        torch.randn(64, 4, generator=generator), bias, positions=positions
+    )
+    assert routing.tokens_per_expert[3] == 0
+    assert routing.tokens_per_expert.sum() == 128
 
 
 def test_pruning_takes_the_least_loaded_first_and_no_more_passes_than_asked() -> None:

@@ -46,6 +46,9 @@ def causal_bias(
 
         # Choices alone go into the bias, so that nothing in the loop has a gradient.
         biased_TE = s_TE.detach() if expert_bias_E is None else s_TE.detach() + expert_bias_E.float()
+
+        # The loads lower the others' scores below a sigmoid of 0: an expert that is taken away has to stay the last.
+        biased_TE = biased_TE.masked_fill(logits_TE == -math.inf, -math.inf)
         ids_BSK = causal_topk(biased_TE.view(B, S, E), top_k, rate / top_k)
 
         # The biases once more, of all tokens together, for balancers that go by what the choice compared.
