@@ -119,7 +119,9 @@ def outcome(
 ) -> dict[str, Any]:
     """Everything that a step of plain SGD makes: losses, norm, loads, MaxVio, biases, gradients by the new weights."""
     torch.manual_seed(0)
-    weighed = {str(case): (1.0 if BUILT[str(case)].moves_bias else 0.5, BUILT[str(case)]) for case in balancers}
+    built = {str(case): build(BALANCERS, case.name, **case.arguments) for case in balancers}
+    projected = any(balancer.project is not None for balancer in built.values())
+    weighed = {name: (1.0 if balancer.moves_bias else 0.5, balancer) for name, balancer in built.items()}
     tokens, labels = own_part(batch(0, sequences), rank, world, degrees)
     micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
     sgd = Optimizer.around(torch.optim.SGD(model.parameters(), lr=1.0))
@@ -143,13 +145,9 @@ def outcome(
             for name, state in model.balancer_states().items()
         },
         "bias": [bias.clone() for bias in model.expert_biases()],
-        "routers": {name: full(p) for p, name in names.items() if ".router." in name and projects(balancers)},
+        "routers": {name: full(p) for p, name in names.items() if ".router." in name and projected},
         "gradients": gradients,
     }
-
-
-def projects(balancers: Sequence[Case]) -> bool:
-    return any(BUILT[str(case)].project is not None for case in balancers)
 
 
 def full(parameter: Tensor) -> Tensor:

@@ -162,8 +162,10 @@ def order_of_a_layer(moe: MoE) -> list[str]:
     return order.names
 
 
-def experts_as_on_a_gpu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: Tensor, precision: Precision) -> Tensor:
-    return swiglu_of_both(x, w1, w2, w3, counts.cumsum(0, dtype=torch.int32), precision)
+def experts_as_on_a_gpu(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, counts: Tensor, precision: Precision, dropout: float
+) -> Tensor:
+    return swiglu_of_both(x, w1, w2, w3, counts.cumsum(0, dtype=torch.int32), precision, dropout)
 
 
 def refusals(rank: int) -> list[str]:

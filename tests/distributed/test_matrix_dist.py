@@ -19,7 +19,7 @@ from titan_moe.model.wrappers import plain_name
 
 ROUTER = Case("topk_softmax", {})
 BALANCERS = [Case("aux_loss", {}), Case("z_loss", {}), Case("loss_free", {"rate": 0.01})]
-SIZES = {"num_layers": 3, "first_dense_layers": 1, "num_experts": 8}
+SIZES: dict[str, Any] = {"num_layers": 3, "first_dense_layers": 1, "num_experts": 8, "measures": {}}
 MOE_ONLY = {**SIZES, "num_layers": 2, "first_dense_layers": 0}  # layers that are alike: one graph
 MODES = ("none", "selective", "full")
 ACCUMULATIONS = (1, 4)
@@ -43,7 +43,7 @@ CURVES = {
 }
 
 
-def build(world: int, layout: str, sizes: dict[str, int], **options: Any) -> Any:
+def build(world: int, layout: str, sizes: dict[str, Any], **options: Any) -> Any:
     return fresh(ROUTER, lambda model: apply(model, world, layout, **options), device="meta", **sizes)
 
 
@@ -139,7 +139,7 @@ def test_ranks_equal_one_process_however_layers_are_run(world: int) -> None:
     assert all((want["skewed"]["load"] > 0).sum() == 2 * 2 for want in alone)  # layers x experts
 
 
-def reference(sizes: dict[str, int], ranks: int) -> dict[Any, Any]:
+def reference(sizes: dict[str, Any], ranks: int) -> dict[Any, Any]:
     """What one process makes of the same."""
     model = fresh(ROUTER, **sizes)
     initial = weights(model)
