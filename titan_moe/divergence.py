@@ -51,13 +51,25 @@ def stop_if_diverged(
 
 
 def stop_if_weights_diverged(model: Transformer, step: int) -> None:
-    """Raise DivergedError, on every rank alike, where a parameter is NaN or infinite after `step`; waits for a GPU."""
+    """Raise DivergedError, on every rank alike, where what a save holds of the model is NaN or infinite after `step`.
+
+    That are its parameters, the selection biases and what balancers keep. Waits for a GPU.
+    """
     if not param_norm(model.parameters()).isfinite():
         raise DivergedError(
             step,
             "a parameter is NaN or infinite: the run has diverged and stops, and this step is not saved: lower "
             "optimizer.lr, warm up longer",
         )
+
+    # Neither has a gradient: a post step has given them, and a bias that is NaN sends all tokens to the same experts.
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and not buffer.isfinite().all():
+            raise DivergedError(
+                step,
+                f"{plain_name(name)} is NaN or infinite, which the post step of a balancer has given: the run stops, "
+                "and this step is not saved: mend the balancer (a load may be 0), or turn it off under [balancer]",
+            )
 
 
 def _judge_skip(

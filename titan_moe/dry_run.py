@@ -9,13 +9,13 @@ import contextlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from titan_moe.balancer import SEEN, Balancer, margin_counts
+from titan_moe.balancer import SEEN, Balancer, Scope, margin_counts
 from titan_moe.build import build_balancers, build_router
 from titan_moe.config import Config
 from titan_moe.config.sections import balancer_tables
@@ -201,6 +201,10 @@ def check_loss(balancer: Balancer, label: str, routing: Routing, values: Mapping
         raise WrongResultError("a loss that takes `measure` and a function `measure` belong together")
     if balancer.measure is not None:
         routing = routing._replace(measures={label: dry_measure(balancer.measure, routing, values)})
+    if unknown := [scope for scope in balancer.scopes if scope not in get_args(Scope)]:
+        raise WrongResultError(
+            f"scope must be of {', '.join(get_args(Scope))}, or several in a tuple, has {unknown[0]!r}"
+        )
     if balancer.has_loss:
         loads = dict.fromkeys(balancer.scopes, routing.tokens_per_expert)
         if "sequence" in loads:

@@ -158,6 +158,10 @@ BAD_BALANCERS: list[tuple[Any, str]] = [
         projecting(lambda weights: {name: weight.mul_(0.5) for name, weight in weights.items()}),
         "project must return new tensors, and wrote into those that it was given",
     ),
+    (
+        Balancer(lambda r, load, n: r.scores.mean(), keep_bias, scope=("sequence", "galaxy")),  # pyrefly: ignore
+        "scope must be of micro_batch, sequence, global_batch, global_batch_exact, or several in a tuple, has 'galaxy'",
+    ),
     (seeing(lambda speed: speed), "takes 'speed', which is not offered: routing, outputs, w1, w2, w3, expert_ids, "),
     (seeing(lambda router: router.weight), "measure must compute something of a weight, whose memory is freed"),
     (seeing(lambda w1: {"row": w1[0]}), "measure must compute something of a weight, whose memory is freed"),

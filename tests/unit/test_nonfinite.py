@@ -230,6 +230,19 @@ def test_weights_that_are_not_finite_are_found() -> None:
         stop_if_weights_diverged(model, 3)
 
 
+def test_a_bias_or_a_state_that_is_not_finite_is_not_saved() -> None:
+    model = tiny_model(balancer_inits={"mine": lambda n: {"mean": torch.zeros(n)}}, expert_bias=True)
+    model.init_weights(0)
+    for name, buffer in model.named_buffers():
+        stop_if_weights_diverged(model, 3)
+        buffer[0] = torch.nan
+        with pytest.raises(
+            DivergedError, match=rf"step 3: {name} is NaN or infinite, which the post step .* not saved"
+        ):
+            stop_if_weights_diverged(model, 3)
+        buffer[0] = 0.0
+
+
 def skip_record(step: int, skipped: bool) -> Record:
     loss = float("nan") if skipped else 1.0
     return {"step": step, "kind": "train", "skipped": skipped, "loss": loss, "total_loss": loss, "grad_norm": loss}

@@ -95,7 +95,7 @@ def facts(analysis: Analysis) -> str:
     return " · ".join(
         [
             f"{model['num_experts']} experts in each of {counted(len(analysis['layers']), 'MoE layer')}, "
-            f"{model['top_k']} for each token",
+            f"{experts_of_token(analysis)} for each token",
             f"router {shown(model['router'])}, "
             + (f"balanced by {shown(', '.join(model['balancers']))}" if model["balancers"] else "not balanced"),
             f"{analysis['num_tokens']:,} tokens of {counted(len(texts), 'text')}",
@@ -104,10 +104,22 @@ def facts(analysis: Analysis) -> str:
     )
 
 
+def mean_choices(analysis: Analysis) -> float:
+    """Experts that a token chose, mean over tokens and layers: fewer than top_k where a router leaves slots unused."""
+    choices = sum(sum(layer["load"]) for layer in analysis["layers"])
+    return choices / len(analysis["layers"]) / analysis["num_tokens"]
+
+
+def experts_of_token(analysis: Analysis) -> str:
+    """How many experts a token has, in words."""
+    top_k, choices = analysis["model"]["top_k"], mean_choices(analysis)
+    return f"{top_k}" if abs(choices - top_k) < 1e-9 else f"{choices:.2f} on average (top_k {top_k})"
+
+
 def tiles(analysis: Analysis) -> list[dict[str, str]]:
     """The numbers to see first, each with words that say what it is."""
     layers, experts = analysis["layers"], analysis["model"]["num_experts"]
-    even = analysis["model"]["top_k"] / experts
+    even = mean_choices(analysis) / experts
     dead = sum(len(layer["dead_experts"]) for layer in layers)
 
     # An analysis names at most 20 pairs of a layer, so that their number may be larger than the sum says.
@@ -124,7 +136,7 @@ def tiles(analysis: Analysis) -> list[dict[str, str]]:
         (
             f"{dead} of {experts * len(layers)}",
             "dead experts",
-            f"with less than {settings['dead_fraction']:g} of the even share, {even:.1%} of the tokens",
+            f"with a load below {settings['dead_fraction']:g} of the even one, which is {even:.1%} of the tokens",
         ),
         (
             f"{number(None if busiest is None else 1 + busiest)}x",

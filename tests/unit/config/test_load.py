@@ -352,15 +352,15 @@ def test_a_key_that_is_gone_is_named_with_what_to_do():
         (["--router.topk_groups", "2"], ["router.topk_groups (2) must be from 1 to router.num_groups (1)"]),
         (
             ["--router.name", "expert_choice", "--balancer.loss_free"],
-            ["'expert_choice' has no selection bias", "turn balancer.loss_free off"],
+            ["'expert_choice' has no selection bias", "turn off the balancers that move one (loss_free, "],
         ),
         (
             ["--router.name", "sinkhorn", "--balancer.loss_free"],
-            ["'sinkhorn' has no selection bias", "turn balancer.loss_free off"],
+            ["'sinkhorn' has no selection bias", "turn off the balancers that move one (loss_free, "],
         ),
         (
             ["--router.name", "base", "--moe.top_k", "1", "--balancer.loss_free"],
-            ["'base' has no selection bias", "turn balancer.loss_free off"],
+            ["'base' has no selection bias", "turn off the balancers that move one (loss_free, "],
         ),
         (
             ["--router.name", "expert_choice", "--balancer.aux_loss"],

@@ -31,7 +31,8 @@ EXACT_TOKENS = 2048  # SciPy's solver takes T^2 numbers and up to T^3 operations
 def _no_bias(name: str, expert_bias_E: Tensor | None) -> None:
     if expert_bias_E is not None:
         raise ValueError(
-            f"router.name = {name!r} has no selection bias, it balances by assignment: turn balancer.loss_free off"
+            f"router.name = {name!r} has no selection bias, it balances by assignment: turn off the balancers that "
+            "move one (loss_free, smebu, pid and the like)"
         )
 
 
