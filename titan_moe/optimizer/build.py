@@ -11,6 +11,7 @@ from titan_moe.optimizer.meta_shampoo import distributed_shampoo
 from titan_moe.optimizer.muon import muon
 from titan_moe.optimizer.optimizer import Optimizer, Rule
 from titan_moe.optimizer.schedule import Factor, factors_of
+from titan_moe.optimizer.schedule_free import schedule_free_adamw
 from titan_moe.optimizer.shampoo import shampoo
 from titan_moe.optimizer.soap import soap
 from titan_moe.optimizer.transform import Transform, adamw
@@ -82,4 +83,5 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "distributed_shampoo": optimizer_of(distributed_shampoo),
     "soap": optimizer_of(soap),
     "muon": optimizer_of(muon),
+    "schedule_free_adamw": optimizer_of(schedule_free_adamw),
 }

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.cases import MATRIX_OPTIMIZERS
 from tests.tiny import balancers, batch, tiny_model
 from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
@@ -23,7 +24,7 @@ from titan_moe.optimizer.optimizer import combine, describe_group, kind_of
 from titan_moe.optimizer.transform import momentum
 from titan_moe.step import train_step
 
-MATRIX = [name for name in OPTIMIZERS if name not in ("adamw", "distributed_shampoo")]
+MATRIX = [name for name in MATRIX_OPTIMIZERS if name != "distributed_shampoo"]
 SOON: dict[str, dict[str, Any]] = {name: {} if name == "muon" else {"precondition_frequency": 3} for name in MATRIX}
 
 
