@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -126,7 +127,8 @@ class Stack(nn.Module):
 
 def stack_steps(name: str, weight: Tensor, model: nn.Module, mine: slice) -> Tensor:
     """Four steps on gradients that are each expert's own; the weights of `mine`, this rank's experts."""
-    frequent = {} if name in ("muon", "adamw") else {"precondition_frequency": 2}
+    takes_it = "precondition_frequency" in signature(OPTIMIZERS[name]).parameters
+    frequent = {"precondition_frequency": 2} if takes_it else {}
     optimizer = OPTIMIZERS[name]([{"name": "expert", "params": list(model.parameters())}], lr=1e-2, **frequent)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)

@@ -24,6 +24,7 @@ LAYERS = {
     "optimizer.soap": 0,
     "optimizer.meta_shampoo": 0,
     "optimizer.muon": 0,
+    "optimizer.lion": 0,
     "optimizer.kernels": 0,
     "optimizer.matrix": 0,
     "optimizer.outside": 0,

@@ -3,6 +3,7 @@
 import copy
 import functools
 import sys
+from inspect import signature
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,7 @@ from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.config import load_config, to_toml
 from titan_moe.optimizer import kronecker
-from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.matrix import apply, parts_of
@@ -23,8 +24,15 @@ from titan_moe.optimizer.optimizer import combine, describe_group, kind_of
 from titan_moe.optimizer.transform import momentum
 from titan_moe.step import train_step
 
-MATRIX = [name for name in OPTIMIZERS if name not in ("adamw", "distributed_shampoo")]
-SOON: dict[str, dict[str, Any]] = {name: {} if name == "muon" else {"precondition_frequency": 3} for name in MATRIX}
+MATRIX = [name for name in OPTIMIZERS if name not in (*BY_ELEMENT, "distributed_shampoo")]
+
+
+def taken(name: str, **arguments: Any) -> dict[str, Any]:
+    """Those of some arguments that an optimizer takes."""
+    return {key: value for key, value in arguments.items() if key in signature(OPTIMIZERS[name]).parameters}
+
+
+SOON: dict[str, dict[str, Any]] = {name: taken(name, precondition_frequency=3) for name in MATRIX}
 
 
 def optimizer_of(name: str, weight: nn.Parameter, **changes: Any) -> Any:
@@ -109,11 +117,11 @@ def test_muon_equals_torch(shape: tuple[int, int], nesterov: bool, adjust: Any) 
 def test_other_shapes_and_groups_are_adamws(name: str) -> None:
     """Vectors, embeddings, norms, and for shampoo and soap matrices over a size: equal to torch's fused AdamW."""
     shapes = [("dense", (7,)), ("embedding", (12, 4)), ("norm", (5,))]
-    shapes += [("dense", (9, 4))] if name != "muon" else []
+    above = taken(name, adamw_above=8)
+    shapes += [("dense", (9, 4))] if above else []
     ours = [nn.Parameter(torch.randn(shape)) for _, shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     groups = [{"name": group, "params": [p]} for (group, _), p in zip(shapes, ours, strict=True)]
-    above = {} if name == "muon" else {"adamw_above": 8}
     optimizer = OPTIMIZERS[name](groups, lr=1e-2, beta1=0.8, beta2=0.9, **SOON[name], **above)
     reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1, fused=True)
     for _ in range(4):
@@ -266,8 +274,8 @@ def test_factors_of_an_expert_without_tokens_stay(name: str) -> None:
 def moved_by(name: str, shape: tuple[int, ...], gradients: list[Tensor]) -> Tensor:
     """Where zero weights are after these gradients, without decay."""
     weight = nn.Parameter(torch.zeros(shape))
-    kind = {"matmul_dtype": "float32"} if name == "muon" else {"statistics_every": 1}
-    optimizer = optimizer_of(name, weight, weight_decay=0.0, **kind)
+    exact = taken(name, statistics_every=1) or taken(name, matmul_dtype="float32")
+    optimizer = optimizer_of(name, weight, weight_decay=0.0, **exact)
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()
@@ -525,8 +533,7 @@ def run(model: Any, optimizer: Any, steps: range) -> list[Tensor]:
 METAS = [f"--optimizer.{group}.name=distributed_shampoo" for group in ("expert", "dense")]
 RESUMED = [
     [],
-    ["--optimizer.expert.name=soap"],
-    ["--optimizer.expert.name=shampoo_fast"],
+    *([f"--optimizer.{group}.name={name}" for group in ("expert", "dense")] for name in (*MATRIX, *BY_ELEMENT)),
     [*METAS, "--optimizer.dense.precondition_frequency=2"],
 ]
 
@@ -543,9 +550,15 @@ def test_resume_is_bit_for_bit(tmp_path: Any, args: list[str]) -> None:
     load_checkpoint(tmp_path / "step-3", model=again, optimizer=fresh)
     assert torch.equal(torch.stack(run(again, fresh, range(3, 6))), torch.stack(expected))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_another_optimizer_does_not_resume(tmp_path: Any) -> None:
+    _, model, optimizer = configured(tmp_path)
+    run(model, optimizer, range(1))
+    save_checkpoint(tmp_path, 1, model=model, optimizer=optimizer, extra={}, files={}, keep_latest_k=0)
     _, other, muon = configured(tmp_path, "--optimizer.expert.name=muon")
     with pytest.raises(ValueError, match=r"holds another optimizer: .* there, muon .* set checkpoint\.exclude = "):
-        load_checkpoint(tmp_path / "step-3", model=other, optimizer=muon)
+        load_checkpoint(tmp_path / "step-1", model=other, optimizer=muon)
 
 
 def test_metas_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
