@@ -25,6 +25,7 @@ LAYERS = {
     "optimizer.meta_shampoo": 0,
     "optimizer.muon": 0,
     "optimizer.lion": 0,
+    "optimizer.ademamix": 0,
     "optimizer.kernels": 0,
     "optimizer.matrix": 0,
     "optimizer.outside": 0,

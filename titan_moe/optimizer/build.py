@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from titan_moe.optimizer.ademamix import ademamix
 from titan_moe.optimizer.lion import lion
 from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.meta_shampoo import distributed_shampoo
@@ -85,7 +86,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "distributed_shampoo": optimizer_of(distributed_shampoo),
     "soap": optimizer_of(soap),
     "muon": optimizer_of(muon),
+    "ademamix": optimizer_of(ademamix),
     "lion": optimizer_of(lion, without=["eps"], lr=1e-4, weight_decay=1.0),
 }
 # Of these, what treats each element by itself, and so takes parameters of any shape; the others leave some to AdamW.
-BY_ELEMENT = ("adamw", "lion")
+BY_ELEMENT = ("adamw", "ademamix", "lion")

@@ -1,6 +1,7 @@
 """Optimizers that treat each element by itself: against their definitions, and what their kernel does for all."""
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -9,13 +10,14 @@ from torch import Tensor, nn
 
 from tests.cases import OPTIMIZER_NAMES
 from titan_moe.optimizer import kernels
+from titan_moe.optimizer.ademamix import ademamix, warmed
 from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.lion import lion
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import describe_group
 from titan_moe.optimizer.transform import Tick
 
-MADE = {"lion": lion}  # of a formula; AdamW's kernel is torch's
+MADE = {"lion": lion, "ademamix": ademamix}  # of a formula; AdamW's kernel is torch's
 
 
 def lion_loop(weight: Tensor, gradients: list[Tensor], lr: float, decay: float, b1: float, b2: float) -> Tensor:
@@ -27,15 +29,43 @@ def lion_loop(weight: Tensor, gradients: list[Tensor], lr: float, decay: float, 
     return weight
 
 
+def ademamix_loop(
+    weight: Tensor, gradients: list[Tensor], lr: float, decay: float, warmups: tuple[int, int], alpha: float = 8.0
+) -> Tensor:
+    """Pagliardini et al. (2024), algorithm 1 with its two schedules as in the authors' code, in float64."""
+    b1, b2, b3 = 0.9, 0.999, 0.9999
+    weight, m1 = weight.double(), torch.zeros_like(weight).double()
+    m2, v = m1.clone(), m1.clone()
+    for t, g in enumerate((gradient.double() for gradient in gradients), 1):
+        part = [min(1.0, t / warmup) if warmup else 1.0 for warmup in warmups]
+        half_lives = [math.log(0.5) / math.log(b) - 1 for b in (b1, b3)]
+        beta = 0.5 ** (1 / ((1 - part[1]) * half_lives[0] + part[1] * half_lives[1] + 1))
+        m1 = b1 * m1 + (1 - b1) * g
+        m2 = beta * m2 + (1 - beta) * g
+        v = b2 * v + (1 - b2) * g**2
+        mixed = m1 / (1 - b1**t) + part[0] * alpha * m2
+        weight = weight - lr * (mixed / ((v / (1 - b2**t)).sqrt() + 1e-8) + decay * weight)
+    return weight
+
+
 LOOPS: dict[str, Any] = {
-    "lion": (lion_loop, {"b1": 0.9, "b2": 0.99}, {}),
+    "lion": ("lion", lion_loop, {"b1": 0.9, "b2": 0.99}, {}),
+    "ademamix": ("ademamix", ademamix_loop, {"warmups": (0, 0)}, {}),
+    "ademamix, over 10 steps": (
+        *("ademamix", ademamix_loop, {"warmups": (10, 10), "alpha": 5.0}),
+        {"alpha": 5.0, "alpha_warmup": 10, "beta3_warmup": 10},
+    ),
+    "ademamix, over more steps": (
+        *("ademamix", ademamix_loop, {"warmups": (30, 45)}),
+        {"alpha_warmup": 30, "beta3_warmup": 45},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
-def test_equals_the_plain_loop(name: str) -> None:
+@pytest.mark.parametrize("case", LOOPS)
+def test_equals_the_plain_loop(case: str) -> None:
     """A stack of experts, a matrix, a vector and a scalar."""
-    loop, arguments, own = LOOPS[name]
+    name, loop, arguments, own = LOOPS[case]
     starts = [torch.randn(shape) for shape in ((3, 6, 4), (5, 7), (9,), ())]
     weights = [nn.Parameter(start.clone()) for start in starts]
     optimizer = OPTIMIZERS[name]([{"name": "expert", "params": weights}], lr=1e-2, weight_decay=0.1, **own)
@@ -154,3 +184,10 @@ def test_lion_stands_still_without_gradient_and_momentum() -> None:
             optimizer.step(load=torch.tensor([tokens]))
         moved = [-1.0, -1.0] if by_load else [-1.5, -0.5]
         assert weight[:, 0, 0].tolist() == moved
+
+
+def test_the_half_life_grows_evenly() -> None:
+    betas = warmed(0.9, 0.9999, torch.tensor([0.0, 500.0, 1000.0, 2000.0]).double(), 1000)
+    lives = betas.log().reciprocal() * math.log(0.5)
+    expected = [math.log(0.5) / math.log(beta) for beta in (0.9, 0.9999)]
+    assert lives.tolist() == pytest.approx([expected[0], sum(expected) / 2, expected[1], expected[1]], rel=1e-3)
