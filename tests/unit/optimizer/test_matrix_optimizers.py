@@ -20,6 +20,7 @@ from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.matrix import apply, parts_of
+from titan_moe.optimizer.muon import orthogonalize
 from titan_moe.optimizer.optimizer import combine, describe_group, kind_of
 from titan_moe.optimizer.transform import momentum
 from titan_moe.step import train_step
@@ -111,6 +112,43 @@ def test_muon_equals_torch(shape: tuple[int, int], nesterov: bool, adjust: Any) 
         expected = torch.stack([p.detach() for p in theirs])
         torch.testing.assert_close(stacked.detach(), expected, rtol=0, atol=1e-6)
         torch.testing.assert_close(single.detach(), expected[0], rtol=0, atol=1e-6)
+
+
+def polar_factor(g: Tensor, steps: int) -> Tensor:
+    """Amsel et al. (2025), algorithm 1, in float64; the coefficients with four decimals that NVIDIA publishes."""
+    rows = [(8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250)]
+    rows += [(3.2856, -2.4153, 0.4853), (2.2779, -1.6198, 0.3985), (1.8726, -1.2307, 0.3585)]
+    rows += [(1.8564, -1.2132, 0.3568), (1.8750, -1.2500, 0.3750)]
+    x = g.double() / (1.01 * torch.linalg.matrix_norm(g.double()))
+    for step in range(steps):
+        a, b, c = rows[min(step, 7)]
+        x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 8, 10])
+@pytest.mark.parametrize("shape", [(32, 20), (20, 32)])
+def test_polar_express(shape: tuple[int, int], steps: int) -> None:
+    """As its authors' algorithm, and after eight steps the orthogonal factor of the singular value decomposition."""
+    stack = torch.randn(3, *shape)
+    found = orthogonalize(stack, steps, torch.float32, "polar_express")
+    expected = torch.stack([polar_factor(matrix, steps) for matrix in stack])
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)  # of the decimals
+    left, _, right = torch.linalg.svd(stack, full_matrices=False)
+    if steps >= 8:
+        torch.testing.assert_close(found, left @ right, rtol=0, atol=1e-4)
+    in_bf16 = orthogonalize(stack, steps, torch.bfloat16, "polar_express").float()
+    torch.testing.assert_close(in_bf16, found, rtol=0, atol=0.06)
+    assert not orthogonalize(torch.zeros(1, *shape), steps, torch.float32, "polar_express").any()
+
+
+def test_polar_express_comes_nearer_in_as_many_steps() -> None:
+    stack = torch.randn(4, 24, 24)
+    spread = {}
+    for coefficients in ("jordan", "polar_express"):
+        values = torch.linalg.svdvals(orthogonalize(stack, 5, torch.float32, coefficients))
+        spread[coefficients] = float((values - 1).square().mean().sqrt())
+    assert spread["polar_express"] < 0.5 * spread["jordan"]
 
 
 @pytest.mark.parametrize("name", MATRIX)
