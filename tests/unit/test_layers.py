@@ -24,6 +24,7 @@ LAYERS = {
     "optimizer.soap": 0,
     "optimizer.meta_shampoo": 0,
     "optimizer.muon": 0,
+    "optimizer.normuon": 0,
     "optimizer.lion": 0,
     "optimizer.ademamix": 0,
     "optimizer.kernels": 0,

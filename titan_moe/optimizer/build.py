@@ -11,6 +11,7 @@ from titan_moe.optimizer.lion import lion
 from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.meta_shampoo import distributed_shampoo
 from titan_moe.optimizer.muon import muon
+from titan_moe.optimizer.normuon import normuon
 from titan_moe.optimizer.optimizer import Optimizer, Rule
 from titan_moe.optimizer.schedule import Factor, factors_of
 from titan_moe.optimizer.shampoo import shampoo
@@ -86,6 +87,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "distributed_shampoo": optimizer_of(distributed_shampoo),
     "soap": optimizer_of(soap),
     "muon": optimizer_of(muon),
+    "normuon": optimizer_of(normuon),
     "ademamix": optimizer_of(ademamix),
     "lion": optimizer_of(lion, without=["eps"], lr=1e-4, weight_decay=1.0),
 }
