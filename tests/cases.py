@@ -124,12 +124,4 @@ ROUTER_CASES = [case for case in ROUTER_CASES if case != Case("token_rounding", 
 
 # Optimizers that can be built here: Meta's needs its package.
 OPTIMIZER_NAMES = [name for name in OPTIMIZERS if name != "distributed_shampoo" or find_spec(name)]
-# Those that update matrices by directions; the others update elements by a kernel.
-MATRIX_OPTIMIZERS = [
-    name
-    for name in OPTIMIZER_NAMES
-    if OPTIMIZERS[name]([{"name": "dense", "params": [parameter := torch.nn.Parameter(torch.ones(2, 2))]}]).is_matrix(
-        parameter
-    )
-]
 AVERAGING = {"schedule_free_adamw"}  # their weights are averaged over steps: decay is a part of it

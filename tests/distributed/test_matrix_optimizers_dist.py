@@ -1,8 +1,8 @@
 """Matrix optimizers on sharded experts and matrices equal those of one process, and their states reshard."""
 
 import functools
-import inspect
 import tempfile
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -129,8 +129,8 @@ class Stack(nn.Module):
 
 def stack_steps(name: str, weight: Tensor, model: nn.Module, mine: slice) -> Tensor:
     """Four steps on gradients that are each expert's own; the weights of `mine`, this rank's experts."""
-    taken = inspect.signature(OPTIMIZERS[name]).parameters
-    frequent = {"precondition_frequency": 2} if "precondition_frequency" in taken else {}
+    takes_it = "precondition_frequency" in signature(OPTIMIZERS[name]).parameters
+    frequent = {"precondition_frequency": 2} if takes_it else {}
     optimizer = OPTIMIZERS[name]([{"name": "expert", "params": list(model.parameters())}], lr=1e-2, **frequent)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)

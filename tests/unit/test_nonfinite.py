@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import AVERAGING, MATRIX_OPTIMIZERS, OPTIMIZER_NAMES
+from tests.cases import AVERAGING, OPTIMIZER_NAMES
 from tests.tiny import adamw, balancers, batch, tiny_model
 from titan_moe.divergence import (
     DivergedError,

@@ -338,7 +338,8 @@ def describe_group(optimizer: torch.optim.Optimizer, group: Group) -> str:
 
 def scaled(group: Group, scale: Scale) -> Group:
     """A group's settings as they are for a parameter that has a scale of its own."""
-    return {**group, **{name: group[name] * factor for name, factor in scale._asdict().items()}}
+    factors = {name: factor for name, factor in scale._asdict().items() if name in group}  # not all have an eps
+    return {**group, **{name: group[name] * factor for name, factor in factors.items()}}
 
 
 def check_scales(group: Group, rule: Rule | torch.optim.Optimizer, scales: Iterable[Scale]) -> None:

@@ -13,15 +13,13 @@ authors' package, schedulefree 1.4.1, whose `warmup_steps` is ours of [lr_schedu
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from titan_moe.optimizer.kernels import elements_at_once, pieces
 from titan_moe.optimizer.transform import Kernel, State, Transform, never_called
-
-# Elements that are updated together on a CPU, so that the ten passes over them find them in the cache.
-CPU_ELEMENTS_PER_PASS = 1 << 17
 
 
 def schedule_free_adamw(
@@ -72,7 +70,7 @@ def schedule_free_step(
         along = lr * (beta1 * (1 - c) - 1)
 
         # y mixed from the new x and z, in terms of the old y and z: x is not stored
-        for weight, gradient, z, square in chunks(parts):
+        for weight, gradient, z, square in pieces(parts, elements_at_once(step.device)):
             if grad_scale is not None:
                 gradient.div_(grad_scale)
             new_square = (square * beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -86,10 +84,3 @@ def schedule_free_step(
 def keep(tensor: Tensor, new: Tensor, skip: Tensor | None) -> None:
     """Put new values into a tensor, unless `skip`, a scalar on its device, is 1."""
     tensor.copy_(new if skip is None else torch.where(skip > 0, tensor, new))
-
-
-def chunks(tensors: Sequence[Tensor]) -> Iterator[Sequence[Tensor]]:
-    """Views of the same elements of tensors of one shape, some at a time on a CPU."""
-    if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
-        return iter([tensors])
-    return zip(*(tensor.view(-1).split(CPU_ELEMENTS_PER_PASS) for tensor in tensors), strict=True)

@@ -44,7 +44,8 @@ class Step(Protocol):
     """W <- W - lr (direction + weight_decay W) in one pass over memory, for many tensors of any shape at once.
 
     `tensors` are lists of weights, gradients and then each of the kernel's states and scalars. `steps` count this step
-    already. Where `skip`, an fp32 scalar, is 1, nothing changes. Gradients are divided by `grad_scale`, in place.
+    already. Where `skip`, an fp32 scalar, is 1, nothing changes. Gradients are divided by `grad_scale`, perhaps
+    in place.
     """
 
     def __call__(

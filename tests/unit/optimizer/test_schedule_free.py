@@ -82,8 +82,8 @@ def test_evaluation_sees_the_average_and_training_goes_on_to_the_bit() -> None:
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for size in (1 << 17, 7):
-        monkeypatch.setattr("titan_moe.optimizer.schedule_free.CPU_ELEMENTS_PER_PASS", size)
+    for size in (1 << 16, 7):
+        monkeypatch.setattr("titan_moe.optimizer.kernels.CPU_ELEMENTS", size)
         torch.manual_seed(0)
         weight, optimizer = one_parameter(torch.randn(3, 6, 4))
         for _ in range(3):
