@@ -24,7 +24,7 @@ from titan_moe.divergence import (
 )
 from titan_moe.metrics import to_numbers
 from titan_moe.model.cross_entropy import IGNORE
-from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import Optimizer, combine
@@ -144,9 +144,7 @@ def test_an_infinity_is_as_bad() -> None:
 def test_fused_optimizers_are_not_waited_for() -> None:
     """The flag stays on the device for them; it is read for others, and for torch's SGD, which can't be trusted."""
     waiting = {name: make(tiny_model()).waits() for name, make in CASES.items() if " and " not in name}
-    by_kernel = {
-        f"{name}{more}" for name in set(OPTIMIZER_NAMES) - set(MATRIX_OPTIMIZERS) for more in ("", ", by load")
-    }
+    by_kernel = {*BY_ELEMENT, *(f"{name}, by load" for name in BY_ELEMENT)}
     assert {name for name, waits in waiting.items() if not waits} == {*by_kernel, "torch.Adam, fused"}
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], momentum=0.9, fused=True)

@@ -28,7 +28,7 @@ from titan_moe.optimizer.kernels import Scalars, step_by_kernel, step_experts_by
 from titan_moe.optimizer.load_lr import Group, keep_factors
 from titan_moe.optimizer.matrix import Matrix, check_whole_experts, step_matrix, takes
 from titan_moe.optimizer.outside import skips_by_itself, step_outside, takes_scalars
-from titan_moe.optimizer.transform import Transform, adamw
+from titan_moe.optimizer.transform import Kernel, Transform, adamw
 from titan_moe.runtime.dtensor import local, wrapped_like
 
 
@@ -287,14 +287,20 @@ def combine(
     return Optimizer(ordered, rules)
 
 
+def averaging(rule: Rule | torch.optim.Optimizer, group: Group) -> Kernel | None:
+    """The kernel of a group whose weights are averaged over steps; None where they are not."""
+    kernel = transform_of(rule.make, group).kernel if isinstance(rule, Rule) else None
+    return kernel if kernel is not None and kernel.average is not None else None
+
+
 def averages(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Callable[..., Tensor], list[Tensor]]]:
     """Parameters that are averaged over steps and have taken one, what makes the average, and the states it takes."""
     for group, rule in optimizer._ruled() if isinstance(optimizer, Optimizer) else []:
-        kernel = transform_of(rule.make, group).kernel
-        if kernel is None or kernel.average is None:
-            continue
-        for parameter in group["params"]:
+        kernel = averaging(rule, group)
+        for parameter in group["params"] if kernel is not None else []:
             if "step" in (state := optimizer.state.get(parameter, {})):
+                assert kernel is not None
+                assert kernel.average is not None
                 yield parameter, kernel.average, [state[name] for name in kernel.states]
 
 
@@ -353,8 +359,7 @@ def check_scales(group: Group, rule: Rule | torch.optim.Optimizer, scales: Itera
 
 def check_average(rule: Rule, group: Group) -> None:
     """Raise ValueError for settings with which weights can't be averaged over steps."""
-    kernel = transform_of(rule.make, group).kernel
-    if kernel is None or kernel.average is None:
+    if averaging(rule, group) is None:
         return
     if any(parameter.dtype != torch.float32 for parameter in group["params"]):
         raise ValueError(
