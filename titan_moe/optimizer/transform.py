@@ -8,7 +8,7 @@ Shapes: R rows of a stacked tensor (the experts that this rank holds, or 1 for a
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,9 @@ class Tick(NamedTuple):
 class Step(Protocol):
     """W <- W - lr (direction + weight_decay W) in one pass over memory, for many tensors of any shape at once.
 
-    `tensors` are lists of weights, gradients and then each of the kernel's states. `steps` count this step already.
-    Where `skip`, an fp32 scalar, is 1, nothing changes. Gradients are divided by `grad_scale`, in place.
+    `tensors` are lists of weights, gradients and then each of the kernel's states and scalars. `steps` count this step
+    already. Where `skip`, an fp32 scalar, is 1, nothing changes. Gradients are divided by `grad_scale`, perhaps
+    in place.
     """
 
     def __call__(
@@ -63,15 +64,22 @@ class Step(Protocol):
 class Kernel(NamedTuple):
     """The whole step of a transform that treats each element by itself, so that shapes and shards do not matter.
 
-    `states` are the names of what it keeps for each element, zero at first.
+    `states` are the names of what it keeps for each element, zero at first, or as the weight those in `copies`.
+    `scalars` are the names of what it keeps one fp32 number of for each parameter, or each expert, zero at first.
+    Before a step `advance(scalars, steps, lr)` gives their new values, of one parameter or (E,) of all its experts.
+    `average(weight, *states)` gives weights that are averaged over steps: they are to be evaluated and exported.
     """
 
     states: tuple[str, ...]
     step: Step
+    copies: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()
+    advance: Callable[[State, Tensor, Tensor], State] | None = None
+    average: Callable[..., Tensor] | None = None
 
 
 class Transform(NamedTuple):
-    """Two functions; the step is W <- W - lr (update(G, state, tick) + weight_decay W).
+    """Functions; the step is W <- W - lr (update(G, state, tick) + weight_decay W), then `retract` if there is one.
 
     `init(weight)` makes the state: contiguous tensors by name whose first dimension is that of `weight` (R, M, N), so
     that they are sharded as it is. A dense matrix may be sharded otherwise: of its weight only the shape is given.
@@ -84,6 +92,9 @@ class Transform(NamedTuple):
     periodic work of a group's matrices is spread over `period` steps (0: it is not).
 
     With a `kernel`, parameters of any shape are stepped by that, and not by `init` and `update`.
+
+    `retract(weight, state, tick)` brings weights (R, M, N) back, in place, to where they are kept after each step: onto
+    a sphere, for example. Rows that are not alive must stay as they are.
     """
 
     init: Callable[[Tensor], State]
@@ -92,6 +103,7 @@ class Transform(NamedTuple):
     max_dim: int | None = None
     period: int = 0
     kernel: Kernel | None = None
+    retract: Callable[[Tensor, State, Tick], None] | None = None
 
 
 def adamw(*, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8) -> Transform:
@@ -138,6 +150,11 @@ def momentum(beta: float, name: str = "exp_avg", *, correct_bias: bool = True) -
         return average / (1 - beta**tick.steps).view(-1, 1, 1) if correct_bias else average
 
     return Transform(init, update)
+
+
+def never_called(*_: Any) -> Any:
+    """The init and the update of a transform that is its kernel alone."""
+    raise TypeError("this transform steps every parameter by its kernel, and gives no direction")
 
 
 def keep_dead_rows(new: Tensor, old: Tensor, alive_R: Tensor) -> None:
