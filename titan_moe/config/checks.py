@@ -29,6 +29,7 @@ def check_config(config: Config) -> None:
         _check_dense(config)
 
     # The rest goes for dense models too.
+    _check_qk_clip(config)
     _check_batches(config)
     _check_parts(config)
     _check_optimizer(config)
@@ -172,6 +173,16 @@ def _check_balance_tax(config: Config) -> None:
         raise ValueError(
             f"metrics.balance_tax_freq = {freq} has nothing to compare with router.name = 'expert_choice', whose load "
             "is always even: set it to 0"
+        )
+
+
+def _check_qk_clip(config: Config) -> None:
+    """Refuse QK-clip where a norm comes after the weights that it scales."""
+    qk_clip = config.training.qk_clip
+    if qk_clip and config.model.qk_norm:
+        raise ValueError(
+            f"training.qk_clip = {qk_clip:g} scales wq and wk, which model.qk_norm = true undoes (and the norm limits "
+            "the logits itself): set training.qk_clip to 0, or model.qk_norm to false"
         )
 
 

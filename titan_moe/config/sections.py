@@ -128,6 +128,9 @@ class Training:
         "(0: all; -1: 4096 on a GPU, 256 on a CPU)",
     ] = -1
     max_norm: Annotated[NonNegative, "gradients are clipped to this global norm (0: no clipping)"] = 1.0
+    qk_clip: Annotated[
+        NonNegative, "heads with an attention logit above this have their wq and wk scaled down (0: none; K2 has 100)"
+    ] = 0.0
     skip_nonfinite_steps: Annotated[
         NonNegativeInt, "steps in a row that may be skipped for a NaN or an infinity before the run ends (0: none)"
     ] = 0

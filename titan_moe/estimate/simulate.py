@@ -479,6 +479,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
                 balancers,
                 model.expert_biases(),
                 max_norm=training.max_norm,
+                qk_clip=training.qk_clip,
                 balancer_states=model.balancer_states(),
                 sequence_group=mesh.sequence_group,
             )
