@@ -9,23 +9,24 @@ import torch
 from tests.distributed.harness import run_ranks
 from tests.distributed.layouts import LAYOUTS, apply, place
 from tests.invariance import full
-from tests.tiny import adamw, balancers, batch, own_part
-from tests.unit.test_qk_clip import model_on, middle
-from titan_moe.model.transformer import Transformer
+from tests.tiny import batch, own_part
+from tests.unit.test_qk_clip import largest_by_hand, middle, model_of
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.step import train_step
 
 STEPS = 2
 KEY_HEADS = (4, 2)  # of four query heads; with two ranks of tensor parallelism each has some of either
 
 
-def steps(model: Any, threshold: float, *, micro_batches: int = 1, **where: Any) -> dict[str, Any]:
-    """What steps leave: of each the largest logits and the number of clipped heads, and wq and wk after all."""
-    group, optimizer, clips = where.pop("sequence_group", None), adamw(model), []
+def steps(model: Any, threshold: float, **where: Any) -> dict[str, Any]:
+    """What steps of two micro-batches leave: the logits and the number of clipped heads of each, and wq and wk."""
+    group, clips = where.pop("sequence_group", None), []
+    optimizer = Optimizer.around(torch.optim.SGD(model.parameters(), lr=1.0))
     for number in range(STEPS):
         own = own_part(batch(number), **where) if where else batch(number)
-        micro = list(zip(*(half.chunk(micro_batches) for half in own), strict=True))
+        micro = list(zip(*(half.chunk(2) for half in own), strict=True))
         options = {"max_norm": 0.1, "qk_clip": threshold, "sequence_group": group}
-        clips.append(train_step(model, micro, optimizer, balancers(), model.expert_biases(), **options).qk_clip)
+        clips.append(train_step(model, micro, optimizer, {}, [], **options).qk_clip)
     weights = [full(w.weight) for layer in model.attention_layers() for w in (layer.wq, layer.wk)]
     return {"clips": clips, "weights": weights}
 
@@ -34,6 +35,21 @@ def on_ranks(rank: int, world: int, threshold: float) -> dict[tuple[str, int], d
     results = {}
     for layout in LAYOUTS[world]:
         for num_kv_heads in KEY_HEADS:
-            model = model_on("meta", num_kv_heads, partial(apply, world=world, layout=layout))
+            model = model_of(num_kv_heads, partial(apply, world=world, layout=layout))
             results[layout, num_kv_heads] = steps(model, threshold, **place(rank, world, layout))
     return results
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_equal_one_process(world: int) -> None:
+    threshold = middle(largest_by_hand(model_of(2), batch(0)[0]))
+    alone = {num_kv_heads: steps(model_of(num_kv_heads), threshold) for num_kv_heads in KEY_HEADS}
+    assert all(0 < clip.clipped_heads < 12 for one in alone.values() for clip in one["clips"])
+    for result in run_ranks(world, on_ranks, threshold):
+        for (layout, num_kv_heads), got in result.items():
+            try:
+                torch.testing.assert_close(got, alone[num_kv_heads], rtol=1e-5, atol=1e-5)
+            except AssertionError as error:
+                raise AssertionError(f"{layout}, {num_kv_heads} key heads: {error}") from None

@@ -18,6 +18,7 @@ from titan_moe.metrics import QKClip, StepOutput, train_metrics
 from titan_moe.model.attention import MAX_LOGITS, ROWS, Attention, max_logits
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.parallelize import parallelize
+from titan_moe.runtime.dtensor import local, local_rows
 from titan_moe.step import eval_step, train_step
 
 SIZES = {"dim": 32, "num_heads": 4, "first_dense_layers": 1, "num_layers": 3}
@@ -27,14 +28,16 @@ FP32 = {"param_dtype": torch.float32, "reduce_dtype": torch.float32, "compile_bl
 
 def model_of(num_kv_heads: int = 4, wrap: Any = None) -> Any:
     """A model whose heads have logits of different sizes, far from 0."""
-    model = tiny_model(num_kv_heads=num_kv_heads, **SIZES)
+    model = tiny_model(num_kv_heads=num_kv_heads, device="cpu" if wrap is None else "meta", **SIZES)
     if wrap is not None:
         wrap(model)
+        model.to_empty(device="cpu")
     model.init_weights(0)
     with torch.no_grad():
         for number, attention in enumerate(model.attention_layers()):
-            attention.wq.weight.mul_(torch.linspace(5, 30, len(attention.wq.weight)).unsqueeze(-1) + number)
-            attention.wk.weight.mul_(20)
+            wq, factor_O = attention.wq.weight, torch.linspace(5, 30, len(attention.wq.weight)) + number
+            local(wq).mul_(factor_O[local_rows(wq)].unsqueeze(-1))
+            local(attention.wk.weight).mul_(20)
     return model
 
 
