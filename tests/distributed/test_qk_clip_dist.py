@@ -53,3 +53,27 @@ def test_ranks_equal_one_process(world: int) -> None:
                 torch.testing.assert_close(got, alone[num_kv_heads], rtol=1e-5, atol=1e-5)
             except AssertionError as error:
                 raise AssertionError(f"{layout}, {num_kv_heads} key heads: {error}") from None
+
+
+def compiled_on_ranks(rank: int, world: int, threshold: float) -> dict[str, dict[str, Any]]:
+    results = {}
+    for layout in ("tp2", "cp2"):  # whose attention is not that of one process
+        torch.compiler.reset()
+        options = {"layout": layout, "compile_blocks": True, "checkpoint_mode": "full"}
+        model = model_of(2, partial(apply, world=world, **options))
+        results[layout] = steps(model, threshold, **place(rank, world, layout))
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+def test_compiled_layers_on_ranks_equal_one_process() -> None:
+    """In one graph each (`fullgraph`), and with their activations computed again."""
+    threshold = middle(largest_by_hand(model_of(2), batch(0)[0]))
+    alone = steps(model_of(2), threshold)
+    for result in run_ranks(2, compiled_on_ranks, threshold):
+        for layout, got in result.items():
+            torch.testing.assert_close(
+                got, alone, rtol=1e-5, atol=1e-5, msg=lambda text, name=layout: f"{name}: {text}"
+            )
