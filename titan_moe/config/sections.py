@@ -325,6 +325,7 @@ METRIC_NAMES = (
     *("kind", "step", "num_tokens", "loss", "total_loss", "grad_norm", "param_norm", "skipped", "skipped_steps"),
     *("maxvio_batch", "minvio_batch", "avgvio_batch", "load", "load_cv", "load_entropy", "dead_experts"),
     *("expert_batch_mean", "expert_batch_min", "router_logit_norm", "router_confidence", "dropped_fraction"),
+    *("max_attention_logit", "clipped_heads"),
     *("unrouted_fraction", "identity_fraction", "experts_per_token"),
     *("tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu"),
     *("balance_tax", "gradient_snr", "update_ratio", "nonfinite", "nonfinite_gradients"),
