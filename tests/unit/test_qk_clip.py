@@ -330,6 +330,16 @@ def test_metrics_have_the_largest_of_all_layers() -> None:
             r"^training\.qk_clip = 100 scales wq and wk, which model\.qk_norm = true undoes .*: set training\.qk_clip "
             r"to 0, or model\.qk_norm to false$",
         ),
+        (
+            ["--training.qk_clip=100", "--optimizer.name=schedule_free_adamw"],
+            r"^training\.qk_clip = 100 scales wq and wk, of which optimizer\.name = 'schedule_free_adamw' evaluates an "
+            r"average .*: set training\.qk_clip to 0, or optimizer\.dense\.name to another optimizer$",
+        ),
+        (
+            ["--training.qk_clip=100", "--optimizer.dense.name=schedule_free_adamw"],
+            r"of which optimizer\.dense\.name = 'schedule_free_adamw'",
+        ),
+        (["--training.qk_clip=100", "--optimizer.expert.name=schedule_free_adamw"], ""),
     ],
 )
 def test_values(arguments: list[str], message: str) -> None:
