@@ -301,6 +301,7 @@ def clip_heads(model: Any, max_logits: Sequence[Tensor], threshold: float, finit
     those in wq alone by gamma, because the logits of others are to stay. Where `finite`, a bool scalar, is false,
     nothing changes. Source: Kimi K2 (2025, arXiv 2507.20534), section 2.1, which treats the shared part of a key so.
     """
+    # A head that is not clipped is multiplied by 1: the host does not know which are, and does not wait to learn it.
     largest_NH = all_reduce_max(torch.stack(list(max_logits)).amax(0))
     is_clipped_NH = (largest_NH > threshold) & finite
     gamma_NH = torch.where(is_clipped_NH, threshold / largest_NH, 1.0)
