@@ -61,6 +61,8 @@ CASES = [
         compiled_by=2,
     ),
     Setting({"expert": "normuon", "dense": "adamh"}, {"expert": EXACT}, num_experts=3),
+    # checkpoints hold the averages, and what was trained beside them
+    Setting(dict.fromkeys(("expert", "dense"), "schedule_free_adamw"), {"expert": BY_LOAD}, expert_degree=2),
 ]
 if "distributed_shampoo" in OPTIMIZER_NAMES:  # Meta's package is installed
     meta = dict.fromkeys(("expert", "dense"), "distributed_shampoo")

@@ -31,6 +31,7 @@ LAYERS = {
     "optimizer.kernels": 0,
     "optimizer.matrix": 0,
     "optimizer.outside": 0,
+    "optimizer.schedule_free": 0,
     "optimizer.optimizer": 0,
     "optimizer.expert_stats": 0,
     "optimizer.schedule": 0,

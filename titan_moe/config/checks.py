@@ -352,6 +352,12 @@ def cautions(config: Config) -> list[str]:
             f"lr_scheduler.warmup_steps ({warmup}) is not below training.steps ({steps}): learning rates rise until "
             f"the run ends, to {steps / warmup:.2g} of what is set, and do not fall again: lower warmup_steps"
         )
+    names = [config.optimizer.name, *(table.get("name") for table in config.optimizer.groups.values())]
+    if "schedule_free_adamw" in names and config.lr_scheduler.name in SCHEDULES.keys() - {"constant"}:
+        said.append(
+            f"schedule_free_adamw averages weights in place of a rate that falls, and lr_scheduler.name = "
+            f"{config.lr_scheduler.name!r} lets it fall as well: set it to 'constant'"
+        )
     if config.moe.num_experts == 0:
         return said
 

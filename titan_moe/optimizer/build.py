@@ -15,6 +15,7 @@ from titan_moe.optimizer.muon import muon
 from titan_moe.optimizer.normuon import normuon
 from titan_moe.optimizer.optimizer import Optimizer, Rule
 from titan_moe.optimizer.schedule import Factor, factors_of
+from titan_moe.optimizer.schedule_free import schedule_free_adamw
 from titan_moe.optimizer.shampoo import shampoo
 from titan_moe.optimizer.soap import soap
 from titan_moe.optimizer.transform import Transform, adamw
@@ -93,6 +94,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adamh": optimizer_of(adamh, weight_decay=0.0),
     "ademamix": optimizer_of(ademamix),
     "lion": optimizer_of(lion, without=["eps"], lr=1e-4, weight_decay=1.0),
+    "schedule_free_adamw": optimizer_of(schedule_free_adamw),
 }
 # Of these, what treats each element by itself, and so takes parameters of any shape; the others leave some to AdamW.
-BY_ELEMENT = ("adamw", "ademamix", "lion")
+BY_ELEMENT = ("adamw", "ademamix", "lion", "schedule_free_adamw")

@@ -41,6 +41,7 @@ def step_by_kernel(
     """Update parameters of any shape in one call."""
     lists, steps = kernel_tensors(kernel, parameters, states)
     torch._foreach_add_(steps, 1 if scalars.skip is None else [1 - scalars.skip] * len(steps))
+    advance(kernel, parameters, states, group["lr"], scalars.skip)
 
     # local tensors: for DTensors the host would take as long to look at each as a GPU takes for a layer
     # Plain tensors are passed as they are: to detach each of them takes the host 1 % of a small model's step.
@@ -83,22 +84,41 @@ def step_experts_by_kernel(
     # counts are of all experts on every rank, so that they are the same whatever the layout
     for step_E in steps:
         step_E.add_(1 - skip_E)
+    advance(kernel, parameters, states, factor_E * group["lr"], skip_E)
 
-    # views of the rows of every tensor: those of this rank's experts
-    rows = local_rows(parameters[0])
-    rates, skips = (factor_E * group["lr"])[rows].unbind(), skip_E[rows].unbind()  # R scalars each
+    # views of this rank's experts: (R, M, N) -> R of (M, N), and of what all ranks have of all, (E,) -> R scalars
+    rows, num_lists = local_rows(parameters[0]), len(lists) - len(kernel.scalars)
+    rates, skips = (factor_E * group["lr"])[rows].unbind(), skip_E[rows].unbind()
     counts = [step_E[rows].unbind() for step_E in steps]
-    experts = [[local(tensor).unbind() for tensor in tensors] for tensors in lists]  # (R, M, N) -> R of (M, N)
+    experts = [[local(tensor).unbind() for tensor in tensors] for tensors in lists[:num_lists]]
+    experts += [[number_E[rows].unbind() for number_E in numbers] for numbers in lists[num_lists:]]
     for row, (rate, skip) in enumerate(zip(rates, skips, strict=True)):
         tensors = [[tensor[row] for tensor in tensors] for tensors in experts]
         row_steps = [count[row] for count in counts]
         kernel.step(tensors, row_steps, rate, weight_decay, skip=skip, grad_scale=scalars.grad_scale)
 
 
+def advance(
+    kernel: Kernel,
+    parameters: Sequence[Tensor],
+    states: Mapping[Tensor, State],
+    lr: float | Tensor,
+    skip: Tensor | None,
+) -> None:
+    """Move a kernel's scalars on by a step, those of all experts on every rank; not where `skip` is 1."""
+    if kernel.advance is None:
+        return
+    for state in (states[parameter] for parameter in parameters):
+        before = {name: state[name] for name in kernel.scalars}
+        rate = torch.as_tensor(lr, dtype=torch.float32, device=state["step"].device)
+        for name, new in kernel.advance(before, state["step"], rate).items():
+            state[name].copy_(new if skip is None else torch.where(skip > 0, state[name], new))
+
+
 def kernel_tensors(
     kernel: Kernel, parameters: Sequence[Tensor], states: Mapping[Tensor, State], *, by_expert: bool = False
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Lists of weights, gradients and each of a kernel's states, and of step counts: scalars, or by expert (E,).
+    """Lists of weights, gradients and each of a kernel's states, and of scalars and step counts, or by expert (E,).
 
     States that are not there yet are made, sharded as their parameter is.
     """
@@ -106,10 +126,15 @@ def kernel_tensors(
     for parameter, state in zip(parameters, own_states, strict=True):
         if "step" not in state:
             shape = parameter.shape[:1] if by_expert else ()
-            count = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-            state.update(step=count, **{name: torch.zeros_like(parameter) for name in kernel.states})
+            numbers = {
+                name: torch.zeros(shape, dtype=torch.float32, device=parameter.device)
+                for name in ("step", *kernel.scalars)
+            }
+            of_elements = {name: torch.zeros_like(parameter) for name in kernel.states if name not in kernel.copies}
+            state.update(numbers | of_elements | {name: parameter.detach().clone() for name in kernel.copies})
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    lists = [list(parameters), gradients, *([state[name] for state in own_states] for name in kernel.states)]
+    names = (*kernel.states, *kernel.scalars)
+    lists = [list(parameters), gradients, *([state[name] for state in own_states] for name in names)]
     return lists, [state["step"] for state in own_states]
 
 
@@ -173,7 +198,7 @@ def replace(olds: list[Tensor], news: Sequence[Tensor], skip: Tensor | None) -> 
 
 def chunks(tensors: Sequence[list[Tensor]], steps: list[Tensor]) -> Iterator[tuple[list[list[Tensor]], list[Tensor]]]:
     """Views of all elements of some lists of tensors, some at a time: lists again, and the step count of each view."""
-    limit = CPU_ELEMENTS if tensors[0][0].device.type == "cpu" else GPU_ELEMENTS
+    limit = elements_at_once(tensors[0][0].device)
     views: list[Sequence[Tensor]] = []
     counts: list[Tensor] = []
     elements = 0
@@ -187,6 +212,11 @@ def chunks(tensors: Sequence[list[Tensor]], steps: list[Tensor]) -> Iterator[tup
             views.append(piece)
             counts.append(count)
     yield [list(column) for column in zip(*views, strict=True)], counts
+
+
+def elements_at_once(device: torch.device) -> int:
+    """How many elements' new values are made together."""
+    return CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS
 
 
 def pieces(tensors: Sequence[Tensor], limit: int) -> Iterator[Sequence[Tensor]]:
