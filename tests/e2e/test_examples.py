@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from examples.balancer import importance, tolerant
-from examples.optimizer import Lion, lars
+from examples.optimizer import Signum, lars
 from examples.router import softplus
 from examples.schedule import inverse_sqrt
 from tests.e2e.harness import TINY, Ended, command, end_two, records, start_two
@@ -146,10 +146,10 @@ def test_balancer_formulas() -> None:
 
 def test_optimizer(train: Train, tmp_path: Path) -> None:
     """A resumed run is the run that was never stopped: the checkpoint has the state of an optimizer from outside."""
-    lion = {"optimizer": {"name": "examples.optimizer:Lion", "lr": 1e-3, "expert": {"lr": 2e-3}}}
-    whole = records_of(train, tmp_path, "whole", training__steps=6, lr_scheduler__name="constant", **lion)
-    records_of(train, tmp_path, "cut", training__steps=4, lr_scheduler__name="constant", **lion)
-    ended = train("cut", training__steps=6, lr_scheduler__name="constant", **lion)
+    signum = {"optimizer": {"name": "examples.optimizer:Signum", "lr": 1e-3, "expert": {"lr": 2e-3}}}
+    whole = records_of(train, tmp_path, "whole", training__steps=6, lr_scheduler__name="constant", **signum)
+    records_of(train, tmp_path, "cut", training__steps=4, lr_scheduler__name="constant", **signum)
+    ended = train("cut", training__steps=6, lr_scheduler__name="constant", **signum)
     assert ended.code == 0, ended.err
     assert records(tmp_path / "cut") == whole
     assert whole[-1]["loss"] < whole[0]["loss"]
@@ -158,12 +158,12 @@ def test_optimizer(train: Train, tmp_path: Path) -> None:
 
 def test_optimizer_formula() -> None:
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
-    optimizer = Lion([weight], lr=0.1, beta1=0.9, beta2=0.5, weight_decay=0.5)
+    optimizer = Signum([weight], lr=0.1, beta1=0.5, weight_decay=0.5)
     for gradient in ([1.0, -1.0], [-2.0, -1.0]):
         weight.grad = torch.tensor(gradient)
         optimizer.step()
-    # momentum 0.5, -0.5 after the first step; second direction: sign(0.9 * 0.5 - 0.1 * 2), sign(-0.9 * 0.5 - 0.1)
-    assert_close(weight.detach(), torch.tensor([(1 * 0.95 - 0.1) * 0.95 - 0.1, (-2 * 0.95 + 0.1) * 0.95 + 0.1]))
+    # momentum 0.5, -0.5 after the first step, -0.75 both after the second
+    assert_close(weight.detach(), torch.tensor([(1 * 0.95 - 0.1) * 0.95 + 0.1, (-2 * 0.95 + 0.1) * 0.95 + 0.1]))
     assert_close(optimizer.state[weight]["momentum"], torch.tensor([-0.75, -0.75]))
 
 

@@ -23,6 +23,7 @@ LAYERS = {
     "optimizer.shampoo": 0,
     "optimizer.soap": 0,
     "optimizer.meta_shampoo": 0,
+    "optimizer.hyperball": 0,
     "optimizer.muon": 0,
     "optimizer.normuon": 0,
     "optimizer.lion": 0,

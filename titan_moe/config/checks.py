@@ -256,7 +256,7 @@ def _check_parts(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     """Refuse settings of the optimizer that would be taken and do nothing."""
-    # The embedding and the norms are no matrices to an optimizer of these: the user would think that they are.
+    # An optimizer of matrices leaves the embedding and the norms to AdamW: the user would think that it does not.
     if config.optimizer.arguments.get("lr") == 0:
         raise ValueError("optimizer.lr = 0 trains nothing: it must be greater than 0 (a group's own lr may be 0)")
     for group in NO_MATRICES:

@@ -165,6 +165,13 @@ def move(
     factor_R: Tensor | None = None,
 ) -> None:
     """Step whole matrices (R, M, N) along a direction, in place, and retract them if their transform does so."""
-    apply(weight, direction, group, factor_R)
-    if transform.retract is not None:
-        transform.retract(weight, state, tick)
+    if transform.retract is None:
+        apply(weight, direction, group, factor_R)
+        return
+
+    # In fp32, and bf16 is rounded once: from a step of bf16 no small way leads back, because it would be rounded away.
+    moved = weight.float()  # the weight itself where it is fp32
+    apply(moved, direction, group, factor_R)
+    transform.retract(moved, state, tick)
+    if moved is not weight:
+        weight.copy_(moved)
