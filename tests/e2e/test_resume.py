@@ -10,9 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from torch.testing import assert_close
 
 from tests.e2e.conftest import Arguments
 from tests.e2e.harness import Command, Ended, contents, end_two, records, start_two
+from titan_moe.balancer import BALANCERS
+from titan_moe.checkpoint import load_model
 
 Train = Callable[..., Ended]
 STEPS = 16
@@ -179,6 +182,24 @@ def test_more_steps_than_before(train: Train, tmp_path: Path) -> None:
     assert "step 7/9" in ended.out
     for kind in ("train", "validation"):
         assert records(tmp_path / "short", kind) == records(tmp_path / "long", kind)
+
+
+def test_states_of_balancers_on_two_ranks(arguments: Arguments, tmp_path: Path) -> None:
+    """Every balancer of ours that keeps one: a run that stops in the middle is the whole run, weights and states."""
+    keeping = [name for name, builder in BALANCERS.items() if builder().init is not None]
+    assert keeping == ["smebu", "pid"]
+    on = {"balancer": {name: {"rate": 0.05} for name in keeping}, "parallelism__expert_parallel_degree": 2}
+    for name, steps in (("whole", 6), ("cut", 3), ("cut", 6)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        words = arguments(name, training__steps=steps, lr_scheduler__name="constant", **on)
+        assert end_two(start_two(words, tmp_path / f"log-{name}-{steps}")) == [0, 0]
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+    one, two = (load_model(tmp_path / name)[0] for name in ("whole", "cut"))
+    assert_close(two.state_dict(), one.state_dict(), rtol=0, atol=0)
+    states = one.balancer_states()
+    assert [*states] == keeping
+    assert all(layer.any() for name in keeping for layers in states[name].values() for layer in layers)
 
 
 def test_broken_checkpoints_are_skipped_in_one_line(train: Train, tmp_path: Path) -> None:
