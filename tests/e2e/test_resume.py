@@ -6,15 +6,18 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 from tests.e2e.conftest import Arguments
 from tests.e2e.harness import Command, Ended, contents, end_two, records, start_two
-from titan_moe.balancer import BALANCERS
+from titan_moe.balancer import BALANCERS, Balancer, no_loss
 from titan_moe.checkpoint import load_model
 
 Train = Callable[..., Ended]
@@ -235,11 +238,42 @@ def test_weights_of_another_run(train: Train, tmp_path: Path) -> None:
 def test_weights_of_a_model_that_partly_fits(train: Train, tmp_path: Path) -> None:
     assert train("first").code == 0
     changes = {"moe__num_shared_experts": 1, "checkpoint__initial_load_path": str(tmp_path / "first")}
-    assert "another model: only here: model.layers.0.moe.shared_experts" in train("second", **changes).err
+    refused = train("second", **changes).err
+    assert "another model: only here: model.layers.0.moe.shared_experts" in refused
+    assert "checkpoint.initial_load_strict = false takes what fits" in refused
     ended = train("second", checkpoint__initial_load_strict=False, **changes)
     assert ended.code == 0, ended.err
     assert "this run keeps its initial layers.0.moe.shared_experts.w1.weight" in ended.err
     assert records(tmp_path / "second")[0]["loss"] < records(tmp_path / "first")[0]["loss"] - 0.1
+
+
+def test_weights_beside_a_state_of_another_size(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a balancer whose code has changed since: refused in a line that says how to take the weights alone."""
+
+    def keeping(size: int) -> Callable[[], Balancer]:
+        def init(num_experts: int) -> dict[str, torch.Tensor]:
+            return {"mean": torch.zeros(num_experts, size)}
+
+        return lambda: Balancer(no_loss, lambda load, bias, state: (bias, {"mean": state["mean"] + 1}), init=init)
+
+    module = ModuleType("my_moe")
+    monkeypatch.setitem(sys.modules, "my_moe", module)
+    module.keeps = keeping(1)  # pyrefly: ignore
+    on = {"balancer": {"my_moe:keeps": {}}, "training__steps": 2}
+    assert train("first", **on).code == 0
+
+    module.keeps = keeping(2)  # pyrefly: ignore
+    on["checkpoint__initial_load_path"] = str(tmp_path / "first")
+    ended = train("second", **on)
+    assert ended.code == 2, ended.err
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert "balancer_state.my_moe:keeps/mean is (4, 1) there, (4, 2) here" in line
+    assert line.endswith(
+        ": checkpoint.initial_load_strict = false takes what fits, and leaves the rest as in a new run"
+    )
+    ended = train("second", **on, checkpoint__initial_load_strict=False)
+    assert ended.code == 0, ended.err
+    assert "this run keeps its initial layers.0.moe.balancer_state.my_moe:keeps/mean" in ended.err
 
 
 def test_another_optimizer_on_the_way(train: Train, tmp_path: Path) -> None:
