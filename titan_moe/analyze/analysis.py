@@ -1,4 +1,6 @@
-"""The analysis of one or several checkpoints as one document, plain enough for JSON: docs/analyze.md has its fields.
+"""The numbers of one or several checkpoints as parts of one document, plain enough for JSON: docs/analyze.md has it.
+
+What is shown of the texts themselves is in `excerpts`.
 
 Shapes: X texts, C classes, V vocabulary, L MoE layers, E experts, K choices, S positions, N checkpoints.
 """
@@ -22,15 +24,13 @@ from titan_moe.analyze.probes import (
     changed_sets,
     keep_sequences,
 )
-from titan_moe.analyze.tokens import CLASSES, Vocabulary, classes_of, shown, texts_of
-from titan_moe.diagnostics import NO_EXPERT
+from titan_moe.analyze.tokens import CLASSES, Vocabulary, classes_of
 from titan_moe.metrics import load_entropy, maxvio
 from titan_moe.model.transformer import Transformer
 from titan_moe.runtime.world import Runtime
 
 FORMAT = 1
 DIGITS = 6  # significant ones of a real number
-CONTEXTS, CONTEXT_TOKENS = 3, 12  # places shown for a top token, and tokens on either side
 PAIRS = 20  # overlapping pairs that are listed for a layer
 
 
@@ -258,101 +258,6 @@ def between_layers(counts: Counts, i: int) -> dict[str, Any]:
         "lift": measures.lift(joint, load_i, load_j, int(counts.num_tokens.sum())),
         "mutual_information": measures.mutual_information(joint),
     }
-
-
-class Places(NamedTuple):
-    """Where each id is in the kept sequences, and the texts of their tokens."""
-
-    sequences: list[KeptSequence]
-    texts: list[list[str]]
-    of_id: dict[int, list[tuple[int, int]]]  # sequence, position; in the order of the texts
-
-
-def find_places(sequences: list[KeptSequence], vocabulary: Vocabulary) -> Places:
-    """Read the kept sequences once, for all look-ups."""
-    of_id: dict[int, list[tuple[int, int]]] = {}
-    for number, sequence in enumerate(sequences):
-        for position, token in enumerate(sequence.tokens.tolist()):
-            of_id.setdefault(token, []).append((number, position))
-    return Places(sequences, [texts_of(one.tokens.tolist(), vocabulary) for one in sequences], of_id)
-
-
-def top_tokens(checkpoint: Checkpoint, i: int, tokens: Tokens, places: Places, settings: Settings) -> list[Any]:
-    """The ids that say most of each expert of a layer, with places where they went to it."""
-    load_VE, counts_V = checkpoint.counts.load_by_token[i, :, :-1], tokens.counts
-    load_E, num_tokens = load_VE.sum(0).tolist(), int(counts_V.sum())
-    best = measures.top_tokens(load_VE, counts_V, number=settings.top_tokens, min_count=settings.min_count)
-
-    # Lift is written out once more, of exact counts.
-    entries: list[list[dict[str, Any]]] = []
-    for expert, ids in enumerate(best):
-        entries.append([])
-        for token in ids:
-            count, total = int(load_VE[token, expert]), int(counts_V[token])
-            lift = count / load_E[expert] * num_tokens / total
-            entries[-1].append(
-                {
-                    "token": token,
-                    "text": shown(token, tokens.vocabulary),
-                    "count": count,
-                    "total": total,
-                    "lift": lift,
-                    "pmi": math.log(lift),
-                    "contexts": contexts(places, i, expert, token),
-                }
-            )
-    return entries
-
-
-def contexts(places: Places, layer: int, expert: int, token: int) -> list[dict[str, Any]]:
-    """The text around the first places of the kept sequences where the token went to the expert."""
-    results: list[dict[str, Any]] = []
-
-    # In the order of the texts, so that the places do not depend on the ranks.
-    for number, position in places.of_id.get(token, []):
-        sequence, texts = places.sequences[number], places.texts[number]
-        if len(results) == CONTEXTS:
-            break
-        if bool((sequence.experts[layer, position] == expert).any()):
-            results.append(
-                {
-                    "before": "".join(texts[max(0, position - CONTEXT_TOKENS) : position]),
-                    "token": texts[position],
-                    "after": "".join(texts[position + 1 : position + 1 + CONTEXT_TOKENS]),
-                    "text": sequence.text,
-                }
-            )
-    return results
-
-
-def sample_of(
-    sequences: Sequence[KeptSequence], texts: Sequence[Text], tokens: Tokens, settings: Settings
-) -> dict[str, Any]:
-    """Some text with the experts of each token, about `sample_tokens` tokens of it, alike of each text."""
-    # Where sequences are longer than a text's part, their beginning is shown.
-    limit = -(-settings.sample_tokens // len(texts))  # tokens of a text
-    width = max((int((one.experts != NO_EXPERT).sum(-1).max()) for one in sequences), default=0)
-    parts: list[dict[str, Any]] = []
-    for x, text in enumerate(texts):
-        entries = []
-        for sequence in sequences:
-            if sequence.text == x and sequence.number * text.seq_len < limit:
-                size = min(text.seq_len, limit - sequence.number * text.seq_len)
-                ids = sequence.tokens[:size]
-                device = tokens.rare.device
-                entries.append(
-                    {
-                        "tokens": texts_of(ids.tolist(), tokens.vocabulary),
-                        "ids": ids,
-                        "classes": classes_of(sequence.tokens[None].to(device), tokens.vocabulary, tokens.rare)[
-                            0, :size
-                        ],
-                        "experts": sequence.experts[:, :size, :width],
-                        "weights": sequence.weights[:, :size, :width].double().round(decimals=4),
-                    }
-                )
-        parts.append({"text": x, "sequences": entries})
-    return {"texts": parts}
 
 
 def over_training(

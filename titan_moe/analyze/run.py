@@ -23,7 +23,6 @@ from titan_moe.analyze.analysis import (
     between_layers,
     bucket_entries,
     class_entries,
-    find_places,
     histogram_entries,
     layer_numbers,
     over_training,
@@ -31,13 +30,12 @@ from titan_moe.analyze.analysis import (
     plain,
     pruning_entry,
     run_pass,
-    sample_of,
     sequences_for,
     study_scalars,
     text_entries,
-    top_tokens,
 )
 from titan_moe.analyze.counts import count_tokens
+from titan_moe.analyze.excerpts import find_places, sample_of, top_tokens
 from titan_moe.analyze.probes import (
     OUTPUTS_PER_SEQUENCE,
     KeptSequence,

@@ -220,8 +220,9 @@ def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
     elif key in kind.supplied:
         message = f"cannot be set here: it comes from {kind.supplied[key]}"
     elif section == "balancer" and key == "name":
-        label, own = path.partition(".")[2], check_value(str, value, origin, dotted).rpartition(":")[2]
-        message = f"its table is for {label}, as it is called so: leave it out, or call the table [balancer.my_{own}]"
+        label, component = path.partition(".")[2], check_value(str, value, origin, dotted)
+        instance = f"[balancer.my_{component.rpartition(':')[2]}]"
+        message = f"its table is for {label}, as it is called so: leave it out, or call the table {instance}"
     if message is not None:
         return key_error(origin, dotted, message, value)
     takers = [name for name, builder in kind.registry.items() if key in inspect.signature(builder).parameters]
