@@ -156,6 +156,9 @@ def layer_numbers(checkpoint: Checkpoint, i: int, tokens: Tokens, settings: Sett
         "share": load_E / max(1.0, load_E.sum().item()),
         "maxvio": maxvio(load_E),
         "load_entropy": load_entropy(load_E),
+        "choices_per_token": load_E.sum() / num_tokens,
+        "unused_slots": counts.unused[i],
+        "unrouted_tokens": counts.unrouted[i],
         "load_by_text": counts.load_by_text[i, :, :-1],
         "load_by_class": counts.load_by_class[i, :, :-1],
         "load_by_position": counts.load_by_position[i, :, :-1],
@@ -169,6 +172,7 @@ def layer_numbers(checkpoint: Checkpoint, i: int, tokens: Tokens, settings: Sett
         "weight_similarity": checkpoint.weight_similarity[i],
         "output_similarity": None if checkpoint.output_similarity is None else checkpoint.output_similarity[i],
         "margin": margin_numbers(counts, i),
+        "margin_missing": why_no_margin(counts, i),
         "entropy": {
             "mean": counts.entropy_sum[i] / num_tokens,
             "normalised_mean": counts.entropy_sum[i] / num_tokens / math.log(max(2, load_E.numel())),
@@ -180,11 +184,14 @@ def layer_numbers(checkpoint: Checkpoint, i: int, tokens: Tokens, settings: Sett
 
 def document_numbers(counts: Counts, i: int, load_E: Tensor, num_tokens: int) -> dict[str, Any]:
     """How far the loads of pieces of documents are from even, and from the load of all."""
+    # A mean alone can't tell a router that is uneven in every document from one that is so in a few.
     number = int(counts.long_pieces)
     maxvio_mean, maxvio_std = measures.mean_and_std(counts.piece_maxvio[:, i], number)
     entropy_mean, entropy_std = measures.mean_and_std(counts.piece_entropy[:, i], number)
     share_mean, share_std = measures.mean_and_std(counts.piece_share[:, i], number)
-    kl = measures.document_kl(
+
+    # Short pieces are uneven by chance, which the divergence leaves out.
+    kl_mean = measures.document_kl(
         counts.piece_nats[i].item(), counts.piece_share[0, i], load_E, counts.piece_inverse.item(), number, num_tokens
     )
     return {
@@ -193,7 +200,7 @@ def document_numbers(counts: Counts, i: int, load_E: Tensor, num_tokens: int) ->
         "maxvio_std": maxvio_std,
         "entropy_mean": entropy_mean,
         "entropy_std": entropy_std,
-        "kl_mean": kl,
+        "kl_mean": kl_mean,
         "share_mean": share_mean,
         "share_std": share_std,
     }
@@ -211,6 +218,23 @@ def margin_numbers(counts: Counts, i: int) -> dict[str, Any] | None:
         "histogram": histogram,
         "negative_share": counts.margin_negative[i] / number,
     }
+
+
+def why_no_margin(counts: Counts, i: int) -> str | None:
+    """Why a layer has no router margin; None where it has one."""
+    if counts.margin_counts[i].any():
+        return None
+
+    # A margin is between an expert that a token has and one that it has not: each token lacks one of the two.
+    load_E = counts.coactivation[i].diagonal()
+    unrouted, num_tokens = int(counts.unrouted[i]), int(counts.num_tokens.sum())
+    if int(load_E.sum()) != (num_tokens - unrouted) * load_E.numel():
+        return "what the router compares is not finite"
+    if unrouted == 0:
+        return "every token has every expert, so that there is none to compare a choice with"
+    if unrouted == num_tokens:
+        return "no token has an expert"
+    return f"{unrouted} of {num_tokens} tokens have no expert, and the others have every expert"
 
 
 def pair_numbers(checkpoint: Checkpoint, i: int, settings: Settings) -> dict[str, Any]:
@@ -266,9 +290,13 @@ def over_training(
     """The numbers of each checkpoint by layer, and how its choices (L, T, K) differ from those of others."""
     if len(checkpoints) < 2:
         return None
+
+    # One number of each kind for a layer: matrices of each checkpoint would be many times what is told of the last.
     values = [[scalars_of(layer) for layer in of_one] for of_one in layers]
     names = ("maxvio", "load_entropy", "specialisation", "margin", "router_entropy", "dead_experts")
     names += ("weight_similarity", "output_similarity", "document_maxvio")
+
+    # Neighbours show when the router settles; the last one shows how early it chose as it does in the end.
     pairs = list(pairwise(drifting))
     return {
         "checkpoints": [{key: one[key] for key in ("path", "step", "name")} for one in checkpoints],
