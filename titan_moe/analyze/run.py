@@ -126,7 +126,10 @@ def read_texts(
     files_of: dict[str, list[str]] = {}
     for word in paths:
         name, separator, path = word.partition("=")
-        is_named = bool(separator and name and path) and not Path(word).exists()
+        is_named = bool(separator) and not Path(word).exists()
+        if is_named and not (name and path):
+            what = "has no name before the =" if path else "names no file"
+            raise ValueError(f"--data.path {word}: {what}: write NAME=F, or F alone")
         name, path = (name, path) if is_named else (Path(word).stem or word, word)
         if name in files_of and not is_named:
             raise ValueError(f"--data.path: two texts are called {name}: give {word} another name: NAME={word}")
