@@ -134,10 +134,12 @@ def sources(
     try:
         folders: list[Source] = []
         for number, path in enumerate(paths):
+            # All that follows reads checkpoints of ours: a model of another library is made into one first.
             if is_hf(path):
                 target = staging / f"step-{number}"
                 world.on_main(partial(from_hf, path, target, verify=False, trust_components=trust_components), rt)
                 folders.append(Source(target, str(path), path.name))
+            # All steps may be meant by the dump folder or by the folder of steps that is in it.
             elif all_steps and path.is_dir() and not is_step_folder(path):
                 inner = path / "checkpoint" if (path / "checkpoint").is_dir() else path
                 steps = complete_steps(inner)

@@ -147,11 +147,14 @@ def read_texts(
 
 def check_alike(source: Source, first: Source, trust_components: Sequence[str]) -> None:
     """Raise ValueError for a model without experts, and for one that can't be compared with the first."""
+    # Each checkpoint is looked at, for a dense model may stand anywhere in the list.
     config = read_config(source.folder, trust_components)
     if not config.moe.num_experts:
         raise ValueError(f"checkpoint {source.path} is of a dense model: it has no router and no experts to analyze")
     if source is first:
         return
+
+    # What decides the shapes of the numbers, and which tokens they are of: all else may change over training.
     other = read_config(first.folder, trust_components)
     for key, value, wanted in (
         ("MoE layers", list(moe_layers(config)), list(moe_layers(other))),
@@ -235,6 +238,8 @@ def describe(
         }
         for i, (number, layer) in enumerate(zip(moe_layers(config), layers, strict=True))
     ]
+
+    # In the order in which a reader asks: what was looked at, of which texts, and then what was found.
     return {
         "format": FORMAT,
         "version": __version__,
@@ -256,6 +261,7 @@ def describe(
 
 def model_entry(model: Transformer, config: Config) -> dict[str, Any]:
     """What the model is."""
+    # Of experts those that a router chooses from, identity experts too: layers have that many columns.
     size = size_record(config, model)
     return {
         "num_layers": config.model.num_layers,
