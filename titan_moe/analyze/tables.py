@@ -13,7 +13,7 @@ def tables(analysis: dict[str, Any]) -> str:
     texts = ", ".join(f"{plain(one['name'])} ({one['num_tokens']:,} tokens)" for one in analysis["texts"])
     parts = [
         f"# {plain(checkpoint['name'])}",
-        f"{len(analysis['layers'])} MoE layers of {model['num_experts']} experts, {model['top_k']} for each token, "
+        f"{len(analysis['layers'])} MoE layers of {model['num_experts']} experts, top_k {model['top_k']}, "
         f"router {code(model['router'])}. Texts: {texts}; loss {number(analysis['loss'])} nats/token.",
         "## Layers",
         layer_table(analysis),
