@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from tests.cases import top_k_of
 from tests.interop.models import configure
 from tests.invariance import ALL_ROUTERS, partners
+from tests.tiny import adamw, batch
 from titan_moe.balancer import Balancer, keep_bias, no_loss
 from titan_moe.build import build_model
 from titan_moe.dry_run import check_parts
 from titan_moe.model.routing import ROUTERS, ParametricRouter, Routing, make_routing
+from titan_moe.step import train_step
 
 ON_BY_DEFAULT = ("aux_loss", "z_loss", "entropy_loss")
 PLAIN = ROUTERS["topk_softmax"](top_k=2)
@@ -285,8 +287,14 @@ def test_objects_that_have_no_hash_are_parts(part: ModuleType) -> None:
     part.balance = lambda: Balancer(LossWithoutHash(["x"]), keep_bias)  # pyrefly: ignore
     config = configure(**{"router.name": "my_moe:route", "balancer.my_moe:balance": "true"})
     assert check_parts(config) == []
-    layer = build_model(config).moe_layers()[0]
-    assert layer.asked == ("layer",)
+
+    # And they are called so in a step, which looks at what a loss asks for each time.
+    model = build_model(config)
+    model.init_weights(0)
+    assert model.moe_layers()[0].asked == ("layer",)
+    balancers = {"balance": (1.0, Balancer(LossWithoutHash(["x"]), keep_bias))}
+    output = train_step(model, [batch(0)], adamw(model), balancers, model.expert_biases(), max_norm=1.0)
+    assert output.balance_losses["balance"].item() == pytest.approx(1.5)  # mean over layers of 1 and 2
 
 
 CAUTIONS: list[tuple[Any, str]] = [
