@@ -111,9 +111,11 @@ class Side:
     def set(self, offset: int | None = None, **settings: Any) -> None:
         """Change settings of the experts' group, and give all tensors the same offset."""
         self.group.update(settings)
-        offsets = self.optimizer._offsets
+        before = self.optimizer._matrices
         self.optimizer._prepare()
-        self.optimizer._offsets = offsets if offset is None else dict.fromkeys(offsets, offset)
+        for parameter, matrix in self.optimizer._matrices.items():
+            kept = before[parameter].offset if offset is None else offset
+            self.optimizer._matrices[parameter] = matrix._replace(offset=kept)
 
     def skip_to(self, *, observing: bool, rooting: bool, before: int = 0) -> None:
         """Move to a late step that takes statistics or not, and computes roots or not, or to so many steps before."""

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -16,6 +16,14 @@ GROUP_PATTERNS = {
     "dense": r"",
 }
 NO_MATRICES = ("embedding", "norm")  # groups that are updated by AdamW whatever the shape, if by a transform of ours
+
+
+class Scale(NamedTuple):
+    """What a parameter's learning rate, weight decay and eps are those of its group times."""
+
+    lr: float = 1.0
+    weight_decay: float = 1.0
+    eps: float = 1.0
 
 
 def group_of(name: str, patterns: Mapping[str, str] = GROUP_PATTERNS) -> str:

@@ -5,8 +5,8 @@ direction of an update. This file does the rest: which parameters a transform ta
 rates, weight decay, and that a step with a NaN changes nothing. A parameter is updated in one of three ways:
 
 - by a kernel, which makes the whole step of tensors of any shape in one pass (AdamW): `step_by_kernel`;
-- by a direction, for a dense matrix and for each expert's matrix of a stacked tensor: `Optimizer._step_matrix`;
-- by another torch.optim.Optimizer, one from outside: `Optimizer._step_outside`.
+- by a direction, for a dense matrix and for each expert's matrix of a stacked tensor: `step_matrix`;
+- by another torch.optim.Optimizer, one from outside: `step_outside`.
 
 In all three the experts may have learning rates that depend on how many tokens they got (`load_lr`). An expert that got
 none in a step keeps its state and its weights; only decay goes on, if it is not to depend on the rate.
@@ -21,18 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
-from titan_moe.optimizer.groups import NO_MATRICES
+from titan_moe.optimizer.groups import Scale
+from titan_moe.optimizer.kernels import Scalars, step_by_kernel, step_experts_by_kernel
 from titan_moe.optimizer.load_lr import Group, keep_factors
-from titan_moe.optimizer.transform import Kernel, State, Tick, Transform, adamw, fused_sgd, keep_dead_rows
-from titan_moe.runtime.dtensor import gathered, local, local_rows, own_part, sharded_like
-
-# Elements of a stacked parameter whose rows are updated together on a CPU. Temporaries of more are handed back to the
-# system and faulted in again at each use, which doubles the time of an update of eight experts of 768 x 2048. A GPU
-# keeps its memory, and each kernel costs a launch: there all rows are updated together.
-CPU_ELEMENTS_PER_UPDATE = 1 << 22
-REPLICATED_STATES = ("step", "clock", "load_ema", "load_factor")  # by name; each rank has all of them
+from titan_moe.optimizer.matrix import Matrix, check_whole_experts, step_matrix, takes
+from titan_moe.optimizer.outside import skips_by_itself, step_outside, takes_scalars
+from titan_moe.optimizer.transform import Transform, adamw
+from titan_moe.runtime.dtensor import local
 
 
 class Rule(NamedTuple):
@@ -40,16 +36,6 @@ class Rule(NamedTuple):
 
     name: str
     make: Callable[..., Transform]
-
-
-class Scalars(NamedTuple):
-    """What kernels read on the device so that the host need not wait for it: fp32 scalars, None for no effect.
-
-    A kernel divides gradients by `grad_scale`, and changes nothing where `skip` is 1.
-    """
-
-    skip: Tensor | None = None
-    grad_scale: Tensor | None = None
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -77,6 +63,13 @@ class Optimizer(torch.optim.Optimizer):
         self._outside = list(dict.fromkeys(rule for rule in rules if isinstance(rule, torch.optim.Optimizer)))
         for outside in self._outside:
             self.state.update(outside.state)  # what some make when they are made
+
+        # of single parameters, and not among the settings of groups, which checkpoints compare by name
+        self._scales: dict[Tensor, Scale] = {}
+        for group, rule in zip(self.param_groups, self.rules, strict=True):
+            by_parameter = dict(zip(group["params"], group.pop("scales", ()), strict=False))
+            self._scales |= {parameter: scale for parameter, scale in by_parameter.items() if scale != Scale()}
+            check_scales(group, rule, by_parameter.values())
         self._prepare()
 
     @classmethod
@@ -128,7 +121,7 @@ class Optimizer(torch.optim.Optimizer):
         # at most one group, the experts, has rates by load and gives factors
         scalars = Scalars(skip, self._clip(grad_norm, max_norm))
         factors = [self._step_group(group, rule, load, scalars) for group, rule in self._ruled()]
-        factors += [self._step_outside(outside, load, scalars) for outside in self._outside]
+        factors += [step_outside(outside, self.state, load, scalars) for outside in self._outside]
         factor_LE = next((group_LE for group_LE in factors if group_LE is not None), None)
         if factor_LE is not None and finite is not None:
             factor_LE = torch.where(finite, factor_LE, 0.0)
@@ -152,8 +145,7 @@ class Optimizer(torch.optim.Optimizer):
     def _prepare(self) -> None:
         """Make what depends on the groups' settings: each matrix' transform, and the offset of its periodic work."""
         self._memory: Tensor | None = None  # for the directions of a step, one after another
-        self._matrices: dict[Tensor, Transform] = {}
-        self._offsets: dict[Tensor, int] = {}
+        self._matrices: dict[Tensor, Matrix] = {}
 
         # the very same groups and states, not copies: a rate that is set here, a state that is loaded, holds there
         for outside in self._outside:
@@ -161,20 +153,29 @@ class Optimizer(torch.optim.Optimizer):
             outside.__setstate__({"state": self.state, "param_groups": groups})
 
         # a transform for each matrix, because it may keep things of its own beside the state (Meta's package does)
-        matrices: dict[Rule, list[Tensor]] = {}
+        transforms: dict[Rule, dict[Tensor, Transform]] = {}
         for group, rule in self._ruled():
-            for parameter in group["params"]:
-                transform = transform_of(rule.make, group)
-                if takes(transform, group, parameter):
-                    check_whole_experts(rule.name, group, parameter)
-                    self._matrices[parameter] = transform
-                    matrices.setdefault(rule, []).append(parameter)
+            for part in self._parts(group, group["params"]):
+                for parameter in part["params"]:
+                    transform = transform_of(rule.make, part)
+                    if takes(transform, group, parameter):
+                        check_whole_experts(rule.name, group, parameter)
+                        transforms.setdefault(rule, {})[parameter] = transform
 
         # Roots and bases are the dearest work of a step. Those of one rule's matrices, in whatever groups, are spread
         # over the period, so that they do not all fall into one step; with period 0 they do.
-        for parameters in matrices.values():
-            for number, parameter in enumerate(parameters):
-                self._offsets[parameter] = self._matrices[parameter].period * number // len(parameters)
+        for of_rule in transforms.values():
+            for number, (parameter, transform) in enumerate(of_rule.items()):
+                self._matrices[parameter] = Matrix(transform, transform.period * number // len(of_rule))
+
+    def _parts(self, group: Group, parameters: Sequence[Tensor]) -> list[Group]:
+        """These parameters of a group, apart by their scales: each part with the settings that hold for it."""
+        if not self._scales:
+            return [{**group, "params": parameters}]
+        by_scale: dict[Scale, list[Tensor]] = {}
+        for parameter in parameters:
+            by_scale.setdefault(self._scales.get(parameter, Scale()), []).append(parameter)
+        return [{**scaled(group, scale), "params": members} for scale, members in by_scale.items()]
 
     def _is_refused(self, finite: Tensor | None) -> bool:
         """Read on the host whether the step is not finite; without a flag an error says which gradient is not."""
@@ -199,20 +200,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_group(self, group: Group, rule: Rule, load_LE: Tensor | None, scalars: Scalars) -> Tensor | None:
         """Update a group by its transform; returns the factors (L, E) of its rates if they depend on load."""
-        # What is no matrix goes to a kernel in one call: that of the transform, or AdamW's.
-        by_kernel = [parameter for parameter in group["params"] if parameter.grad is not None]
-        matrices: list[Tensor] = []
-        if self._matrices:  # looking for each parameter takes the host longer than the rest of this
-            matrices = [parameter for parameter in by_kernel if parameter in self._matrices]
-            by_kernel = [parameter for parameter in by_kernel if parameter not in self._matrices]
-        kernel = (transform_of(rule.make, group).kernel or transform_of(adamw, group).kernel) if by_kernel else None
-
         # one rate for all: one call for all parameters
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         if "load_lr" not in group:
-            if kernel is not None:
-                step_by_kernel(kernel, group, by_kernel, self.state, scalars)
-            for parameter in matrices:
-                self._step_matrix(group, parameter)
+            for part in self._parts(group, parameters):
+                self._step_part(part, rule, scalars)
             return None
 
         # the rates of experts are those of their layer, so a kernel is called for one layer after another
@@ -222,103 +214,40 @@ class Optimizer(torch.optim.Optimizer):
             factor_E, alive_E = None, None
             if factor_LE is not None and load_LE is not None:
                 factor_E, alive_E = factor_LE[layer], load_LE[layer] > 0
-            experts = [parameter for parameter in by_kernel if layers[parameter] == layer]
-            if experts and kernel is not None:
-                step_experts_by_kernel(kernel, group, experts, self.state, scalars, factor_E, alive_E)
-            for parameter in matrices:
-                if layers[parameter] == layer:
-                    self._step_matrix(group, parameter, factor_E, alive_E)
+            for part in self._parts(group, [parameter for parameter in parameters if layers[parameter] == layer]):
+                self._step_part(part, rule, scalars, factor_E, alive_E)
         return factor_LE
 
-    def _step_matrix(
-        self, group: Group, parameter: Tensor, factor_E: Tensor | None = None, alive_E: Tensor | None = None
+    def _step_part(
+        self,
+        part: Group,
+        rule: Rule,
+        scalars: Scalars,
+        factor_E: Tensor | None = None,
+        alive_E: Tensor | None = None,
     ) -> None:
-        """Update the experts of (E, M, N) that this rank holds, or all of (M, N), by the direction of its transform.
-
-        `factor_E` multiplies the experts' rates; experts that are not `alive_E` got no token and are left alone.
-        """
-        transform, state, gradient = self._matrices[parameter], self.state[parameter], parameter.grad
-        assert gradient is not None
-        if "clock" not in state:
-            state.update(fresh_state(transform, parameter))
-        if group["lr"] == 0:
-            return  # so torch makes the states that a checkpoint is loaded into: no count may move
-
-        # the clock is kept on the host, which decides what is due; steps of rows on the device, which knows the loads
-        state["clock"] += 1
-        state["step"] += 1 if alive_E is None else alive_E
-
-        # A dense matrix is a stack of one, and whole on every rank: its directions depend on all of it. Counts, rates
-        # and loads are those of all experts on every rank, so this rank's rows are taken out of them.
-        stacked = parameter.dim() == 3
-        rows = local_rows(parameter) if stacked else slice(0, 1)
-        stack = local(gradient) if stacked else gathered(gradient).unsqueeze(0)  # (R, M, N)
-        steps = state["step"][rows]  # (E,) -> (R,)
-        alive = None if alive_E is None else alive_E[rows]  # (R,)
-        factor = None if factor_E is None else factor_E[rows]  # (R,)
-        weight = local(parameter)  # (R, M, N), or this rank's part of (M, N)
-        states = {name: local(value) for name, value in state.items() if name not in REPLICATED_STATES}  # (R, ...)
-
-        # some rows at a time: what a transform makes on the way is then small enough to stay in the cache of a CPU
-        for part in parts_of(stack, transform):
-            tick = Tick(
-                step=int(state["clock"]),
-                steps=steps[part],
-                spare=self._spare,
-                weight=lambda part=part: weight[part] if stacked else gathered(parameter).detach().unsqueeze(0),
-                alive=None if alive is None else alive[part],
-                offset=self._offsets[parameter],
-            )
-            part_states = {name: value[part] for name, value in states.items()}
-            direction = transform.update(stack[part].float().contiguous(), part_states, tick)
-            if stacked:
-                apply(weight[part], direction, group, None if factor is None else factor[part])
+        """Update parameters that have all settings alike; with load-based rates those of one layer's experts."""
+        # What is no matrix goes to a kernel in one call: that of the transform, or AdamW's.
+        by_kernel, matrices = part["params"], []
+        if self._matrices:  # looking for each parameter takes the host longer than the rest of this
+            matrices = [parameter for parameter in by_kernel if parameter in self._matrices]
+            by_kernel = [parameter for parameter in by_kernel if parameter not in self._matrices]
+        if by_kernel:
+            kernel = transform_of(rule.make, part).kernel or transform_of(adamw, part).kernel
+            assert kernel is not None
+            if "load_lr" in part:
+                step_experts_by_kernel(kernel, part, by_kernel, self.state, scalars, factor_E, alive_E)
             else:
-                apply(weight, own_part(direction[0], parameter), group, factor)  # (1, M, N) -> this rank's part
+                step_by_kernel(kernel, part, by_kernel, self.state, scalars)
+        for parameter in matrices:
+            matrix, state = self._matrices[parameter], self.state[parameter]
+            step_matrix(matrix, parameter, state, part, self._spare, factor_E, alive_E)
 
     def _spare(self, like: Tensor) -> Tensor:
         """Memory of a tensor's shape, zeros or what an earlier direction of this step left."""
         if self._memory is None or self._memory.numel() < like.numel():
             self._memory = like.new_zeros(like.numel())
         return self._memory[: like.numel()].view(like.shape)
-
-    def _step_outside(self, outside: torch.optim.Optimizer, load_LE: Tensor | None, scalars: Scalars) -> Tensor | None:
-        """Let an optimizer from outside take its step, and scale its experts' updates if their rates depend on load.
-
-        The weights p of an expert with factor r become p_old + r (p_new - p_old). That is a learning rate of r * lr for
-        every optimizer whose update is proportional to it. Decay that is not scaled is taken to be decoupled, p -= lr *
-        weight_decay * p. An expert without a token gets back what has the parameter's shape in the state; a count of
-        steps is one for all experts. During the step this costs a copy of the experts and of these states.
-        """
-        # only torch.optim's interface is there to ask, so what must stay is copied before the step
-        by_load = [group for group in outside.param_groups if "load_lr" in group]
-        experts = [p for group in by_load for p in group["params"] if p.grad is not None]
-        weights = {parameter: local(parameter).clone() for parameter in experts}
-        states = {
-            p: {k: local(v).clone() for k, v in self.state[p].items() if isinstance(v, Tensor) and v.shape == p.shape}
-            for p in experts
-        }
-
-        # torch's fused ones have the scalars from here for this step, as from torch.amp.GradScaler
-        reads_scalars = takes_scalars(outside)
-        if reads_scalars:
-            outside.grad_scale = scalars.grad_scale  # pyrefly: ignore[missing-attribute]
-            outside.found_inf = scalars.skip  # pyrefly: ignore[missing-attribute]
-        outside.step()
-        if reads_scalars:
-            outside.grad_scale = outside.found_inf = None  # pyrefly: ignore[missing-attribute]
-
-        # without a load, which is so while torch makes the states of a checkpoint, all experts are alike
-        factor_LE = None
-        for group in by_load:
-            factor_LE = keep_factors(self.state, group, load_LE, scalars.skip)
-            for parameter, layer in zip(group["params"], group["layers"], strict=True):
-                if factor_LE is not None and load_LE is not None and parameter in weights:
-                    rows = local_rows(parameter)
-                    scale_update(parameter, weights[parameter], factor_LE[layer][rows], group)
-                    for name, old in states[parameter].items():
-                        keep_dead_rows(local(self.state[parameter][name]), old, load_LE[layer][rows] > 0)
-        return factor_LE
 
 
 def combine(
@@ -328,6 +257,9 @@ def combine(
 
     `build(name, groups)` makes an optimizer of some of them: one of ours, whose rule is taken, or one from outside.
     """
+    # Scales of single parameters are for the whole: those that are built of some groups are taken apart again.
+    scales = {group["name"]: group["scales"] for group in groups if "scales" in group}
+    groups = [{key: value for key, value in group.items() if key != "scales"} for group in groups]
     updated_by: dict[str, tuple[Group, Rule | torch.optim.Optimizer]] = {}
     for name in dict.fromkeys(names[group["name"]] for group in groups):
         built = Optimizer.around(build(name, [group for group in groups if names[group["name"]] == name]))
@@ -335,6 +267,8 @@ def combine(
             group["name"]: (group, rule) for group, rule in zip(built.param_groups, built.rules, strict=True)
         }
     ordered, rules = zip(*(updated_by[group["name"]] for group in groups), strict=True)
+    for name, of_group in scales.items():
+        updated_by[name][0]["scales"] = of_group
     return Optimizer(ordered, rules)
 
 
@@ -370,6 +304,20 @@ def describe_group(optimizer: torch.optim.Optimizer, group: Group) -> str:
     return rule.name
 
 
+def scaled(group: Group, scale: Scale) -> Group:
+    """A group's settings as they are for a parameter that has a scale of its own."""
+    return {**group, **{name: group[name] * factor for name, factor in scale._asdict().items()}}
+
+
+def check_scales(group: Group, rule: Rule | torch.optim.Optimizer, scales: Iterable[Scale]) -> None:
+    """Raise ValueError where parameters have scales of their own and their optimizer would not know of them."""
+    if not isinstance(rule, Rule) and any(scale != Scale() for scale in scales):
+        raise ValueError(
+            f"[optimizer.{group.get('name', 'expert')}]: rates that differ by parameter do not reach "
+            f"{kind_of(rule)}, an optimizer from outside: choose one of ours, or one rate for all"
+        )
+
+
 def transform_of(make: Callable[..., Transform], group: Group) -> Transform:
     """Make a transform with the group's settings that it takes; its beta1 and beta2 are the group's `betas`."""
     settings = {**group, **dict(zip(("beta1", "beta2"), group["betas"], strict=True))}
@@ -382,143 +330,6 @@ def arguments_of(make: Callable[..., Transform]) -> tuple[str, ...]:
     return tuple(inspect.signature(make).parameters)
 
 
-def takes(transform: Transform, group: Group, parameter: Tensor) -> bool:
-    """Whether a transform updates a parameter of a group by its direction; if not, a kernel updates it."""
-    if transform.kernel is not None or parameter.dim() not in (2, 3) or group.get("name") in NO_MATRICES:
-        return False
-    return transform.max_dim is None or max(parameter.shape[-2:]) <= transform.max_dim
-
-
-def parts_of(stack: Tensor, transform: Transform) -> list[slice]:
-    """Which rows of (R, M, N) are updated together; none of a rank without experts (more ranks than experts)."""
-    if not stack.numel():
-        return []
-    one_update = not transform.by_rows or stack.device.type != "cpu"
-    count = len(stack) if one_update else max(1, CPU_ELEMENTS_PER_UPDATE // stack[0].numel())
-    return [slice(start, start + count) for start in range(0, len(stack), count)]
-
-
-def apply(weight: Tensor, direction: Tensor, group: Group, factor_R: Tensor | None) -> None:
-    """W <- W - lr factor (direction + weight_decay W), in place; decay without the factor if the group says so."""
-    lr, decay = group["lr"], group["lr"] * group["weight_decay"]
-    if factor_R is None:
-        if weight.dtype == direction.dtype and weight.is_contiguous():
-            fused_sgd(weight, direction.contiguous(), lr, group["weight_decay"])
-        else:
-            weight.mul_(1 - decay).add_(direction, alpha=-lr)
-        return
-
-    # an expert without a token has factor 0, and its direction is undefined
-    factor = factor_R.view(-1, 1, 1)
-    step = torch.where(factor > 0, direction * (lr * factor), 0.0)
-    if group["load_lr_decay"]:
-        step += weight * (decay * factor)  # so that the weight is rounded once, as by the kernel
-    else:
-        weight.mul_(1 - decay)
-    weight.sub_(step)
-
-
-def scale_update(parameter: Tensor, old: Tensor, factor_R: Tensor, group: Group) -> None:
-    """Replace this rank's rows by old + factor * (new - old); decay is in full unless the group scales it too."""
-    new = local(parameter)
-    factor = factor_R.to(new.dtype).view(-1, *[1] * (new.dim() - 1))
-    new.copy_(torch.lerp(old, new, factor))
-    if not group["load_lr_decay"]:
-        new.addcmul_(old, 1 - factor, value=-group["lr"] * group.get("weight_decay", 0.0))  # what lerp took of it
-
-
-def step_by_kernel(
-    kernel: Kernel, group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State], scalars: Scalars
-) -> None:
-    """Update parameters of any shape in one call."""
-    lists, steps = kernel_tensors(kernel, parameters, states)
-    torch._foreach_add_(steps, 1 if scalars.skip is None else [1 - scalars.skip] * len(steps))
-
-    # local tensors: for DTensors the host would take as long to look at each as a GPU takes for a layer
-    # Plain tensors are passed as they are: to detach each of them takes the host 1 % of a small model's step.
-    parts = lists
-    if any(isinstance(parameter, DTensor) for parameter in parameters):
-        parts = [[local(tensor) for tensor in tensors] for tensors in lists]
-    kernel.step(parts, steps, group["lr"], group["weight_decay"], skip=scalars.skip, grad_scale=scalars.grad_scale)
-
-
-def step_experts_by_kernel(
-    kernel: Kernel,
-    group: Group,
-    parameters: Sequence[Tensor],
-    states: Mapping[Tensor, State],
-    scalars: Scalars,
-    factor_E: Tensor | None,
-    alive_E: Tensor | None,
-) -> None:
-    """Update the experts of one layer as if each were a parameter of its own, with a rate and a step count (E,).
-
-    The kernel is called for each expert; nothing is copied, and no value is read on the host of a GPU. An expert
-    without a token is left alone, its states and step count too.
-    """
-    lists, steps = kernel_tensors(kernel, parameters, states, by_expert=True)
-    if factor_E is None or alive_E is None:  # no load: all alike
-        factor_E = torch.ones(parameters[0].shape[0], device=parameters[0].device)
-        alive_E = factor_E > 0
-    skip_E = (~alive_E).to(torch.float32)
-    if scalars.skip is not None:
-        skip_E = skip_E.maximum(scalars.skip)
-
-    # decay that is not scaled goes on for all experts, so the kernel is not to do it
-    weight_decay = group["weight_decay"]
-    if not group["load_lr_decay"]:
-        for weight in map(local, parameters):
-            decayed = weight * (1 - group["lr"] * weight_decay)  # a factor on the device would be of weight's type
-            weight.copy_(decayed if scalars.skip is None else torch.where(scalars.skip > 0, weight, decayed))
-        weight_decay = 0.0
-
-    # counts are of all experts on every rank, so that they are the same whatever the layout
-    for step_E in steps:
-        step_E.add_(1 - skip_E)
-
-    # views of the rows of every tensor: those of this rank's experts
-    rows = local_rows(parameters[0])
-    rates, skips = (factor_E * group["lr"])[rows].unbind(), skip_E[rows].unbind()  # R scalars each
-    counts = [step_E[rows].unbind() for step_E in steps]
-    experts = [[local(tensor).unbind() for tensor in tensors] for tensors in lists]  # (R, M, N) -> R of (M, N)
-    for row, (rate, skip) in enumerate(zip(rates, skips, strict=True)):
-        tensors = [[tensor[row] for tensor in tensors] for tensors in experts]
-        row_steps = [count[row] for count in counts]
-        kernel.step(tensors, row_steps, rate, weight_decay, skip=skip, grad_scale=scalars.grad_scale)
-
-
-def kernel_tensors(
-    kernel: Kernel, parameters: Sequence[Tensor], states: Mapping[Tensor, State], *, by_expert: bool = False
-) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Lists of weights, gradients and each of a kernel's states, and of step counts: scalars, or by expert (E,).
-
-    States that are not there yet are made, sharded as their parameter is.
-    """
-    own_states = [states[parameter] for parameter in parameters]
-    for parameter, state in zip(parameters, own_states, strict=True):
-        if "step" not in state:
-            shape = parameter.shape[:1] if by_expert else ()
-            count = torch.zeros(shape, dtype=torch.float32, device=parameter.device)
-            state.update(step=count, **{name: torch.zeros_like(parameter) for name in kernel.states})
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    lists = [list(parameters), gradients, *([state[name] for state in own_states] for name in kernel.states)]
-    return lists, [state["step"] for state in own_states]
-
-
-def fresh_state(transform: Transform, parameter: Tensor) -> State:
-    """A transform's first state, sharded as the parameter is, and the counts of steps at zero.
-
-    `clock`, a scalar on the CPU, counts the parameter's steps; `step`, (E,) or (1,), those in which a row was alive.
-    """
-    # of a dense matrix, which may be sharded, a transform sees a whole one of the same shape, without its values
-    stacked, device = parameter.dim() == 3, parameter.device
-    state = transform.init(local(parameter) if stacked else torch.empty((1, *parameter.shape), device=device))
-    if stacked and isinstance(parameter, DTensor):
-        state = {name: sharded_like(value, parameter) for name, value in state.items()}
-    steps = torch.zeros(parameter.shape[0] if stacked else 1, dtype=torch.float32, device=device)
-    return {"clock": torch.zeros((), dtype=torch.float32), "step": steps, **state}
-
-
 def divide(gradients: Sequence[Tensor], scale: Tensor) -> None:
     """Divide gradients by a scalar on their device, in place."""
     gradients = [local(gradient) for gradient in gradients]
@@ -527,41 +338,6 @@ def divide(gradients: Sequence[Tensor], scale: Tensor) -> None:
     else:
         for gradient in gradients:
             gradient.div_(scale.view(1))  # not a scalar, which a GPU rounds to the gradient's type first
-
-
-def takes_scalars(outside: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer from outside is given `grad_scale` and `found_inf`, which torch's fused ones read.
-
-    Not where rates depend on load: a step that it skips on the device would be scaled all the same.
-    """
-    by_load = any("load_lr" in group for group in outside.param_groups)
-    return getattr(outside, "_step_supports_amp_scaling", False) and not by_load
-
-
-def skips_by_itself(outside: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's step changes nothing where its `found_inf` is 1, on the device.
-
-    Not torch's SGD: its first momentum is memory that is not initialized, and stays so in a step that is skipped.
-    """
-    return takes_scalars(outside) and not isinstance(outside, torch.optim.SGD)
-
-
-def check_whole_experts(kind: str, group: Group, parameter: Tensor) -> None:
-    """Raise ValueError for a stacked parameter whose shards are not whole experts."""
-    if not isinstance(parameter, DTensor) or parameter.dim() != 3:
-        return
-
-    # the error names the degrees, because they are what a user can change
-    for axis, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard) and placement.dim != 0:
-            mesh = parameter.device_mesh
-            names = mesh.mesh_dim_names or tuple(f"axis {i}" for i in range(mesh.ndim))
-            degrees = " x ".join(f"{name} {size}" for name, size in zip(names, mesh.shape, strict=True))
-            raise ValueError(
-                f"[optimizer.{group.get('name', 'expert')}] name = {kind!r} needs whole experts on each rank, but "
-                f"the degrees {degrees} cut the matrices of {parameter.shape[0]} experts on {names[axis]}: choose "
-                "degrees whose product on experts divides their number, or adamw"
-            )
 
 
 def refuse_nonfinite(groups: Sequence[Group]) -> None:

@@ -71,7 +71,7 @@ class Kernel(NamedTuple):
 
 
 class Transform(NamedTuple):
-    """Two functions; the step is W <- W - lr (update(G, state, tick) + weight_decay W).
+    """Functions; the step is W <- W - lr (update(G, state, tick) + weight_decay W), then `retract` if there is one.
 
     `init(weight)` makes the state: contiguous tensors by name whose first dimension is that of `weight` (R, M, N), so
     that they are sharded as it is. A dense matrix may be sharded otherwise: of its weight only the shape is given.
@@ -84,6 +84,9 @@ class Transform(NamedTuple):
     periodic work of a group's matrices is spread over `period` steps (0: it is not).
 
     With a `kernel`, parameters of any shape are stepped by that, and not by `init` and `update`.
+
+    `retract(weight, state, tick)` brings weights (R, M, N) back, in place, to where they are kept after each step: onto
+    a sphere, for example. Rows that are not alive must stay as they are.
     """
 
     init: Callable[[Tensor], State]
@@ -92,6 +95,7 @@ class Transform(NamedTuple):
     max_dim: int | None = None
     period: int = 0
     kernel: Kernel | None = None
+    retract: Callable[[Tensor, State, Tick], None] | None = None
 
 
 def adamw(*, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8) -> Transform:

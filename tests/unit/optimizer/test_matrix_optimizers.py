@@ -18,7 +18,8 @@ from titan_moe.optimizer import kronecker
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.optimizer.optimizer import apply, combine, describe_group, kind_of, parts_of
+from titan_moe.optimizer.matrix import apply, parts_of
+from titan_moe.optimizer.optimizer import combine, describe_group, kind_of
 from titan_moe.optimizer.transform import momentum
 from titan_moe.step import train_step
 
@@ -189,7 +190,7 @@ def test_experts_are_updated_alike_however_many_at_a_time(
         (weight,) = optimizer.param_groups[0]["params"]
         weight.grad = gradient
         optimizer.step(load=load)
-        sizes.append(len(parts_of(weight, optimizer._matrices[weight])))
+        sizes.append(len(parts_of(weight, optimizer._matrices[weight].transform)))
 
     for number in range(7):
         gradient = torch.randn(5, 4, 5)
@@ -197,7 +198,7 @@ def test_experts_are_updated_alike_however_many_at_a_time(
         gradient[1] *= number != 3
         step(all_at_once, gradient.clone(), load)
         with monkeypatch.context() as patch:
-            patch.setattr("titan_moe.optimizer.optimizer.CPU_ELEMENTS_PER_UPDATE", together)
+            patch.setattr("titan_moe.optimizer.matrix.CPU_ELEMENTS_PER_UPDATE", together)
             step(some, gradient.clone(), load)
     assert set(sizes) == {1, 5 if together == 1 else 2}
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)

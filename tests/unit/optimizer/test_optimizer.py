@@ -8,10 +8,12 @@ from torch import nn
 from tests.cases import OPTIMIZER_NAMES
 from titan_moe.build import build_model, build_optimizer
 from titan_moe.config import load_config
-from titan_moe.optimizer.build import OPTIMIZERS, set_lr
-from titan_moe.optimizer.groups import group_of, parameter_groups
+from titan_moe.optimizer.build import OPTIMIZERS, optimizer_of, set_lr
+from titan_moe.optimizer.groups import Scale, group_of, parameter_groups
+from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import Optimizer, combine
 from titan_moe.optimizer.schedule import SCHEDULES
+from titan_moe.optimizer.transform import Tick, Transform
 from titan_moe.records import log_parameters
 
 
@@ -221,3 +223,66 @@ def test_an_optimizer_from_outside_is_told_for_one_step() -> None:
     Optimizer.around(fused).step(grad_norm=torch.tensor(1.0), max_norm=0.1)
     assert seen == [(pytest.approx(10.0), 0.0)]
     assert fused.grad_scale is fused.found_inf is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "shampoo"])
+@pytest.mark.parametrize("by_load", [False, True])
+def test_scales_are_settings_of_single_parameters(name: str, by_load: bool) -> None:
+    """Two experts' tensors, of which one has scales: as in two groups that are set so."""
+    torch.manual_seed(0)
+    values, scale = [torch.randn(2, 6, 4) for _ in range(2)], Scale(lr=0.5, weight_decay=2.0, eps=1e6)
+    load = torch.tensor([[3, 5]]) if by_load else None
+    settings = expand_load_lr({"load_lr": "ideal_normalized"}, top_k=1) if by_load else {}
+    scaled, own = ([nn.Parameter(v.clone()) for v in values] for _ in range(2))
+    together = [{"name": "expert", "params": scaled, "layers": [0, 0], "scales": [Scale(), scale], **settings}]
+    apart = [{"name": "expert", "params": [p], "layers": [0], **settings} for p in own]
+    apart[1] |= {"lr": 0.005, "weight_decay": 0.2, "eps": 1e-2}
+    second = OPTIMIZERS[name](apart, lr=0.01)
+    first = combine(together, {"expert": name}, lambda name, groups: OPTIMIZERS[name](groups, lr=0.01))
+
+    for _ in range(3):
+        for one, other in zip(scaled, own, strict=True):
+            one.grad = torch.randn(2, 6, 4)
+            other.grad = one.grad.clone()
+        first.step(load=load)
+        second.step(load=load)
+    for one, other in zip(scaled, own, strict=True):
+        assert torch.equal(one, other)
+    assert "scales" not in first.param_groups[0]
+
+
+def test_scales_do_not_reach_an_optimizer_from_outside() -> None:
+    group = {"name": "dense", "params": [nn.Parameter(torch.randn(3, 2))], "scales": [Scale(lr=0.5)]}
+    with pytest.raises(ValueError, match=r"\[optimizer.dense\]: rates that differ by parameter do not reach SGD"):
+        Optimizer([group], [torch.optim.SGD(group["params"], lr=0.1)])
+
+
+def onto_sphere() -> Transform:
+    """Descent along the gradient that keeps each matrix' norm."""
+
+    def init(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"radius": weight.new_zeros(weight.shape[0])}
+
+    def update(gradient: torch.Tensor, state: dict[str, torch.Tensor], tick: Tick) -> torch.Tensor:
+        if tick.step == 1:
+            state["radius"].copy_(torch.linalg.matrix_norm(tick.weight()))
+        return gradient
+
+    def retract(weight: torch.Tensor, state: dict[str, torch.Tensor], tick: Tick) -> None:
+        weight.mul_((state["radius"] / torch.linalg.matrix_norm(weight)).view(-1, 1, 1))
+
+    return Transform(init, update, retract=retract)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 6, 4)])
+def test_a_transform_may_bring_the_weights_back(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(shape))
+    radius, before = torch.linalg.matrix_norm(weight.detach()), weight.detach().clone()
+    optimizer = optimizer_of(onto_sphere)([{"name": "dense", "params": [weight]}], lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        weight.grad = torch.randn(shape)
+        stepped = before - 0.1 * weight.grad
+        before = stepped * (radius / torch.linalg.matrix_norm(stepped))[..., None, None]
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), before)
