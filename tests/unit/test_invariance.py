@@ -64,7 +64,7 @@ def test_activation_checkpointing_changes_nothing(router: Case, mode: str) -> No
 
 
 def second_compiled(model: Transformer) -> None:
-    """The second layer alone, which sees what the first gave: to make code for both would take twice as long."""
+    """The second layer alone, which sees what the first gave: to make code for both takes longer and tests no more."""
     replacement: Any = torch.compile(model.layers.get_submodule("1"), fullgraph=True, backend="inductor")
     model.layers.register_module("1", replacement)
 
