@@ -1,6 +1,6 @@
 """The analysis as tables of Markdown, for reading where no browser is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from titan_moe.markdown import code, plain
@@ -81,7 +81,7 @@ def layer_table(analysis: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def margin_notes(analysis: dict[str, Any]) -> list[str]:
+def margin_notes(analysis: Mapping[str, Any]) -> list[str]:
     """Why layers have no router margin, a sentence for each reason; none where all have one."""
     layers_of: dict[str, list[str]] = {}
     for layer in analysis["layers"]:
