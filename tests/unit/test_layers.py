@@ -26,6 +26,7 @@ LAYERS = {
     "optimizer.muon": 0,
     "optimizer.kernels": 0,
     "optimizer.matrix": 0,
+    "optimizer.owners": 0,
     "optimizer.outside": 0,
     "optimizer.optimizer": 0,
     "optimizer.expert_stats": 0,

@@ -47,7 +47,7 @@ def muon(
         size = 0.2 * max(height, width) ** 0.5 if adjust_lr == "match_rms_adamw" else max(1, height / width) ** 0.5
         return orthogonalize(direction, ns_steps, DTYPES[matmul_dtype]).float() * size
 
-    return Transform(average.init, update)
+    return Transform(average.init, update, reads_weight=False)
 
 
 def orthogonalize(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
