@@ -178,12 +178,12 @@ def on_four(rank: int, world: int) -> dict[str, Any]:
 
 
 def check(results: list[dict[str, Any]], ranks_of: dict[str, list[list[int]]]) -> None:
-    expected = {name: alone(name) for name in RULES}
+    types = torch.float32, torch.bfloat16
+    expected = {(name, dtype): alone(name, dtype) for name in RULES for dtype in types}
     for result in results:
         for (layout, name), (own, _) in result.items():
-            torch.testing.assert_close(
-                own, expected[name], rtol=0, atol=0, msg=lambda t, at=(layout, name): f"{at}: {t}"
-            )
+            one_process = expected[name, own[0].dtype]
+            torch.testing.assert_close(own, one_process, rtol=0, atol=0, msg=lambda t, at=(layout, name): f"{at}: {t}")
 
     # each state is on one rank of those that hold parts of its matrix, and several ranks own something
     for layout, groups in ranks_of.items():
