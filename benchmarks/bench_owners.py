@@ -4,14 +4,13 @@
     python benchmarks/bench_owners.py --optimizer soap --ranks 1 2
 
 Every process has one thread. Only `optimizer.step` is measured, on the same gradients, fp32. A round has a step of each
-number of processes, one after the other, and each is compared with one process in the same round; tables have medians.
+number of processes, one after the other; tables have the least of all rounds, as other programs only add.
 `wall` is the slowest rank's time by the clock, `processor` the largest processor time of a rank, in which waiting and
 other programs are not.
 """
 
 import argparse
 import multiprocessing
-import statistics
 import tempfile
 import time
 from multiprocessing.connection import Connection
@@ -111,16 +110,14 @@ def serve(rank: int, world: int, folder: str, optimizer_name: str, pipe: Connect
 
 
 def show(rounds: list[dict[int, Spent]], state: dict[int, int]) -> None:
-    """Print medians over rounds, and of ratios to the first number of processes."""
+    """Print the least of all rounds, also over that of the first number of processes."""
     print("| processes | wall, ms | ratio | processor, ms | ratio | sent, MiB | state, MiB |\n" + "|---" * 7 + "|")
-    first = next(iter(state))
-    for world, size in state.items():
-        cells = []
-        for times in ([(r[world].wall, r[first].wall) for r in rounds], [(r[world][1], r[first][1]) for r in rounds]):
-            ratio = statistics.median(own / of_first for own, of_first in times)
-            cells += [f"{1000 * statistics.median(own for own, _ in times):.0f}", f"{ratio:.2f}"]
-        cells += [f"{rounds[0][world].sent / 2**20:.1f}", f"{size / 2**20:.1f}"]
-        print(f"| {world} | {' | '.join(cells)} |", flush=True)
+    least = {world: [min(times) for times in zip(*(r[world] for r in rounds), strict=True)] for world in state}
+    wall_of_first, processor_of_first, _ = least[next(iter(state))]
+    for world, (wall, processor, sent) in least.items():
+        times = f"{1000 * wall:.0f} | {wall / wall_of_first:.2f} | {1000 * processor:.0f} | "
+        times += f"{processor / processor_of_first:.2f}"
+        print(f"| {world} | {times} | {sent / 2**20:.1f} | {state[world] / 2**20:.1f} |", flush=True)
 
 
 def main() -> None:
