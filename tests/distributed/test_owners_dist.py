@@ -17,6 +17,7 @@ from titan_moe.checkpoint import load_checkpoint
 from titan_moe.checkpoint.background import background_saver
 from titan_moe.optimizer.build import optimizer_of
 from titan_moe.optimizer.muon import muon
+from titan_moe.optimizer.normuon import normuon
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.optimizer.shampoo import shampoo
 from titan_moe.optimizer.soap import soap
@@ -57,6 +58,7 @@ def on_sphere() -> Transform:
 # optimizer -> what makes it, and the group's own arguments
 RULES: dict[str, tuple[Callable[..., Transform], dict[str, Any]]] = {
     "muon": (muon, {"matmul_dtype": "float32"}),
+    "normuon": (normuon, {"matmul_dtype": "float32"}),
     "shampoo": (shampoo, {"precondition_frequency": 2, "max_preconditioner_dim": 8}),
     "soap": (soap, {"precondition_frequency": 2}),
     "toward_weight": (toward_weight, {}),

@@ -49,8 +49,8 @@ def expert_sums(experts: Mapping[nn.Parameter, int], before: Iterable[Tensor], o
     for (parameter, layer), old in zip(experts.items(), before, strict=True):
         terms = [_squares(local(parameter) - old), _squares(old)]
         state = optimizer.state.get(parameter, {})  # none before the first step
-        if moments := [state[name] for name in MOMENTS if name in state]:
-            mean, square = map(local, moments)
+        if all(name in state for name in MOMENTS):
+            mean, square = (local(state[name]) for name in MOMENTS)
             terms += [_squares(mean), square.flatten(1).sum(1, dtype=torch.float64)]
         for total, term_R in zip(sums, terms, strict=False):  # (L, E), (R,)
             total[layer, local_rows(parameter)] += term_R

@@ -78,3 +78,13 @@ def held_by_one(value: Tensor, mesh: DeviceMesh) -> DTensor:
     """
     part = value if mesh.get_coordinate() is not None else value.new_empty(0)
     return DTensor.from_local(part, mesh, [Replicate()], run_check=False, shape=value.shape, stride=value.stride())
+
+
+def wrapped_like(part: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor of which `part` is what this rank holds, cut as `parameter` is; no collective."""
+    if not isinstance(parameter, DTensor):
+        return part
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )
