@@ -111,6 +111,7 @@ def train_step(
         num_tokens=num_tokens,
         routing_means=routing_means(sums),
         load_factors=load_factors,
+        group_factors=optimizer.load_factors(finite),
         expert_stats=global_expert_stats(experts, before, optimizer) if experts else None,
         nonfinite=sums.get("nonfinite"),
         skipped=~finite,

@@ -189,7 +189,7 @@ def upcycle(
     # `NAME.moe.experts.w1[.STATE]`. With load_lr experts have other states than a dense matrix: they begin anew.
     tensors = read_lazily(step_folder)
     new_tensors: LazyTensors = {}
-    carries_states = "load_lr" not in config.optimizer.groups.get("expert", {})
+    carries_states = not any("load_lr" in table for table in config.optimizer.groups.values())
     for name, tensor in tensors.items():
         head, _, rest = name.partition(".feed_forward.")
         if rest and int(head.rpartition(".")[2]) in moe_layers(config):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from titan_moe.optimizer.groups import NO_MATRICES
+from titan_moe.optimizer.groups import NO_MATRICES, Heads
 from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.transform import State, Tick, Transform, fused_sgd
 from titan_moe.runtime.dtensor import gathered, local, local_rows, own_part, sharded_like
@@ -23,17 +23,37 @@ REPLICATED_STATES = ("step", "clock", "load_ema", "load_factor")  # by name; eac
 
 
 class Matrix(NamedTuple):
-    """How a matrix, or a stack of them, is updated: by a transform of its own, and so many steps later if periodic."""
+    """How a matrix, or a stack of them, is updated: by a transform of its own, and so many steps later if periodic.
+
+    With `heads` a dense matrix is a stack of these.
+    """
 
     transform: Transform
     offset: int = 0
+    heads: Heads | None = None
 
 
-def takes(transform: Transform, group: Group, parameter: Tensor) -> bool:
+def to_stack(matrix: Tensor, heads: Heads | None) -> Tensor:
+    """View (M, N) as the stack of its heads, (H, M / H, N) or (H, M, N / H), or as one of a single matrix."""
+    if heads is None:
+        return matrix.unsqueeze(0)
+    number, dim = heads
+    return matrix.unflatten(dim, (number, -1)).movedim(dim, 0)
+
+
+def from_stack(stack: Tensor, heads: Heads | None) -> Tensor:
+    """The matrix (M, N) whose `to_stack` is this."""
+    return stack[0] if heads is None else stack.movedim(0, heads[1]).flatten(heads[1], heads[1] + 1)
+
+
+def takes(transform: Transform, group: Group, parameter: Tensor, heads: Heads | None = None) -> bool:
     """Whether a transform updates a parameter of a group by its direction; if not, a kernel updates it."""
     if transform.kernel is not None or parameter.dim() not in (2, 3) or group.get("name") in NO_MATRICES:
         return False
-    return transform.max_dim is None or max(parameter.shape[-2:]) <= transform.max_dim
+    shape = list(parameter.shape[-2:])
+    if heads is not None:
+        shape[heads[1]] //= heads[0]
+    return transform.max_dim is None or max(shape) <= transform.max_dim
 
 
 def parts_of(stack: Tensor, transform: Transform) -> list[slice]:
@@ -65,17 +85,19 @@ def apply(weight: Tensor, direction: Tensor, group: Group, factor_R: Tensor | No
     weight.sub_(step)
 
 
-def fresh_state(transform: Transform, parameter: Tensor) -> State:
+def fresh_state(matrix: Matrix, parameter: Tensor) -> State:
     """A transform's first state, sharded as the parameter is, and the counts of steps at zero.
 
-    `clock`, a scalar on the CPU, counts the parameter's steps; `step`, (E,) or (1,), those in which a row was alive.
+    `clock`, a scalar on the CPU, counts the parameter's steps; `step`, (E,), (H,) or (1,), those in which a row was
+    alive.
     """
     # of a dense matrix, which may be sharded, a transform sees a whole one of the same shape, without its values
     stacked, device = parameter.dim() == 3, parameter.device
-    state = transform.init(local(parameter) if stacked else torch.empty((1, *parameter.shape), device=device))
+    stack = local(parameter) if stacked else to_stack(torch.empty(parameter.shape, device=device), matrix.heads)
+    state = matrix.transform.init(stack)
     if stacked and isinstance(parameter, DTensor):
         state = {name: sharded_like(value, parameter) for name, value in state.items()}
-    steps = torch.zeros(parameter.shape[0] if stacked else 1, dtype=torch.float32, device=device)
+    steps = torch.zeros(parameter.shape[0] if stacked else len(stack), dtype=torch.float32, device=device)
     return {"clock": torch.zeros((), dtype=torch.float32), "step": steps, **state}
 
 
@@ -111,10 +133,10 @@ def step_matrix(
     `state` is the parameter's, made where it is empty; `spare` is that of `Tick`. `factor_E` multiplies the experts'
     rates; experts that are not `alive_E` got no token and are left alone.
     """
-    transform, gradient = matrix.transform, parameter.grad
+    transform, heads, gradient = matrix.transform, matrix.heads, parameter.grad
     assert gradient is not None
     if "clock" not in state:
-        state.update(fresh_state(transform, parameter))
+        state.update(fresh_state(matrix, parameter))
     if group["lr"] == 0:
         return  # so torch makes the states that a checkpoint is loaded into: no count may move
 
@@ -122,11 +144,11 @@ def step_matrix(
     state["clock"] += 1
     state["step"] += 1 if alive_E is None else alive_E
 
-    # A dense matrix is a stack of one, and whole on every rank: its directions depend on all of it. Counts, rates
-    # and loads are those of all experts on every rank, so this rank's rows are taken out of them.
+    # A dense matrix is a stack of one or of its heads, and whole on every rank: its directions depend on all of it.
+    # Counts, rates and loads are those of all experts on every rank, so this rank's rows are taken out of them.
     stacked = parameter.dim() == 3
-    rows = local_rows(parameter) if stacked else slice(0, 1)
-    stack = local(gradient) if stacked else gathered(gradient).unsqueeze(0)  # (R, M, N)
+    rows = local_rows(parameter) if stacked else slice(None)
+    stack = local(gradient) if stacked else to_stack(gathered(gradient), heads)  # (R, M, N)
     steps = state["step"][rows]  # (E,) -> (R,)
     alive = None if alive_E is None else alive_E[rows]  # (R,)
     factor = None if factor_E is None else factor_E[rows]  # (R,)
@@ -134,12 +156,12 @@ def step_matrix(
     states = {name: local(value) for name, value in state.items() if name not in REPLICATED_STATES}  # (R, ...)
 
     # some rows at a time: what a transform makes on the way is then small enough to stay in the cache of a CPU
-    for part in parts_of(stack, transform):
+    for part in parts_of(stack, transform) if heads is None else [slice(None)]:
         tick = Tick(
             step=int(state["clock"]),
             steps=steps[part],
             spare=spare,
-            weight=lambda part=part: weight[part] if stacked else gathered(parameter).detach().unsqueeze(0),
+            weight=lambda part=part: weight[part] if stacked else to_stack(gathered(parameter).detach(), heads),
             alive=None if alive is None else alive[part],
             offset=matrix.offset,
         )
@@ -148,11 +170,12 @@ def step_matrix(
         if stacked:
             move(weight[part], direction, transform, part_states, tick, group, None if factor is None else factor[part])
         elif transform.retract is None:
-            apply(weight, own_part(direction[0], parameter), group, factor)  # (1, M, N) -> this rank's part
+            apply(weight, own_part(from_stack(direction, heads), parameter), group, factor)  # this rank's part
         else:
-            whole = gathered(parameter).detach().unsqueeze(0).clone()  # (1, M, N): where it goes depends on all of it
+            whole = to_stack(gathered(parameter).detach(), heads)  # (R, M, N): where it goes depends on all of it
+            whole = whole.clone(memory_format=torch.contiguous_format)
             move(whole, direction, transform, part_states, tick, group)
-            weight.copy_(own_part(whole[0], parameter))
+            weight.copy_(own_part(from_stack(whole, heads), parameter))
 
 
 def move(
