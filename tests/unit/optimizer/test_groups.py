@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.tiny import balancers, batch
+from tests.tiny import SEQ, balancers, batch, tiny_model
 from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.config import Config, help_text, load_config, to_toml
@@ -539,3 +540,20 @@ def test_settings_of_load_lr_are_of_any_group() -> None:
     assert "load_lr" in expand_load_lr({"load_lr": "ideal_normalized"}, top_k=1)
     with pytest.raises(ValueError, match=r"^optimizer.groups.mine.load_lr_floor \(2"):
         expand_load_lr({"load_lr_floor": 2.0, "load_lr_ceiling": 1.0}, top_k=1, key="optimizer.groups.mine")
+
+
+def test_no_host_synchronisation() -> None:
+    """Group by group and layer by layer: a value that is read on the host raises in fake mode."""
+    matches = {"up": ["*.w[13]"], "last": ["layers.1.*.w2"]}
+    arguments = {
+        "up": {"lr": 0.1, **expand_load_lr({"load_lr": "ideal_normalized"}, top_k=2)},
+        "last": expand_load_lr({"load_lr": "batch_fraction", "load_lr_ema": 0.5}, top_k=2),
+    }
+    with FakeTensorMode(), torch.device("cpu"):
+        model = tiny_model()
+        optimizer = OPTIMIZERS["adamw"](parameter_groups(model.named_parameters(), arguments, matches=matches))
+        tokens = torch.zeros(4, SEQ, dtype=torch.int64)
+        for _ in range(2):
+            output = train_step(model, [(tokens, tokens)], optimizer, {}, [], max_norm=1.0, measure_experts=True)
+        record = train_record(model, output, {group["name"]: 0.1 for group in optimizer.param_groups})
+    assert {"lr/up_min", "lr/last_max", "gradient_snr"} <= record.keys()
