@@ -60,7 +60,6 @@ def train_step(
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
     count_loads = load_counter(balancers, model, micro_batches, sequence_group)
     sums: Sums = {}
-
     for number, (tokens, labels) in enumerate(micro_batches, start=1):
         # Replicas need the sum of their gradients once a step: all but the last backward leave it out.
         set_last_micro_batch(model, number == len(micro_batches))

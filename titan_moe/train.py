@@ -343,14 +343,15 @@ def export(job: Job, progress: Progress) -> None:
     dtype = job.config.checkpoint.export_dtype
     if not has_export(job.config):
         return
-    step_folder = save_weights(
-        job.folder / EXPORT,
-        progress.step,
-        model=job.model,
-        dtype=DTYPES[dtype],
-        extra={"num_tokens": progress.num_tokens},
-        files=checkpoint_files(job),
-    )
+    with job.optimizer.evaluating():
+        step_folder = save_weights(
+            job.folder / EXPORT,
+            progress.step,
+            model=job.model,
+            dtype=DTYPES[dtype],
+            extra={"num_tokens": progress.num_tokens},
+            files=checkpoint_files(job),
+        )
     logger.info("wrote %s: the weights in %s", step_folder, dtype)
 
 

@@ -32,7 +32,7 @@ from titan_moe.diagnostics import balance_tax, routing_choices
 from titan_moe.metrics import StepOutput, eval_metrics
 from titan_moe.model.kv_cache import empty_cache, extend
 from titan_moe.model.transformer import Transformer
-from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.parallelize.parallelize import parallelize
@@ -62,7 +62,7 @@ DEVICE = make_device()
 FAKE = FakeTensorMode()  # one for all tests: the package keeps some tensors for ever
 SIZES = {"dim": 64, "num_kv_heads": 2, "ffn_dim": 64, "expert_dim": 64}
 ROUTERS = [case for case in ROUTER_CASES if case.arguments.get("assignment") != "exact"]  # that is solved on the host
-MATRIX_OPTIMIZERS = [name for name in OPTIMIZER_NAMES if name != "adamw"]
+MATRIX_OPTIMIZERS = [name for name in OPTIMIZER_NAMES if name not in BY_ELEMENT]
 
 # Fused updates have no fake form: what is left to check is that all their tensors are on the device.
 FUSED = {aten._fused_adamw_, aten._fused_sgd_}
@@ -231,6 +231,15 @@ def test_matrix_optimizer(name: str, of_experts: dict[str, Any]) -> None:
     model = build()
     optimizer = make_optimizer(model, name, **expand_load_lr(of_experts, top_k=2))
     steps(model, optimizer=optimizer, measure_experts=True, reads=1)
+
+
+@pytest.mark.parametrize("of_experts", [{}, {"load_lr": "batch_fraction"}], ids=["", "by load"])
+@pytest.mark.parametrize("name", BY_ELEMENT)
+def test_optimizer_by_element(name: str, of_experts: dict[str, Any]) -> None:
+    """They read nothing."""
+    model = build()
+    optimizer = make_optimizer(model, name, **expand_load_lr(of_experts, top_k=2))
+    steps(model, optimizer=optimizer, measure_experts=True)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the driver to wait for the device")

@@ -13,7 +13,7 @@ from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS, Places
 from titan_moe.model.routing.common import OFFERED, asked_for, parametric
 from titan_moe.model.transformer import moe_layer_ids
-from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.schedule import SCHEDULES
@@ -240,15 +240,15 @@ def _check_parts(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     """Refuse settings of the optimizer that would be taken and do nothing."""
-    # The embedding and the norms stay with AdamW whatever their groups name: the user would think that they do not.
+    # The embedding and the norms are no matrices to an optimizer of these: the user would think that they are.
     if config.optimizer.arguments.get("lr") == 0:
         raise ValueError("optimizer.lr = 0 trains nothing: it must be greater than 0 (a group's own lr may be 0)")
     for group in NO_MATRICES:
         name = config.optimizer.groups.get(group, {}).get("name")
-        if name in OPTIMIZERS and name != "adamw":
+        if name in OPTIMIZERS and name not in BY_ELEMENT:
             raise ValueError(
-                f"optimizer.{group}.name = {name!r}: it updates matrices, but the {group} group is always updated by "
-                "AdamW: leave the name out, or set it to 'adamw'"
+                f"optimizer.{group}.name = {name!r}: it updates matrices, but the {group} group is never updated as "
+                f"such: leave the name out, or set it to one of {', '.join(BY_ELEMENT)}"
             )
 
     # The options alone may be the rest of a `load_lr` that somebody forgot; 'none' says that it is meant.
@@ -361,6 +361,12 @@ def cautions(config: Config) -> list[str]:
         said.append(
             f"lr_scheduler.warmup_steps ({warmup}) is not below training.steps ({steps}): learning rates rise until "
             f"the run ends, to {steps / warmup:.2g} of what is set, and do not fall again: lower warmup_steps"
+        )
+    names = [config.optimizer.name, *(table.get("name") for table in config.optimizer.groups.values())]
+    if "schedule_free_adamw" in names and config.lr_scheduler.name in SCHEDULES.keys() - {"constant"}:
+        said.append(
+            f"schedule_free_adamw averages weights in place of a rate that falls, and lr_scheduler.name = "
+            f"{config.lr_scheduler.name!r} lets it fall as well: set it to 'constant'"
         )
     if config.moe.num_experts == 0:
         return said

@@ -328,8 +328,14 @@ def to_document(config: Config) -> dict[str, Any]:
         elif isinstance(value, Optimizer):
             off = {group: False for group in Optimizer().groups if group not in value.groups}
             five = {group: options for group, options in value.groups.items() if group in GROUP_PATTERNS}
-            own = {group: options for group, options in value.groups.items() if group not in five}
-            table = {"name": value.name, **value.arguments, **off, **five, **({"groups": own} if own else {})}
+            by_pattern = {group: options for group, options in value.groups.items() if group not in five}
+            table = {
+                "name": value.name,
+                **value.arguments,
+                **off,
+                **five,
+                **({"groups": by_pattern} if by_pattern else {}),
+            }
         else:
             table = dataclasses.asdict(value)
             for name in ("config_file", "allow_config_change"):  # of one start, not of the run

@@ -369,7 +369,8 @@ KINDS = {
         {"param_groups": "the model", "params": "the model"},  # `params` in torch.optim's own classes
         {
             **dict.fromkeys(("lr", "weight_decay"), _NOT_NEGATIVE),
-            **dict.fromkeys(("beta1", "beta2", "momentum"), _BETA),
+            **dict.fromkeys(("beta1", "beta2", "beta3", "momentum"), _BETA),
+            **dict.fromkeys(("alpha", "alpha_warmup", "beta3_warmup", "weight_lr_power", "r"), _NOT_NEGATIVE),
             **dict.fromkeys(("eps", "epsilon"), _POSITIVE),
             **dict.fromkeys(("precondition_frequency", "statistics_every"), _COUNT),
             **dict.fromkeys(("max_preconditioner_dim", "adamw_above"), _COUNT),

@@ -35,7 +35,7 @@ from titan_moe.model import cross_entropy
 from titan_moe.model.moe import MoE, linear_router
 from titan_moe.model.routing import Places
 from titan_moe.model.routing.common import OFFERED, asked_for
-from titan_moe.optimizer import matrix
+from titan_moe.optimizer import kernels, matrix
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.expert_parallel import all_to_all
 from titan_moe.parallelize.grad import Squares
@@ -364,7 +364,7 @@ def _report_what_dispatch_misses(meter: Meter) -> Iterator[None]:
 def _take_gpu_paths() -> Iterator[None]:
     """Patch the places where a CPU runs other operators than a GPU would, so that a GPU's are counted."""
     rms_norm, elements, add_product = F.rms_norm, matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
-    chunk_tokens = cross_entropy.CPU_CHUNK_TOKENS
+    chunk_tokens, of_kernels = cross_entropy.CPU_CHUNK_TOKENS, kernels.CPU_ELEMENTS
 
     # An RMSNorm is one kernel on a GPU and ten operators on a CPU, which made the peak 9 % too high. LayerNorm is one
     # operator everywhere; it reads, writes and saves as much.
@@ -377,16 +377,18 @@ def _take_gpu_paths() -> Iterator[None]:
         product_VD = torch.mm(a_VC, b_CD) if is_fp32 else torch.mm(a_VC, b_CD, out_dtype=torch.float32)
         return product_VD if sum_VD is None else sum_VD.add_(product_VD)
 
-    # A GPU takes larger chunks of the loss, and updates all rows of a stacked matrix at once.
+    # A GPU takes larger chunks of the loss, and updates all rows of a stacked matrix, and more elements, at once.
     F.rms_norm = one_operator  # pyrefly: ignore
     cross_entropy._add_product = add_in_fp32
     cross_entropy.CPU_CHUNK_TOKENS = cross_entropy.GPU_CHUNK_TOKENS  # pyrefly: ignore
     matrix.CPU_ELEMENTS_PER_UPDATE = sys.maxsize
+    kernels.CPU_ELEMENTS = kernels.GPU_ELEMENTS  # pyrefly: ignore
     try:
         yield
     finally:
         F.rms_norm, cross_entropy._add_product = rms_norm, add_product  # pyrefly: ignore
         matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy.CPU_CHUNK_TOKENS = elements, chunk_tokens
+        kernels.CPU_ELEMENTS = of_kernels  # pyrefly: ignore
 
 
 @contextmanager

@@ -36,9 +36,11 @@ def with_moments(experts: Mapping[nn.Parameter, int], optimizer: Optimizer) -> l
     """The groups of experts' parameters of which the optimizer keeps Adam's moments, with these parameters."""
     pairs = []
     for group in optimizer.param_groups:
-        kept = [p for p in group["params"] if p in experts and {*MOMENTS, "step"} <= optimizer.state.get(p, {}).keys()]
-        if kept and "betas" in group:
-            pairs.append((group, kept))
+        with_both = [
+            p for p in group["params"] if p in experts and {*MOMENTS, "step"} <= optimizer.state.get(p, {}).keys()
+        ]
+        if with_both and "betas" in group:
+            pairs.append((group, with_both))
     return pairs
 
 
@@ -57,8 +59,8 @@ def expert_sums(experts: Mapping[nn.Parameter, int], before: Iterable[Tensor], o
     """
     # for all experts on every rank, with zeros for those that are elsewhere, so that ranks can add them up
     first = next(iter(experts))
-    kept = with_moments(experts, optimizer)
-    shape = 2 + 2 * len(kept), max(experts.values()) + 1, first.shape[0]
+    groups = with_moments(experts, optimizer)
+    shape = 2 + 2 * len(groups), max(experts.values()) + 1, first.shape[0]
     sums = torch.zeros(shape, dtype=torch.float64, device=first.device)
 
     # an expert's parameters are several tensors, whose squares add up to those of the whole expert
@@ -68,7 +70,7 @@ def expert_sums(experts: Mapping[nn.Parameter, int], before: Iterable[Tensor], o
         sums[1, layer, rows] += _squares(old)
 
     # groups apart, as each has betas of its own
-    for number, (_, parameters) in enumerate(kept):
+    for number, (_, parameters) in enumerate(groups):
         for parameter in parameters:
             rows, layer = local_rows(parameter), experts[parameter]
             mean, square = (local(optimizer.state[parameter][name]) for name in MOMENTS)
@@ -102,12 +104,12 @@ def expert_stats(experts: Mapping[nn.Parameter, int], sums: Tensor, optimizer: O
     ratio = (update / size).sqrt()
 
     # there are no moments before the first step, and none of an optimizer that does not keep them
-    kept = with_moments(experts, optimizer)
-    if not kept:
+    groups = with_moments(experts, optimizer)
+    if not groups:
         return ExpertStats(None, ratio)
 
     signal, noise, most_steps = (torch.zeros_like(ratio) for _ in range(3))  # (L, E)
-    for number, (group, parameters) in enumerate(kept):
+    for number, (group, parameters) in enumerate(groups):
         # All parameters of a layer and a group are updated together, so one of them tells how many steps its experts
         # have taken. A layer of which the group has none adds nothing.
         of_layer = {experts[parameter]: optimizer.state[parameter]["step"] for parameter in parameters}

@@ -60,15 +60,15 @@ def parameter_groups(
     """
     parameters = {plain_name(name): parameter for name, parameter in named_parameters}
     sorts = {name: group_of(name, patterns) for name in parameters}
-    own = match_names(parameters, matches or {})
+    group_by_name = match_names(parameters, matches or {})
     members: dict[str, list[str]] = {}
     for name in parameters:
-        members.setdefault(own.get(name, sorts[name]), []).append(name)
+        members.setdefault(group_by_name.get(name, sorts[name]), []).append(name)
 
     # nothing is silently ignored: settings of a group that the model does not have are an error
     for group in group_arguments:
         if group not in members and group not in optional:
-            taken_by = {own[name]: None for name, sort in sorts.items() if sort == group}
+            taken_by = {group_by_name[name]: None for name, sort in sorts.items() if sort == group}
             reason = f"[optimizer.groups] {', '.join(taken_by)} has all" if taken_by else "the model has no"
             raise ValueError(f"[optimizer.{group}] is set, but {reason} {group} parameters: remove that table")
 

@@ -16,7 +16,8 @@ Shapes: L MoE layers, E experts, R the experts of a stacked tensor that this ran
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,8 @@ from titan_moe.optimizer.kernels import Scalars, step_by_kernel, step_experts_by
 from titan_moe.optimizer.load_lr import Group, keep_factors, layer_factors, parameter_by_layer
 from titan_moe.optimizer.matrix import Matrix, check_whole_experts, step_matrix, takes
 from titan_moe.optimizer.outside import skips_by_itself, step_outside, takes_scalars
-from titan_moe.optimizer.transform import Transform, adamw
-from titan_moe.runtime.dtensor import local
+from titan_moe.optimizer.transform import Kernel, Transform, adamw
+from titan_moe.runtime.dtensor import local, wrapped_like
 
 
 class Rule(NamedTuple):
@@ -159,6 +160,19 @@ class Optimizer(torch.optim.Optimizer):
         """Whether a parameter is updated by a transform's direction."""
         return parameter in self._matrices
 
+    @contextmanager
+    @torch.no_grad()
+    def evaluating(self) -> Iterator[None]:
+        """Within it parameters have the averaged weights, and after it, to the bit, those that are trained."""
+        before = {parameter: local(parameter).clone() for parameter, *_ in averages(self)}
+        try:
+            for parameter, average in averaged_weights(self):
+                local(parameter).copy_(local(average))
+            yield
+        finally:
+            for parameter, weight in before.items():
+                local(parameter).copy_(weight)
+
     def _ruled(self) -> list[tuple[Group, Rule]]:
         """The groups that are updated by a transform of ours, with their rules."""
         pairs = zip(self.param_groups, self.rules, strict=True)
@@ -179,6 +193,7 @@ class Optimizer(torch.optim.Optimizer):
         heads: dict[Tensor, Heads] = {}
         for group, rule in self._ruled():
             heads |= zip(group["params"], group.get("heads", ()), strict=False)
+            check_average(rule, group)
             for part in self._parts(group, group["params"]):
                 for parameter in part["params"]:
                     transform = transform_of(rule.make, part)
@@ -297,6 +312,29 @@ def combine(
     return Optimizer(ordered, rules)
 
 
+def averaging(rule: Rule | torch.optim.Optimizer, group: Group) -> Kernel | None:
+    """The kernel of a group whose weights are averaged over steps; None where they are not."""
+    kernel = transform_of(rule.make, group).kernel if isinstance(rule, Rule) else None
+    return kernel if kernel is not None and kernel.average is not None else None
+
+
+def averages(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Callable[..., Tensor], list[Tensor]]]:
+    """Parameters that are averaged over steps and have taken one, what makes the average, and the states it takes."""
+    for group, rule in optimizer._ruled() if isinstance(optimizer, Optimizer) else []:
+        kernel = averaging(rule, group)
+        for parameter in group["params"] if kernel is not None else []:
+            if "step" in (state := optimizer.state.get(parameter, {})):
+                assert kernel is not None
+                assert kernel.average is not None
+                yield parameter, kernel.average, [state[name] for name in kernel.states]
+
+
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters that are averaged over steps, and these averages, sharded alike: what to evaluate and export."""
+    for parameter, average, states in averages(optimizer):
+        yield parameter, wrapped_like(average(local(parameter), *map(local, states)), parameter)
+
+
 def kind_of(optimizer: torch.optim.Optimizer | Rule) -> str:
     """What updates which groups, for checkpoints to compare: `AdamW`, or `AdamW (router, dense) + shampoo (expert)`."""
     if not isinstance(optimizer, Optimizer):
@@ -332,7 +370,8 @@ def describe_group(optimizer: torch.optim.Optimizer, group: Group) -> str:
 
 def scaled(group: Group, scale: Scale) -> Group:
     """A group's settings as they are for a parameter that has a scale of its own."""
-    return {**group, **{name: group[name] * factor for name, factor in scale._asdict().items()}}
+    factors = {name: factor for name, factor in scale._asdict().items() if name in group}  # not all have an eps
+    return {**group, **{name: group[name] * factor for name, factor in factors.items()}}
 
 
 def check_scales(group: Group, rule: Rule | torch.optim.Optimizer, scales: Iterable[Scale]) -> None:
@@ -365,6 +404,22 @@ def check_served(optimizer: Optimizer, names: Iterable[str]) -> None:
                 f"this group matches, of shapes {shapes}: they are no matrices, or larger than its adamw_above; choose "
                 "'adamw'"
             )
+
+
+def check_average(rule: Rule, group: Group) -> None:
+    """Raise ValueError for settings with which weights can't be averaged over steps."""
+    if averaging(rule, group) is None:
+        return
+    if any(parameter.dtype != torch.float32 for parameter in group["params"]):
+        raise ValueError(
+            f"optimizer {rule.name} averages weights over steps, which a smaller type rounds away: set training.dtype "
+            "= 'float32'"
+        )
+    if not group.get("load_lr_decay", True):
+        raise ValueError(
+            f"optimizer {rule.name} does not go with load_lr_decay = false: decay is a part of what it averages: leave "
+            "it out"
+        )
 
 
 def transform_of(make: Callable[..., Transform], group: Group) -> Transform:
