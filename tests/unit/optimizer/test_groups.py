@@ -198,7 +198,8 @@ def test_each_head_is_a_matrix_by_itself(name: str, tmp_path: Path) -> None:
         optimizer.step()
         reference.step()
     for key, stack in theirs.items():
-        assert torch.equal(ours[key], torch.cat(stack.detach().unbind(), HEADS[key][1])), key
+        heads = torch.cat(stack.detach().unbind(), HEADS[key][1])
+        torch.testing.assert_close(ours[key].detach(), heads, rtol=1e-6, atol=1e-8, msg=key)
         for state, value in reference.state[stack].items():
             assert torch.equal(optimizer.state[ours[key]][state], value), f"{key} {state}"
 
