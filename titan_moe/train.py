@@ -268,6 +268,7 @@ def take_step(
         job.balancers,
         expert_biases,
         max_norm=training.max_norm,
+        qk_clip=training.qk_clip,
         step=step,
         progress=step / training.steps,
         balancer_states=balancer_states,

@@ -30,6 +30,7 @@ from tests.tiny import SEQ, VOCAB, balancers, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.diagnostics import balance_tax, routing_choices
 from titan_moe.metrics import StepOutput, eval_metrics
+from titan_moe.model.attention import max_logits
 from titan_moe.model.kv_cache import empty_cache, extend
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
@@ -208,6 +209,15 @@ def test_model(options: dict[str, Any]) -> None:
     model = build(**options)
     steps(model)
     evaluation(model)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_qk_clip(num_kv_heads: int) -> None:
+    """The step, in which the operator is known by its shapes alone, and what it does itself."""
+    steps(build(num_kv_heads=num_kv_heads), micro_batches=2, qk_clip=1.0)
+    with on_the_device():
+        q = torch.zeros(2, 2, SEQ, 8, dtype=torch.bfloat16, device=DEVICE)
+        assert max_logits._init_fn(q, q[:, :num_kv_heads]).shape == (2,)
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])

@@ -132,6 +132,9 @@ class Training:
         "(0: all; -1: 4096 on a GPU, 256 on a CPU)",
     ] = -1
     max_norm: Annotated[NonNegative, "gradients are clipped to this global norm (0: no clipping)"] = 1.0
+    qk_clip: Annotated[
+        NonNegative, "heads with an attention logit above this have their wq and wk scaled down (0: none; K2 has 100)"
+    ] = 0.0
     skip_nonfinite_steps: Annotated[
         NonNegativeInt, "steps in a row that may be skipped for a NaN or an infinity before the run ends (0: none)"
     ] = 0
@@ -326,6 +329,7 @@ METRIC_NAMES = (
     *("kind", "step", "num_tokens", "loss", "total_loss", "grad_norm", "param_norm", "skipped", "skipped_steps"),
     *("maxvio_batch", "minvio_batch", "avgvio_batch", "load", "load_cv", "load_entropy", "dead_experts"),
     *("expert_batch_mean", "expert_batch_min", "router_logit_norm", "router_confidence", "dropped_fraction"),
+    *("max_attention_logit", "clipped_heads"),
     *("unrouted_fraction", "identity_fraction", "experts_per_token"),
     *("tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu"),
     *("balance_tax", "gradient_snr", "update_ratio", "nonfinite", "nonfinite_gradients"),

@@ -32,6 +32,7 @@ from titan_moe import step
 from titan_moe.build import build_balancers, build_optimizer, build_router, build_sharded, has_expert_bias
 from titan_moe.config import Config
 from titan_moe.model import cross_entropy
+from titan_moe.model.attention import MAX_LOGITS
 from titan_moe.model.moe import MoE, linear_router
 from titan_moe.model.routing import Places
 from titan_moe.model.routing.common import OFFERED, asked_for
@@ -55,10 +56,16 @@ def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: 
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
+def _max_logits_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
+    B, H, S, C = q  # shapes; of the last S of K positions, whose products are with the keys up to their own
+    return B * H * S * (2 * k[2] - S) * C
+
+
 # torch counts a CPU's attention from 2.15 on, and takes no second formula.
 for operator, formula in (
     (aten._scaled_dot_product_flash_attention_for_cpu, _attention_flops),
     (aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward_flops),
+    (MAX_LOGITS.overloadpacket, _max_logits_flops),
 ):
     if operator not in flop_registry:
         register_flop_formula(operator)(formula)
@@ -231,7 +238,7 @@ class Meter(TorchDispatchMode):
             return "copies" if is_copy or func.namespace in ("fsdp", "c10d") else "layers"
 
         # Products: each kind reaches another share of the tensor cores' peak, and fp32 has a peak of its own.
-        if tensors[0].dtype == torch.float32:
+        if tensors[0].dtype == torch.float32 or func is MAX_LOGITS:
             return "fp32"
         if "scaled_dot_product" in name:
             return "attention"
@@ -481,6 +488,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
                 balancers,
                 model.expert_biases(),
                 max_norm=training.max_norm,
+                qk_clip=training.qk_clip,
                 balancer_states=model.balancer_states(),
                 sequence_group=mesh.sequence_group,
             )
