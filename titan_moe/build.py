@@ -10,8 +10,10 @@ from torch import nn
 
 from titan_moe.balancer import BALANCERS, Balancer
 from titan_moe.config import Config, find_component
+from titan_moe.config.sections import Optimizer as OptimizerTables
 from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import Data, build_data
+from titan_moe.model.attention import attention_heads
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
 from titan_moe.model.moe import MEASURED, WEIGHTS, InitState, Measure
 from titan_moe.model.routing import ROUTERS, ParametricRouter, force_balanced
@@ -20,7 +22,7 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.optimizer.optimizer import Optimizer, combine
+from titan_moe.optimizer.optimizer import Optimizer, check_served, combine
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
 from titan_moe.parallelize.context_parallel import own_positions
 from titan_moe.parallelize.float8 import quantize
@@ -181,15 +183,25 @@ def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str
     """Build the optimizer of [optimizer] over the model's parameter groups, with load-based rates if asked for.
 
     A group that names another optimizer gets from [optimizer] those arguments that this one takes. `patterns` tell
-    the groups of a model whose parameters have other names than ours.
+    the five groups of a model whose parameters have other names than ours. ValueError for a group that is set and has
+    no parameter, and for an optimizer of matrices whose group has none.
     """
     # A group's name says who updates it; all else are settings of the group, among them the rates by load, which every
     # optimizer takes.
     arguments = {group: dict(table) for group, table in config.optimizer.groups.items()}
     names = {group: table.pop("name") for group, table in arguments.items() if "name" in table}
-    if "expert" in arguments:
-        arguments["expert"] = expand_load_lr(arguments["expert"], top_k=config.moe.top_k)
-    groups: list[dict[str, Any]] = parameter_groups(model.named_parameters(), arguments, patterns)
+    matches = {group: table.pop("match") for group, table in arguments.items() if "match" in table}
+    arguments = {group: expand_load_lr(table, top_k=config.moe.top_k) for group, table in arguments.items()}
+
+    # a default that groups by pattern leave no parameter for was not set by the user, who need not take it back
+    groups: list[dict[str, Any]] = parameter_groups(
+        model.named_parameters(),
+        arguments,
+        patterns,
+        matches=matches,
+        heads=attention_heads(model),
+        optional=[group for group, table in OptimizerTables().groups.items() if arguments.get(group) == table],
+    )
 
     def build(name: str, members: list[dict[str, Any]]) -> torch.optim.Optimizer:
         # What [optimizer] sets is meant for the optimizer named there. One that a group names takes what it knows of
@@ -205,7 +217,10 @@ def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str
         alike = {k: v for k, v in tables[0].items() if k in taken and all(table.get(k) == v for table in tables)}
         return builder(members, **{**given, **alike})
 
-    return combine(groups, {group["name"]: names.get(group["name"], config.optimizer.name) for group in groups}, build)
+    used = {group["name"]: names.get(group["name"], config.optimizer.name) for group in groups}
+    optimizer = combine(groups, used, build)
+    check_served(optimizer, matches.keys() & names.keys())
+    return optimizer
 
 
 def build_schedule(config: Config) -> Schedule:

@@ -36,6 +36,7 @@ class StepOutput(NamedTuple):
     num_tokens: Tensor  # scalar int64
     routing_means: dict[str, Tensor]  # (L,) each, by name: means over tokens; none for a dense model
     load_factors: Tensor | None = None  # (L, E) of the experts' learning rates, None where loads do not set them
+    group_factors: Mapping[str, Tensor] = {}  # of each group whose rates loads set, (l, E): l layers have part in it
     expert_stats: ExpertStats | None = None  # where the step was asked to measure its experts
     nonfinite: Tensor | None = None  # (L,), above 0 where a router logit was NaN or infinite
     skipped: Tensor | None = None  # scalar bool: a number was NaN or infinite, and the step changed nothing
@@ -162,10 +163,16 @@ def expert_metrics(output: StepOutput) -> dict[str, Tensor]:
     return metrics
 
 
-def expert_lr_range(lr: float, load_factors: Tensor) -> dict[str, Tensor]:
-    """Smallest and largest learning rate that the experts (L, E) had in a step, 0 for those without a token."""
-    smallest, largest = load_factors.to(torch.float64).aminmax()
-    return {"lr/expert_min": lr * smallest, "lr/expert_max": lr * largest}
+def expert_lr_range(lrs: Mapping[str, float], group_factors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Smallest and largest learning rate that the experts of each group had in a step, 0 for those without a token.
+
+    `group_factors` (l, E) are by group, of those whose rates depend on load, and `lrs` the scheduled rates.
+    """
+    ranges = {}
+    for group, factor_lE in group_factors.items():
+        smallest, largest = factor_lE.to(torch.float64).aminmax()
+        ranges |= {f"lr/{group}_min": lrs[group] * smallest, f"lr/{group}_max": lrs[group] * largest}
+    return ranges
 
 
 def eval_metrics(output: EvalOutput) -> dict[str, Tensor]:

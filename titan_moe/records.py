@@ -41,8 +41,7 @@ def train_record(
 
     # lr/expert is the scheduled rate; where loads scale it, the smallest and largest applied are beside it.
     record |= {f"lr/{name}": lr for name, lr in lrs.items()}
-    if output.load_factors is not None:
-        record |= expert_lr_range(lrs["expert"], output.load_factors)
+    record |= expert_lr_range(lrs, output.group_factors)
 
     # Not for metrics.jsonl: the load becomes a heatmap, the rest says what was wrong with a step that was skipped.
     if output.load.numel():
@@ -100,8 +99,9 @@ def log_parameters(config: Config, model: Transformer, optimizer: torch.optim.Op
     # A group with another rate or decay than was meant shows here, before hours are spent on it.
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
+        match = config.optimizer.groups.get(group["name"], {}).get("match", [])  # of one's own groups
         logger.info(
-            "  %-10s %15s parameters in %3d tensors, lr %g%s, weight decay %s: %s",
+            "  %-10s %15s parameters in %3d tensors, lr %g%s, weight decay %s: %s%s",
             group["name"],
             f"{count:,}",
             len(group["params"]),
@@ -109,4 +109,5 @@ def log_parameters(config: Config, model: Transformer, optimizer: torch.optim.Op
             f" by {group['load_lr']} of the load" if "load_lr" in group else "",
             f"{group['weight_decay']:g}" if "weight_decay" in group else "none",  # one from outside may know none
             describe_group(optimizer, group),
+            f" [{', '.join(match)}]" if match else "",
         )

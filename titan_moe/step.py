@@ -63,7 +63,6 @@ def train_step(
     count_loads = load_counter(balancers, model, micro_batches, sequence_group)
     sums: Sums = {}
     max_logits: list[Tensor] = []  # (N, H) of each micro-batch, for QK-clip alone
-
     for number, (tokens, labels) in enumerate(micro_batches, start=1):
         # Replicas need the sum of their gradients once a step: all but the last backward leave it out.
         set_last_micro_batch(model, number == len(micro_batches))
@@ -107,6 +106,7 @@ def train_step(
         num_tokens=num_tokens,
         routing_means=routing_means(sums),
         load_factors=load_factors,
+        group_factors=optimizer.load_factors(finite),
         expert_stats=global_expert_stats(experts, before, optimizer) if experts else None,
         nonfinite=sums.get("nonfinite"),
         skipped=~finite,

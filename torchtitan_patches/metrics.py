@@ -53,8 +53,7 @@ class BalanceMetrics(MetricsProcessor):
     def rates(self) -> dict[str, Any]:
         """Learning rates that the groups of titan_moe's optimizer had in the step, and the range of the experts'."""
         rates = {f"lr/{name}": rate for name, rate in getattr(self.optimizers, "rates", {}).items()}
-        factors = getattr(self.optimizers, "load_factors", None)
-        return rates if factors is None else {**rates, **expert_lr_range(rates["lr/expert"], factors)}
+        return {**rates, **expert_lr_range(self.optimizers.rates, self.optimizers.load_factors)} if rates else {}
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         """Log a validation; all ranks take part."""

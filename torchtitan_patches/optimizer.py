@@ -44,10 +44,10 @@ class BalancedOptimizers(OptimizersContainer):
 
     monitor: Monitor
     rates: dict[str, float]  # of the last step, by group
-    load_factors: Tensor | None  # (L, E) of the last step, where the experts' rates go by their loads
+    load_factors: dict[str, Tensor]  # (l, E) of the last step, of each group whose rates go by the experts' loads
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
-        self.rates, self.load_factors = {}, None
+        self.rates, self.load_factors = {}, {}
         if not config.optimizer:
             super().__init__(config, model_parts=model_parts)
             attach(self, make_balancers(config.balancers))
@@ -67,7 +67,8 @@ class BalancedOptimizers(OptimizersContainer):
         for optimizer in self.optimizers:
             self.rates = {group["name"]: group["lr"] for group in optimizer.param_groups if "name" in group}
             if isinstance(optimizer, ours.Optimizer):
-                self.load_factors = optimizer.step(load=self.monitor.load)
+                optimizer.step(load=self.monitor.load)
+                self.load_factors = optimizer.load_factors()
             else:  # the recipe's own
                 optimizer.step()
 

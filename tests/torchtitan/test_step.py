@@ -35,13 +35,22 @@ KEPT = {
 }
 ALL = {
     "balancers": {**LOSSES, **WEIGHTS, **KEPT, "loss_free": {"rate": 0.01}},
-    "optimizer": {"expert": {"lr": 0.02, **BY_LOAD}, "router": {"lr": 0.003}},
+    "optimizer": {
+        "expert": {"lr": 0.02, **BY_LOAD},
+        "router": {"lr": 0.003},
+        "groups": {"down": {"match": ["*.inner_experts.w2_EDF"], "lr": 0.01, "beta1": 0.8, **BY_LOAD}},
+    },
     "metrics": True,
 }
 SHAMPOO = {
     "balancers": {**SEQUENCE, **WEIGHTS, **KEPT, "loss_free": {"rate": 0.01, "rule": "quantile"}},
     # with the default epsilon, experts of few tokens have factors whose inverse roots enlarge round-off a thousandfold
-    "optimizer": {"expert": {"name": "shampoo", "precondition_frequency": 2, "epsilon": 1e-6, **BY_LOAD}},
+    "optimizer": {
+        "expert": {"name": "shampoo", "precondition_frequency": 2, "epsilon": 1e-6, **BY_LOAD},
+        "groups": {
+            "heads": {"match": "*.w[qk].weight", "name": "muon", "per_head": True, "matmul_dtype": "float32"},
+        },
+    },
     "metrics": True,
 }
 EMO = {"name": "emo", "min_pool": 4, "max_pool": 4}
@@ -200,8 +209,10 @@ def test_five_steps_are_ours(results: dict[str, Any]):
     model = our_model(ours["first"], "sigmoid", balancers)
     settings = ALL["optimizer"]
     expert = expand_load_lr(settings["expert"], top_k=2)
-    arguments = {"expert": expert, "router": settings["router"], "norm": {"weight_decay": 0.0}}
-    optimizer = OPTIMIZERS["adamw"](parameter_groups(model.named_parameters(), arguments), lr=1e-2)
+    down = {**expert, "lr": 0.01, "beta1": 0.8}
+    arguments = {"expert": expert, "router": settings["router"], "norm": {"weight_decay": 0.0}, "down": down}
+    groups = parameter_groups(model.named_parameters(), arguments, matches={"down": ["*.experts.w2"]})
+    optimizer = OPTIMIZERS["adamw"](groups, lr=1e-2)
     for step in range(1, 6):
         batches = ours["batches"][2 * step - 2 : 2 * step]
         states = model.balancer_states()
@@ -223,6 +234,7 @@ def test_five_steps_are_ours(results: dict[str, Any]):
             assert logged[name] == pytest.approx(float(expected[name]), rel=tolerance), (step, name)
         assert logged["lr/router"] == 0.003
         assert logged["lr/expert_max"] == pytest.approx(0.02 * float(output.load_factors.max()))
+        assert logged["lr/down_max"] == pytest.approx(0.01 * float(output.load_factors.max()))
     last = our_names(ours["last"])
     for layer in (0, 1):
         assert torch.equal(

@@ -1,5 +1,8 @@
 """What must hold between keys, checked before any process group or data exists, and what to tell of sound ones."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from titan_moe.balancer import BALANCERS, SEEN
@@ -148,11 +151,12 @@ def _check_identity_experts(config: Config) -> None:
         )
 
     # Of both the other side is the number of experts of a token, which differs from token to token.
-    if config.optimizer.groups.get("expert", {}).get("load_lr") == "batch_fraction":
-        raise ValueError(
-            f"{key} does not go with optimizer.expert.load_lr = 'batch_fraction', which counts moe.top_k experts of "
-            "a token: take 'ideal_normalized'"
-        )
+    for group, table in config.optimizer.groups.items():
+        if table.get("load_lr") == "batch_fraction":
+            raise ValueError(
+                f"{key} does not go with {group_key(group, table)}.load_lr = 'batch_fraction', which counts moe.top_k "
+                "experts of a token: take 'ideal_normalized'"
+            )
     if freq := config.metrics.balance_tax_freq:
         raise ValueError(
             f"{key} does not go with metrics.balance_tax_freq = {freq}: balanced routing would compute another number "
@@ -268,14 +272,20 @@ def _check_optimizer(config: Config) -> None:
             )
 
     # The options alone may be the rest of a `load_lr` that somebody forgot; 'none' says that it is meant.
-    expert = config.optimizer.groups.get("expert", {})
-    options = [key for key in expert if key.startswith("load_lr_")]
-    if options and "load_lr" not in expert:
-        raise ValueError(
-            f"optimizer.expert.{options[0]} is set, but optimizer.expert.load_lr is not: "
-            "set load_lr to 'batch_fraction' or 'ideal_normalized', or to 'none' to leave its options aside"
-        )
-    expand_load_lr(expert, top_k=config.moe.top_k)
+    for group, table in config.optimizer.groups.items():
+        key = group_key(group, table)
+        options = [option for option in table if option.startswith("load_lr_")]
+        if options and "load_lr" not in table:
+            raise ValueError(
+                f"{key}.{options[0]} is set, but {key}.load_lr is not: "
+                "set load_lr to 'batch_fraction' or 'ideal_normalized', or to 'none' to leave its options aside"
+            )
+        expand_load_lr(table, top_k=config.moe.top_k, key=key)
+
+
+def group_key(group: str, table: Mapping[str, Any]) -> str:
+    """The path of a parameter group's table; those by pattern have a `match`."""
+    return f"optimizer.groups.{group}" if "match" in table else f"optimizer.{group}"
 
 
 ROUTERS_WITH_EVEN_LOAD = ("expert_choice", "base")  # the load of a forward pass is even whatever the logits

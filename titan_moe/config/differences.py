@@ -48,7 +48,11 @@ def changed_keys(before: Config, after: Config) -> Changes:
     """The keys that differ between two configurations, in their order."""
     old, new = flat(before), flat(after)
     keys = [*old, *(key for key in new if key not in old)]
-    return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+    changes = {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
+
+    # of groups by pattern the first that matches has a parameter: the same tables in another order are other groups
+    first, second = _own_groups(before), _own_groups(after)
+    return changes if first == second or {*first} != {*second} else {**changes, "optimizer.groups": (first, second)}
 
 
 def changed_meaning(before: Config, after: Config) -> Changes:
@@ -79,6 +83,11 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         values |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return values
+
+
+def _own_groups(config: Config) -> list[str]:
+    """The groups by pattern in their order."""
+    return [group for group, table in config.optimizer.groups.items() if "match" in table]
 
 
 def _plain(config: Config) -> Config:

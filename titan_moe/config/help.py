@@ -2,14 +2,14 @@
 
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, get_type_hints
 
 import tomli_w
 
 from titan_moe.balancer import Balancer
-from titan_moe.config.schema import REQUIRED, Kind, document, parameters_of, type_text
-from titan_moe.config.sections import KINDS, LOAD_LR, SECTIONS, Config
+from titan_moe.config.schema import REQUIRED, Kind, Parameter, document, parameters_of, type_text
+from titan_moe.config.sections import GROUP_KEYS, KINDS, LOAD_LR, SECTIONS, Config
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 from titan_moe.optimizer.load_lr import load_lr
 
@@ -32,7 +32,8 @@ COMPONENTS = {
     'that a base file turned on; NAME may be "my_pkg.my_mod:fn". A table [balancer.ANY] with name = "NAME" is an '
     "instance of it under a name of its own: so one balancer can be on several times.",
     "optimizer": "A component by name and its arguments. A table [optimizer.GROUP] sets the same arguments for one "
-    "parameter group ({groups}), or names another optimizer for it; GROUP = false takes back what a base file set.",
+    "parameter group ({groups}), or names another optimizer for it; GROUP = false takes back what a base file set. A "
+    "table [optimizer.groups.NAME] makes a group of one's own.",
     "lr_scheduler": "A component by name and its arguments: the factor of every learning rate at a step.",
 }
 
@@ -48,7 +49,7 @@ def help_text() -> str:
             intro = COMPONENTS[section].format(groups=", ".join(GROUP_PATTERNS))
             blocks.append(_component_block(section, KINDS[section], intro, getattr(default, section)))
             if section == "optimizer":
-                blocks.append(_load_lr_block())
+                blocks += [_group_block(), _load_lr_block()]
         else:
             lines = [f"[{section}]  {inspect.getdoc(hint)}"]
             for key, annotation in get_type_hints(hint, include_extras=True).items():
@@ -86,12 +87,26 @@ def _state_of(builder: Callable[..., Balancer]) -> list[str]:
     return [] if init is None else list(init(1))
 
 
+def _group_block() -> str:
+    """Describe what groups by pattern take beside the arguments of the optimizer."""
+    title = (
+        "[optimizer.groups.NAME], a group of one's own: the parameters whose names match, with the keys of GROUP; what "
+        "it leaves out comes from [optimizer]. A parameter is in the first group, in their order, that matches it; the "
+        "five groups have what is left."
+    )
+    return _keys_block(title, GROUP_KEYS)
+
+
 def _load_lr_block() -> str:
     """Describe what [optimizer.expert] takes beside the arguments of the optimizer."""
     about = " ".join((inspect.getdoc(load_lr) or "").partition("Returns a parameter")[0].split())
-    title = f"[optimizer.expert], with every optimizer: {about}"
+    return _keys_block(f"[optimizer.expert], and [optimizer.groups.NAME] of experts: {about}", LOAD_LR)
+
+
+def _keys_block(title: str, keys: Mapping[str, Parameter]) -> str:
+    """Describe keys that tables of one sort have besides."""
     lines = textwrap.wrap(title, WIDTH - 2, initial_indent="  ", subsequent_indent="    ")
-    for key, (annotation, value) in LOAD_LR.items():
+    for key, (annotation, value) in keys.items():
         lines += _entry(f"    {key}", value, f"{document(annotation)} {_type(annotation)}")
     return "\n".join(lines)
 

@@ -28,6 +28,7 @@ from titan_moe.config.schema import (
     unknown_key,
 )
 from titan_moe.config.sections import (
+    GROUP_KEYS,
     KINDS,
     LOAD_LR,
     METRIC_NAMES,
@@ -49,6 +50,7 @@ class Given(NamedTuple):
     inherited: bool = False  # set for another component, so the one that is named now may lack the key
 
 
+GROUPS = "optimizer.groups"  # the path of groups by pattern
 Table = dict[str, Given]
 Tables = dict[str, Table]  # by path: "training", "optimizer", "optimizer.expert", "balancer.aux_loss" ...
 
@@ -125,19 +127,39 @@ def _split(section: str, content: dict[str, Any], origin: str, earlier: Tables) 
     # Other sections have no tables within.
     if section not in ("balancer", "optimizer"):
         return {section: content}
-    inner = [name for name in (content if section == "balancer" else GROUP_PATTERNS) if name in content]
-    plain = {key: value for key, value in content.items() if key not in inner}
+    names = [name for name in (content if section == "balancer" else GROUP_PATTERNS) if name in content]
+    inner = {f"{section}.{name}": content[name] for name in names}
+    plain = {key: value for key, value in content.items() if key not in names}
+    if section == "optimizer" and "groups" in plain:
+        inner |= _own_groups(plain.pop("groups"), origin)
     tables: dict[str, dict[str, Any] | None] = {section: plain} if section == "optimizer" else {}
 
     # A table, or true, turns one on; false takes back what an earlier layer has turned on.
-    for name in inner:
-        path, table = f"{section}.{name}", content[name]
+    for path, table in inner.items():
+        name = path.removeprefix(f"{section}.")
         if section == "balancer" and not (path in earlier or (isinstance(table, dict) and "name" in table)):
             # Named by its table, so the name has to be right where that is empty or off, too.
             parameters_of(KINDS[section], name, origin, path)
         on = isinstance(table, dict) or check_value(bool, table, origin, path)
         tables[path] = None if not on else table if isinstance(table, dict) else {}
     return tables
+
+
+def _own_groups(content: Any, origin: str) -> dict[str, Any]:
+    """The tables of [optimizer.groups] by their paths; ValueError for a name that a group can't have."""
+    if not isinstance(content, dict):
+        raise key_error(origin, GROUPS, f"must have tables: [{GROUPS}.NAME]", content)
+    for name in content:
+        if not name.isidentifier():
+            message = "the name of a group is of letters, digits and _, and does not begin with a digit"
+            raise key_error(origin, f"{GROUPS}.{name}", message)
+        if name in GROUP_PATTERNS:
+            message = f"is a group without patterns: set it in [optimizer.{name}], or take another name"
+            raise key_error(origin, f"{GROUPS}.{name}", message)
+        if name.endswith(("_min", "_max")):
+            message = f"lr/{name} could be a metric of another group: take a name without _min and _max at its end"
+            raise key_error(origin, f"{GROUPS}.{name}", message)
+    return {f"{GROUPS}.{name}": table for name, table in content.items()}
 
 
 def _check(path: str, tables: Tables, before: Tables) -> Table:
@@ -175,6 +197,8 @@ def _parameters(path: str, tables: Tables) -> dict[str, Parameter]:
     """The arguments of the component that a table is for; ValueError where there is no such component."""
     name, origin, key = _named(path, tables)
     parameters = parameters_of(KINDS[path.partition(".")[0]], name, origin, key)
+    if path.startswith(f"{GROUPS}."):
+        return {**GROUP_KEYS, **parameters, **LOAD_LR}
     return {**parameters, **LOAD_LR} if path == "optimizer.expert" else parameters
 
 
@@ -217,6 +241,8 @@ def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
     kind, message = KINDS[section], None
     if section == "optimizer" and key in LOAD_LR:
         message = "only experts have a load: set it in [optimizer.expert]"
+    elif section == "optimizer" and key in GROUP_KEYS:
+        message = f"is for groups by pattern: set it in [{GROUPS}.NAME]"
     elif key in kind.supplied:
         message = f"cannot be set here: it comes from {kind.supplied[key]}"
     elif section == "balancer" and key == "name":
@@ -228,7 +254,7 @@ def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
     takers = [name for name, builder in kind.registry.items() if key in inspect.signature(builder).parameters]
     if takers:
         return key_error(origin, dotted, f"unknown argument here; it belongs to {', '.join(takers)}")
-    first = () if not _has_name(path) else ("name", *GROUP_PATTERNS) if path == "optimizer" else ("name",)
+    first = () if not _has_name(path) else ("name", *GROUP_PATTERNS, "groups") if path == "optimizer" else ("name",)
     return unknown_key(origin, dotted, tuple({**dict.fromkeys(first), **annotations}), "argument")
 
 
@@ -253,6 +279,14 @@ def _make_config(tables: Tables) -> Config:
     # A group that says nothing is as if it were not there: it has all from [optimizer].
     groups = {group: _values(f"optimizer.{group}", tables) for group in GROUP_PATTERNS}
     groups = {group: arguments for group, arguments in groups.items() if arguments}
+
+    # those by pattern in the order in which they were written first
+    for path in tables:
+        if path.startswith(f"{GROUPS}."):
+            groups[path.removeprefix(f"{GROUPS}.")] = table = _values(path, tables)
+            if "match" not in table:
+                origin = next((given.origin for given in tables[path].values()), "configuration")
+                raise key_error(origin, f"{path}.match", "is missing: give globs on names of parameters")
     sections["optimizer"] = dataclasses.replace(sections["optimizer"], groups=groups)
     return Config(**sections)
 
@@ -300,7 +334,15 @@ def to_document(config: Config) -> dict[str, Any]:
         elif isinstance(value, Optimizer):
             # A group that the defaults have and this one has not: to leave it out would bring the defaults' back.
             off = {group: False for group in Optimizer().groups if group not in value.groups}
-            table = {"name": value.name, **value.arguments, **off, **value.groups}
+            five = {group: options for group, options in value.groups.items() if group in GROUP_PATTERNS}
+            by_pattern = {group: options for group, options in value.groups.items() if group not in five}
+            table = {
+                "name": value.name,
+                **value.arguments,
+                **off,
+                **five,
+                **({"groups": by_pattern} if by_pattern else {}),
+            }
         else:
             table = dataclasses.asdict(value)
             for name in ("config_file", "allow_config_change"):  # of one start, not of the run

@@ -80,6 +80,7 @@ def _as_written(config: Config, section: str, table: dict[str, Any]) -> Any:
     if section != "optimizer":
         return Component(name, arguments)
     groups = {group: arguments.pop(group) for group in GROUP_PATTERNS if group in arguments}
+    groups |= arguments.pop("groups", {})
     return Optimizer(name, arguments, {group: options for group, options in groups.items() if options is not False})
 
 

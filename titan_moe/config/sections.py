@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from titan_moe.balancer import BALANCERS
-from titan_moe.config.schema import Kind, parameters_of
+from titan_moe.config.schema import REQUIRED, Kind, Parameter, parameters_of
 from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.load_lr import load_lr
@@ -104,7 +104,11 @@ class Component:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """The optimizer, and what parameter groups (expert, router, embedding, norm, dense) have of their own."""
+    """The optimizer, and what parameter groups have of their own.
+
+    Those are expert, router, embedding, norm and dense, and before them groups by pattern, which have a `match`: in
+    their order the first that matches a parameter has it.
+    """
 
     name: str = "adamw"
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -370,7 +374,7 @@ KINDS = {
         {
             **dict.fromkeys(("lr", "weight_decay"), _NOT_NEGATIVE),
             **dict.fromkeys(("beta1", "beta2", "beta3", "momentum"), _BETA),
-            **dict.fromkeys(("alpha", "alpha_warmup", "beta3_warmup"), _NOT_NEGATIVE),
+            **dict.fromkeys(("alpha", "alpha_warmup", "beta3_warmup", "weight_lr_power", "r"), _NOT_NEGATIVE),
             **dict.fromkeys(("eps", "epsilon"), _POSITIVE),
             **dict.fromkeys(("precondition_frequency", "statistics_every"), _COUNT),
             **dict.fromkeys(("max_preconditioner_dim", "adamw_above"), _COUNT),
@@ -386,7 +390,7 @@ KINDS = {
     ),
 }
 
-# What [optimizer.expert] takes besides, whatever the optimizer.
+# What [optimizer.expert], and a group by pattern of experts, takes besides, whatever the optimizer.
 _LOAD_LR_RANGES = {
     "load_lr_power": Field(allow_inf_nan=False),
     "load_lr_ema": _BETA,
@@ -394,6 +398,23 @@ _LOAD_LR_RANGES = {
     "load_lr_ceiling": Field(gt=0),
 }
 LOAD_LR = parameters_of(Kind({"load_lr": load_lr}, {}, _LOAD_LR_RANGES), "load_lr", "configuration", "optimizer.expert")
+
+# What [optimizer.groups.NAME] takes besides, whatever the optimizer.
+GROUP_KEYS = {
+    "match": Parameter(
+        Annotated[
+            list[Annotated[str, Field(min_length=1)]],
+            BeforeValidator(_as_list),
+            Field(min_length=1),
+            "globs on names of parameters: `*` stands for any characters, `?` for one",
+        ],
+        REQUIRED,
+    ),
+    "per_head": Parameter(
+        Annotated[bool, "each head of a matrix of attention (wq, wk, wv: rows; wo: columns) is a matrix by itself"],
+        False,
+    ),
+}
 
 # Keys that there were, each with the reason why nothing is lost without it. `titan_moe.config.saved` reads over them.
 REMOVED = {"moe.dispatcher": "parallelism.expert_parallel_degree says how tokens reach their experts"}

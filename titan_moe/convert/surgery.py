@@ -191,7 +191,7 @@ def upcycle(
     tensors = read_lazily(step_folder)
     _check_noise(tensors, noise)
     new_tensors: LazyTensors = {}
-    carries_states = "load_lr" not in config.optimizer.groups.get("expert", {})
+    carries_states = not any("load_lr" in table for table in config.optimizer.groups.values())
     for name, tensor in tensors.items():
         head, _, rest = name.partition(".feed_forward.")
         if rest and int(head.rpartition(".")[2]) in moe_layers(config):

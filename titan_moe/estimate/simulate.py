@@ -588,9 +588,10 @@ def rows_sent(config: Config, sequences: int, length: int) -> int:
 
 def without_load_lr(config: Config) -> Config:
     """The configuration without rates by load, which on a CPU are read on the host. Their state is small."""
-    groups = dict(config.optimizer.groups)
-    expert = {key: value for key, value in groups.pop("expert", {}).items() if not key.startswith("load_lr")}
-    groups |= {"expert": expert} if expert else {}
+    groups = {
+        name: {key: value for key, value in table.items() if not key.startswith("load_lr")}
+        for name, table in config.optimizer.groups.items()
+    }
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, groups=groups))
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_moe.model.wrappers import plain_name
+
 Rope = tuple[Tensor, Tensor]
 # q (B, H, S, C), k and v (B, G, S, C) -> (B, H, S, C), and where the last argument is true the `max_logits`
 Attend = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
@@ -32,6 +34,25 @@ def check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
         raise ValueError(
             f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({num_heads}), or be 0 for as many"
         )
+
+
+def attention_heads(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Of each weight of queries, keys, values and outputs how many heads it has, and the dimension that they share.
+
+    They are told by their names, in any module with a `head_dim`. Queries, keys and values (H C, D) have a head in C
+    rows; outputs (D, H C) have it in C columns, those that its C channels enter by.
+    """
+    heads = {}
+    for prefix, module in model.named_modules():
+        head_dim = getattr(module, "head_dim", None)
+        if not isinstance(head_dim, int):
+            continue
+        for name, parameter in module.named_parameters(prefix):
+            parts = plain_name(name).split(".")
+            if parts[-1] == "weight" and parameter.dim() == 2 and parts[-2] in ("wq", "wk", "wv", "wo"):
+                dim = int(parts[-2] == "wo")
+                heads[plain_name(name)] = parameter.shape[dim] // head_dim, dim
+    return heads
 
 
 def rope_cos_sin(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Rope:

@@ -1,6 +1,6 @@
 """What the optimizer did to each expert in a step: gradient signal-to-noise and size of the update.
 
-Shapes: L MoE layers, E experts, R the rows (experts) of a tensor that this rank holds.
+Shapes: L MoE layers, E experts, R the rows (experts) of a tensor that this rank holds, K groups with moments of them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from titan_moe.model.wrappers import plain_name
 from titan_moe.norms import norms
-from titan_moe.optimizer.groups import group_of, layer_indices
+from titan_moe.optimizer.groups import group_of, moe_layers
+from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.transform import MOMENTS
 from titan_moe.runtime.dtensor import local, local_rows
 
@@ -19,14 +21,27 @@ from titan_moe.runtime.dtensor import local, local_rows
 class ExpertStats(NamedTuple):
     """Measures of one optimizer step, (L, E) float64; NaN where there is nothing to measure yet."""
 
-    gradient_snr: Tensor | None  # None where the optimizer keeps no Adam moments
+    gradient_snr: Tensor | None  # of the matrices of which Adam's moments are kept; None where that are none
     update_ratio: Tensor
 
 
 def expert_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[nn.Parameter, int]:
     """Each stacked expert parameter and the index of its layer among the MoE layers."""
-    experts = {name: parameter for name, parameter in named_parameters if group_of(name) == "expert"}
-    return dict(zip(experts.values(), layer_indices(list(experts)), strict=True))
+    named = {plain_name(name): parameter for name, parameter in named_parameters}
+    layers = moe_layers(name for name in named if group_of(name) == "expert")
+    return {named[name]: layer for name, layer in layers.items()}
+
+
+def with_moments(experts: Mapping[nn.Parameter, int], optimizer: Optimizer) -> list[tuple[Group, list[nn.Parameter]]]:
+    """The groups of experts' parameters of which the optimizer keeps Adam's moments, with these parameters."""
+    pairs = []
+    for group in optimizer.param_groups:
+        with_both = [
+            p for p in group["params"] if p in experts and {*MOMENTS, "step"} <= optimizer.state.get(p, {}).keys()
+        ]
+        if with_both and "betas" in group:
+            pairs.append((group, with_both))
+    return pairs
 
 
 def copies(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -36,24 +51,31 @@ def copies(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 @torch.no_grad()
 def expert_sums(experts: Mapping[nn.Parameter, int], before: Iterable[Tensor], optimizer: Optimizer) -> Tensor:
-    """Four sums over each expert's elements on this rank, (4, L, E) float64; add them up over ranks.
+    """Sums over each expert's elements on this rank, (2 + 2 K, L, E) float64; add them up over ranks.
 
-    They are the squares of the update, of the parameters before it and of Adam's first moment, and its second moment.
-    Replicas of a row are counted in every sum, so that they cancel in the ratios that `expert_stats` makes.
+    They are the squares of the update and of the parameters before it; then, for each of K groups, the squares of
+    Adam's first moment, and its second moment. Replicas of a row are counted in every sum, so that they cancel in the
+    ratios that `expert_stats` makes.
     """
     # for all experts on every rank, with zeros for those that are elsewhere, so that ranks can add them up
     first = next(iter(experts))
-    sums = torch.zeros(4, max(experts.values()) + 1, first.shape[0], dtype=torch.float64, device=first.device)
+    groups = with_moments(experts, optimizer)
+    shape = 2 + 2 * len(groups), max(experts.values()) + 1, first.shape[0]
+    sums = torch.zeros(shape, dtype=torch.float64, device=first.device)
 
     # an expert's parameters are several tensors, whose squares add up to those of the whole expert
     for (parameter, layer), old in zip(experts.items(), before, strict=True):
-        terms = [_squares(local(parameter) - old), _squares(old)]
-        state = optimizer.state.get(parameter, {})  # none before the first step
-        if all(name in state for name in MOMENTS):
-            mean, square = (local(state[name]) for name in MOMENTS)
-            terms += [_squares(mean), square.flatten(1).sum(1, dtype=torch.float64)]
-        for total, term_R in zip(sums, terms, strict=False):  # (L, E), (R,)
-            total[layer, local_rows(parameter)] += term_R
+        rows = local_rows(parameter)
+        sums[0, layer, rows] += _squares(local(parameter) - old)
+        sums[1, layer, rows] += _squares(old)
+
+    # groups apart, as each has betas of its own
+    for number, (_, parameters) in enumerate(groups):
+        for parameter in parameters:
+            rows, layer = local_rows(parameter), experts[parameter]
+            mean, square = (local(optimizer.state[parameter][name]) for name in MOMENTS)
+            sums[2 + 2 * number, layer, rows] += _squares(mean)
+            sums[3 + 2 * number, layer, rows] += square.flatten(1).sum(1, dtype=torch.float64)
     return sums
 
 
@@ -75,24 +97,31 @@ def expert_stats(experts: Mapping[nn.Parameter, int], sums: Tensor, optimizer: O
     c = (1 - beta1) (1 + beta1^t) / ((1 + beta1) (1 - beta1^t)) is the sum of m's squared weights after t steps. So
     SNR^2 = (|m|^2 - c v) / (v - |m|^2), 0 where noise makes that negative. It supposes that E g hardly changes over
     1 / (1 - beta1) steps, and sees gradients as the optimizer does, after clipping. The gradients of micro-batches
-    would need no such supposition, but there is often one micro-batch alone, and they cost a copy each.
+    would need no such supposition, but there is often one micro-batch alone, and they cost a copy each. Of matrices
+    whose optimizer keeps no such moments nothing is in it.
     """
-    update, size, mean, square = sums  # (L, E) each
+    update, size = sums[:2]  # (L, E) each
     ratio = (update / size).sqrt()
 
-    # All parameters of a layer are updated together, so one of each layer tells how many steps its experts have taken.
-    # There are no moments before the first step, and none of an optimizer that does not keep them.
-    of_layer = {layer: parameter for parameter, layer in experts.items()}
-    states = [optimizer.state.get(of_layer[layer], {}) for layer in sorted(of_layer)]
-    group = next(group for group in optimizer.param_groups if any(p is of_layer[0] for p in group["params"]))
-    if not all(name in state for state in states for name in (*MOMENTS, "step")) or "betas" not in group:
+    # there are no moments before the first step, and none of an optimizer that does not keep them
+    groups = with_moments(experts, optimizer)
+    if not groups:
         return ExpertStats(None, ratio)
 
-    # after one step m is that step's gradient, of which alone no variance can be told
-    beta1, beta2 = group["betas"]
-    steps = torch.stack([state["step"].to(ratio).expand(ratio.shape[1]) for state in states])  # (L, E)
-    mean = mean / (1 - beta1**steps).square()
-    square = square / (1 - beta2**steps)
-    c = (1 - beta1) * (1 + beta1**steps) / ((1 + beta1) * (1 - beta1**steps))
-    snr = ((mean - c * square).clamp(min=0) / (square - mean).clamp(min=0)).sqrt()
-    return ExpertStats(torch.where((steps > 1) & snr.isfinite(), snr, torch.nan), ratio)
+    signal, noise, most_steps = (torch.zeros_like(ratio) for _ in range(3))  # (L, E)
+    for number, (group, parameters) in enumerate(groups):
+        # All parameters of a layer and a group are updated together, so one of them tells how many steps its experts
+        # have taken. A layer of which the group has none adds nothing.
+        of_layer = {experts[parameter]: optimizer.state[parameter]["step"] for parameter in parameters}
+        one = torch.ones((), device=ratio.device)
+        counts = [of_layer.get(layer, one).to(ratio).expand(ratio.shape[1]) for layer in range(len(ratio))]
+        steps = torch.stack(counts)  # (L, E)
+
+        # after one step m is that step's gradient, of which alone no variance can be told
+        beta1, beta2 = group["betas"]
+        mean = sums[2 + 2 * number] / (1 - beta1**steps).square()
+        square = sums[3 + 2 * number] / (1 - beta2**steps)
+        c = (1 - beta1) * (1 + beta1**steps) / ((1 + beta1) * (1 - beta1**steps))
+        signal, noise, most_steps = signal + (mean - c * square), noise + (square - mean), most_steps.maximum(steps)
+    snr = (signal.clamp(min=0) / noise.clamp(min=0)).sqrt()
+    return ExpertStats(torch.where((most_steps > 1) & snr.isfinite(), snr, torch.nan), ratio)

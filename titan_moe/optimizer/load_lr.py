@@ -5,11 +5,11 @@ learning rate of its own: the group's scheduled rate times a factor. The factor 
 got in the whole optimizer step, over all ranks and micro-batches. `optimizer.step(load=...)` takes these loads; how a
 rate reaches the rows of a tensor is in `titan_moe.optimizer.optimizer`.
 
-Shapes: L MoE layers, E experts.
+Shapes: L MoE layers, l those of them that a group has parameters of, E experts.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -37,9 +37,7 @@ def load_lr(
     Raises ValueError when the floor is above the ceiling.
     """
     if load_lr_floor > load_lr_ceiling:
-        raise ValueError(
-            f"optimizer.expert.load_lr_floor ({load_lr_floor}) must be at most load_lr_ceiling ({load_lr_ceiling})"
-        )
+        raise ValueError(f"load_lr_floor ({load_lr_floor}) must be at most load_lr_ceiling ({load_lr_ceiling})")
 
     # the optimizer goes by the key `load_lr`: a group without it has one rate for all
     if load_lr == "none":
@@ -54,11 +52,14 @@ def load_lr(
     }
 
 
-def expand_load_lr(arguments: Group, *, top_k: int) -> Group:
-    """Replace the `load_lr` arguments of a group by the settings that they mean."""
+def expand_load_lr(arguments: Group, *, top_k: int, key: str = "optimizer.expert") -> Group:
+    """Replace the `load_lr` arguments of a group, the table `key`, by the settings that they mean."""
     given = {key: value for key, value in arguments.items() if key.startswith("load_lr")}
     rest = {key: value for key, value in arguments.items() if key not in given}
-    settings = load_lr(**given)
+    try:
+        settings = load_lr(**given)
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from None
     return {**rest, **settings, "load_lr_top_k": top_k} if settings else rest
 
 
@@ -81,33 +82,54 @@ def rate_factors(load_LE: Tensor, ema_LE: Tensor, group: Group) -> tuple[Tensor,
 
 def keep_factors(
     states: Mapping[Tensor, dict[str, Tensor]], group: Group, load_LE: Tensor | None, skip: Tensor | None
-) -> Tensor | None:
-    """Make the factors (L, E) of this step, and keep them and the average in the states of the group's parameters.
+) -> dict[int, Tensor]:
+    """Make the factors of this step, and keep them and the average in the states of the group's parameters.
 
-    The states, `load_ema` and `load_factor`, are (E,) and the same on every rank, whatever the layout. Where `skip`, an
-    fp32 scalar, is 1, they stay as they are. Returns None without a load: all experts are alike then.
+    Returns the factors (E,) of each layer that the group has parameters of, by its index in the load (L, E); none
+    without a load: all experts are alike then. The states, `load_ema` and `load_factor`, are (E,) and the same on every
+    rank, whatever the layout. Where `skip`, an fp32 scalar, is 1, they stay as they are.
     """
     # torch makes the states that a checkpoint is loaded into by a step that knows no load
     if load_LE is None:
         for parameter in group["params"]:
             ones_E = torch.ones(parameter.shape[0], device=parameter.device)
             states[parameter].update(load_ema=ones_E, load_factor=ones_E.clone())
-        return None
+        return {}
 
     # all parameters of a layer have the same: one of each is read
-    of_layer = dict(zip(group["layers"], group["params"], strict=True))
+    of_layer = parameter_by_layer(group)
+    load_lE = torch.stack([load_LE[layer] for layer in of_layer])  # (L, E) -> (l, E), the group's layers
     if "load_ema" in states[group["params"][0]]:
-        before_LE, old_LE = (
-            torch.stack([states[of_layer[layer]][name] for layer in sorted(of_layer)])
+        before_lE, old_lE = (
+            torch.stack([states[parameter][name] for parameter in of_layer.values()])
             for name in ("load_ema", "load_factor")
         )
     else:
-        before_LE = old_LE = torch.ones_like(load_LE, dtype=torch.float32)
+        before_lE = old_lE = torch.ones_like(load_lE, dtype=torch.float32)
 
     # a step that is skipped leaves both as they were, by a choice on the device
-    factor_LE, ema_LE = rate_factors(load_LE, before_LE, group)
+    factor_lE, ema_lE = rate_factors(load_lE, before_lE, group)
     if skip is not None:
-        ema_LE, factor_LE = (torch.where(skip > 0, *pair) for pair in ((before_LE, ema_LE), (old_LE, factor_LE)))
+        ema_lE, factor_lE = (torch.where(skip > 0, *pair) for pair in ((before_lE, ema_lE), (old_lE, factor_lE)))
+    ema, factor = (dict(zip(of_layer, rows.unbind(), strict=True)) for rows in (ema_lE, factor_lE))
     for parameter, layer in zip(group["params"], group["layers"], strict=True):
-        states[parameter].update(load_ema=ema_LE[layer], load_factor=factor_LE[layer])
-    return factor_LE
+        states[parameter].update(load_ema=ema[layer], load_factor=factor[layer])
+    return factor
+
+
+def parameter_by_layer(group: Group) -> dict[int, Tensor]:
+    """One parameter of each MoE layer that a group has any of, in the layers' order."""
+    by_layer = dict(zip(group["layers"], group["params"], strict=True))
+    return {layer: by_layer[layer] for layer in sorted(by_layer)}
+
+
+def layer_factors(groups: Sequence[Mapping[int, Tensor]], load_LE: Tensor | None) -> Tensor | None:
+    """The factors (L, E) of what `keep_factors` gave for some groups, None where it gave nothing.
+
+    A layer of which several groups have parameters has those of the first one; a layer of which none has any has ones.
+    """
+    by_layer = {layer: factor_E for group in reversed(groups) for layer, factor_E in group.items()}
+    if not by_layer or load_LE is None:
+        return None
+    ones_E = torch.ones(load_LE.shape[1], device=load_LE.device)
+    return torch.stack([by_layer.get(layer, ones_E) for layer in range(len(load_LE))])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from titan_moe.optimizer.groups import NO_MATRICES
+from titan_moe.optimizer.groups import NO_MATRICES, Heads
 from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.owners import Owned, Transfer, gather, join, scatter
 from titan_moe.optimizer.transform import State, Tick, Transform, fused_sgd
@@ -30,11 +30,13 @@ REPLICATED_STATES = ("step", "clock", "load_ema", "load_factor")  # by name; eac
 class Matrix(NamedTuple):
     """How a matrix, or a stack of them, is updated: by a transform of its own, and so many steps later if periodic.
 
-    One that is `owned` is updated by one of the ranks that hold parts of it.
+    With `heads` a dense matrix is a stack of these. One that is `owned` is updated by one of the ranks that hold parts
+    of it.
     """
 
     transform: Transform
     offset: int = 0
+    heads: Heads | None = None
     owned: Owned | None = None
 
     @property
@@ -58,11 +60,14 @@ class Task(NamedTuple):
         return self.matrix.owned
 
 
-def takes(transform: Transform, group: Group, parameter: Tensor) -> bool:
+def takes(transform: Transform, group: Group, parameter: Tensor, heads: Heads | None = None) -> bool:
     """Whether a transform updates a parameter of a group by its direction; if not, a kernel updates it."""
     if transform.kernel is not None or parameter.dim() not in (2, 3) or group.get("name") in NO_MATRICES:
         return False
-    return transform.max_dim is None or max(parameter.shape[-2:]) <= transform.max_dim
+    shape = list(parameter.shape[-2:])
+    if heads is not None:
+        shape[heads[1]] //= heads[0]
+    return transform.max_dim is None or max(shape) <= transform.max_dim
 
 
 def parts_of(stack: Tensor, transform: Transform) -> list[slice]:
@@ -94,19 +99,31 @@ def apply(weight: Tensor, direction: Tensor, group: Group, factor_R: Tensor | No
     weight.sub_(step)
 
 
-def to_stack(tensor: Tensor) -> Tensor:
-    """The stack (R, M, N) that a parameter's values are: a dense matrix is one of a single matrix."""
-    return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
+def to_stack(tensor: Tensor, heads: Heads | None = None) -> Tensor:
+    """View a parameter's values as the stack (R, M, N) that they are.
+
+    A dense matrix (M, N) is one of a single matrix, or of its heads, (H, M / H, N) or (H, M, N / H).
+    """
+    if tensor.dim() == 3 or heads is None:
+        return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
+    number, dim = heads
+    return tensor.unflatten(dim, (number, -1)).movedim(dim, 0)
+
+
+def from_stack(stack: Tensor, heads: Heads | None) -> Tensor:
+    """The dense matrix (M, N) whose `to_stack` is this."""
+    return stack[0] if heads is None else stack.movedim(0, heads[1]).flatten(heads[1], heads[1] + 1)
 
 
 def fresh_state(matrix: Matrix, parameter: Tensor) -> State:
     """A transform's first state, where the parameter is updated, and the counts of steps at zero.
 
-    `clock`, a scalar on the CPU, counts the parameter's steps; `step`, (E,) or (1,), those in which a row was alive.
+    `clock`, a scalar on the CPU, counts the parameter's steps; `step`, (E,), (H,) or (1,), those in which a row was
+    alive.
     """
     # of a dense matrix, which may be sharded, a transform sees a whole one of the same shape, without its values
     stacked, device = parameter.dim() == 3, parameter.device
-    stack = local(parameter) if stacked else to_stack(torch.empty(parameter.shape, device=device))  # (R, M, N)
+    stack = local(parameter) if stacked else to_stack(torch.empty(parameter.shape, device=device), matrix.heads)
     state = matrix.transform.init(stack)
     if matrix.owned is not None:
         state = {name: held_by_one(value, matrix.owned.home) for name, value in state.items()}
@@ -168,8 +185,8 @@ def step_matrix(
     rows = local_rows(parameter) if parameter.dim() == 3 else slice(None)
     alive = None if alive_E is None else alive_E[rows]  # (E,) -> (R,)
     factor = None if factor_E is None else factor_E[rows]  # (R,)
-    weight = to_stack(local(parameter))  # (R, M, N)
-    gradient = to_stack(local(parameter.grad))  # (R, M, N)
+    weight = to_stack(local(parameter), matrix.heads)  # (R, M, N)
+    gradient = to_stack(local(parameter.grad), matrix.heads)  # (R, M, N)
     for part, direction, part_state, tick in directions(matrix, gradient, weight, state, rows, spare, alive):
         of_part = None if factor is None else factor[part]
         move(weight[part], direction, matrix.transform, part_state, tick, group, of_part)
@@ -262,17 +279,18 @@ def send_updates(tasks: Sequence[Task], received: Tensor, spare: Callable[[Tenso
 def update_of(task: Task, received: Tensor, spare: Callable[[Tensor], Tensor]) -> Tensor:
     """The direction of a matrix (M, N) from all its parts, or its next weight if that is brought back."""
     matrix, parameter, state, group = task
-    gradient, *rest = join(task.owned, received, 1 + matrix.needs_weight, parameter.shape)  # (M, N) each
-    weight = to_stack(rest[0].to(parameter.dtype)) if rest else None  # (1, M, N)
+    whole = join(task.owned, received, 1 + matrix.needs_weight, parameter.shape)  # (M, N) each
+    gradient, *rest = (to_stack(tensor, matrix.heads) for tensor in whole)  # (R, M, N) each
+    weight = rest[0].to(parameter.dtype) if rest else None
 
-    update = weight if matrix.transform.retract is not None else torch.empty_like(to_stack(gradient), dtype=torch.float)
+    update = weight if matrix.transform.retract is not None else torch.empty_like(gradient, dtype=torch.float)
     assert update is not None
-    for part, direction, part_state, tick in directions(matrix, to_stack(gradient), weight, state, slice(None), spare):
+    for part, direction, part_state, tick in directions(matrix, gradient, weight, state, slice(None), spare):
         if matrix.transform.retract is None:
             update[part] = direction
         else:
             move(update[part], direction, matrix.transform, part_state, tick, group)
-    return update[0]
+    return from_stack(update, matrix.heads)
 
 
 def finish(tasks: Sequence[Task], updates: Transfer) -> None:

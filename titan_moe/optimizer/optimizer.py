@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe.optimizer.groups import Scale
+from titan_moe.optimizer.groups import Heads, Scale
 from titan_moe.optimizer.kernels import Scalars, step_by_kernel, step_experts_by_kernel
-from titan_moe.optimizer.load_lr import Group, keep_factors
+from titan_moe.optimizer.load_lr import Group, keep_factors, layer_factors, parameter_by_layer
 from titan_moe.optimizer.matrix import Matrix, Task, check_whole_experts, step_matrix, step_owned, takes
 from titan_moe.optimizer.outside import skips_by_itself, step_outside, takes_scalars
 from titan_moe.optimizer.owners import find_owners
@@ -53,6 +53,9 @@ class Optimizer(torch.optim.Optimizer):
     nothing. A dense matrix that is sharded has an owner: one rank gathers it, keeps its state and computes its update,
     of which each rank gets the part that it holds.
     An optimizer from outside shares groups and states with this one, so that there is one of each to save.
+
+    A group with `per_head` has `heads`, of each parameter their number and the dimension that they share: each head is
+    then a matrix by itself.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Optimizer(torch.optim.Optimizer):
             by_parameter = dict(zip(group["params"], group.pop("scales", ()), strict=False))
             self._scales |= {parameter: scale for parameter, scale in by_parameter.items() if scale != Scale()}
             check_scales(group, rule, by_parameter.values())
+            check_heads(group, rule)
         self._prepare()
 
     @classmethod
@@ -103,7 +107,9 @@ class Optimizer(torch.optim.Optimizer):
         nor counts of steps. By default it is whether grad_norm is finite.
 
         Returns the factors (L, E) of the experts' rates, all 0 in a step that changed nothing; None where no rate
-        depends on load; with a `closure`, its loss. With lr 0 the states of matrices are made, and nothing else.
+        depends on load; with a `closure`, its loss. Where several groups have rates by load, a layer's are those of the
+        first group that has parameters of it, and ones where none has; `load_factors` has those of each group. With lr
+        0 the states of matrices are made, and nothing else.
         Raises ValueError, before anything is changed, where neither grad_norm nor finite is given and a gradient in a
         group of matrices is NaN or infinite.
         """
@@ -121,18 +127,34 @@ class Optimizer(torch.optim.Optimizer):
                 factor_LE = torch.zeros(load.shape, device=load.device) if by_load else None
                 return loss if closure is not None else factor_LE
 
-        # at most one group, the experts, has rates by load and gives factors
+        # of each group the factors of its layers, in the order in which groups are updated
         self._sharded = []
         scalars = Scalars(skip, self._clip(grad_norm, max_norm))
         factors = [self._step_group(group, rule, load, scalars) for group, rule in self._ruled()]
-        factors += [step_outside(outside, self.state, load, scalars) for outside in self._outside]
+        for outside in self._outside:
+            factors += step_outside(outside, self.state, load, scalars)
         step_owned(self._sharded, self._spare)
-        factor_LE = next((group_LE for group_LE in factors if group_LE is not None), None)
+        factor_LE = layer_factors(factors, load)
         if factor_LE is not None and finite is not None:
             factor_LE = torch.where(finite, factor_LE, 0.0)
 
         self._memory = None  # up to a whole stack of experts, which the next forward pass has use for
         return loss if closure is not None else factor_LE
+
+    def load_factors(self, finite: Tensor | None = None) -> dict[str, Tensor]:
+        """Of each group whose rates depend on load the factors of its layers' experts in the last step, (l, E).
+
+        `finite` as in `step`: all 0 where it is false.
+        """
+        factors = {}
+        for number, group in enumerate(self.param_groups):
+            parameters = parameter_by_layer(group).values() if "load_lr" in group else ()
+            states = [self.state.get(parameter, {}) for parameter in parameters]
+            if states and all("load_factor" in state for state in states):
+                factor_lE = torch.stack([state["load_factor"] for state in states])
+                name = group.get("name", str(number))
+                factors[name] = factor_lE if finite is None else torch.where(finite, factor_lE, 0.0)
+        return factors
 
     def waits(self) -> bool:
         """Whether a step reads on the host whether it is finite, which waits for a GPU."""
@@ -173,12 +195,14 @@ class Optimizer(torch.optim.Optimizer):
 
         # a transform for each matrix, because it may keep things of its own beside the state (Meta's package does)
         transforms: dict[Rule, dict[Tensor, Transform]] = {}
+        heads: dict[Tensor, Heads] = {}
         for group, rule in self._ruled():
+            heads |= zip(group["params"], group.get("heads", ()), strict=False)
             check_average(rule, group)
             for part in self._parts(group, group["params"]):
                 for parameter in part["params"]:
                     transform = transform_of(rule.make, part)
-                    if takes(transform, group, parameter):
+                    if takes(transform, group, parameter, heads.get(parameter)):
                         check_whole_experts(rule.name, group, parameter)
                         transforms.setdefault(rule, {})[parameter] = transform
 
@@ -188,7 +212,8 @@ class Optimizer(torch.optim.Optimizer):
         for of_rule in transforms.values():
             for number, (parameter, transform) in enumerate(of_rule.items()):
                 offset = transform.period * number // len(of_rule)
-                self._matrices[parameter] = Matrix(transform, offset, owners.get(parameter))
+                owned = owners.get(parameter)
+                self._matrices[parameter] = Matrix(transform, offset, heads.get(parameter), owned)
 
     def _parts(self, group: Group, parameters: Sequence[Tensor]) -> list[Group]:
         """These parameters of a group, apart by their scales: each part with the settings that hold for it."""
@@ -220,25 +245,25 @@ class Optimizer(torch.optim.Optimizer):
         divide([parameter.grad for parameter in parameters if parameter.grad is not None], grad_scale)
         return grad_scale
 
-    def _step_group(self, group: Group, rule: Rule, load_LE: Tensor | None, scalars: Scalars) -> Tensor | None:
-        """Update a group by its transform; returns the factors (L, E) of its rates if they depend on load."""
+    def _step_group(self, group: Group, rule: Rule, load_LE: Tensor | None, scalars: Scalars) -> dict[int, Tensor]:
+        """Update a group by its transform; returns of each layer the factors (E,) of its rates, if they have any."""
         # one rate for all: one call for all parameters
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         if "load_lr" not in group:
             for part in self._parts(group, parameters):
                 self._step_part(part, rule, scalars)
-            return None
+            return {}
 
         # the rates of experts are those of their layer, so a kernel is called for one layer after another
         layers = dict(zip(group["params"], group["layers"], strict=True))
-        factor_LE = keep_factors(self.state, group, load_LE, scalars.skip)
+        factors = keep_factors(self.state, group, load_LE, scalars.skip)
         for layer in dict.fromkeys(group["layers"]):
             factor_E, alive_E = None, None
-            if factor_LE is not None and load_LE is not None:
-                factor_E, alive_E = factor_LE[layer], load_LE[layer] > 0
+            if load_LE is not None:
+                factor_E, alive_E = factors[layer], load_LE[layer] > 0
             for part in self._parts(group, [parameter for parameter in parameters if layers[parameter] == layer]):
                 self._step_part(part, rule, scalars, factor_E, alive_E)
-        return factor_LE
+        return factors
 
     def _step_part(
         self,
@@ -343,13 +368,14 @@ def describe_group(optimizer: torch.optim.Optimizer, group: Group) -> str:
         return kind_of(rule)
 
     # one who asked for a matrix optimizer wants to know what it does not take
+    name = f"{rule.name} head by head" if group.get("per_head") else rule.name
     rest = [parameter for parameter in group["params"] if not optimizer.is_matrix(parameter)]
     if len(rest) == len(group["params"]):
         return f"AdamW (no matrices for {rule.name})"
     if rest:
         count = sum(parameter.numel() for parameter in rest)
-        return f"{rule.name}, but AdamW for {len(rest)} tensors ({count:,} parameters)"
-    return rule.name
+        return f"{name}, but AdamW for {len(rest)} tensors ({count:,} parameters)"
+    return name
 
 
 def scaled(group: Group, scale: Scale) -> Group:
@@ -365,6 +391,29 @@ def check_scales(group: Group, rule: Rule | torch.optim.Optimizer, scales: Itera
             f"[optimizer.{group.get('name', 'expert')}]: rates that differ by parameter do not reach "
             f"{kind_of(rule)}, an optimizer from outside: choose one of ours, or one rate for all"
         )
+
+
+def check_heads(group: Group, rule: Rule | torch.optim.Optimizer) -> None:
+    """Raise ValueError where heads are to be matrices by themselves for an optimizer that does not look at matrices."""
+    if group.get("per_head") and (not isinstance(rule, Rule) or transform_of(rule.make, group).kernel):
+        raise ValueError(
+            f"[optimizer.groups.{group.get('name', '')}] per_head = true does nothing with {kind_of(rule)}, which does "
+            "not update by matrices: leave it out, or choose an optimizer of matrices"
+        )
+
+
+def check_served(optimizer: Optimizer, names: Iterable[str]) -> None:
+    """Raise ValueError where an optimizer of matrices updates none of a group's parameters; `names` are of groups."""
+    pairs = [pair for pair in zip(optimizer.param_groups, optimizer.rules, strict=True) if pair[0]["name"] in names]
+    for group, rule in pairs:
+        by_kernel = not isinstance(rule, Rule) or transform_of(rule.make, group).kernel
+        if not by_kernel and not any(optimizer.is_matrix(parameter) for parameter in group["params"]):
+            shapes = ", ".join(dict.fromkeys(str(tuple(parameter.shape)) for parameter in group["params"]))
+            raise ValueError(
+                f"[optimizer.groups.{group['name']}] name = {kind_of(rule)!r} updates matrices, and takes none of what "
+                f"this group matches, of shapes {shapes}: they are no matrices, or larger than its adamw_above; choose "
+                "'adamw'"
+            )
 
 
 def check_average(rule: Rule, group: Group) -> None:

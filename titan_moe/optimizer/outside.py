@@ -45,13 +45,14 @@ def step_outside(
     all_states: Mapping[Tensor, State],
     load_LE: Tensor | None,
     scalars: Scalars,
-) -> Tensor | None:
+) -> list[dict[int, Tensor]]:
     """Let an optimizer from outside take its step, and scale its experts' updates if their rates depend on load.
 
     The weights p of an expert with factor r become p_old + r (p_new - p_old). That is a learning rate of r * lr for
     every optimizer whose update is proportional to it. Decay that is not scaled is taken to be decoupled, p -= lr *
     weight_decay * p. An expert without a token gets back what has the parameter's shape in the state; a count of
-    steps is one for all experts. During the step this costs a copy of the experts and of these states.
+    steps is one for all experts. During the step this costs a copy of the experts and of these states. Returns what
+    `keep_factors` gives for each group whose rates depend on load.
     """
     # only torch.optim's interface is there to ask, so what must stay is copied before the step
     by_load = [group for group in outside.param_groups if "load_lr" in group]
@@ -72,13 +73,12 @@ def step_outside(
         outside.grad_scale = outside.found_inf = None  # pyrefly: ignore[missing-attribute]
 
     # without a load, which is so while torch makes the states of a checkpoint, all experts are alike
-    factor_LE = None
-    for group in by_load:
-        factor_LE = keep_factors(all_states, group, load_LE, scalars.skip)
+    factors = [keep_factors(all_states, group, load_LE, scalars.skip) for group in by_load]
+    for group, by_layer in zip(by_load, factors, strict=True):
         for parameter, layer in zip(group["params"], group["layers"], strict=True):
-            if factor_LE is not None and load_LE is not None and parameter in weights:
+            if load_LE is not None and parameter in weights:
                 rows = local_rows(parameter)
-                scale_update(parameter, weights[parameter], factor_LE[layer][rows], group)
+                scale_update(parameter, weights[parameter], by_layer[layer][rows], group)
                 for name, old in states[parameter].items():
                     keep_dead_rows(local(all_states[parameter][name]), old, load_LE[layer][rows] > 0)
-    return factor_LE
+    return factors

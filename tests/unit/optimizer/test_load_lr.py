@@ -229,7 +229,7 @@ def test_ratios_are_the_papers():
     nothing, average = rate_factors(torch.zeros(1, E), ones, settings(load_lr="ideal_normalized", load_lr_ema=0.5))
     assert nothing.tolist() == [[0.0] * E]
     assert torch.equal(average, ones)
-    assert {k: v.item() for k, v in expert_lr_range(0.1, ideal).items()} == {
+    assert {k: v.item() for k, v in expert_lr_range({"expert": 0.1}, {"expert": ideal}).items()} == {
         "lr/expert_min": pytest.approx(0.025),
         "lr/expert_max": pytest.approx(0.2),
     }
