@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import Group
+from titan_moe.optimizer.rounding import Place, in_fp32, is_narrow, narrowed
 from titan_moe.optimizer.transform import State, Tick, Transform, fused_sgd
 from titan_moe.runtime.dtensor import gathered, local, local_rows, own_part, sharded_like
 
@@ -23,10 +24,14 @@ REPLICATED_STATES = ("step", "clock", "load_ema", "load_factor")  # by name; eac
 
 
 class Matrix(NamedTuple):
-    """How a matrix, or a stack of them, is updated: by a transform of its own, and so many steps later if periodic."""
+    """How a matrix, or a stack of them, is updated: by a transform of its own, and so many steps later if periodic.
+
+    `number` is the parameter's place in the whole optimizer.
+    """
 
     transform: Transform
     offset: int = 0
+    number: int = 0
 
 
 def takes(transform: Transform, group: Group, parameter: Tensor) -> bool:
@@ -55,24 +60,31 @@ def apply(weight: Tensor, direction: Tensor, group: Group, factor_R: Tensor | No
             weight.mul_(1 - decay).add_(direction, alpha=-lr)
         return
 
-    # an expert without a token has factor 0, and its direction is undefined
+    # The step is made in temporaries, as the rates are on the device: on a CPU of one row at a time, which stay in its
+    # cache; on a GPU of all rows, because each kernel costs a launch.
     factor = factor_R.view(-1, 1, 1)
-    step = torch.where(factor > 0, direction * (lr * factor), 0.0)
-    if group["load_lr_decay"]:
-        step += weight * (decay * factor)  # so that the weight is rounded once, as by the kernel
-    else:
-        weight.mul_(1 - decay)
-    weight.sub_(step)
+    count = 1 if weight.device.type == "cpu" else max(1, len(weight))
+    for rows, along, by in zip(weight.split(count), direction.split(count), factor.split(count), strict=True):
+        # an expert without a token has factor 0, and its direction is undefined
+        step = torch.where(by > 0, along * (lr * by), 0.0)
+        if group["load_lr_decay"]:
+            step += rows * (decay * by)  # so that the weight is rounded once, as by the kernel
+        else:
+            rows.mul_(1 - decay)
+        rows.sub_(step)
 
 
-def fresh_state(transform: Transform, parameter: Tensor) -> State:
+def fresh_state(transform: Transform, parameter: Tensor, *, narrow: bool = False) -> State:
     """A transform's first state, sharded as the parameter is, and the counts of steps at zero.
+
+    `narrow`: in bfloat16 where it may be.
 
     `clock`, a scalar on the CPU, counts the parameter's steps; `step`, (E,) or (1,), those in which a row was alive.
     """
     # of a dense matrix, which may be sharded, a transform sees a whole one of the same shape, without its values
     stacked, device = parameter.dim() == 3, parameter.device
     state = transform.init(local(parameter) if stacked else torch.empty((1, *parameter.shape), device=device))
+    state = narrowed(state, transform.rounded) if narrow else state
     if stacked and isinstance(parameter, DTensor):
         state = {name: sharded_like(value, parameter) for name, value in state.items()}
     steps = torch.zeros(parameter.shape[0] if stacked else 1, dtype=torch.float32, device=device)
@@ -114,7 +126,7 @@ def step_matrix(
     transform, gradient = matrix.transform, parameter.grad
     assert gradient is not None
     if "clock" not in state:
-        state.update(fresh_state(transform, parameter))
+        state.update(fresh_state(transform, parameter, narrow=is_narrow(group)))
     if group["lr"] == 0:
         return  # so torch makes the states that a checkpoint is loaded into: no count may move
 
@@ -143,16 +155,20 @@ def step_matrix(
             alive=None if alive is None else alive[part],
             offset=matrix.offset,
         )
-        part_states = {name: value[part] for name, value in states.items()}
-        direction = transform.update(stack[part].float().contiguous(), part_states, tick)
-        if stacked:
-            move(weight[part], direction, transform, part_states, tick, group, None if factor is None else factor[part])
-        elif transform.retract is None:
-            apply(weight, own_part(direction[0], parameter), group, factor)  # (1, M, N) -> this rank's part
-        else:
-            whole = gathered(parameter).detach().unsqueeze(0).clone()  # (1, M, N): where it goes depends on all of it
-            move(whole, direction, transform, part_states, tick, group)
-            weight.copy_(own_part(whole[0], parameter))
+        first = rows.start + part.start
+        place = Place(matrix.number, (slice(first, first + len(tick.steps)),))
+        narrow_states = {name: value[part] for name, value in states.items()}
+        with in_fp32(narrow_states, transform.rounded, place, tick.steps) as part_states:
+            direction = transform.update(stack[part].float().contiguous(), part_states, tick)
+            if stacked:
+                of_part = None if factor is None else factor[part]
+                move(weight[part], direction, transform, part_states, tick, group, of_part)
+            elif transform.retract is None:
+                apply(weight, own_part(direction[0], parameter), group, factor)  # (1, M, N) -> this rank's part
+            else:
+                whole = gathered(parameter).detach().unsqueeze(0).clone()  # (1, M, N): it goes where all of it says
+                move(whole, direction, transform, part_states, tick, group)
+                weight.copy_(own_part(whole[0], parameter))
 
 
 def move(

@@ -27,7 +27,8 @@ from titan_moe.optimizer.kernels import Scalars, step_by_kernel, step_experts_by
 from titan_moe.optimizer.load_lr import Group, keep_factors
 from titan_moe.optimizer.matrix import Matrix, check_whole_experts, step_matrix, takes
 from titan_moe.optimizer.outside import skips_by_itself, step_outside, takes_scalars
-from titan_moe.optimizer.transform import Transform, adamw
+from titan_moe.optimizer.rounding import check_state_dtype, is_narrow, narrowed
+from titan_moe.optimizer.transform import Kernel, Transform, adamw
 from titan_moe.runtime.dtensor import local
 
 
@@ -81,6 +82,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take over a loaded state, and the settings of its groups."""
         super().__setstate__(state)
         self._prepare()
+        self._narrow_again()
 
     @torch.no_grad()
     def step(
@@ -152,6 +154,10 @@ class Optimizer(torch.optim.Optimizer):
             groups = [group for group, rule in zip(self.param_groups, self.rules, strict=True) if rule is outside]
             outside.__setstate__({"state": self.state, "param_groups": groups})
 
+        # places among all parameters, which are the same in every layout
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._numbers = {parameter: number for number, parameter in enumerate(every)}
+
         # a transform for each matrix, because it may keep things of its own beside the state (Meta's package does)
         transforms: dict[Rule, dict[Tensor, Transform]] = {}
         for group, rule in self._ruled():
@@ -160,13 +166,23 @@ class Optimizer(torch.optim.Optimizer):
                     transform = transform_of(rule.make, part)
                     if takes(transform, group, parameter):
                         check_whole_experts(rule.name, group, parameter)
+                        check_state_dtype(rule.name, group, transform)
                         transforms.setdefault(rule, {})[parameter] = transform
 
         # Roots and bases are the dearest work of a step. Those of one rule's matrices, in whatever groups, are spread
         # over the period, so that they do not all fall into one step; with period 0 they do.
         for of_rule in transforms.values():
             for number, (parameter, transform) in enumerate(of_rule.items()):
-                self._matrices[parameter] = Matrix(transform, transform.period * number // len(of_rule))
+                offset = transform.period * number // len(of_rule)
+                self._matrices[parameter] = Matrix(transform, offset, self._numbers[parameter])
+
+    def _narrow_again(self) -> None:
+        """Give states that torch has loaded in their parameter's type the one that they were saved in; exact."""
+        for group, rule in self._ruled():
+            for parameter in group["params"] if is_narrow(group) else ():
+                matrix = self._matrices.get(parameter)
+                names = matrix.transform.rounded if matrix else kernel_of(rule, group).rounded
+                self.state[parameter] = narrowed(self.state.get(parameter, {}), names)
 
     def _parts(self, group: Group, parameters: Sequence[Tensor]) -> list[Group]:
         """These parameters of a group, apart by their scales: each part with the settings that hold for it."""
@@ -233,12 +249,11 @@ class Optimizer(torch.optim.Optimizer):
             matrices = [parameter for parameter in by_kernel if parameter in self._matrices]
             by_kernel = [parameter for parameter in by_kernel if parameter not in self._matrices]
         if by_kernel:
-            kernel = transform_of(rule.make, part).kernel or transform_of(adamw, part).kernel
-            assert kernel is not None
+            kernel = kernel_of(rule, part)
             if "load_lr" in part:
-                step_experts_by_kernel(kernel, part, by_kernel, self.state, scalars, factor_E, alive_E)
+                step_experts_by_kernel(kernel, part, by_kernel, self.state, scalars, self._numbers, factor_E, alive_E)
             else:
-                step_by_kernel(kernel, part, by_kernel, self.state, scalars)
+                step_by_kernel(kernel, part, by_kernel, self.state, scalars, self._numbers)
         for parameter in matrices:
             matrix, state = self._matrices[parameter], self.state[parameter]
             step_matrix(matrix, parameter, state, part, self._spare, factor_E, alive_E)
@@ -322,6 +337,13 @@ def transform_of(make: Callable[..., Transform], group: Group) -> Transform:
     """Make a transform with the group's settings that it takes; its beta1 and beta2 are the group's `betas`."""
     settings = {**group, **dict(zip(("beta1", "beta2"), group["betas"], strict=True))}
     return make(**{name: settings[name] for name in arguments_of(make)})
+
+
+def kernel_of(rule: Rule, group: Group) -> Kernel:
+    """What updates those parameters of a group that no direction does: the rule's own kernel, or AdamW's."""
+    kernel = transform_of(rule.make, group).kernel or transform_of(adamw, group).kernel
+    assert kernel is not None
+    return kernel
 
 
 @functools.cache

@@ -15,8 +15,10 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 MatmulDtype = Literal["float32", "bfloat16"]
+StateDtype = Literal["float32", "bfloat16"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's first and second, by torch's names
+ROUNDED = (*MOMENTS, "momentum_buffer")  # states that may be in bfloat16; factors, roots and bases would suffer
 
 
 class Tick(NamedTuple):
@@ -63,11 +65,12 @@ class Step(Protocol):
 class Kernel(NamedTuple):
     """The whole step of a transform that treats each element by itself, so that shapes and shards do not matter.
 
-    `states` are the names of what it keeps for each element, zero at first.
+    `states` are the names of what it keeps for each element, zero at first; those in `rounded` may be in bfloat16.
     """
 
     states: tuple[str, ...]
     step: Step
+    rounded: tuple[str, ...] = ROUNDED
 
 
 class Transform(NamedTuple):
@@ -87,6 +90,8 @@ class Transform(NamedTuple):
 
     `retract(weight, state, tick)` brings weights (R, M, N) back, in place, to where they are kept after each step: onto
     a sphere, for example. Rows that are not alive must stay as they are.
+
+    `rounded` are the names of states that may be in bfloat16 between steps (`state_dtype`): `update` sees them in fp32.
     """
 
     init: Callable[[Tensor], State]
@@ -96,6 +101,7 @@ class Transform(NamedTuple):
     period: int = 0
     kernel: Kernel | None = None
     retract: Callable[[Tensor, State, Tick], None] | None = None
+    rounded: tuple[str, ...] = ROUNDED
 
 
 def adamw(*, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8) -> Transform:

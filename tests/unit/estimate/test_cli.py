@@ -177,10 +177,13 @@ def test_whatever_a_run_can_have(more: str) -> None:
     assert result.peak > result.parameters + result.optimizer_state
 
 
-@pytest.mark.parametrize("name", ["shampoo", "soap", "muon"])
-def test_state_of_optimizers_of_matrices(name: str) -> None:
-    """They look at values on the host, which a simulation has not; the state is that of a real step all the same."""
-    words = ("--optimizer.expert.name", name, "--training.local_batch_size", "1")
+@pytest.mark.parametrize(
+    "more",
+    [*(f"--optimizer.expert.name {name}" for name in ("shampoo", "soap", "muon")), "--optimizer.state_dtype bfloat16"],
+)
+def test_state_of_optimizers(more: str) -> None:
+    """Some look at values on the host, which a simulation has not; the state is that of a real step all the same."""
+    words = (*more.split(), "--training.local_batch_size", "1")
     config = load_config([*MODEL, *words])
     model = build_model(config)
     model.init_weights(0)
