@@ -235,7 +235,7 @@ def test_optimizer(name: str, of_experts: dict[str, Any]) -> None:
     optimizer = OPTIMIZERS[name](groups, lr=1e-3, state_dtype=of_experts.get("state_dtype", "float32"))
     reads = int(optimizer.waits())
     assert reads == (name != "adamw")
-    steps(model, optimizer=optimizer, measure_experts=True, reads=reads)
+    steps(model, optimizer=optimizer, measure_experts=True, gradient_moments={}, reads=reads)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the driver to wait for the device")
