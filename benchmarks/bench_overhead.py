@@ -3,6 +3,7 @@
     python benchmarks/bench_overhead.py load_lr                 # learning rates by load over one rate for all experts
     python benchmarks/bench_overhead.py load_lr --model many    # 64 experts of width 256 instead of 8 of 512
     python benchmarks/bench_overhead.py metrics                 # what every step records, jsonl and TensorBoard too
+    python benchmarks/bench_overhead.py qk_clip                 # the largest logits of attention, and the clip by them
 
 Whole optimizer steps on one thread in fp32, four sequences of 512 tokens, a fresh random batch each; processor seconds,
 so that other programs on the machine do not count. Both sides are models of their own with the same weights. The table
@@ -25,6 +26,7 @@ from titan_moe import step as step_module
 from titan_moe.balancer import BALANCERS
 from titan_moe.config import load_config
 from titan_moe.metrics import StepOutput, to_numbers
+from titan_moe.model.attention import max_logits
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
@@ -140,7 +142,30 @@ def metrics(name: str) -> tuple[Side, Side]:
     return side(False), side(True)
 
 
-MODES = {"load_lr": load_lr, "metrics": metrics}
+def qk_clip(name: str) -> tuple[Side, Side]:
+    """AdamW without QK-clip, and with a threshold that all heads are above."""
+    balancers = {name: (0.01, BALANCERS[name](coeff=1.0)) for name in ("aux_loss", "z_loss")}
+
+    def side(threshold: float) -> Side:
+        model = build(name)
+        optimizer = OPTIMIZERS["adamw"](parameter_groups(model.named_parameters(), {}), lr=1e-4)
+        finite = torch.ones((), dtype=torch.bool)
+        q = torch.randn(BATCH, 4, SEQ, model.head_dim)
+
+        def step(tokens: Tensor) -> None:
+            micro = [(tokens[:, :-1], tokens[:, 1:])]
+            train_step(model, micro, optimizer, balancers, [], max_norm=1.0, qk_clip=threshold)
+
+        def clip() -> None:
+            largest = torch.stack([max_logits(q, q) for _ in model.layers])
+            step_module.clip_heads(model, [largest], threshold, finite)
+
+        return Side(step, lambda: seconds(clip) if threshold else 0.0)
+
+    return side(0.0), side(1e-4)
+
+
+MODES = {"load_lr": load_lr, "metrics": metrics, "qk_clip": qk_clip}
 
 
 def compare(plain: Side, feature: Side, pairs: int) -> dict[str, float]:

@@ -124,3 +124,4 @@ ROUTER_CASES = [case for case in ROUTER_CASES if case != Case("token_rounding", 
 
 # Optimizers that can be built here: Meta's needs its package.
 OPTIMIZER_NAMES = [name for name in OPTIMIZERS if name != "distributed_shampoo" or find_spec(name)]
+AVERAGING = {"schedule_free_adamw"}  # their weights are averaged over steps: decay is a part of it

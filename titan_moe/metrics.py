@@ -18,6 +18,13 @@ NOT_PER_LAYER = ("dropped_fraction", "unrouted_fraction")  # routing means that 
 _TINY = 1e-300  # what a mean load of 0 is taken for in a denominator
 
 
+class QKClip(NamedTuple):
+    """The largest attention logits of a step, and how many heads were clipped for theirs."""
+
+    max_logits: Tensor  # (N, H) fp32: of each query head of all N layers
+    clipped_heads: Tensor  # scalar int64, over all layers
+
+
 class StepOutput(NamedTuple):
     """One optimizer step: tensors on the device, global over ranks and micro-batches."""
 
@@ -33,6 +40,7 @@ class StepOutput(NamedTuple):
     nonfinite: Tensor | None = None  # (L,), above 0 where a router logit was NaN or infinite
     skipped: Tensor | None = None  # scalar bool: a number was NaN or infinite, and the step changed nothing
     nonfinite_gradients: Callable[[], list[str]] | None = None  # names of the parameters; waits for the device
+    qk_clip: QKClip | None = None  # where heads of attention are clipped
 
 
 class EvalOutput(NamedTuple):
@@ -116,6 +124,12 @@ def train_metrics(output: StepOutput) -> dict[str, Tensor]:
         metrics |= load_metrics(output.load)
     for name, mean_L in output.routing_means.items():
         metrics |= {name: mean_L.mean()} if name in NOT_PER_LAYER else per_layer(name, mean_L)
+
+    # An outlier is what this is about, so that of all layers the largest counts, not their mean.
+    if output.qk_clip is not None:
+        largest_N = output.qk_clip.max_logits.amax(-1)  # (N, H) -> (N,)
+        metrics |= per_layer("max_attention_logit", largest_N) | {"max_attention_logit": largest_N.amax()}
+        metrics["clipped_heads"] = output.qk_clip.clipped_heads
     return metrics
 
 

@@ -1,7 +1,7 @@
 """One training step and one evaluation step: read from here.
 
-Shapes: B sequences, S positions, V vocabulary, L MoE layers, E experts, Z identity experts. What is of routers and
-balancers has E + Z experts, where (..., E) is written as well.
+Shapes: B sequences, S positions, V vocabulary, L MoE layers, E experts, Z identity experts; N layers, H query heads, C
+channels of a head. What is of routers and balancers has E + Z experts, where (..., E) is written as well.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titan_moe.balancer import Balancer, Scope, token_entropy, token_z_loss
-from titan_moe.metrics import EvalOutput, StepOutput, identity_means
+from titan_moe.metrics import EvalOutput, QKClip, StepOutput, identity_means
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.dispatch import computed_choices
 from titan_moe.model.routing import Routing
@@ -25,11 +25,11 @@ from titan_moe.optimizer.expert_stats import (
     expert_sums,
     observe_gradients,
 )
-from titan_moe.optimizer.optimizer import Optimizer
+from titan_moe.optimizer.optimizer import Optimizer, clip_scale
 from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
-from titan_moe.runtime.dtensor import gathered, local, own_part
-from titan_moe.runtime.world import all_reduce_sum, world_size
+from titan_moe.runtime.dtensor import gathered, local, local_rows, own_part
+from titan_moe.runtime.world import all_reduce_max, all_reduce_sum, world_size
 
 # Each balancer at coefficient 1, with its coefficient beside it: values are reported before their coefficients.
 Balancers = Mapping[str, tuple[float, Balancer]]
@@ -47,6 +47,7 @@ def train_step(
     expert_biases: Sequence[Tensor],
     *,
     max_norm: float,
+    qk_clip: float = 0.0,
     step: int = 0,
     progress: float = 0.0,
     balancer_states: States | None = None,
@@ -62,22 +63,24 @@ def train_step(
     micro-batches. `step` is its number, from 1, and `progress` the part of the run that is done with it. With
     `measure_experts` the output has `expert_stats`, at the cost of a copy of this rank's experts during the step. Where
     the optimizer keeps no moments of Adam's, their gradient_snr is of `gradient_moments`: an empty dictionary that is
-    given to every step, and comes to hold as much as this rank's experts.
-    `sequence_group` are the ranks that hold parts of the same sequences, where a rank has not all of them. A step with
-    a loss, gradient norm or router logit that is NaN or infinite is `skipped`: weights, optimizer states, selection
-    biases and what balancers keep stay as they are.
+    given to every step, and comes to hold as much as this rank's experts. With `qk_clip` above 0 heads of attention are
+    clipped to it (`clip_heads`). `sequence_group` are the ranks that hold parts of the same sequences, where a rank has
+    not all of them. A step with a loss, gradient norm or router logit that is NaN or infinite is `skipped`: weights,
+    optimizer states, selection biases and what balancers keep stay as they are.
     """
     # The loss is divided by the tokens of the whole step, which the first backward has to know already.
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
     count_loads = load_counter(balancers, model, micro_batches, sequence_group)
     sums: Sums = {}
+    max_logits: list[Tensor] = []  # (N, H) of each micro-batch, for QK-clip alone
 
     for number, (tokens, labels) in enumerate(micro_batches, start=1):
         # Replicas need the sum of their gradients once a step: all but the last backward leave it out.
         set_last_micro_batch(model, number == len(micro_batches))
 
         # No state is written in forward: balance is a function of the routings that the model returns.
-        ce_sum, routings = model(tokens, labels)
+        ce_sum, routings, largest = forward(model, tokens, labels, want_max_logits=qk_clip > 0)
+        max_logits += largest
         ce = ce_sum / num_tokens
         balance = balance_losses(balancers, routings, count_loads(routings, len(tokens)), num_tokens)
 
@@ -85,17 +88,8 @@ def train_step(
         trained = [coeff * balance[name] for name, (coeff, b) in balancers.items() if name in balance and b.train]
         loss = sum_tensors([ce, *trained])
         loss.backward()
-
-        # Users choose the names of balancers, so that theirs get a prefix: one may be called as any other entry.
-        values = {
-            "total_loss": loss,
-            "loss": ce,
-            **{f"balance/{name}": value for name, value in balance.items()},
-            **routing_sums(routings),
-            **observations(balancers, routings, expert_biases),
-            **split_loads(routings, device=tokens.device),
-        }
-        sums = add(sums, values)
+        routed = routed_sums(routings, balancers, expert_biases, balance, device=tokens.device)
+        sums = add(sums, {"total_loss": loss, "loss": ce, **routed})
 
     sums = all_reduce_sums(sums)  # the ranks meet here: from now on every number is the same on all of them
 
@@ -108,12 +102,14 @@ def train_step(
     looks = measure_experts or gradient_moments is not None
     experts = expert_parameters(model.named_parameters()) if looks else {}
     before = copies(experts) if measure_experts else []
-    load_factors = optimizer.step(load=sums["load"], grad_norm=grad_norm, max_norm=max_norm, finite=finite)
     if gradient_moments is not None:
-        observe_gradients(experts, optimizer, gradient_moments, finite, sums["load"])
+        grad_scale = clip_scale(grad_norm, max_norm)
+        observe_gradients(experts, optimizer, gradient_moments, finite, sums["load"], grad_scale)
+    load_factors = optimizer.step(load=sums["load"], grad_norm=grad_norm, max_norm=max_norm, finite=finite)
     optimizer.zero_grad()
 
     # The only writes to model state outside the optimizer.
+    clipped = clip_heads(model, max_logits, qk_clip, finite) if qk_clip else None
     update_balancers(balancers, expert_biases, sums, balancer_states, step=step, progress=progress, finite=finite)
     project_routers(balancers, model, finite)
     return StepOutput(
@@ -129,7 +125,18 @@ def train_step(
         nonfinite=sums.get("nonfinite"),
         skipped=~finite,
         nonfinite_gradients=squares.nonfinite,
+        qk_clip=clipped,
     )
+
+
+def forward(
+    model: nn.Module, tokens: Tensor, labels: Tensor, *, want_max_logits: bool
+) -> tuple[Tensor, tuple[Routing, ...], list[Tensor]]:
+    """The summed cross-entropy, the routings, and the heads' largest logits (N, H), in a list, empty if not wanted."""
+    if not want_max_logits:
+        return *model(tokens, labels), []
+    output, routings = model(tokens, labels, want="loss_and_max_logits")
+    return output.ce_sum, routings, [output.max_logits]
 
 
 @torch.no_grad()
@@ -299,6 +306,32 @@ def project_routers(balancers: Balancers, model: Any, finite: Tensor) -> None:
             part.copy_(torch.where(finite, own_part(weights[name], parameter), part))
 
 
+@torch.no_grad()
+def clip_heads(model: Any, max_logits: Sequence[Tensor], threshold: float, finite: Tensor) -> QKClip:
+    """QK-clip: scale down, in place, what makes the logits of each head whose largest is above `threshold` in the step.
+
+    `max_logits` (N, H) are those of the weights before the step, of each micro-batch of this rank. With gamma =
+    threshold / largest, the rows of the head in wq and wk are multiplied by sqrt(gamma); where heads share a key head,
+    those in wq alone by gamma, because the logits of others are to stay. Where `finite`, a bool scalar, is false,
+    nothing changes. Source: Kimi K2 (2025, arXiv 2507.20534), section 2.1, which treats the shared part of a key so.
+    """
+    # A head that is not clipped is multiplied by 1: the host does not know which are, and does not wait to learn it.
+    largest_NH = all_reduce_max(torch.stack(list(max_logits)).amax(0))
+    is_clipped_NH = (largest_NH > threshold) & finite
+    gamma_NH = torch.where(is_clipped_NH, threshold / largest_NH, 1.0)
+    for attention, gamma_H in zip(model.attention_layers(), gamma_NH, strict=True):
+        scaled, factor_H = [attention.wq, attention.wk], gamma_H.sqrt()
+        if attention.grouped:
+            scaled, factor_H = [attention.wq], gamma_H
+
+        # Each rank scales the rows that it has, whole heads or not.
+        factor_O = factor_H.repeat_interleave(attention.head_dim)  # (H,) -> (H C,)
+        for linear in scaled:
+            part = local(linear.weight)
+            part.copy_(part * factor_O[local_rows(linear.weight)].unsqueeze(-1))
+    return QKClip(largest_NH, is_clipped_NH.sum())
+
+
 def is_finite(total_loss: Tensor, grad_norm: Tensor, nonfinite_L: Tensor | None) -> Tensor:
     """Whether a step may change anything, a bool scalar that stays on the device; alike on all ranks.
 
@@ -316,6 +349,24 @@ def global_expert_stats(
 ) -> ExpertStats:
     """What the step was to each expert, over all ranks; `before` are their parameters of before."""
     return expert_stats(all_reduce_sum(expert_sums(experts, before, optimizer, moments)))
+
+
+def routed_sums(
+    routings: Sequence[Routing],
+    balancers: Balancers,
+    expert_biases: Sequence[Tensor],
+    balance: Sums,
+    *,
+    device: torch.device,
+) -> Sums:
+    """All that adds up of a micro-batch's routings: balance losses, means, observations and loads."""
+    # Users choose the names of balancers, so that theirs get a prefix: one may be called as any other entry.
+    return {
+        **{f"balance/{name}": value for name, value in balance.items()},
+        **routing_sums(routings),
+        **observations(balancers, routings, expert_biases),
+        **split_loads(routings, device=device),
+    }
 
 
 @torch.no_grad()

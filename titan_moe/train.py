@@ -119,9 +119,8 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
     # What the loop reads or changes. Modules are looked up once: a walk through the model costs time at every step.
     config, rt, training, first_step = job.config, job.runtime, job.config.training, progress.step + 1
     batches, expert_biases, moe_layers = iter(job.data.train), job.model.expert_biases(), moe_layer_names(job.model)
-    balancer_states = job.model.balancer_states()
+    balancer_states, allowed = job.model.balancer_states(), training.skip_nonfinite_steps
     gradient_moments: GradientMoments | None = {} if config.metrics.expert_stats_freq else None
-    allowed = training.skip_nonfinite_steps
     stop_request, signal, timetable, retry = StopRequest(), 0, timetable_of(config, rt.device), Retry()
     pending: list[Record] = []  # of steps whose numbers are still on the device
 
@@ -271,6 +270,7 @@ def take_step(
         job.balancers,
         expert_biases,
         max_norm=training.max_norm,
+        qk_clip=training.qk_clip,
         step=step,
         progress=step / training.steps,
         balancer_states=balancer_states,
@@ -347,14 +347,15 @@ def export(job: Job, progress: Progress) -> None:
     dtype = job.config.checkpoint.export_dtype
     if not has_export(job.config):
         return
-    step_folder = save_weights(
-        job.folder / EXPORT,
-        progress.step,
-        model=job.model,
-        dtype=DTYPES[dtype],
-        extra={"num_tokens": progress.num_tokens},
-        files=checkpoint_files(job),
-    )
+    with job.optimizer.evaluating():
+        step_folder = save_weights(
+            job.folder / EXPORT,
+            progress.step,
+            model=job.model,
+            dtype=DTYPES[dtype],
+            extra={"num_tokens": progress.num_tokens},
+            files=checkpoint_files(job),
+        )
     logger.info("wrote %s: the weights in %s", step_folder, dtype)
 
 

@@ -27,9 +27,10 @@ def validate(job: Job, sinks: Sink, progress: Progress) -> Progress:
     """
     # Both passes run on every rank, also where the main one alone uses what comes out: they have collectives.
     assert job.data.validation is not None
-    choices = probe(job)
     bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
-    output = evaluate(job.model, job.data.validation(), bytes_V)
+    with job.optimizer.evaluating():
+        choices = probe(job)
+        output = evaluate(job.model, job.data.validation(), bytes_V)
 
     # Choices of the validation before may be missing: this is the first one, or an older checkpoint did not have them.
     record: Record = {"step": progress.step, "kind": "validation", **eval_metrics(output)}
@@ -83,5 +84,6 @@ def make_up_validation(job: Job, sinks: Sink, progress: Progress) -> Progress:
 
     # What is recorded already is not written twice; the next drift is measured from these choices in any case.
     if is_recorded:
-        return progress._replace(choices=probe(job), validation_due=False)
+        with job.optimizer.evaluating():
+            return progress._replace(choices=probe(job), validation_due=False)
     return validate(job, sinks, progress)

@@ -13,7 +13,7 @@ from torchtitan.tools.logging import logger
 
 from titan_moe.build import build_optimizer
 from titan_moe.optimizer import optimizer as ours
-from titan_moe.optimizer.optimizer import describe_group
+from titan_moe.optimizer.optimizer import averaging, describe_group
 from torchtitan_patches.balancers import Table, make_balancers, read_tables
 from torchtitan_patches.monitor import Monitor, attach
 
@@ -94,6 +94,12 @@ def _build(config: BalancedOptimizers.Config, model: nn.Module, monitor: Monitor
     experts = {"num_experts": int(monitor.layers[0].router.num_experts), "top_k": int(monitor.top_k)}
     tables = read_tables({"moe": experts}, base_table(config), {"optimizer": config.optimizer})
     optimizer = build_optimizer(tables, model, patterns=GROUP_PATTERNS)
+    for group, rule in zip(optimizer.param_groups, optimizer.rules, strict=True):
+        if averaging(rule, group) is not None:
+            raise ValueError(
+                f"[optimizer] {describe_group(optimizer, group)} averages weights over steps, which torchtitan's "
+                "validation and checkpoints do not know of: choose another optimizer"
+            )
     names = {parameter: canonical_fqn(name) for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         group["param_names"] = [names[parameter] for parameter in group["params"]]  # keys of torchtitan's checkpoints

@@ -2,6 +2,7 @@
 
 import functools
 import tempfile
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -52,6 +53,8 @@ CASES = [
         {"expert": {**ROOTS, "statistics_every": 2, **BY_LOAD}, "dense": ROOTS},
         num_experts=3,  # uneven shards
     ),
+    # checkpoints hold the averages, and what was trained beside them
+    Setting(dict.fromkeys(("expert", "dense"), "schedule_free_adamw"), {"expert": BY_LOAD}, expert_degree=2),
 ]
 if "distributed_shampoo" in OPTIMIZER_NAMES:  # Meta's package is installed
     meta = dict.fromkeys(("expert", "dense"), "distributed_shampoo")
@@ -126,7 +129,8 @@ class Stack(nn.Module):
 
 def stack_steps(name: str, weight: Tensor, model: nn.Module, mine: slice) -> Tensor:
     """Four steps on gradients that are each expert's own; the weights of `mine`, this rank's experts."""
-    frequent = {} if name in ("muon", "adamw") else {"precondition_frequency": 2}
+    takes_it = "precondition_frequency" in signature(OPTIMIZERS[name]).parameters
+    frequent = {"precondition_frequency": 2} if takes_it else {}
     optimizer = OPTIMIZERS[name]([{"name": "expert", "params": list(model.parameters())}], lr=1e-2, **frequent)
     for step in range(4):
         generator = torch.Generator().manual_seed(step)

@@ -45,7 +45,7 @@ def poisoned_step(rank: int, model: Any, step: Callable[[], StepOutput], poison:
         calls.append(module)
         return poison(output) if poison and rank == 1 and len(calls) == 2 else output
 
-    handle = model.layers[1].attention.register_forward_hook(at_the_second_call)
+    handle = model.layers[1].attention.wo.register_forward_hook(at_the_second_call)
     output = step()
     handle.remove()
     return output

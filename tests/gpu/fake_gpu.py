@@ -30,9 +30,10 @@ from tests.tiny import SEQ, VOCAB, balancers, tiny_model
 from titan_moe.balancer import BALANCERS
 from titan_moe.diagnostics import balance_tax, routing_choices
 from titan_moe.metrics import StepOutput, eval_metrics
+from titan_moe.model.attention import max_logits
 from titan_moe.model.kv_cache import empty_cache, extend
 from titan_moe.model.transformer import Transformer
-from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.parallelize.parallelize import parallelize
@@ -216,6 +217,15 @@ def test_model(options: dict[str, Any]) -> None:
     evaluation(model)
 
 
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_qk_clip(num_kv_heads: int) -> None:
+    """The step, in which the operator is known by its shapes alone, and what it does itself."""
+    steps(build(num_kv_heads=num_kv_heads), micro_batches=2, qk_clip=1.0)
+    with on_the_device():
+        q = torch.zeros(2, 2, SEQ, 8, dtype=torch.bfloat16, device=DEVICE)
+        assert max_logits._init_fn(q, q[:, :num_kv_heads]).shape == (2,)
+
+
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointed_activations(mode: str) -> None:
     model = build()
@@ -227,14 +237,16 @@ def test_checkpointed_activations(mode: str) -> None:
 @pytest.mark.parametrize("of_experts", SETTINGS, ids="-".join)
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_optimizer(name: str, of_experts: dict[str, Any]) -> None:
-    """One reads a number a step if it updates matrices, whether the gradients' norm is finite, and AdamW none."""
+    """One reads a number a step if it updates matrices, whether the gradients' norm is finite, and the others none."""
     model = build()
     own = {group: {"lr": rate, "weight_decay": rate, "beta1": 0.8} for group, rate in RATES.items()}
+    if name == "schedule_free_adamw":  # which refuses it
+        of_experts = {key: value for key, value in of_experts.items() if key != "load_lr_decay"}
     own["expert"] |= expand_load_lr(of_experts, top_k=2)
     groups = parameter_groups(model.named_parameters(), own)
     optimizer = OPTIMIZERS[name](groups, lr=1e-3, state_dtype=of_experts.get("state_dtype", "float32"))
     reads = int(optimizer.waits())
-    assert reads == (name != "adamw")
+    assert reads == (name not in BY_ELEMENT)
     steps(model, optimizer=optimizer, measure_experts=True, gradient_moments={}, reads=reads)
 
 

@@ -109,7 +109,7 @@ def test_a_step_that_is_skipped_changes_no_state(balancer: Balancer) -> None:
     step(model, balancer)
     before = [value.clone() for value in (*model.balancer_states()[NAME]["sign"], *model.expert_biases())]
     assert all(value.any() for value in before)
-    handle = model.layers[1].attention.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    handle = model.layers[1].attention.wo.register_forward_hook(lambda module, inputs, output: output * float("nan"))
     output = step(model, balancer, 2)
     handle.remove()
     assert output.skipped

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cases import OPTIMIZER_NAMES
+from tests.cases import AVERAGING, OPTIMIZER_NAMES
 from tests.tiny import adamw, balancers, batch, tiny_model
 from titan_moe.divergence import (
     DivergedError,
@@ -24,7 +24,7 @@ from titan_moe.divergence import (
 )
 from titan_moe.metrics import to_numbers
 from titan_moe.model.cross_entropy import IGNORE
-from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import Optimizer, combine
@@ -56,7 +56,12 @@ def build(model: Any, name: str, of_experts: dict[str, Any], *, others: str | No
 
 
 OWN = {
-    f"{name}{', by load' if by_load else ''}": (name, by_load) for name in OPTIMIZER_NAMES for by_load in ({}, BY_LOAD)
+    f"{name}{', by load' if by_load else ''}": (
+        name,
+        by_load | ({"load_lr_decay": True} if by_load and name in AVERAGING else {}),
+    )
+    for name in OPTIMIZER_NAMES
+    for by_load in ({}, BY_LOAD)
 }
 CASES: dict[str, Callable[[Any], Optimizer]] = {
     **{text: functools.partial(build, name=name, of_experts=by_load) for text, (name, by_load) in OWN.items()},
@@ -139,7 +144,8 @@ def test_an_infinity_is_as_bad() -> None:
 def test_fused_optimizers_are_not_waited_for() -> None:
     """The flag stays on the device for them; it is read for others, and for torch's SGD, which can't be trusted."""
     waiting = {name: make(tiny_model()).waits() for name, make in CASES.items() if " and " not in name}
-    assert {name for name, waits in waiting.items() if not waits} == {"adamw", "adamw, by load", "torch.Adam, fused"}
+    by_kernel = {*BY_ELEMENT, *(f"{name}, by load" for name in BY_ELEMENT)}
+    assert {name for name, waits in waiting.items() if not waits} == {*by_kernel, "torch.Adam, fused"}
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.SGD([weight], momentum=0.9, fused=True)
     weight.grad, optimizer.found_inf = torch.ones(2), torch.ones(())  # pyrefly: ignore[missing-attribute]

@@ -2,6 +2,9 @@
 
 Tensors are named `model.NAME` and `optimizer.state.NAME.STATE`, whatever the layout. What is not a tensor (learning
 rates, betas, flags) are the *values*, one small dictionary.
+
+`model.NAME` is what is to be used: where an optimizer averages weights over steps, that average. The weights that are
+trained, which only a run that goes on needs, are then the optimizer's state `TRAINED`.
 """
 
 import io
@@ -30,10 +33,11 @@ from torch.optim import Optimizer
 from titan_moe.checkpoint.lazy import Writer
 from titan_moe.checkpoint.metadata import Reader, read_metadata
 from titan_moe.model.wrappers import is_balancer_state, plain_name
-from titan_moe.optimizer.optimizer import kind_of
+from titan_moe.optimizer.optimizer import averaged_weights, averages, kind_of
 from titan_moe.runtime.files import write_synced
 
 logger = logging.getLogger(__name__)
+TRAINED = "trained_weight"
 _BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 _NEW_OPTIMIZER = '; set checkpoint.exclude = ["optimizer"] to go on with the weights and a new optimizer'
 # Settings that groups had when AdamW was a class of torch's and groups said which part was theirs, with the
@@ -65,7 +69,9 @@ def state_to_save(model: nn.Module, optimizer: Optimizer | None) -> State:
         optimizer.state.clear()
         flat.tensors.clear()
     values = {**flat.values, "groups": _groups(model, optimizer)}
-    return State({**_model_tensors(model), **flat.tensors}, values)
+    names = _names(model)
+    of_steps = {f"model.{names[parameter]}": average for parameter, average in averaged_weights(optimizer)}
+    return State({**_model_tensors(model), **of_steps, **flat.tensors}, values)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -167,7 +173,11 @@ def _load_with_optimizer(
     _check_same(problem, _shapes(current.tensors), saved_state, mend=_NEW_OPTIMIZER)
     _check_same(problem, dict.fromkeys(current.values, ()), dict.fromkeys(values, ()), mend=_NEW_OPTIMIZER)
     _check_groups(problem, _groups(model, optimizer), saved_groups)
-    _read_tensors(folder, {**tensors, **current.tensors})
+
+    # Of weights that are averaged those that were trained go on; of the others the model's are the only ones.
+    averaged = {f"model.{name}" for name in _averaged(model, optimizer) if _trained(name) in current.tensors}
+    others = {name: tensor for name, tensor in tensors.items() if name not in averaged}
+    _read_tensors(folder, {**others, **current.tensors})
 
     # Optimizer.load_state_dict casts states to the parameter's dtype (fp32 moments of bf16 parameters): keep ours,
     # which have just been read in place.
@@ -175,7 +185,8 @@ def _load_with_optimizer(
         parameter: {name: value for name, value in state.items() if isinstance(value, Tensor)}
         for parameter, state in optimizer.state.items()
     }
-    flat: Any = {name.removeprefix("optimizer."): value for name, value in {**current.tensors, **values}.items()}
+    states = {name: value for name, value in current.tensors.items() if not name.endswith(f".{TRAINED}")}
+    flat: Any = {name.removeprefix("optimizer."): value for name, value in {**states, **values}.items()}
     set_optimizer_state_dict(model, optimizer, flat, options=_BY_NAME)
     for parameter, state in in_place.items():
         optimizer.state[parameter].update(state)
@@ -195,10 +206,21 @@ def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _optimizer_state(model: nn.Module, optimizer: Optimizer) -> State:
     flat: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_BY_NAME)
     tensors = {f"optimizer.{name}": value for name, value in flat.items() if isinstance(value, Tensor)}
+    tensors |= {_trained(name): parameter.detach() for name, parameter in _averaged(model, optimizer).items()}
     return State(tensors, {f"optimizer.{k}": value for k, value in flat.items() if not isinstance(value, Tensor)})
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
+def _averaged(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The parameters that an optimizer averages over steps, by name."""
+    names = _names(model)
+    return {names[parameter]: parameter for parameter, *_ in averages(optimizer)}
+
+
+def _trained(name: str) -> str:
+    return f"optimizer.state.{name}.{TRAINED}"
+
+
+def _names(model: nn.Module) -> dict[Tensor, str]:
     """Parameters' names as DCP has them, without those of wrappers (compile, activation checkpointing)."""
     return {parameter: plain_name(name) for name, parameter in model.named_parameters()}
 

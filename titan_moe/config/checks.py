@@ -10,7 +10,7 @@ from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS, Places
 from titan_moe.model.routing.common import OFFERED, asked_for, parametric
 from titan_moe.model.transformer import moe_layer_ids
-from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.schedule import SCHEDULES
@@ -29,6 +29,7 @@ def check_config(config: Config) -> None:
         _check_dense(config)
 
     # The rest goes for dense models too.
+    _check_qk_clip(config)
     _check_batches(config)
     _check_parts(config)
     _check_optimizer(config)
@@ -175,6 +176,25 @@ def _check_balance_tax(config: Config) -> None:
         )
 
 
+def _check_qk_clip(config: Config) -> None:
+    """Refuse QK-clip where a norm comes after the weights that it scales, or something else keeps them."""
+    qk_clip = config.training.qk_clip
+    if qk_clip and config.model.qk_norm:
+        raise ValueError(
+            f"training.qk_clip = {qk_clip:g} scales wq and wk, which model.qk_norm = true undoes (and the norm limits "
+            "the logits itself): set training.qk_clip to 0, or model.qk_norm to false"
+        )
+
+    # Attention is in the dense group. What is evaluated is made of the weights and of a state that is not scaled.
+    key = "optimizer.dense.name" if "name" in config.optimizer.groups.get("dense", {}) else "optimizer.name"
+    name = config.optimizer.groups.get("dense", {}).get("name", config.optimizer.name)
+    if qk_clip and name == "schedule_free_adamw":
+        raise ValueError(
+            f"training.qk_clip = {qk_clip:g} scales wq and wk, of which {key} = {name!r} evaluates an average that "
+            "stays as it is: set training.qk_clip to 0, or optimizer.dense.name to another optimizer"
+        )
+
+
 def _check_batches(config: Config) -> None:
     """Batches come out even, and there is data to take them from."""
     # Each -1 follows from the other number, so one of them has to be there. Ranks count too, but these are not known
@@ -236,15 +256,15 @@ def _check_parts(config: Config) -> None:
 
 def _check_optimizer(config: Config) -> None:
     """Refuse settings of the optimizer that would be taken and do nothing."""
-    # The embedding and the norms stay with AdamW whatever their groups name: the user would think that they do not.
+    # The embedding and the norms are no matrices to an optimizer of these: the user would think that they are.
     if config.optimizer.arguments.get("lr") == 0:
         raise ValueError("optimizer.lr = 0 trains nothing: it must be greater than 0 (a group's own lr may be 0)")
     for group in NO_MATRICES:
         name = config.optimizer.groups.get(group, {}).get("name")
-        if name in OPTIMIZERS and name != "adamw":
+        if name in OPTIMIZERS and name not in BY_ELEMENT:
             raise ValueError(
-                f"optimizer.{group}.name = {name!r}: it updates matrices, but the {group} group is always updated by "
-                "AdamW: leave the name out, or set it to 'adamw'"
+                f"optimizer.{group}.name = {name!r}: it updates matrices, but the {group} group is never updated as "
+                f"such: leave the name out, or set it to one of {', '.join(BY_ELEMENT)}"
             )
 
     # The options alone may be the rest of a `load_lr` that somebody forgot; 'none' says that it is meant.
@@ -351,6 +371,12 @@ def cautions(config: Config) -> list[str]:
         said.append(
             f"lr_scheduler.warmup_steps ({warmup}) is not below training.steps ({steps}): learning rates rise until "
             f"the run ends, to {steps / warmup:.2g} of what is set, and do not fall again: lower warmup_steps"
+        )
+    names = [config.optimizer.name, *(table.get("name") for table in config.optimizer.groups.values())]
+    if "schedule_free_adamw" in names and config.lr_scheduler.name in SCHEDULES.keys() - {"constant"}:
+        said.append(
+            f"schedule_free_adamw averages weights in place of a rate that falls, and lr_scheduler.name = "
+            f"{config.lr_scheduler.name!r} lets it fall as well: set it to 'constant'"
         )
     if config.moe.num_experts == 0:
         return said

@@ -128,6 +128,9 @@ class Training:
         "(0: all; -1: 4096 on a GPU, 256 on a CPU)",
     ] = -1
     max_norm: Annotated[NonNegative, "gradients are clipped to this global norm (0: no clipping)"] = 1.0
+    qk_clip: Annotated[
+        NonNegative, "heads with an attention logit above this have their wq and wk scaled down (0: none; K2 has 100)"
+    ] = 0.0
     skip_nonfinite_steps: Annotated[
         NonNegativeInt, "steps in a row that may be skipped for a NaN or an infinity before the run ends (0: none)"
     ] = 0
@@ -322,6 +325,7 @@ METRIC_NAMES = (
     *("kind", "step", "num_tokens", "loss", "total_loss", "grad_norm", "param_norm", "skipped", "skipped_steps"),
     *("maxvio_batch", "minvio_batch", "avgvio_batch", "load", "load_cv", "load_entropy", "dead_experts"),
     *("expert_batch_mean", "expert_batch_min", "router_logit_norm", "router_confidence", "dropped_fraction"),
+    *("max_attention_logit", "clipped_heads"),
     *("unrouted_fraction", "identity_fraction", "experts_per_token"),
     *("tokens_per_second", "step_seconds", "data_seconds", "peak_memory_gib", "mfu"),
     *("balance_tax", "gradient_snr", "update_ratio", "nonfinite", "nonfinite_gradients"),
@@ -365,7 +369,8 @@ KINDS = {
         {"param_groups": "the model", "params": "the model"},  # `params` in torch.optim's own classes
         {
             **dict.fromkeys(("lr", "weight_decay"), _NOT_NEGATIVE),
-            **dict.fromkeys(("beta1", "beta2", "momentum"), _BETA),
+            **dict.fromkeys(("beta1", "beta2", "beta3", "momentum"), _BETA),
+            **dict.fromkeys(("alpha", "alpha_warmup", "beta3_warmup"), _NOT_NEGATIVE),
             **dict.fromkeys(("eps", "epsilon"), _POSITIVE),
             **dict.fromkeys(("precondition_frequency", "statistics_every"), _COUNT),
             **dict.fromkeys(("max_preconditioner_dim", "adamw_above"), _COUNT),

@@ -19,7 +19,7 @@ from titan_moe.build import balancer_inits, build_model, build_optimizer, build_
 from titan_moe.checkpoint import resolve_checkpoint
 from titan_moe.checkpoint.folder import read_manifest
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors, read_lazily
-from titan_moe.checkpoint.state import read_common
+from titan_moe.checkpoint.state import TRAINED, read_common
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_saved, to_toml
 from titan_moe.convert.hf.architectures import moe_layers
@@ -133,6 +133,7 @@ def change_experts(
 
     # The plans say how many experts there are afterwards: the configuration follows them, whatever asked for them.
     plan_of_layer = dict(zip(moe_layers(before), plans(tensors), strict=True))
+    _check_noise(tensors, max(expert.noise for plan in plan_of_layer.values() for expert in plan))
     num_experts = len(plan_of_layer[moe_layers(before)[0]])
     overrides = ["--moe.num_experts", str(num_experts), *overrides]
     config = _new_config(step_folder, out, overrides, trust_components)
@@ -188,6 +189,7 @@ def upcycle(
     # `NAME.feed_forward.w1.weight`, and its optimizer states `NAME.feed_forward.w1.weight.STATE`, become
     # `NAME.moe.experts.w1[.STATE]`. With load_lr experts have other states than a dense matrix: they begin anew.
     tensors = read_lazily(step_folder)
+    _check_noise(tensors, noise)
     new_tensors: LazyTensors = {}
     carries_states = "load_lr" not in config.optimizer.groups.get("expert", {})
     for name, tensor in tensors.items():
@@ -304,6 +306,15 @@ def _apply_plan(name: str, tensor: Lazy, plan: Plan) -> Lazy:
         return new
 
     return Lazy((len(plan), *tensor.shape[1:]), tensor.dtype, load)
+
+
+def _check_noise(tensors: LazyTensors, noise: float) -> None:
+    """Raise ValueError where noise would be on averages over steps alone, and gone once training goes on."""
+    if noise and any(name.endswith(f".{TRAINED}") for name in tensors):
+        raise ValueError(
+            f"noise ({noise}) does not go with a checkpoint of an optimizer that averages weights over steps: it would "
+            "be on the averages alone: set --noise 0, or take the run's export of weights"
+        )
 
 
 def _add_noise(row: Tensor, noise: float, key: str) -> None:

@@ -32,10 +32,11 @@ from titan_moe import step
 from titan_moe.build import build_balancers, build_optimizer, build_router, build_sharded, has_expert_bias
 from titan_moe.config import Config
 from titan_moe.model import cross_entropy
+from titan_moe.model.attention import MAX_LOGITS
 from titan_moe.model.moe import MoE, linear_router
 from titan_moe.model.routing import Places
 from titan_moe.model.routing.common import OFFERED, asked_for
-from titan_moe.optimizer import matrix, rounding
+from titan_moe.optimizer import kernels, matrix, rounding
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.expert_parallel import all_to_all
 from titan_moe.parallelize.grad import Squares
@@ -55,10 +56,16 @@ def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: 
     return sdpa_backward_flop_count(grad, q, k, v)
 
 
+def _max_logits_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
+    B, H, S, C = q  # shapes; of the last S of K positions, whose products are with the keys up to their own
+    return B * H * S * (2 * k[2] - S) * C
+
+
 # torch counts a CPU's attention from 2.15 on, and takes no second formula.
 for operator, formula in (
     (aten._scaled_dot_product_flash_attention_for_cpu, _attention_flops),
     (aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward_flops),
+    (MAX_LOGITS.overloadpacket, _max_logits_flops),
 ):
     if operator not in flop_registry:
         register_flop_formula(operator)(formula)
@@ -231,7 +238,7 @@ class Meter(TorchDispatchMode):
             return "copies" if is_copy or func.namespace in ("fsdp", "c10d") else "layers"
 
         # Products: each kind reaches another share of the tensor cores' peak, and fp32 has a peak of its own.
-        if tensors[0].dtype == torch.float32:
+        if tensors[0].dtype == torch.float32 or func is MAX_LOGITS:
             return "fp32"
         if "scaled_dot_product" in name:
             return "attention"
@@ -364,7 +371,7 @@ def _report_what_dispatch_misses(meter: Meter) -> Iterator[None]:
 def _take_gpu_paths() -> Iterator[None]:
     """Patch the places where a CPU runs other operators than a GPU would, so that a GPU's are counted."""
     rms_norm, elements, add_product = F.rms_norm, matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
-    chunk_tokens, rounded = cross_entropy.CPU_CHUNK_TOKENS, rounding.CPU_ELEMENTS
+    chunk_tokens, of_kernels = cross_entropy.CPU_CHUNK_TOKENS, (kernels.CPU_ELEMENTS, rounding.CPU_ELEMENTS)
 
     # An RMSNorm is one kernel on a GPU and ten operators on a CPU, which made the peak 9 % too high. LayerNorm is one
     # operator everywhere; it reads, writes and saves as much.
@@ -377,17 +384,19 @@ def _take_gpu_paths() -> Iterator[None]:
         product_VD = torch.mm(a_VC, b_CD) if is_fp32 else torch.mm(a_VC, b_CD, out_dtype=torch.float32)
         return product_VD if sum_VD is None else sum_VD.add_(product_VD)
 
-    # A GPU takes larger chunks of the loss, and updates all rows of a stacked matrix at once.
+    # A GPU takes larger chunks of the loss, and updates all rows of a stacked matrix, and more elements, at once.
     F.rms_norm = one_operator  # pyrefly: ignore
     cross_entropy._add_product = add_in_fp32
     cross_entropy.CPU_CHUNK_TOKENS = cross_entropy.GPU_CHUNK_TOKENS  # pyrefly: ignore
-    matrix.CPU_ELEMENTS_PER_UPDATE, rounding.CPU_ELEMENTS = sys.maxsize, rounding.GPU_ELEMENTS
+    matrix.CPU_ELEMENTS_PER_UPDATE = sys.maxsize
+    kernels.CPU_ELEMENTS = kernels.GPU_ELEMENTS  # pyrefly: ignore
+    rounding.CPU_ELEMENTS = rounding.GPU_ELEMENTS
     try:
         yield
     finally:
         F.rms_norm, cross_entropy._add_product = rms_norm, add_product  # pyrefly: ignore
-        matrix.CPU_ELEMENTS_PER_UPDATE, rounding.CPU_ELEMENTS = elements, rounded
-        cross_entropy.CPU_CHUNK_TOKENS = chunk_tokens
+        matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy.CPU_CHUNK_TOKENS = elements, chunk_tokens
+        kernels.CPU_ELEMENTS, rounding.CPU_ELEMENTS = of_kernels  # pyrefly: ignore
 
 
 @contextmanager
@@ -480,6 +489,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
                 balancers,
                 model.expert_biases(),
                 max_norm=training.max_norm,
+                qk_clip=training.qk_clip,
                 balancer_states=model.balancer_states(),
                 sequence_group=mesh.sequence_group,
             )

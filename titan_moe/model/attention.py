@@ -3,6 +3,7 @@
 Shapes: B batch, S sequence, D dim, H query heads, G key-value heads, C channels of a head (D / H).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Rope = tuple[Tensor, Tensor]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, S, C), k and v (B, G, S, C) -> (B, H, S, C)
+# q (B, H, S, C), k and v (B, G, S, C) -> (B, H, S, C), and where the last argument is true the `max_logits`
+Attend = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+ROWS = 128  # queries whose logits `max_logits` has in memory at once
 
 
 def check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
@@ -49,10 +52,49 @@ def apply_rope(x_BHSC: Tensor, rope: Rope) -> Tensor:
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x_BHSC)
 
 
-def attend_to_past(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
-    """Causal attention of tokens to themselves and those before: q (B, H, S, C), k, v (B, G, S, C) -> (B, H, S, C)."""
+def attend_to_past(
+    q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, want_max: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of tokens to themselves and those before: q (B, H, S, C), k, v (B, G, S, C) -> (B, H, S, C).
+
+    With `want_max` also the `max_logits` (H,), else None.
+    """
     grouped = q_BHSC.shape[1] != k_BGSC.shape[1]
-    return F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=grouped)
+    y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=grouped)
+    return y_BHSC, max_logits(q_BHSC.detach(), k_BGSC.detach()) if want_max else None
+
+
+@torch.library.custom_op("titan_moe::max_logits", mutates_args=())
+def max_logits(q: Tensor, k: Tensor) -> Tensor:
+    """The largest attention logit q k / sqrt(C) of each head, (H,) fp32, over the batch and all keys that are seen.
+
+    q (B, H, S, C) are the last S of the K positions of k (B, G, K, C); a query sees the keys up to its own position.
+    Exact, products in fp32, without a gradient, and with the logits of ROWS queries in memory. An operator of its own,
+    because a compiler would unroll the loop.
+    """
+    # Heads that share a key head are rows of one product, so that keys are not copied for each.
+    (H, S, C), (G, K) = q.shape[1:], k.shape[1:3]
+    q_BGRSC, k_BGCK = q.float().unflatten(1, (G, H // G)), k.float().transpose(-1, -2)
+    largest_GR = torch.full((G, H // G), -math.inf, device=q.device)
+    is_later = torch.ones(ROWS, ROWS, dtype=torch.bool, device=q.device).triu_(1)
+
+    for first in range(0, S, ROWS):
+        # Of the keys up to the last of these queries only the latest ones are hidden from some of them.
+        rows_BGRNC = q_BGRSC[..., first : first + ROWS, :]
+        N = rows_BGRNC.shape[-2]
+        seen_BGCM = k_BGCK[..., : K - S + first + N]
+        logits_BGRNM = (rows_BGRNC.flatten(2, 3) @ seen_BGCM).unflatten(2, (-1, N))
+        logits_BGRNM[..., -N:].masked_fill_(is_later[:N, :N], -math.inf)
+        largest_GR = torch.maximum(largest_GR, logits_BGRNM.amax((0, 3, 4)))
+    return largest_GR.flatten() / math.sqrt(C)
+
+
+@max_logits.register_fake
+def _(q: Tensor, k: Tensor) -> Tensor:
+    return q.new_empty(q.shape[1], dtype=torch.float32)
+
+
+MAX_LOGITS = torch.ops.titan_moe.max_logits.default
 
 
 class Attention(nn.Module):
@@ -75,13 +117,13 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
 
-    def forward(self, x_BSD: Tensor, rope: Rope) -> Tensor:
-        """(B, S, D) -> (B, S, D)."""
+    def forward(self, x_BSD: Tensor, rope: Rope, want_max: bool = False) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) -> (B, S, D), and the `max_logits` (H,) where they are wanted."""
         q_BSHC, k_BSGC, v_BSGC = (w(x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
 
         # Heads go before the sequence, as attention takes them.
         q_BHSC, k_BGSC = apply_rope(q_BSHC.transpose(1, 2), rope), apply_rope(k_BSGC.transpose(1, 2), rope)
-        y_BHSC = self.attend(q_BHSC, k_BGSC, v_BSGC.transpose(1, 2))
-        return self.wo(y_BHSC.transpose(1, 2).flatten(2))  # (B, S, H C) -> (B, S, D)
+        y_BHSC, max_logits_H = self.attend(q_BHSC, k_BGSC, v_BSGC.transpose(1, 2), want_max)
+        return self.wo(y_BHSC.transpose(1, 2).flatten(2)), max_logits_H  # (B, S, H C) -> (B, S, D)

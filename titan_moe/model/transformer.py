@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, D dim, V vocabulary.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,14 @@ from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
 
-Want = Literal["logits", "loss", "score", "routings"]
+Want = Literal["logits", "loss", "loss_and_max_logits", "score", "routings"]
+
+
+class LossAndMaxLogits(NamedTuple):
+    """The loss, and what QK-clip goes by."""
+
+    ce_sum: Tensor  # scalar fp32: the summed cross-entropy in nats
+    max_logits: Tensor  # (N, H) fp32, no gradient: the largest attention logit of each head, of all N layers
 
 
 class Block(nn.Module):
@@ -33,15 +40,21 @@ class Block(nn.Module):
         self.moe = feed_forward if isinstance(feed_forward, MoE) else None
         self.feed_forward = feed_forward if isinstance(feed_forward, FeedForward) else None
 
-    def forward(self, x_BSD: Tensor, rope: Rope, places: Places | None = None) -> tuple[Tensor, Routing | None]:
-        """(B, S, D) -> (B, S, D), and the routing of a MoE layer, None from a dense one."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rope)
+    def forward(
+        self, x_BSD: Tensor, rope: Rope, places: Places | None = None, want_max_logits: bool = False
+    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+        """(B, S, D) -> (B, S, D), the routing of a MoE layer, and the heads' largest logits (H,) where wanted.
+
+        What there is not, as the routing of a dense layer, is None.
+        """
+        y_BSD, max_logits_H = self.attention(self.attention_norm(x_BSD), rope, want_max_logits)
+        x_BSD = x_BSD + y_BSD
         h_BSD = self.ffn_norm(x_BSD)
         if self.feed_forward is not None:
-            return x_BSD + self.feed_forward(h_BSD), None
+            return x_BSD + self.feed_forward(h_BSD), None, max_logits_H
         assert self.moe is not None
         y_BSD, routing = self.moe(h_BSD, places)
-        return x_BSD + y_BSD, routing
+        return x_BSD + y_BSD, routing, max_logits_H
 
 
 class Transformer(nn.Module):
@@ -144,12 +157,12 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens_BS: Tensor, labels_BS: Tensor | None = None, want: Want | None = None
-    ) -> tuple[Tensor | Score | None, tuple[Routing, ...]]:
+    ) -> tuple[Tensor | LossAndMaxLogits | Score | None, tuple[Routing, ...]]:
         """(B, S) int64 token ids -> the output that `want` names, and one Routing per MoE layer.
 
         `want` is `logits`: (B, S, V) in the parameters' dtype, the default without labels (B, S); `loss`: the summed
-        cross-entropy in nats, () fp32, the default with labels; `score`: a Score, without gradients; or `routings`:
-        None, the output head is not computed. Labels of -100 do not count.
+        cross-entropy in nats, () fp32, the default with labels; `loss_and_max_logits`: a LossAndMaxLogits; `score`: a
+        Score, without gradients; or `routings`: None, the output head is not computed. Labels of -100 do not count.
         """
         # Angles are those of all layers. They are computed here, once, and handed down.
         rope = self.rope(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
@@ -157,14 +170,20 @@ class Transformer(nn.Module):
         x_BSD = self.tok_embeddings(tokens_BS)  # (B, S) -> (B, S, D)
 
         # Routings are returned, never stored: losses, loads and metrics are functions of them.
-        routings = []
+        want = want or ("logits" if labels_BS is None else "loss")
+        want_max_logits = want == "loss_and_max_logits"
+        routings, max_logits = [], []
         for layer in self.layers:
-            x_BSD, routing = layer(x_BSD, rope, places)
+            x_BSD, routing, max_logits_H = layer(x_BSD, rope, places, want_max_logits)
             if routing is not None:
                 routings.append(routing)
+            if max_logits_H is not None:
+                max_logits.append(max_logits_H)
 
-        want = want or ("logits" if labels_BS is None else "loss")
-        return None if want == "routings" else self._head(self.norm(x_BSD), labels_BS, want), tuple(routings)
+        output = None if want == "routings" else self._head(self.norm(x_BSD), labels_BS, want)
+        if want_max_logits:
+            return LossAndMaxLogits(cast(Tensor, output), torch.stack(max_logits)), tuple(routings)
+        return output, tuple(routings)
 
     def _places(self, tokens_BS: Tensor) -> Places:
         if self.eot_id is None:
@@ -196,6 +215,10 @@ class Transformer(nn.Module):
                 balancer, _, key = name.rpartition("/")
                 states.setdefault(balancer.replace("/", "."), {}).setdefault(key, []).append(buffer)
         return states
+
+    def attention_layers(self) -> list[Attention]:
+        """The attention of all layers, in order."""
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def moe_layers(self) -> list[MoE]:
         """The MoE layers, in order."""

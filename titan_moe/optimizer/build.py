@@ -6,11 +6,15 @@ from typing import Annotated, Any
 
 import torch
 
+from titan_moe.optimizer.ademamix import ademamix
+from titan_moe.optimizer.lion import lion
 from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.meta_shampoo import distributed_shampoo
 from titan_moe.optimizer.muon import muon
+from titan_moe.optimizer.normuon import normuon
 from titan_moe.optimizer.optimizer import Optimizer, Rule
 from titan_moe.optimizer.schedule import Factor, factors_of
+from titan_moe.optimizer.schedule_free import schedule_free_adamw
 from titan_moe.optimizer.shampoo import shampoo
 from titan_moe.optimizer.soap import soap
 from titan_moe.optimizer.transform import StateDtype, Transform, adamw
@@ -25,21 +29,23 @@ def common(
     weight_decay: float = 0.1,
     state_dtype: Annotated[StateDtype, "of moments between steps; bfloat16 is rounded stochastically"] = "float32",
 ) -> None:
-    """What every optimizer takes: AdamW needs it for what is no matrix."""
+    """What every optimizer takes: AdamW needs it for what is no matrix. With a kernel there is no such rest."""
 
 
 def optimizer_of(
-    make: Callable[..., Transform], name: str = "", about: str = "", **preset: Any
+    make: Callable[..., Transform], name: str = "", about: str = "", without: Sequence[str] = (), **preset: Any
 ) -> Callable[..., Optimizer]:
     """Make the function that builds an optimizer from parameter groups, for a registry or a configuration.
 
-    Its keyword arguments are those of `common` and of `make`, the transform's maker; `preset` replaces defaults. A
-    group may have its own value of each. `name` is what checkpoints and logs say, by default the maker's.
+    Its keyword arguments are those of `common`, but for the ones in `without`, and of `make`, the transform's maker;
+    `preset` replaces defaults. A group may have its own value of each. `name` is what checkpoints and logs say, by
+    default the maker's.
     """
     # The signature is the schema of the configuration, so it is composed here: what all optimizers take, then what this
     # one takes, whose defaults win.
     arguments = {**inspect.signature(common).parameters, **inspect.signature(make, eval_str=True).parameters}
     groups = inspect.Parameter("param_groups", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=list[Group])
+    arguments = {key: argument for key, argument in arguments.items() if key not in without}
     changed = [argument.replace(default=preset.get(argument.name, argument.default)) for argument in arguments.values()]
     signature = inspect.Signature([groups, *changed], return_annotation=Optimizer)
     rule = Rule(name or make.__name__, make)
@@ -102,4 +108,10 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "distributed_shampoo": optimizer_of(distributed_shampoo),
     "soap": optimizer_of(soap),
     "muon": optimizer_of(muon),
+    "normuon": optimizer_of(normuon),
+    "ademamix": optimizer_of(ademamix),
+    "lion": optimizer_of(lion, without=["eps"], lr=1e-4, weight_decay=1.0),
+    "schedule_free_adamw": optimizer_of(schedule_free_adamw),
 }
+# Of these, what treats each element by itself, and so takes parameters of any shape; the others leave some to AdamW.
+BY_ELEMENT = ("adamw", "ademamix", "lion", "schedule_free_adamw")

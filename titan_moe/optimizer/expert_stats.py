@@ -55,8 +55,12 @@ def observe_gradients(
     moments: GradientMoments,
     finite: Tensor,
     load_LE: Tensor,
+    grad_scale: Tensor | None = None,
 ) -> None:
-    """Let `moments` follow the gradients of a step that was just taken, where the optimizer keeps no Adam's itself.
+    """Let `moments` follow the gradients of a step that comes now, where the optimizer keeps no Adam's itself.
+
+    Gradients are divided by `grad_scale`, as the optimizer does. What it keeps shows after its first step, so that one
+    is not observed.
 
     Of the first moment each element is kept, of the second its sum over an expert's matrix, with the decay of `BETAS`.
     What is left as it was is what an Adam would leave: all in a step that is not `finite`, and where rates depend on
@@ -65,11 +69,12 @@ def observe_gradients(
     groups = group_by_parameter(optimizer)
     for parameter, layer in experts.items():
         group, state = groups[parameter], optimizer.state.get(parameter, {})
-        if parameter.grad is None or keeps_adams(parameter, group, state):
-            moments.pop(parameter, None)
+        if parameter.grad is None or parameter not in moments or keeps_adams(parameter, group, state):
+            moments[parameter] = {}
             continue
         gradient = local(parameter.grad).float()  # (R, M, N)
-        if parameter not in moments:
+        gradient = gradient if grad_scale is None else gradient / grad_scale
+        if not moments[parameter]:
             zeros_R = gradient.new_zeros(len(gradient))
             first, second = torch.zeros_like(gradient), zeros_R.double().view(-1, 1, 1)
             moments[parameter] = {"step": zeros_R, **dict(zip(MOMENTS, (first, second), strict=True))}

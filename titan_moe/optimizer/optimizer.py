@@ -16,7 +16,8 @@ Shapes: L MoE layers, E experts, R the experts of a stacked tensor that this ran
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ from titan_moe.optimizer.matrix import Matrix, check_whole_experts, step_matrix,
 from titan_moe.optimizer.outside import skips_by_itself, step_outside, takes_scalars
 from titan_moe.optimizer.rounding import check_state_dtype, is_narrow, narrowed
 from titan_moe.optimizer.transform import Kernel, Transform, adamw
-from titan_moe.runtime.dtensor import local
+from titan_moe.runtime.dtensor import local, wrapped_like
 
 
 class Rule(NamedTuple):
@@ -139,6 +140,19 @@ class Optimizer(torch.optim.Optimizer):
         """Whether a parameter is updated by a transform's direction."""
         return parameter in self._matrices
 
+    @contextmanager
+    @torch.no_grad()
+    def evaluating(self) -> Iterator[None]:
+        """Within it parameters have the averaged weights, and after it, to the bit, those that are trained."""
+        before = {parameter: local(parameter).clone() for parameter, *_ in averages(self)}
+        try:
+            for parameter, average in averaged_weights(self):
+                local(parameter).copy_(local(average))
+            yield
+        finally:
+            for parameter, weight in before.items():
+                local(parameter).copy_(weight)
+
     def _ruled(self) -> list[tuple[Group, Rule]]:
         """The groups that are updated by a transform of ours, with their rules."""
         pairs = zip(self.param_groups, self.rules, strict=True)
@@ -161,6 +175,7 @@ class Optimizer(torch.optim.Optimizer):
         # a transform for each matrix, because it may keep things of its own beside the state (Meta's package does)
         transforms: dict[Rule, dict[Tensor, Transform]] = {}
         for group, rule in self._ruled():
+            check_average(rule, group)
             for part in self._parts(group, group["params"]):
                 for parameter in part["params"]:
                     transform = transform_of(rule.make, part)
@@ -204,9 +219,9 @@ class Optimizer(torch.optim.Optimizer):
 
         A kernel does it while it reads them, which saves a pass over memory.
         """
-        if grad_norm is None or max_norm <= 0:
+        grad_scale = None if grad_norm is None else clip_scale(grad_norm, max_norm)
+        if grad_scale is None:
             return None
-        grad_scale = ((grad_norm + 1e-6) / max_norm).clamp(min=1.0)
         parameters = list(self._matrices)
         for outside in self._outside:
             if not takes_scalars(outside):
@@ -287,6 +302,29 @@ def combine(
     return Optimizer(ordered, rules)
 
 
+def averaging(rule: Rule | torch.optim.Optimizer, group: Group) -> Kernel | None:
+    """The kernel of a group whose weights are averaged over steps; None where they are not."""
+    kernel = transform_of(rule.make, group).kernel if isinstance(rule, Rule) else None
+    return kernel if kernel is not None and kernel.average is not None else None
+
+
+def averages(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Callable[..., Tensor], list[Tensor]]]:
+    """Parameters that are averaged over steps and have taken one, what makes the average, and the states it takes."""
+    for group, rule in optimizer._ruled() if isinstance(optimizer, Optimizer) else []:
+        kernel = averaging(rule, group)
+        for parameter in group["params"] if kernel is not None else []:
+            if "step" in (state := optimizer.state.get(parameter, {})):
+                assert kernel is not None
+                assert kernel.average is not None
+                yield parameter, kernel.average, [state[name] for name in kernel.states]
+
+
+def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parameters that are averaged over steps, and these averages, sharded alike: what to evaluate and export."""
+    for parameter, average, states in averages(optimizer):
+        yield parameter, wrapped_like(average(local(parameter), *map(local, states)), parameter)
+
+
 def kind_of(optimizer: torch.optim.Optimizer | Rule) -> str:
     """What updates which groups, for checkpoints to compare: `AdamW`, or `AdamW (router, dense) + shampoo (expert)`."""
     if not isinstance(optimizer, Optimizer):
@@ -321,7 +359,8 @@ def describe_group(optimizer: torch.optim.Optimizer, group: Group) -> str:
 
 def scaled(group: Group, scale: Scale) -> Group:
     """A group's settings as they are for a parameter that has a scale of its own."""
-    return {**group, **{name: group[name] * factor for name, factor in scale._asdict().items()}}
+    factors = {name: factor for name, factor in scale._asdict().items() if name in group}  # not all have an eps
+    return {**group, **{name: group[name] * factor for name, factor in factors.items()}}
 
 
 def check_scales(group: Group, rule: Rule | torch.optim.Optimizer, scales: Iterable[Scale]) -> None:
@@ -330,6 +369,22 @@ def check_scales(group: Group, rule: Rule | torch.optim.Optimizer, scales: Itera
         raise ValueError(
             f"[optimizer.{group.get('name', 'expert')}]: rates that differ by parameter do not reach "
             f"{kind_of(rule)}, an optimizer from outside: choose one of ours, or one rate for all"
+        )
+
+
+def check_average(rule: Rule, group: Group) -> None:
+    """Raise ValueError for settings with which weights can't be averaged over steps."""
+    if averaging(rule, group) is None:
+        return
+    if any(parameter.dtype != torch.float32 for parameter in group["params"]):
+        raise ValueError(
+            f"optimizer {rule.name} averages weights over steps, which a smaller type rounds away: set training.dtype "
+            "= 'float32'"
+        )
+    if not group.get("load_lr_decay", True):
+        raise ValueError(
+            f"optimizer {rule.name} does not go with load_lr_decay = false: decay is a part of what it averages: leave "
+            "it out"
         )
 
 
@@ -350,6 +405,11 @@ def kernel_of(rule: Rule, group: Group) -> Kernel:
 def arguments_of(make: Callable[..., Transform]) -> tuple[str, ...]:
     """The names of a maker's arguments."""
     return tuple(inspect.signature(make).parameters)
+
+
+def clip_scale(grad_norm: Tensor, max_norm: float) -> Tensor | None:
+    """What gradients of that norm are divided by to be clipped to `max_norm`; None where they are not (0)."""
+    return ((grad_norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
 
 
 def divide(gradients: Sequence[Tensor], scale: Tensor) -> None:

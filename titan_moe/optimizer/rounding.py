@@ -155,14 +155,16 @@ def step_in_fp32(
 
     `keys` are those of each parameter. Weights in bfloat16 are rounded to nearest, as they are without this.
     """
-    weights, gradients, *states = ([_rows(tensor) for tensor in of_kind] for of_kind in tensors)
+    count = 2 + len(kernel.states)  # after them come scalars
+    weights, gradients, *states = ([_rows(tensor) for tensor in of_kind] for of_kind in tensors[:count])
     is_rounded = [name in kernel.rounded for name in kernel.states]
     for batch in _batches(weights):
         # what is in fp32 already is not copied, and so is stepped in place
         narrow = [[of_kind[number][part] for number, part in batch] for of_kind in (weights, gradients, *states)]
         wide = [[tensor.float() for tensor in of_kind] for of_kind in narrow]
         counts = [steps[number] for number, _ in batch]
-        kernel.step(wide, counts, lr, weight_decay, skip=skip, grad_scale=grad_scale)
+        scalars = [[of_kind[number] for number, _ in batch] for of_kind in tensors[count:]]
+        kernel.step([*wide, *scalars], counts, lr, weight_decay, skip=skip, grad_scale=grad_scale)
 
         for old, new in zip(narrow[0], wide[0], strict=True):
             if old is not new:

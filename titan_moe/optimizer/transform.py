@@ -8,7 +8,7 @@ Shapes: R rows of a stacked tensor (the experts that this rank holds, or 1 for a
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,8 +45,9 @@ class Tick(NamedTuple):
 class Step(Protocol):
     """W <- W - lr (direction + weight_decay W) in one pass over memory, for many tensors of any shape at once.
 
-    `tensors` are lists of weights, gradients and then each of the kernel's states. `steps` count this step already.
-    Where `skip`, an fp32 scalar, is 1, nothing changes. Gradients are divided by `grad_scale`, in place.
+    `tensors` are lists of weights, gradients and then each of the kernel's states and scalars. `steps` count this step
+    already. Where `skip`, an fp32 scalar, is 1, nothing changes. Gradients are divided by `grad_scale`, perhaps
+    in place.
     """
 
     def __call__(
@@ -65,11 +66,19 @@ class Step(Protocol):
 class Kernel(NamedTuple):
     """The whole step of a transform that treats each element by itself, so that shapes and shards do not matter.
 
-    `states` are the names of what it keeps for each element, zero at first; those in `rounded` may be in bfloat16.
+    `states` are the names of what it keeps for each element, zero at first, or as the weight those in `copies`.
+    Those in `rounded` may be in bfloat16 between steps.
+    `scalars` are the names of what it keeps one fp32 number of for each parameter, or each expert, zero at first.
+    Before a step `advance(scalars, steps, lr)` gives their new values, of one parameter or (E,) of all its experts.
+    `average(weight, *states)` gives weights that are averaged over steps: they are to be evaluated and exported.
     """
 
     states: tuple[str, ...]
     step: Step
+    copies: tuple[str, ...] = ()
+    scalars: tuple[str, ...] = ()
+    advance: Callable[[State, Tensor, Tensor], State] | None = None
+    average: Callable[..., Tensor] | None = None
     rounded: tuple[str, ...] = ROUNDED
 
 
@@ -148,6 +157,11 @@ def momentum(beta: float, name: str = "exp_avg", *, correct_bias: bool = True) -
         return average / (1 - beta**tick.steps).view(-1, 1, 1) if correct_bias else average
 
     return Transform(init, update)
+
+
+def never_called(*_: Any) -> Any:
+    """The init and the update of a transform that is its kernel alone."""
+    raise TypeError("this transform steps every parameter by its kernel, and gives no direction")
 
 
 def keep_dead_rows(new: Tensor, old: Tensor, alive_R: Tensor) -> None:

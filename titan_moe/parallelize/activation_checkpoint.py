@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from titan_moe.model.attention import MAX_LOGITS
 from titan_moe.model.routing.sequence import CAUSAL_TOPK
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
@@ -24,6 +25,8 @@ RANDOM_OPS = ATTENTION_OPS | {aten.rand_like.default, aten.randn_like.default, a
 # The choice of experts is a few numbers a token. Computed again it could differ from the first where two experts are
 # nearly as good, and the gradient would be that of another function than forward's.
 CHOICE_OPS = {aten.topk.default, aten.sort.default, aten.sort.stable, CAUSAL_TOPK}
+# A number for each head, which backward does not need: it is saved so that it is not computed again.
+MEASURE_OPS = {MAX_LOGITS}
 # What came from other ranks costs most to compute again. All-gathers are not here: their result is as large as the
 # whole on every rank, so that it costs most to save.
 COMMUNICATION_OPS = {
@@ -36,18 +39,18 @@ COMMUNICATION_OPS = {
 def checkpoint_block(block: nn.Module, mode: str, *, keep_random: bool = False) -> nn.Module:
     """Wrap a layer so that its activations are saved (`none`), computed again (`full`), or partly saved (`selective`).
 
-    `full` saves the choice of experts alone. `selective` also saves attention's results, what the all-to-alls brought
-    and what was reduced over ranks; norms, projections and experts are computed again. With `keep_random` attention
-    is saved by `full` too: torch 2.13's partitioner, when a compiled layer with DTensors is to restore a generator,
-    mixes up what it saves (the generator's state comes after the device mesh).
+    `full` saves the choice of experts, and the heads' largest logits, alone. `selective` also saves attention's
+    results, what the all-to-alls brought and what was reduced over ranks; norms, projections and experts are computed
+    again. With `keep_random` attention is saved by `full` too: torch 2.13's partitioner, when a compiled layer with
+    DTensors is to restore a generator, mixes up what it saves (the generator's state comes after the device mesh).
     """
     if mode == "none":
         return block
-    saved_ops = CHOICE_OPS
+    saved_ops = CHOICE_OPS | MEASURE_OPS
     if mode == "selective":
-        saved_ops = CHOICE_OPS | RANDOM_OPS | COMMUNICATION_OPS
+        saved_ops = saved_ops | RANDOM_OPS | COMMUNICATION_OPS
     elif keep_random:
-        saved_ops = CHOICE_OPS | RANDOM_OPS
+        saved_ops = saved_ops | RANDOM_OPS
     return checkpoint_wrapper(block, context_fn=functools.partial(_contexts, frozenset(saved_ops)))
 
 

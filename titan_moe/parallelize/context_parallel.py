@@ -18,7 +18,7 @@ from torch.distributed._functional_collectives import wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
-from titan_moe.model.attention import Attend, Attention, Rope, rope_cos_sin
+from titan_moe.model.attention import Attend, Attention, Rope, max_logits, rope_cos_sin
 from titan_moe.model.routing import Places
 from titan_moe.model.transformer import places_of
 from titan_moe.parallelize.mesh import Degrees
@@ -95,7 +95,7 @@ def context_parallel_attention(mesh: DeviceMesh, seq_len: int) -> Attend:
     # Masks are made here because torch.compile can't make them.
     masks = [causal_lower_right(chunk_len, (n + 1) * chunk_len) for n in own_chunks(mesh.get_local_rank(), cp_size)]
 
-    def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor) -> Tensor:
+    def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, want_max: bool = False) -> tuple[Tensor, Tensor | None]:
         # Keys and values travel together: one collective a layer.
         all_kv = wait_tensor(all_gather_single(torch.stack((k_BGSC, v_BGSC)), 0, group))  # (2 P, B, G, S, C)
 
@@ -105,12 +105,14 @@ def context_parallel_attention(mesh: DeviceMesh, seq_len: int) -> Attend:
         k, v = by_position.permute(1, 2, 3, 0, 4, 5).flatten(3, 4).unbind()  # (B, G, 2 P N, C) each
 
         # The two chunks of queries see prefixes of different lengths, so each has a product of its own.
-        chunk_outputs = []
+        chunk_outputs, largest = [], []
         for q_BHNC, mask in zip(q_BHSC.chunk(2, dim=-2), masks, strict=True):
             prefix_k, prefix_v = k[:, :, : mask.seq_len_kv], v[:, :, : mask.seq_len_kv]
             grouped = q_BHNC.shape[1] != k.shape[1]
             y_BHNC = F.scaled_dot_product_attention(q_BHNC, prefix_k, prefix_v, attn_mask=mask, enable_gqa=grouped)
             chunk_outputs.append(y_BHNC)
-        return torch.cat(chunk_outputs, dim=-2)  # (B, H, S, C)
+            if want_max:
+                largest.append(max_logits(q_BHNC.detach(), prefix_k.detach()))
+        return torch.cat(chunk_outputs, dim=-2), torch.maximum(*largest) if want_max else None  # (B, H, S, C), (H,)
 
     return attend

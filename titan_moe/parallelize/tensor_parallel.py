@@ -10,6 +10,7 @@ Shapes: B batch, S the tokens of a sequence that this rank has, D dim, P ranks o
 linear layer's input and output.
 """
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -51,13 +52,22 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh) -> None:
         y_SBD = y_BSD.transpose(0, 1).contiguous()  # (P S, B, D)
         return wait_tensor(reduce_scatter_single(y_SBD, "sum", 0, group)).transpose(0, 1)  # (B, S, D)
 
+    def finish_attention(layer: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> Any:
+        # The largest logits are of this rank's heads: those of others are left open, at the places of all heads.
+        y_BSD, max_logits = output
+        if max_logits is not None:
+            before = mesh.get_local_rank() * len(max_logits)
+            after = mesh.size() * len(max_logits) - len(max_logits) - before
+            max_logits = F.pad(max_logits, (before, after), value=-math.inf)  # (H / P,) -> (H,)
+        return reduce_scatter_tokens(layer, args, y_BSD), max_logits
+
     for layer in model.modules():
         if isinstance(layer, Attention | FeedForward):
             for name, linear in list(layer.named_children()):
                 if isinstance(linear, nn.Linear):
                     layer.register_module(name, shard_linear(linear, mesh, SHARDED_DIMS[name]))
             layer.register_forward_pre_hook(gather_tokens)
-            layer.register_forward_hook(reduce_scatter_tokens)
+            layer.register_forward_hook(finish_attention if isinstance(layer, Attention) else reduce_scatter_tokens)
 
 
 def shard_linear(linear: nn.Linear, mesh: DeviceMesh, dim: int) -> ShardedLinear:

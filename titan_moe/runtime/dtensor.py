@@ -41,3 +41,13 @@ def sharded_like(rows: Tensor, parameter: DTensor) -> DTensor:
     return DTensor.from_local(
         rows, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
     )
+
+
+def wrapped_like(part: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor of which `part` is what this rank holds, cut as `parameter` is; no collective."""
+    if not isinstance(parameter, DTensor):
+        return part
+    shape, stride = parameter.shape, parameter.stride()
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
+    )

@@ -60,6 +60,13 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
     return tensor
 
 
+def all_reduce_max(tensor: Tensor) -> Tensor:
+    """The largest over all ranks of each number, in place; unchanged when there is one process."""
+    if world_size() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 # At its own limit torch ends a process with pages of stacks. `watch` ends it with one line, so much earlier.
 GRACE_SECONDS = 60
 

@@ -86,6 +86,8 @@ def test_defaults_are_the_papers_table_1():
         (["--training.steps", "60"], "warmup_steps (300) is not below training.steps (60): learning rates rise until"),
         (["--training.steps", "60", "--moe.num_experts", "0"], "to 0.2 of what is set"),
         (["--training.steps", "60", "--lr_scheduler.warmup_steps", "59"], ""),
+        (["--optimizer.expert.name", "schedule_free_adamw"], "'cosine' lets it fall as well: set it to 'constant'"),
+        (["--optimizer.name", "schedule_free_adamw", "--lr_scheduler.name", "constant"], ""),
         ([], ""),
     ],
 )

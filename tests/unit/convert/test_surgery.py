@@ -137,6 +137,25 @@ def test_cloning_every_expert_changes_nothing(tmp_path: Path) -> None:
     assert not torch.equal(w1[4] - w1[2], w1[5] - w1[0])
 
 
+def test_weights_that_are_averaged_over_steps_are_carried_without_noise(tmp_path: Path) -> None:
+    """The average and what is trained alike; noise would be on the average alone."""
+    step = make_trained(tmp_path / "run", **{"optimizer.name": "schedule_free_adamw"})
+    plan = revive_experts(LOAD, 0.01, 0.0)
+    change_experts(step, tmp_path / "out", lambda tensors: [plan, plan], [])
+    before, after = read_lazily(step), read_lazily(tmp_path / "out" / "checkpoint" / "step-7")
+    for name in (n for n in before if "experts.w1" in n and len(before[n].shape) == 3):
+        assert torch.equal(after[name].load()[:2], before[name].load()[[0, 2]]), name
+    model, optimizer, _ = resumed(tmp_path / "out")
+    w1 = model.layers[0].moe.experts.w1
+    assert not torch.equal(w1, load_model(tmp_path / "out")[0].layers[0].moe.experts.w1)
+    assert optimizer.state[w1]["weight_sum"].gt(0).all()
+
+    noisy = revive_experts(LOAD, 0.01, 0.1)
+    with pytest.raises(ValueError, match=r"noise \(0.1\) does not go with .* set --noise 0"):
+        change_experts(step, tmp_path / "noisy", lambda tensors: [noisy, noisy], [])
+    assert not (tmp_path / "noisy").exists()
+
+
 def test_similar_experts_are_found(tmp_path: Path) -> None:
     step = make_trained(tmp_path / "run")
     found = similarity(read_lazily(step), 1)

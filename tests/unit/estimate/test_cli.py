@@ -255,6 +255,8 @@ def test_work_of_a_step_grows_with_its_micro_batches() -> None:
         assert seven["flops", kind] == 7 * one["flops", kind]
     assert seven["bytes", "update"] == one["bytes", "update"] > 0
     assert {key: seven[key] - four[key] for key in four} == {key: 3 * (four[key] - three[key]) for key in four}
+    clipped = run(1, *bf16, "--training.qk_clip", "100").work
+    assert clipped["flops", "fp32"] - one["flops", "fp32"] == 2 * 2 * (64 * 64 * 16)  # sequences, heads, half of q k
     ahead = [run(1, *bf16, "--balancer.aux_loss.scope", "global_batch_exact", micro_batches=n).flops for n in (1, 7)]
     assert ahead[1] == 7 * ahead[0] > 7 * sum(count for key, count in one.items() if key[0] == "flops")
 

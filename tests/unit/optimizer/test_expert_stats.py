@@ -22,7 +22,7 @@ from titan_moe.optimizer.expert_stats import (
 )
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.optimizer.optimizer import Optimizer
+from titan_moe.optimizer.optimizer import Optimizer, clip_scale
 from titan_moe.sinks.files import jsonl
 from titan_moe.sinks.trackers import tensorboard
 from titan_moe.step import train_step
@@ -58,7 +58,7 @@ BUILDERS = {
 
 
 @pytest.mark.parametrize("load_lr", [{}, {"load_lr": "ideal_normalized"}], ids=["", "load_lr"])
-@pytest.mark.parametrize("steps", [2, 5, 60])
+@pytest.mark.parametrize("steps", [5, 60])
 @pytest.mark.parametrize("name", BUILDERS)
 def test_signal_to_noise_of_known_gradients(name, steps, load_lr):
     """g = signal + noise of unit variance: SNR = ||signal|| / sqrt(number of elements), from the second step on."""
@@ -68,14 +68,15 @@ def test_signal_to_noise_of_known_gradients(name, steps, load_lr):
     optimizer, moments = BUILDERS[name](groups, lr=1e-12), {}
     experts = expert_parameters(named.items())
     signals = [torch.randn(4, 30, 40) * torch.tensor(SNRS).view(-1, 1, 1) for _ in named]
-    for _ in range(max(steps, 5 if name == "soap" else 2)):  # SOAP's moments begin with the second step
+    for _ in range(steps):  # moments of our own, and SOAP's, begin with the second step
         for parameter, signal in zip(named.values(), signals, strict=True):
             parameter.grad = signal + torch.randn_like(signal)
         load = torch.tensor([[1, 2, 3, 4]])
-        optimizer.step(load=load, finite=torch.tensor(True))
         observe_gradients(experts, optimizer, moments, torch.tensor(True), load)
+        optimizer.step(load=load, finite=torch.tensor(True))
     stats = measured(experts, optimizer, moments)
-    assert bool(moments) == (name in ("muon", "shampoo without grafting", "SGD", "Adafactor"))
+    keeps_them = name in ("adamw", "shampoo", "shampoo_fast", "soap", "in bfloat16", "Adam")
+    assert any(moments.values()) == (not keeps_them)
     assert stats.gradient_snr[0, 0] < 0.2  # noise alone: the first moment by itself would say 0.24 or more
     assert stats.gradient_snr[0, 1:].tolist() == pytest.approx(SNRS[1:], rel=0.15)
     assert stats.update_ratio.max() < 1e-9
@@ -83,7 +84,10 @@ def test_signal_to_noise_of_known_gradients(name, steps, load_lr):
 
 @pytest.mark.parametrize("load_lr", [{}, {"load_lr": "ideal_normalized"}], ids=["", "load_lr"])
 def test_own_moments_are_adams(load_lr):
-    """Muon's measure is what AdamW's moments give of the same gradients, dead experts and bad steps included."""
+    """Muon's measure is what AdamW's moments give of the same gradients, dead experts and bad steps included.
+
+    They are those from the second step on, after clipping.
+    """
     torch.manual_seed(0)
     results = []
     gradients = [torch.randn(4, 30, 40) + 0.5 for _ in range(12)]
@@ -91,12 +95,13 @@ def test_own_moments_are_adams(load_lr):
         named, moments = experts_of(), {}
         groups = parameter_groups(named.items(), {"expert": expand_load_lr(load_lr, top_k=2)})
         optimizer, experts = OPTIMIZERS[name](groups, lr=1e-12), expert_parameters(named.items())
-        for step, gradient in enumerate(gradients):
+        for step, gradient in list(enumerate(gradients))[name == "adamw" :]:
             finite, load = torch.tensor(step != 5), torch.tensor([[1, int(step != 3), 3, 4]])
             for parameter in named.values():
                 parameter.grad = gradient * (1.0 if step != 5 else torch.nan)
-            optimizer.step(load=load, finite=finite)
-            observe_gradients(experts, optimizer, moments, finite, load)
+            norm = torch.tensor(float(step))
+            observe_gradients(experts, optimizer, moments, finite, load, clip_scale(norm, 2.0))
+            optimizer.step(load=load, grad_norm=norm, max_norm=2.0, finite=finite)
         results.append(measured(experts, optimizer, moments).gradient_snr)
     assert results[0].isfinite().all()
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=0)
@@ -123,7 +128,7 @@ def test_no_measure_before_the_second_step_and_without_moments():
     named = experts_of((4, 2, 2))
     experts = expert_parameters(named.items())
     groups = parameter_groups(named.items(), {})
-    for optimizer in (OPTIMIZERS["adamw"](groups), torch.optim.SGD(groups, lr=0.1)):
+    for optimizer in (OPTIMIZERS["adamw"](groups), OPTIMIZERS["lion"](groups), torch.optim.SGD(groups, lr=0.1)):
         assert measured(experts, optimizer).gradient_snr.isnan().all()
         for parameter in named.values():
             parameter.grad = torch.ones_like(parameter)

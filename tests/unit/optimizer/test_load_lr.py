@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.cases import OPTIMIZER_NAMES
+from tests.cases import AVERAGING, OPTIMIZER_NAMES
 from tests.tiny import SEQ, balancers, batch, tiny_model
 from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
@@ -79,6 +79,8 @@ def test_equals_a_parameter_for_each_expert(name, options):
 
     Meta's optimizer cannot leave out an expert.
     """
+    if name in AVERAGING and not options.get("load_lr_decay", True):
+        pytest.skip("refused: decay is a part of what is averaged")
     weights, arguments = stacked(), {"lr": 0.01, "weight_decay": 0.1}
     (group,) = parameter_groups(weights.items(), {"expert": settings(**options)})
     optimizer = OPTIMIZERS[name]([group], **arguments)
@@ -200,7 +202,8 @@ def test_a_dead_expert_is_left_alone(name: str) -> None:
     assert len(after) > 1
     for key, value in after.items():
         assert torch.equal(value[2], before[key][2]), key
-        assert (value[[0, 1, 3]] != before[key][[0, 1, 3]]).view(3, -1).any(-1).all(), key
+        if key != "lr_max":  # a largest rate may stay
+            assert (value[[0, 1, 3]] != before[key][[0, 1, 3]]).view(3, -1).any(-1).all(), key
     if name not in OUTSIDE:
         assert after["step"].tolist() == [5, 5, 2, 5]
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import sys
+from inspect import signature
 from typing import Any
 from unittest import mock
 
@@ -15,16 +16,24 @@ from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.config import load_config, to_toml
 from titan_moe.optimizer import kronecker
-from titan_moe.optimizer.build import OPTIMIZERS
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.matrix import apply, parts_of
+from titan_moe.optimizer.muon import orthogonalize
 from titan_moe.optimizer.optimizer import combine, describe_group, kind_of
 from titan_moe.optimizer.transform import momentum
 from titan_moe.step import train_step
 
-MATRIX = [name for name in OPTIMIZERS if name not in ("adamw", "distributed_shampoo")]
-SOON: dict[str, dict[str, Any]] = {name: {} if name == "muon" else {"precondition_frequency": 3} for name in MATRIX}
+MATRIX = [name for name in OPTIMIZERS if name not in (*BY_ELEMENT, "distributed_shampoo")]
+
+
+def taken(name: str, **arguments: Any) -> dict[str, Any]:
+    """Those of some arguments that an optimizer takes."""
+    return {key: value for key, value in arguments.items() if key in signature(OPTIMIZERS[name]).parameters}
+
+
+SOON: dict[str, dict[str, Any]] = {name: taken(name, precondition_frequency=3) for name in MATRIX}
 
 
 def optimizer_of(name: str, weight: nn.Parameter, **changes: Any) -> Any:
@@ -105,15 +114,95 @@ def test_muon_equals_torch(shape: tuple[int, int], nesterov: bool, adjust: Any) 
         torch.testing.assert_close(single.detach(), expected[0], rtol=0, atol=1e-6)
 
 
+def polar_factor(g: Tensor, steps: int) -> Tensor:
+    """Amsel et al. (2025), algorithm 1, in float64; the coefficients with four decimals that NVIDIA publishes."""
+    rows = [(8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250)]
+    rows += [(3.2856, -2.4153, 0.4853), (2.2779, -1.6198, 0.3985), (1.8726, -1.2307, 0.3585)]
+    rows += [(1.8564, -1.2132, 0.3568), (1.8750, -1.2500, 0.3750)]
+    x = g.double() / (1.01 * torch.linalg.matrix_norm(g.double()))
+    for step in range(steps):
+        a, b, c = rows[min(step, 7)]
+        x = a * x + b * (x @ x.T) @ x + c * (x @ x.T) @ (x @ x.T) @ x
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 8, 10])
+@pytest.mark.parametrize("shape", [(32, 20), (20, 32)])
+def test_polar_express(shape: tuple[int, int], steps: int) -> None:
+    """As its authors' algorithm, and after eight steps the orthogonal factor of the singular value decomposition."""
+    stack = torch.randn(3, *shape)
+    found = orthogonalize(stack, steps, torch.float32, "polar_express")
+    expected = torch.stack([polar_factor(matrix, steps) for matrix in stack])
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)  # of the decimals
+    left, _, right = torch.linalg.svd(stack, full_matrices=False)
+    if steps >= 8:
+        torch.testing.assert_close(found, left @ right, rtol=0, atol=1e-4)
+    in_bf16 = orthogonalize(stack, steps, torch.bfloat16, "polar_express").float()
+    torch.testing.assert_close(in_bf16, found, rtol=0, atol=0.06)
+    assert not orthogonalize(torch.zeros(1, *shape), steps, torch.float32, "polar_express").any()
+
+
+def test_polar_express_comes_nearer_in_as_many_steps() -> None:
+    stack = torch.randn(4, 24, 24)
+    spread = {}
+    for coefficients in ("jordan", "polar_express"):
+        values = torch.linalg.svdvals(orthogonalize(stack, 5, torch.float32, coefficients))
+        spread[coefficients] = float((values - 1).square().mean().sqrt())
+    assert spread["polar_express"] < 0.5 * spread["jordan"]
+
+
+def jordans_factor(x: Tensor) -> Tensor:
+    """Five of Jordan's iterations in float64."""
+    x = x / torch.linalg.matrix_norm(x)
+    for _ in range(5):
+        x = 3.4445 * x + (-4.7750 * (x @ x.T) + 2.0315 * (x @ x.T) @ (x @ x.T)) @ x
+    return x
+
+
+def normuon_loop(weight: Tensor, gradients: list[Tensor], adjust_lr: str) -> Tensor:
+    """The authors' code (zichongli5/NorMuon, normuon_update), or algorithm 1 of Li et al. (2025), on one matrix."""
+    weight, m = weight.double(), torch.zeros_like(weight).double()
+    v = m[:, :1]
+    for g in (gradient.double() for gradient in gradients):
+        weight = weight * (1 - 1e-2 * 0.1)
+        m = 0.95 * m + 0.05 * g
+        orthogonal = jordans_factor(0.95 * m + 0.05 * g)
+        v = 0.9 * v + 0.1 * (orthogonal**2).mean(1, keepdim=True)
+        u = orthogonal / (v.sqrt() + 1e-10)
+        height, width = u.shape
+        if adjust_lr == "original":
+            u = u * orthogonal.norm() / u.norm() * max(1, height / width) ** 0.5
+            weight = weight - 1e-2 * u
+        else:
+            weight = weight - 0.2 * 1e-2 * (height * width) ** 0.5 / u.norm() * u
+    return weight
+
+
+@pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("shape", [(3, 12, 8), (2, 8, 12), (9, 9)])
+def test_normuon_equals_the_plain_loop(shape: tuple[int, ...], adjust_lr: str) -> None:
+    weight = nn.Parameter(torch.randn(shape))
+    start = weight.detach().clone()
+    optimizer = optimizer_of("normuon", weight, adjust_lr=adjust_lr, beta2=0.9, matmul_dtype="float32")
+    gradients = [torch.randn(shape) for _ in range(20)]
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    matrices = zip(start.view(-1, *shape[-2:]), torch.stack(gradients).view(20, -1, *shape[-2:]).unbind(1), strict=True)
+    expected = torch.stack([normuon_loop(w, list(g), adjust_lr) for w, g in matrices]).view(shape)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-5)
+    assert optimizer.state[weight]["second_momentum_buffer"].numel() == start[..., 0].numel()
+
+
 @pytest.mark.parametrize("name", MATRIX)
 def test_other_shapes_and_groups_are_adamws(name: str) -> None:
     """Vectors, embeddings, norms, and for shampoo and soap matrices over a size: equal to torch's fused AdamW."""
     shapes = [("dense", (7,)), ("embedding", (12, 4)), ("norm", (5,))]
-    shapes += [("dense", (9, 4))] if name != "muon" else []
+    above = taken(name, adamw_above=8)
+    shapes += [("dense", (9, 4))] if above else []
     ours = [nn.Parameter(torch.randn(shape)) for _, shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     groups = [{"name": group, "params": [p]} for (group, _), p in zip(shapes, ours, strict=True)]
-    above = {} if name == "muon" else {"adamw_above": 8}
     optimizer = OPTIMIZERS[name](groups, lr=1e-2, beta1=0.8, beta2=0.9, **SOON[name], **above)
     reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1, fused=True)
     for _ in range(4):
@@ -266,8 +355,8 @@ def test_factors_of_an_expert_without_tokens_stay(name: str) -> None:
 def moved_by(name: str, shape: tuple[int, ...], gradients: list[Tensor]) -> Tensor:
     """Where zero weights are after these gradients, without decay."""
     weight = nn.Parameter(torch.zeros(shape))
-    kind = {"matmul_dtype": "float32"} if name == "muon" else {"statistics_every": 1}
-    optimizer = optimizer_of(name, weight, weight_decay=0.0, **kind)
+    exact = taken(name, statistics_every=1) or taken(name, matmul_dtype="float32")
+    optimizer = optimizer_of(name, weight, weight_decay=0.0, **exact)
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()
@@ -366,7 +455,7 @@ def test_how_an_expert_without_tokens_moves_on(name: str) -> None:
         optimizer.step()
         moved.append((weight.detach() - before)[1].norm())
     left = float(moved[-1] / moved[19])
-    assert (0.95 < left < 1.05) if name == "muon" else left < 0.5
+    assert (0.95 < left < 1.05) if "muon" in name else left < 0.5
 
 
 @pytest.mark.parametrize("name", MATRIX)
@@ -525,8 +614,7 @@ def run(model: Any, optimizer: Any, steps: range) -> list[Tensor]:
 METAS = [f"--optimizer.{group}.name=distributed_shampoo" for group in ("expert", "dense")]
 RESUMED = [
     [],
-    ["--optimizer.expert.name=soap"],
-    ["--optimizer.expert.name=shampoo_fast"],
+    *([f"--optimizer.{group}.name={name}" for group in ("expert", "dense")] for name in (*MATRIX, *BY_ELEMENT)),
     [*METAS, "--optimizer.dense.precondition_frequency=2"],
 ]
 
@@ -543,9 +631,15 @@ def test_resume_is_bit_for_bit(tmp_path: Any, args: list[str]) -> None:
     load_checkpoint(tmp_path / "step-3", model=again, optimizer=fresh)
     assert torch.equal(torch.stack(run(again, fresh, range(3, 6))), torch.stack(expected))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_another_optimizer_does_not_resume(tmp_path: Any) -> None:
+    _, model, optimizer = configured(tmp_path)
+    run(model, optimizer, range(1))
+    save_checkpoint(tmp_path, 1, model=model, optimizer=optimizer, extra={}, files={}, keep_latest_k=0)
     _, other, muon = configured(tmp_path, "--optimizer.expert.name=muon")
     with pytest.raises(ValueError, match=r"holds another optimizer: .* there, muon .* set checkpoint\.exclude = "):
-        load_checkpoint(tmp_path / "step-3", model=other, optimizer=muon)
+        load_checkpoint(tmp_path / "step-1", model=other, optimizer=muon)
 
 
 def test_metas_package_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

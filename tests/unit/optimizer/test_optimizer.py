@@ -76,11 +76,15 @@ def test_adamw_equals_torch_with_arguments_per_group():
     assert all(torch.equal(a, b) for (_, a), b in zip(ours, theirs, strict=True))
 
 
+SHORT = {"ademamix": {"beta3": 0.99}}  # whose slow average remembers more steps than the test has
+
+
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_optimizers_converge(name):
     """With a rate that falls to 0, because Muon's steps do not get smaller by themselves."""
     weight, target = nn.Parameter(torch.randn(4, 6, 5)), torch.randn(4, 6, 5)
-    optimizer = OPTIMIZERS[name]([{"name": "expert", "params": [weight]}], lr=0.05, weight_decay=0.0)
+    own = SHORT.get(name, {})
+    optimizer = OPTIMIZERS[name]([{"name": "expert", "params": [weight]}], lr=0.05, weight_decay=0.0, **own)
     for step in range(1000):
         set_lr(optimizer, [0.05], 1 - step / 1000)
         loss = (weight - target).square().sum()

@@ -125,8 +125,7 @@ def test_every_optimizer_follows_fp32(name: str, load_lr: dict[str, Any]) -> Non
     for (exact, of_exact), (weight, state) in zip(
         run(name, "float32", **load_lr), run(name, "bfloat16", **load_lr), strict=True
     ):
-        assert not torch.equal(weight, exact)
-        torch.testing.assert_close(weight, exact, rtol=0, atol=4e-3)  # after 20 steps of 1e-2
+        assert (weight - exact).norm() < 3e-3 * exact.norm()  # it has moved by a tenth of itself; Lion's signs may flip
         narrow = {key for key, value in state.items() if value.dtype == torch.bfloat16}
         assert narrow == set(state) & set(ROUNDED) != set()
         for key in narrow:
