@@ -131,7 +131,7 @@ def advance(
         return
     for state in (states[parameter] for parameter in parameters):
         before = {name: state[name] for name in kernel.scalars}
-        rate = torch.as_tensor(lr, dtype=torch.float32, device=state["step"].device)
+        rate = lr if isinstance(lr, Tensor) else torch.full_like(state["step"], lr)  # filled there: a copy would wait
         for name, new in kernel.advance(before, state["step"], rate).items():
             state[name].copy_(new if skip is None else torch.where(skip > 0, state[name], new))
 
