@@ -63,6 +63,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "soap, one side, statistics every 10": ("soap", {"one_sided": True, "statistics_every": 10}),
     "muon": ("muon", {}),
     "muon, fp32": ("muon", {"matmul_dtype": "float32"}),
+    "muon, fp32, polar_express": ("muon", {"matmul_dtype": "float32", "coefficients": "polar_express"}),
+    "normuon, fp32": ("normuon", {"matmul_dtype": "float32"}),
+    "muonh, fp32": ("muonh", {"matmul_dtype": "float32"}),
+    "adamh": ("adamh", {}),
+    "ademamix": ("ademamix", {}),
+    "lion": ("lion", {}),
 }
 COMPARED = list(VARIANTS)
 # what each of these costs is best seen against the same optimizer without it (--base)

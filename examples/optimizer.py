@@ -1,4 +1,4 @@
-"""Optimizers of one's own: `Lion`, any class of torch.optim's kind, and `lars`, a transform of each expert's matrix.
+"""Optimizers of one's own: `Signum`, any class of torch.optim's kind, and `lars`, a transform of each expert's matrix.
 
 [optimizer]
 name = "examples.optimizer:lars"
@@ -15,8 +15,8 @@ from titan_moe.optimizer.build import optimizer_of
 from titan_moe.optimizer.transform import State, Tick, Transform, momentum
 
 
-class Lion(Optimizer):
-    """Steps by the sign of an interpolated momentum, with decoupled decay (Chen et al., 2023, algorithm 2)."""
+class Signum(Optimizer):
+    """Steps by the sign of the momentum, with decoupled decay (Bernstein et al., 2018, algorithm 2)."""
 
     def __init__(
         self,
@@ -24,10 +24,9 @@ class Lion(Optimizer):
         *,
         lr: float = 1e-4,
         beta1: float = 0.9,
-        beta2: float = 0.99,
         weight_decay: float = 0.1,
     ) -> None:
-        super().__init__(params, {"lr": lr, "beta1": beta1, "beta2": beta2, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "beta1": beta1, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -37,10 +36,8 @@ class Lion(Optimizer):
                 state = self.state[p]
                 if "momentum" not in state:  # not `if not state`: rates by load keep entries of their own there
                     state["momentum"] = torch.zeros_like(p)
-                momentum = state["momentum"]
-                direction = momentum.lerp(p.grad, 1 - group["beta1"]).sign()
+                direction = state["momentum"].lerp_(p.grad, 1 - group["beta1"]).sign()
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
-                momentum.lerp_(p.grad, 1 - group["beta2"])
 
 
 def trust_ratio(*, beta1: float = 0.9, smallest_norm: float = 1e-3) -> Transform:

@@ -4,10 +4,12 @@ torchtitan's layers return no routing. A forward hook on each router makes one, 
 backward runs once for each micro-batch, while forward runs again under activation checkpointing. The gradient of the
 balance losses enters there, too, at the scale of the step's loss.
 
-Shapes: B sequences, T tokens, E experts, K top_k, L MoE layers.
+Losses that look at several layers are computed in the last one, where all routings are known, and those that look at
+the experts' outputs behind the experts: of layers that are `DispatchedMoE`.
+
+Shapes: B sequences, S their length, T tokens, D dim, E experts, K top_k, L MoE layers.
 """
 
-import re
 import weakref
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -18,14 +20,23 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtitan.components.checkpointer.utils import canonical_fqn
 
-from titan_moe.balancer import OFFERED, Scope
+from titan_moe.balancer import OFFERED, SEEN, Balancer, Scope
 from titan_moe.model.moe import MEASURED, all_experts_here, local_weight
-from titan_moe.model.routing import Routing
+from titan_moe.model.routing import Places, Routing
 from titan_moe.model.routing.common import asked_for, make_routing, normalized
 from titan_moe.parallelize.expert_parallel import gather_over
 from titan_moe.runtime.dtensor import local
 from titan_moe.runtime.world import all_reduce_sum
-from titan_moe.step import Balancers, States, all_reduce_sums, project_routers, sequence_load, update_balancers
+from titan_moe.step import (
+    Balancers,
+    States,
+    all_reduce_sums,
+    project_routers,
+    sequence_load,
+    sum_tensors,
+    update_balancers,
+)
+from torchtitan_patches.moe import DispatchedMoE, OwnRouter, layer_number
 
 # Layers by number: an operator takes tensors and numbers, but no objects.
 _LAYERS: weakref.WeakValueDictionary[int, "Layer"] = weakref.WeakValueDictionary()
@@ -44,20 +55,21 @@ def note_tokens(global_valid_tokens: Tensor) -> None:
 
 
 class Layer:
-    """Hooks on one MoE layer, and the sums that they have made since the last optimizer step or validation."""
+    """Hooks on one MoE layer, and the sums that they have made since the last optimizer step or validation.
 
-    def __init__(self, moe: Any, balancers: Balancers, name: str) -> None:
+    `layers` are all of the model in order, this one among them once all are made.
+    """
+
+    def __init__(self, moe: Any, balancers: Balancers, name: str, layers: Sequence["Layer"] = ()) -> None:
         # Sums are tensors that are made once and changed in place: a CUDA graph replays nothing else.
-        router, device = moe.router, local(moe.router.gate.weight).device
+        router, device = moe.router, local(moe.tokens_per_expert_E).device
         self.moe, self.router, self.balancers = moe, router, balancers
         self.losses = {name: pair for name, pair in balancers.items() if pair[1].has_loss}
         self.load = torch.zeros(router.num_experts, dtype=torch.int64, device=device)
         self.eval_load = torch.zeros_like(self.load)
         self.values = torch.zeros(len(self.losses), device=device)  # sums over tokens, at coefficient 1
         self.observed: dict[str, Tensor] = {}
-        self.num_layers = 0  # of the model
-
-        self.name, self.layer = name, int(re.findall(r"\d+", name)[-1])  # as in torchtitan's checkpoints: layers.0.moe
+        self.layers, self.name, self.layer = layers, name, layer_number(name)  # as in torchtitan's checkpoints
         self.states = {
             key: {part: value.to(device, copy=True) for part, value in b.init(router.num_experts).items()}
             for key, (_, b) in balancers.items()
@@ -74,19 +86,45 @@ class Layer:
             for key, (_, b) in balancers.items()
             if b.measure is not None
         }
-        experts, self.weights = moe.routed_experts.inner_experts, set[str]()
+        self.measured_names = {part for _, asked in self.measures.values() for part in asked}
+        self.check_measures()
+        self.of_all_layers = {
+            key for key, (_, b) in self.losses.items() if {"routings", "index"} & {*asked_for(b.loss, SEEN, 3)}
+        }
+
+        # What one hook tells the next ones of the same forward pass.
+        self.places: Places | None = None
+        self.logits: Any = None
+        self.routed: tuple[Routing, Tensor, int] | None = None  # until the experts are done: with x and sequences
+        self.passed: tuple[Routing, dict[Scope, Tensor]] | None = None  # until the last layer is
+        self.number = max(_LAYERS, default=-1) + 1
+        _LAYERS[self.number] = self
+        router.gate.register_forward_hook(self.on_logits)
+        router.register_forward_hook(self.on_routing)
+        self.after_experts = "outputs" in self.measured_names
+        if self.after_experts:
+            moe.on_outputs = self.on_outputs
+
+    def check_measures(self) -> None:
+        """Raise ValueError for a measure of what this layer does not have."""
+        experts = self.moe.routed_experts.inner_experts
         for key, (_, asked) in self.measures.items():
-            self.weights |= WEIGHTS.keys() & asked
             if missing := [weight for weight in WEIGHTS if weight in asked and not hasattr(experts, WEIGHTS[weight])]:
                 raise ValueError(
                     f"torchtitan_patches: balancer.{key} measures {missing[0]}, which this model's "
                     f"{type(experts).__name__} has not: use a balancer without"
                 )
-        self.logits: Any = None  # between the gate and the end of its router
-        self.number = max(_LAYERS, default=-1) + 1
-        _LAYERS[self.number] = self
-        router.gate.register_forward_hook(self.on_logits)
-        router.register_forward_hook(self.on_routing)
+            if "outputs" in asked and not isinstance(self.moe, DispatchedMoE):
+                raise ValueError(
+                    f"torchtitan_patches: balancer.{key} measures outputs, which torchtitan's layers add up at once: "
+                    "give torchtitan_patches.overrides.moe to --override.imports, too"
+                )
+
+    @property
+    def asks_places(self) -> bool:
+        """Whether the router or a measure wants to know where tokens are."""
+        of_router = isinstance(self.router, OwnRouter) and self.router.asks_places
+        return of_router or not self.measured_names.isdisjoint(Places._fields)
 
     @property
     def bias(self) -> Tensor:
@@ -100,23 +138,7 @@ class Layer:
     def on_routing(self, router: nn.Module, inputs: Any, output: Any) -> Any:
         """Count in validation; in training put the losses and the counting into the backward of `topk_scores`."""
         logits, self.logits = self.logits, None
-        topk_scores, topk_experts, scores = output
-        if isinstance(topk_scores, DTensor):
-            raise ValueError("torchtitan_patches does not support tensor parallelism with a sharded router")
-
-        # Losses of a sigmoid router are on scores that sum to 1 over the experts, as in titan_moe.
-        scores_TE = scores.flatten(0, -2)  # (B, S, E) -> (T, E)
-        if self.router.score_func == "sigmoid":
-            probabilities_TE = normalized(scores_TE)
-        else:
-            probabilities_TE = scores_TE
-        routing = make_routing(
-            logits.flatten(0, -2).float(),
-            probabilities_TE,
-            topk_scores.flatten(0, -2),
-            topk_experts.flatten(0, -2),
-            scores_TE,
-        )
+        routing = output if isinstance(output, Routing) else self.routing(logits, *output)
 
         # A validation has no backward, and is counted at once. A training pass without gradients has none, either, and
         # is no micro-batch of a step.
@@ -127,26 +149,59 @@ class Layer:
             return output
 
         # Backward passes the weights of the chosen experts in every layer, so what it has to count is saved with them.
+        # It passes the output as well, for measures that have to wait for it.
+        x_BSD = inputs[0]
+        self.routed = routing, x_BSD.flatten(0, 1), x_BSD.shape[0]  # (B, S, D) -> (T, D)
+        if self.after_experts:
+            return output
+        if isinstance(output, Routing):
+            return output._replace(topk_scores=self.injected(output.topk_scores))
+        return self.injected(output[0]), *output[1:]
+
+    def on_outputs(self, y_TD: Tensor, outputs_TKD: Tensor) -> Tensor:
+        """As the end of `on_routing`, where measures look at what the experts gave."""
+        return self.injected(y_TD, outputs=outputs_TKD) if self.router.training else y_TD
+
+    def routing(self, logits: Any, topk_scores: Tensor, topk_experts: Tensor, scores: Tensor) -> Routing:
+        """The Routing of what torchtitan's router gives, (B, S, ...) each."""
+        if isinstance(topk_scores, DTensor):
+            raise ValueError("torchtitan_patches does not support tensor parallelism with a sharded router")
+
+        # Losses of a sigmoid router are on scores that sum to 1 over the experts, as in titan_moe.
+        scores_TE = scores.flatten(0, -2)  # (B, S, E) -> (T, E)
+        return make_routing(
+            logits.flatten(0, -2).float(),
+            normalized(scores_TE) if self.router.score_func == "sigmoid" else scores_TE,
+            topk_scores.flatten(0, -2),
+            topk_experts.flatten(0, -2),
+            scores_TE,
+        )
+
+    def injected(self, tensor: Tensor, **measurable: Tensor) -> Tensor:
+        """The tensor, whose backward counts this micro-batch and gives the losses their gradient."""
+        assert self.routed is not None
+        (routing, x_TD, sequences), self.routed = self.routed, None
         if self.measures:
-            routing = self.measured(routing, inputs[0].flatten(0, -2))  # (B, S, D) -> (T, D)
-        loss, values = self.loss(routing, sequences=topk_experts.shape[0])
+            routing = self.measured(routing, {"x": x_TD, **measurable})
+        loss, values = self.loss(routing, sequences=sequences)
         with torch.no_grad():
             observed = [b.observe(routing, self.bias) for _, b in self.balancers.values() if b.observe is not None]
-        topk_scores = _Inject.apply(topk_scores, loss, values, routing.tokens_per_expert, self.number, *observed)
-        return topk_scores, topk_experts, scores
+        return _Inject.apply(tensor, loss, values, routing.tokens_per_expert, self.number, *observed)
 
-    def measured(self, routing: Routing, x_TD: Tensor) -> Routing:
+    def measured(self, routing: Routing, values: Mapping[str, Any]) -> Routing:
         """The routing with what the balancers measure of the layer; the block's weights are whole in its forward."""
         values = {
+            **values,
+            **(self.places._asdict() if self.places is not None else {}),
             "routing": routing,
-            "x": x_TD,
             "layer": self.layer,
             "router": self.router.gate,
             "expert_ids": self.expert_ids,
             "gather_experts": self.gather_experts,
         }
         experts = self.moe.routed_experts.inner_experts
-        values |= {key: local_weight(getattr(experts, WEIGHTS[key])) for key in sorted(self.weights)}
+        for key in sorted(WEIGHTS.keys() & self.measured_names):
+            values[key] = local_weight(getattr(experts, WEIGHTS[key]))
         measures = {key: take(**{name: values[name] for name in asked}) for key, (take, asked) in self.measures.items()}
         return Routing(*routing[:-1], measures)
 
@@ -156,14 +211,27 @@ class Layer:
         loads: dict[Scope, Tensor] = {"micro_batch": routing.tokens_per_expert}
         if any("sequence" in balancer.scopes for _, balancer in self.losses.values()):
             loads["sequence"] = sequence_load(routing, sequences)
+        if self.of_all_layers:
+            self.passed = routing, loads
         trained, values = None, []
         for name, (coeff, balancer) in self.losses.items():
             with torch.set_grad_enabled(balancer.train):
-                value = balancer.loss_of([routing], 0, loads, 1, name)
+                if name in self.of_all_layers:
+                    value = self.loss_of_all(name, balancer)
+                else:
+                    value = balancer.loss_of([routing], 0, loads, 1, name)
             values.append(value.detach().float())
             if balancer.train:
                 trained = coeff * value if trained is None else trained + coeff * value
         return trained, torch.stack(values) if values else routing.scores.new_zeros(0)
+
+    def loss_of_all(self, name: str, balancer: Balancer) -> Tensor:
+        """The sum over layers of a loss that looks at several, in the last layer; 0 in the others."""
+        passed = [layer.passed for layer in self.layers if layer.passed is not None]
+        if self is not self.layers[-1]:
+            return passed[0][0].scores.new_zeros(())
+        routings = [routing for routing, _ in passed]
+        return sum_tensors([balancer.loss_of(routings, i, loads, 1, name) for i, (_, loads) in enumerate(passed)])
 
     @torch.no_grad()
     def arrive(self, values: Tensor, load: Tensor, observed: Sequence[Tensor]) -> Tensor:
@@ -186,7 +254,7 @@ class Layer:
                 "torchtitan_patches: the balance losses do not know the tokens of the step: give "
                 "torchtitan_patches.overrides.loss to --override.imports, too, and use torchtitan's CrossEntropyLoss"
             )
-        return 1 / (_step_tokens[0].to(values.dtype) * self.num_layers)
+        return 1 / (_step_tokens[0].to(values.dtype) * len(self.layers))
 
 
 torch.library.define(
@@ -242,13 +310,14 @@ class Monitor:
             raise ValueError("torchtitan_patches does not support pipeline parallelism: set its degree to 1")
         self.balancers = balancers
         (model,) = model_parts
-        self.layers = [
-            Layer(m, balancers, canonical_fqn(name)) for name, m in model.named_modules() if isinstance(m, MoE)
-        ]
+        self.layers: list[Layer] = []
+        for name, moe in model.named_modules():
+            if isinstance(moe, MoE):
+                self.layers.append(Layer(moe, balancers, canonical_fqn(name), self.layers))
         if not self.layers:
             raise ValueError("torchtitan_patches is for Mixtures of Experts, but this model has no MoE layer")
-        for layer in self.layers:
-            layer.num_layers = len(self.layers)
+        if any(layer.asks_places for layer in self.layers):
+            model.register_forward_pre_hook(self.on_tokens, with_kwargs=True)
 
         # torchtitan's layers have a bias only with a coefficient.
         self.own_bias_rule = any(b.moves_bias for _, b in balancers.values())
@@ -257,8 +326,11 @@ class Monitor:
                 "torchtitan_patches: a balancer moves the bias, and there is none: set load_balance_coeff of each "
                 "MoE.Config, to 1e-3"
             )
-        self.asks_step = any("step" in asked_for(b.post_step, OFFERED) for _, b in balancers.values())
+        asked = {name for _, b in balancers.values() for name in asked_for(b.post_step, OFFERED)}
+        self.asks_length = next((name for name, (_, b) in balancers.items() if asks_length(b)), None)
+        self.asks_step = "step" in asked or self.asks_length is not None
         self.step = 0  # optimizer steps that are done
+        self.num_steps: int | None = None  # of the run, where torchtitan has told it
         self.load = torch.zeros(0)
         self._values, self._tokens = torch.zeros(0), torch.ones(())
 
@@ -266,6 +338,25 @@ class Monitor:
     def top_k(self) -> int:
         """How many experts a token has."""
         return self.layers[0].router.top_k
+
+    @torch.no_grad()
+    def on_tokens(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the layers where the tokens of this forward pass are.
+
+        torchtitan's positions begin anew with each document; without them a sequence is one.
+        """
+        tokens_BS = args[0] if args else kwargs["tokens"]
+        if tokens_BS.shape[1] != model.config.max_seq_len:
+            raise ValueError(
+                "torchtitan_patches: a router or balancer asks for places, and ranks have parts of sequences: set "
+                "parallelism.context_parallel_degree to 1"
+            )
+        positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+        given = args[1] if len(args) > 1 else kwargs.get("positions")
+        starts_BS = (positions_BS if given is None else given) == 0
+        places = Places(positions_BS, starts_BS.cumsum(1) - starts_BS[:, :1].long())
+        for layer in self.layers:
+            layer.places = layer.router.places = places
 
     @torch.no_grad()
     def finish_step(self) -> None:
@@ -284,7 +375,7 @@ class Monitor:
         self.step += 1
         if self.own_bias_rule:
             biases = [layer.bias for layer in self.layers]
-            update_balancers(self.balancers, biases, sums, self.states(), step=self.step)
+            update_balancers(self.balancers, biases, sums, self.states(), step=self.step, progress=self.progress())
 
         # torchtitan's own rule runs after this, and re-centres the bias: without counts it has nothing to move.
         for layer in self.layers:
@@ -294,6 +385,17 @@ class Monitor:
                 observed.zero_()
             if self.own_bias_rule:
                 layer.moe.tokens_per_expert_E.zero_()
+
+    def progress(self) -> float:
+        """The part of the run that is done with this step; 0 where no balancer goes by it."""
+        if self.asks_length is None:
+            return 0.0
+        if self.num_steps is None:
+            raise ValueError(
+                f"torchtitan_patches: balancer.{self.asks_length} goes by the run's length: give "
+                "torchtitan_patches.overrides.lr_scheduler to --override.imports, too"
+            )
+        return self.step / self.num_steps
 
     def states(self) -> States:
         """What balancers keep: name of the balancer -> name of the tensor -> that of each layer, in order."""
@@ -337,6 +439,12 @@ class Monitor:
         for layer in self.layers:
             layer.eval_load.zero_()
         return load
+
+
+def asks_length(balancer: Balancer) -> bool:
+    """Whether what a balancer does after a step goes by the run's length."""
+    schedules = balancer.schedule is not Balancer._field_defaults["schedule"]
+    return schedules or "progress" in asked_for(balancer.post_step, OFFERED)
 
 
 def monitor_of(optimizers: Any) -> Monitor:

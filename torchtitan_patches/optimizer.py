@@ -14,7 +14,8 @@ from torchtitan.tools.logging import logger
 from titan_moe.build import build_optimizer
 from titan_moe.optimizer import optimizer as ours
 from titan_moe.optimizer.optimizer import averaging, describe_group
-from torchtitan_patches.balancers import Table, make_balancers, read_tables
+from torchtitan_patches.balancers import make_balancers
+from torchtitan_patches.moe import Table, read_tables
 from torchtitan_patches.monitor import Monitor, attach
 
 # torchtitan's names of the groups that titan_moe.optimizer.groups has; shared experts are `dense`, as there.

@@ -29,6 +29,7 @@ from titan_moe.optimizer.optimizer import combine
 
 BY_LOAD = expand_load_lr({"load_lr": "ideal_normalized", "load_lr_ema": 0.5}, top_k=2)
 ROOTS = {"precondition_frequency": 2, "max_preconditioner_dim": 12, "epsilon": 1e-4}
+EXACT = {"matmul_dtype": "float32"}
 # group -> optimizer, and the arguments of groups. SOAP is compared by itself below, on the same gradients to the bit:
 # a first gradient of low rank leaves part of its basis to round-off.
 
@@ -44,7 +45,7 @@ class Setting(NamedTuple):
 CASES = [
     Setting(
         {"expert": "shampoo", "dense": "muon"},
-        {"expert": ROOTS, "dense": {"matmul_dtype": "float32"}},
+        {"expert": ROOTS, "dense": EXACT},
         expert_degree=2,
         compiled_by=2,
     ),
@@ -53,6 +54,13 @@ CASES = [
         {"expert": {**ROOTS, "statistics_every": 2, **BY_LOAD}, "dense": ROOTS},
         num_experts=3,  # uneven shards
     ),
+    Setting(
+        {"expert": "muonh", "dense": "normuon", **dict.fromkeys(("router", "embedding", "norm"), "ademamix")},
+        {"expert": {**EXACT, **BY_LOAD}, "dense": {**EXACT, "coefficients": "polar_express"}},
+        expert_degree=2,
+        compiled_by=2,
+    ),
+    Setting({"expert": "normuon", "dense": "adamh"}, {"expert": EXACT}, num_experts=3),
     # checkpoints hold the averages, and what was trained beside them
     Setting(dict.fromkeys(("expert", "dense"), "schedule_free_adamw"), {"expert": BY_LOAD}, expert_degree=2),
 ]

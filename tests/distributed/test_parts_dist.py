@@ -45,7 +45,11 @@ MODES: dict[str, dict[str, Any]] = {
 }
 CURVES = ("fsdp2", "ep2", "tp2", "cp2")
 NEAR_TIE = 1e-5  # what round-off may have made of a difference of logits after 50 steps
-MATRICES = {"dense": "muon", "expert": "shampoo"}
+MATRICES = [
+    {"dense": "muon", "expert": "shampoo"},
+    {"dense": "normuon", "expert": "muonh", "router": "ademamix", "embedding": "ademamix", "norm": "ademamix"},
+    {"dense": "adamh", "expert": "normuon"},
+]
 
 
 def one(model: Transformer, **own: Any) -> dict[str, Any]:
@@ -129,9 +133,10 @@ def check_curve(layout: str, degrees: Degrees, results: list[dict[str, torch.Ten
         torch.testing.assert_close(result["curve"], expected, rtol=1e-5, atol=0, msg=lambda t: f"{layout}: {t}")
 
 
-def of_matrices(model: Transformer) -> torch.optim.Optimizer:
-    groups = parameter_groups(model.named_parameters(), {"dense": {"matmul_dtype": "float32"}})
-    chosen = {group["name"]: MATRICES.get(group["name"], "adamw") for group in groups}
+def of_matrices(model: Transformer, names: dict[str, str]) -> torch.optim.Optimizer:
+    exact = {group: {"matmul_dtype": "float32"} for group, name in names.items() if "muon" in name}
+    groups = parameter_groups(model.named_parameters(), exact)
+    chosen = {group["name"]: names.get(group["name"], "adamw") for group in groups}
     return combine(groups, chosen, lambda name, own: OPTIMIZERS[name](own, lr=1e-2))
 
 
@@ -152,22 +157,23 @@ def test_two_ranks_equal_one(layout: str) -> None:
             check(f"{layout}, {mode}", result[mode], want)
 
 
-def matrices(rank: int, world: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def matrices(rank: int, world: int, folder: Path, names: dict[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
     own = place(rank, world, "tp2")
     model = on_meta(tiny_model(device="meta", **KINDS), world, "tp2")
-    optimizer = of_matrices(model)
+    optimizer = of_matrices(model, names)
     first = curve(model, optimizer, 3, **own)
     save_checkpoint(folder, 3, model=model, optimizer=optimizer, extra={}, files={}, keep_latest_k=0)
     return first, curve(model, optimizer, 2, **own)
 
 
 @pytest.mark.dist
-def test_matrix_optimizers_of_two_ranks_equal_those_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", MATRICES, ids=lambda names: names["dense"])
+def test_matrix_optimizers_of_two_ranks_equal_those_of_one(tmp_path: Path, names: dict[str, str]) -> None:
     """And one process goes on with their checkpoint."""
-    results = run_ranks(2, matrices, tmp_path)
+    results = run_ranks(2, matrices, tmp_path, names)
     model, again = tiny_model(**KINDS), tiny_model(**KINDS)
     model.init_weights(0)
-    optimizer, fresh = of_matrices(model), of_matrices(again)
+    optimizer, fresh = of_matrices(model, names), of_matrices(again, names)
     first, on = curve(model, optimizer, 3), curve(model, optimizer, 2)
     load_checkpoint(tmp_path / "step-3", model=again, optimizer=fresh)
     torch.testing.assert_close(curve(again, fresh, 2), on, rtol=1e-4, atol=0)

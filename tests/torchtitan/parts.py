@@ -66,34 +66,48 @@ def even_rows() -> Balancer:
     return Balancer(no_loss, keep_bias, project=project)
 
 
-def late() -> Balancer:
-    """A post step that goes by the run's length."""
+def late(rate: float = 0.1) -> Balancer:
+    """A bias that goes by the run's length, and rests at its beginning and its end."""
 
     def post_step(load: Tensor, expert_bias: Tensor, progress: float) -> Tensor:
-        return expert_bias * progress
+        return expert_bias + rate * progress * torch.linspace(-1, 1, load.shape[-1])
 
-    return Balancer(no_loss, post_step)
-
-
-def coupled() -> Balancer:
-    """A loss of two layers."""
-
-    def loss(routing: Routing, load: Tensor, num_tokens: Any, routings: Any) -> Tensor:
-        return (routing.scores * routings[0].scores).sum() / num_tokens
-
-    return Balancer(loss, keep_bias)
+    return Balancer(no_loss, post_step, schedule=lambda progress: 1.0 if 0.3 < progress < 0.8 else 0.0)
 
 
-def of_outputs() -> Balancer:
-    """A measure of what the experts gave."""
+def coupled(coeff: float = 1.0) -> Balancer:
+    """A loss of all layers, and of each one's load and measure."""
 
-    def measure(outputs: Tensor) -> Tensor:
-        return outputs.square().sum()
+    def measure(x: Tensor) -> Tensor:
+        return x.square().mean()
 
-    def loss(routing: Routing, load: Tensor, num_tokens: Any, measure: Tensor) -> Tensor:
-        return measure / num_tokens
+    def loss(routing: Routing, load: Tensor, num_tokens: Any, routings: Any, index: int, measure: Tensor) -> Tensor:
+        others = sum(other.scores * (number + 1) for number, other in enumerate(routings) if number != index)
+        return coeff * measure * (routing.scores * others * load / load.sum()).sum() / num_tokens
 
     return Balancer(loss, keep_bias, measure=measure)
+
+
+def of_places(coeff: float = 1.0) -> Balancer:
+    """The first probability of each token, times its place and the number of its document."""
+
+    def measure(routing: Routing, positions: Tensor, document_ids: Tensor) -> Tensor:
+        return (routing.scores[:, 0] * (positions + 1).flatten() * (document_ids + 1).flatten()).sum()
+
+    def loss(routing: Routing, load: Tensor, num_tokens: Any, measure: Tensor) -> Tensor:
+        return coeff * measure / num_tokens
+
+    return Balancer(loss, keep_bias, measure=measure)
+
+
+def spike() -> Balancer:
+    """A loss with a schedule, which is of post steps."""
+    return of_places()._replace(schedule=lambda progress: 1.0 if progress == 0.5 else 0.0)
+
+
+def no_routing(top_k: int) -> Any:
+    """A router that gives the scores alone."""
+    return lambda logits, bias: logits.softmax(-1)
 
 
 def of_thoughts() -> Balancer:
@@ -102,4 +116,4 @@ def of_thoughts() -> Balancer:
     def measure(thoughts: Tensor) -> Tensor:
         return thoughts
 
-    return Balancer(of_outputs().loss, keep_bias, measure=measure)
+    return Balancer(of_places().loss, keep_bias, measure=measure)

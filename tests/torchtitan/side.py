@@ -36,7 +36,7 @@ from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.command import end_process
 from titan_moe.runtime.dtensor import gathered
 from torchtitan_patches import enable
-from torchtitan_patches.debug import debug_moe, small_model
+from torchtitan_patches.debug import LibraryText, debug_moe, small_model
 
 SIZES = {"dim": 32, "num_layers": 2, "num_experts": 8, "top_k": 2, "expert_dim": 32}
 
@@ -53,6 +53,25 @@ class Float32Experts(GroupedExperts):
         offs = num_tokens.cumsum(0, dtype=torch.int32)
         h = F.silu(F.grouped_mm(x, w1.transpose(1, 2), offs=offs)) * F.grouped_mm(x, w3.transpose(1, 2), offs=offs)
         return F.grouped_mm(h, w2.transpose(1, 2), offs=offs)
+
+
+NEWLINE = 10
+
+
+class Lines(LibraryText):
+    """The text with positions as torchtitan's packed data sets have them: each line is a document."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(LibraryText.Config):
+        pass
+
+    def __iter__(self) -> Any:
+        for inputs, labels in super().__iter__():
+            tokens = inputs["input"]
+            place = torch.arange(tokens.numel())
+            follows_end = torch.cat([torch.zeros(1, dtype=torch.bool), tokens.flatten()[:-1] == NEWLINE])
+            starts = torch.where(follows_end, place, 0).cummax(0).values
+            yield {**inputs, "positions": (place - starts + ~follows_end.cumsum(0).bool()).view_as(tokens)}, labels
 
 
 class Records(BaseLogger):
@@ -79,6 +98,7 @@ def recipe(
     load_step: int = -1,
     validate: bool = False,
     compiled: str = "",
+    documents: bool = False,
 ) -> Any:
     """debug_moe at a constant rate, in fp32, with the pieces that a case asks for."""
     config = debug_moe()
@@ -89,6 +109,9 @@ def recipe(
         if compiled:
             break  # torch's grouped product in fp32 cannot be compiled
         setattr(parent, name, derive(experts, Float32Experts.Config))
+    if documents:
+        config.dataloader = derive(config.dataloader, Lines.Config)
+        config.validator.dataloader = derive(config.validator.dataloader, Lines.Config)
     config.optimizer = default_adamw(lr=1e-2)
     config.lr_scheduler = LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0.0)
     training = config.training
@@ -136,6 +159,11 @@ def build(weights: dict[str, Tensor] | None, **arguments: Any) -> Any:
     trainer = recipe(**arguments).build()
     if weights:
         set_state(trainer.model_parts[0], weights)
+
+    # Attention is to be as without documents, for on a CPU it has no borders and titan_moe's angles go on over them.
+    if arguments.get("documents"):
+        for block in trainer.model_parts[0].layers.values():
+            block.register_forward_pre_hook(lambda _, args: (*args[:2], None))
     return trainer
 
 

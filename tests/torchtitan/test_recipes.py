@@ -27,10 +27,15 @@ def debug() -> Any:
 
 
 def test_each_piece_replaces_its_own_nodes_only(debug: Any) -> None:
+    from torchtitan.models.common.moe import MoE
+
     from torchtitan_patches import enable
 
     def kinds(config: Any) -> dict[str, str]:
-        return {name: type(getattr(config, name)).__qualname__ for name in ("optimizer", "loss", "metrics")}
+        _, layer, _, _ = next(iter(config.model_spec.model.traverse(MoE.Config)))
+        nodes = {name: getattr(config, name) for name in ("optimizer", "loss", "metrics", "lr_scheduler")}
+        nodes |= {"moe": layer, "router": layer.router}
+        return {name: type(node).__qualname__ for name, node in nodes.items()}
 
     stock = kinds(debug.debug_moe())
     changed = {
@@ -38,6 +43,9 @@ def test_each_piece_replaces_its_own_nodes_only(debug: Any) -> None:
         "bias": ({"balancers": {"loss_free": {}}}, {"optimizer"}),
         "rates": ({"optimizer": {"router": {"lr": 1e-4}}}, {"optimizer"}),
         "metrics": ({"metrics": True}, {"metrics"}),
+        "length": ({"balancers": {"loss_free": {"decay_ratio": 0.1}}}, {"optimizer", "lr_scheduler"}),
+        "outputs": ({"balancers": {"specialization": {}}}, {"optimizer", "loss", "moe"}),
+        "router": ({"router": {"name": "cosine"}}, {"optimizer", "moe", "router"}),
         "nothing": ({}, set()),
     }
     for pieces, names in changed.values():
@@ -55,15 +63,17 @@ def test_each_piece_replaces_its_own_nodes_only(debug: Any) -> None:
             "balancer.z_loss.rate: unknown argument here; it belongs to loss_free",
         ),
         ({"balancers": {"aux_loss": {"scope": "global_batch"}}}, "use 'micro_batch' or 'sequence'"),
-        ({"balancers": {"loss_free": {"decay_ratio": 0.1}}}, "leave it at 0"),
         ({"balancers": {"tests.parts:everything": {}}}, "use 'micro_batch' or 'sequence'"),
-        (
-            {"balancers": {PARTS + "late": {}}},
-            "late takes progress: torchtitan's optimizers do not know the run's length",
-        ),
-        ({"balancers": {PARTS + "coupled": {}}}, "coupled takes routings: torchtitan's layers do not see each other's"),
-        ({"balancers": {PARTS + "of_outputs": {}}}, "of_outputs takes outputs: torchtitan's dispatchers mix"),
         ({"balancers": {PARTS + "of_thoughts": {}}}, "balancer.*of_thoughts takes 'thoughts', which is not offered"),
+        ({"router": {"name": "cosin"}}, "router.name = .*did you mean 'cosine'"),
+        ({"router": {"name": "cosine", "top_k": 3}}, "router.top_k = 3: cannot be set here: it comes from moe.top_k"),
+        ({"router": {"name": PARTS + "no_routing"}}, "router .*no_routing: must return a Routing, gave "),
+        (
+            {"router": {"name": "expert_choice"}},
+            "router expert_choice takes no bias, .* set load_balance_coeff of each",
+        ),
+        ({"router": {"name": "mlp"}, "balancers": {"simbal": {}}}, r"balancer.simbal needs a router with a matrix"),
+        ({"balancers": {PARTS + "spike": {}}}, "spike: its schedule is for a post_step, and it has none"),
         ({"optimizer": {"name": "shampo"}}, "did you mean 'shampoo'"),
         ({"optimizer": {"router": {"load_lr": "batch_fraction"}}}, "only experts have a load"),
     ],
@@ -147,3 +157,93 @@ def test_a_forgotten_override_says_so(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "give torchtitan_patches.overrides.loss to --override.imports, too" in result.stderr
+
+
+def test_missing_overrides_are_named(debug: Any) -> None:
+    from torchtitan_patches.balancers import make_balancers
+    from torchtitan_patches.monitor import Layer, Monitor
+
+    model = debug.debug_moe().model_spec.model.build()
+    with pytest.raises(
+        ValueError, match=r"specialization measures outputs.*give torchtitan_patches\.overrides\.moe to"
+    ):
+        Layer(model.layers["0"].moe, make_balancers({"specialization": {}}), "layers.0.moe")
+    monitor = Monitor([model], make_balancers({f"{PARTS}late": {}}))
+    with pytest.raises(
+        ValueError, match=r"late goes by the run's length: give torchtitan_patches\.overrides\.lr_sched"
+    ):
+        monitor.finish_step()
+
+
+def test_parts_of_sequences_are_refused_where_places_are_asked(debug: Any) -> None:
+    import torch
+
+    from torchtitan_patches import enable
+    from torchtitan_patches.monitor import Monitor
+
+    model = enable(debug.debug_moe(), router={"name": "emo"}).model_spec.model.build()
+    Monitor([model], {})
+    with pytest.raises(
+        ValueError, match=r"ranks have parts of sequences: set parallelism.context_parallel_degree to 1"
+    ):
+        model(torch.zeros(2, model.config.max_seq_len // 2, dtype=torch.int64))
+
+
+def test_documents_are_told_from_positions(debug: Any) -> None:
+    """As torchtitan's data sets pack them: positions begin anew, and a sequence may begin inside of a document."""
+    import torch
+
+    from torchtitan_patches import enable
+    from torchtitan_patches.monitor import Monitor
+
+    model = enable(debug.debug_moe(), router={"name": "emo"}).model_spec.model.build()
+    monitor, length = Monitor([model], {}), model.config.max_seq_len
+    positions = torch.cat([torch.arange(5, 8), torch.arange(4), torch.arange(length - 7)])
+    tokens = torch.zeros(2, length, dtype=torch.int64)
+    monitor.on_tokens(model, (tokens,), {"positions": torch.stack([positions, torch.arange(length)])})
+    places = model.layers["1"].moe.router.places
+    assert places.document_ids[0].tolist() == [0] * 3 + [1] * 4 + [2] * (length - 7)
+    assert not places.document_ids[1].any()
+    assert places.positions[0].tolist() == [*range(length)]
+    monitor.on_tokens(model, (tokens,), {})
+    assert not model.layers["0"].moe.router.places.document_ids.any()
+
+
+def test_a_router_of_ours_needs_torchtitans_own_layer(debug: Any) -> None:
+    from torchtitan.models import gpt_oss, qwen3
+
+    from torchtitan_patches import enable
+
+    config = debug.debug_moe()
+    config.model_spec = gpt_oss.model_registry("debugmodel")
+    with pytest.raises(ValueError, match=r"need torchtitan's MoE, found GptOssMoE\.Config: use another model"):
+        enable(config, router={"name": "cosine"})
+    config = debug.debug_moe()
+    config.model_spec = qwen3.model_registry("debugmodel_moe", moe_comm_backend="deepep")
+    with pytest.raises(ValueError, match=r"need torchtitan's dispatcher 'standard', found DeepEPTokenDispatcher\.Conf"):
+        enable(config, balancers={"orthogonality": {}})
+
+
+@pytest.mark.parametrize(("name", "exported"), [("cosine", False), ("sigmoid", True)])
+def test_own_parameters_are_not_exported(debug: Any, name: str, exported: bool) -> None:
+    """torchtitan then refuses to write for Hugging Face; its converters would leave these parameters out."""
+    from torchtitan_patches import enable
+
+    config = enable(debug.debug_moe(), router={"name": name})
+    assert (config.model_spec.state_dict_adapter is not None) == exported
+
+
+def test_balanced_routing_for_measuring_speed(debug: Any) -> None:
+    """torchtitan's debug.moe_force_load_balance deals the experts out in turn with a router of ours, too."""
+    import torch
+    from torchtitan.models.common.moe import MoE
+
+    from torchtitan_patches import enable
+
+    config = enable(debug.debug_moe(), router={"name": "cosine"})
+    _, layer, _, _ = next(iter(config.model_spec.model.traverse(MoE.Config)))
+    layer.router._debug_force_load_balance = True
+    router = layer.router.build()
+    with torch.no_grad():
+        router.init_states()
+    assert router(torch.randn(2, 8, 64)).tokens_per_expert.tolist() == [4] * 8

@@ -26,6 +26,7 @@ SEQUENCE = {"aux_loss": {"coeff": 0.1, "scope": "sequence"}}
 LOSSES = {**SEQUENCE, "z_loss": {"coeff": 0.01}, "entropy_loss": {"coeff": 0.02}}
 BY_LOAD = {"load_lr": "ideal_normalized", "load_lr_ema": 0.5}
 PARTS = "tests.torchtitan.parts:"
+NEWLINE = 10  # ends the documents of side.Lines
 WEIGHTS = {f"{PARTS}of_router": {"coeff": 1e-3}, f"{PARTS}of_experts": {"coeff": 0.1}}
 KEPT = {
     f"{PARTS}paced": {"rate": 0.01},
@@ -43,6 +44,26 @@ SHAMPOO = {
     "optimizer": {"expert": {"name": "shampoo", "precondition_frequency": 2, "epsilon": 1e-6, **BY_LOAD}},
     "metrics": True,
 }
+EMO = {"name": "emo", "min_pool": 4, "max_pool": 4}
+MLP = {"name": "mlp", "latent_dim": 16, "order": "topk_softmax"}
+THRESHOLD = {"name": "threshold", "max_k": 3}
+PLACES = {f"{PARTS}of_places": {"coeff": 1e-3}}
+OUTPUTS = {"specialization": {"coeff": 0.1}, "orthogonality": {"coeff": 0.1}}
+COUPLED = {"coupling": {"coeff": 0.1}, f"{PARTS}coupled": {"coeff": 0.1}}
+LATE = {f"{PARTS}late": {}, "loss_free": {"rate": 0.01, "decay_ratio": 0.6}}
+ROUTED = {
+    "emo": (EMO, {**AUX, **PLACES, **OUTPUTS, **COUPLED, **LATE}),
+    "mlp": (MLP, {**LOSSES, **COUPLED, **LATE}),
+    "threshold": (THRESHOLD, {**SEQUENCE, **OUTPUTS, "loss_free": {"rate": 0.5, "rule": "quantile"}}),
+}
+RUNS = {
+    name: {
+        "pieces": {"router": router, "balancers": balancers, "metrics": True, "optimizer": {"router": {"lr": 0.003}}},
+        "steps": 4,
+        "documents": True,
+    }
+    for name, (router, balancers) in ROUTED.items()
+}
 CASES = {
     "ours": {"pieces": ALL, "steps": 5, "validate": True},
     "off": {"pieces": {}, "gradients": True, "weights": "ours"},
@@ -57,11 +78,21 @@ CASES = {
     "compiled": {"pieces": ALL, "steps": 1, "weights": "ours", "compiled": "aot_eager"},
     "one": {"pieces": SHAMPOO, "steps": 4, "weights": "ours", "interval": 2},
     "resumed": {"pieces": SHAMPOO, "steps": 4, "interval": 100, "load_step": 2},
+    **RUNS,
+    "on_outputs": {"pieces": {"balancers": {**OUTPUTS, **COUPLED}}, "gradients": True, "weights": "ours"},
+    "emo_full": {**RUNS["emo"], "weights": "emo", "checkpointing": "full"},
+    "emo_selective": {**RUNS["emo"], "weights": "emo", "checkpointing": "selective"},
+    "emo_compiled": {**RUNS["emo"], "steps": 1, "weights": "emo", "compiled": "aot_eager"},
+    "threshold_compiled": {**RUNS["threshold"], "steps": 1, "weights": "threshold", "compiled": "aot_eager"},
 }
 MORE = {
     "two": {"pieces": SHAMPOO, "steps": 4},
     "ep": {"pieces": SHAMPOO, "steps": 4, "ep": 2, "interval": 2},
     "resumed": {"pieces": SHAMPOO, "steps": 4, "ep": 2, "interval": 100, "load_step": 2},
+    "emo_ep": {**RUNS["emo"], "weights": "emo", "ep": 2},
+    "mlp_ep": {**RUNS["mlp"], "weights": "mlp", "ep": 2, "interval": 2},
+    "mlp_resumed": {**RUNS["mlp"], "ep": 2, "interval": 100, "load_step": 2},
+    "threshold_ep": {**RUNS["threshold"], "weights": "threshold", "ep": 2},
 }
 
 
@@ -77,10 +108,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two_ranks(results: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two")
-    weights = {"weights": results["ours"]["first"]}
     found = {}
     for name, case in MORE.items():  # processes of their own: a second group in a process now and then never connects
-        found |= start({name: {**case, "folder": str(folder), **weights}}, folder, 2)
+        weights = results[case.get("weights", "ours")]["first"]
+        place = {"folder": str(folder / name.partition("_")[0])} if "_" in name else {"folder": str(folder)}
+        found |= start({name: {**case, **place, "weights": weights}}, folder, 2)
     return found
 
 
@@ -99,14 +131,15 @@ def our_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {reduce(lambda name, pair: name.replace(*pair), RENAMED, name): tensor for name, tensor in tensors.items()}
 
 
-def our_model(state: dict[str, torch.Tensor], router: str, balancers: Any) -> Transformer:
+def our_model(state: dict[str, torch.Tensor], router: str, balancers: Any, **arguments: Any) -> Transformer:
     sizes = {"vocab_size": 256, "dim": 32, "num_layers": 2, "num_heads": 2, "num_experts": 8, "expert_dim": 32}
     made = {
         "balancer_inits": {name: b.init for name, (_, b) in balancers.items() if b.init},
         "measures": {name: b.measure for name, (_, b) in balancers.items() if b.measure},
-        "router": ROUTERS[router](top_k=2),
+        "router": ROUTERS[router](top_k=2, **arguments),
     }
     model = Transformer(**sizes, **made, norm_eps=1e-6, qk_norm=True, tie_embeddings=False, expert_bias=True)
+    model.eot_id = NEWLINE
     model.init_balancer_states()
     model.load_state_dict(our_names(state) | {n: b for n, b in model.named_buffers() if "balancer_state" in n})
     return model
@@ -140,6 +173,7 @@ def close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], **t
         ("on", "off", "sigmoid", AUX),
         ("on_softmax", "off_softmax", "topk_softmax", LOSSES),
         ("on_weights", "off", "sigmoid", WEIGHTS),
+        ("on_outputs", "off", "sigmoid", {**OUTPUTS, **COUPLED}),
     ],
 )
 def test_balance_losses_have_our_gradients(results: dict[str, Any], on: str, off: str, router: str, balancers: Any):
@@ -210,6 +244,32 @@ def test_five_steps_are_ours(results: dict[str, Any]):
     assert ours["records"][5]["maxvio_global"] == float(maxvio(load).mean())
 
 
+@pytest.mark.parametrize("case", ROUTED)
+def test_steps_with_routers_of_ours_are_ours(results: dict[str, Any], case: str):
+    """Own parameters, unused slots, documents, outputs of experts, other layers' routings, and the run's length."""
+    theirs, (table, tables) = results[case], ROUTED[case]
+    balancers = our_balancers(tables)
+    arguments = {key: value for key, value in table.items() if key != "name"}
+    model = our_model(theirs["first"], table["name"], balancers, **arguments)
+    groups = parameter_groups(model.named_parameters(), {"router": {"lr": 0.003}, "norm": {"weight_decay": 0.0}})
+    optimizer = OPTIMIZERS["adamw"](groups, lr=1e-2)
+    for step in (1, 2, 3, 4):
+        batches, states = theirs["batches"][2 * step - 2 : 2 * step], model.balancer_states()
+        order: dict[str, Any] = {"max_norm": 1.0, "step": step, "progress": step / 4, "balancer_states": states}
+        output = train_step(model, batches, optimizer, balancers, model.expert_biases(), **order)
+        expected, logged = train_metrics(output), theirs["records"][step]
+        for name in ("maxvio_batch", "maxvio_batch/layer_0", "maxvio_batch/layer_1", "expert_batch_min"):
+            assert logged[name] == float(expected[name]), (step, name)
+        losses = [name for name, (_, balancer) in balancers.items() if balancer.has_loss]
+        for name in (*losses, "grad_norm"):
+            assert logged[name] == pytest.approx(float(expected[name]), rel=2e-4), (step, name)
+
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "balancer_state" not in name}
+    close(our_names(theirs["last"]), weights, rtol=0, atol=2e-4)  # 2 % of a step: Adam enlarges round-off
+    moved = [weights[name] - our_names(theirs["first"])[name] for name in weights if ".router." in name]
+    assert all(change.abs().max() > 1e-3 for change in moved)
+
+
 @pytest.mark.parametrize("case", ["full", "selective"])
 def test_recomputation_changes_nothing(results: dict[str, Any], case: str):
     for step in (1, 2):
@@ -221,6 +281,26 @@ def test_recomputation_changes_nothing(results: dict[str, Any], case: str):
             if "global" not in name:
                 expected = results["ours"]["records"][step][name]
                 assert results[case]["records"][step][name] == pytest.approx(expected, rel=1e-5), name
+
+
+@pytest.mark.parametrize("case", ["full", "selective"])
+def test_recomputation_with_a_router_of_ours_changes_nothing(results: dict[str, Any], case: str):
+    for step, expected in results["emo"]["records"].items():
+        found = results[f"emo_{case}"]["records"][step]
+        for name in ("maxvio_batch", "maxvio_batch/layer_0", "expert_batch_min"):
+            assert found[name] == expected[name], (step, name)
+        for name in ("aux_loss", "coupling", "specialization", *PLACES, "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5), (step, name)
+    close(results[f"emo_{case}"]["last"], results["emo"]["last"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["emo", "threshold"])
+def test_compiled_layers_with_routers_of_ours(results: dict[str, Any], case: str):
+    expected, found = results[case]["records"][1], results[f"{case}_compiled"]["records"][1]
+    for name in ("maxvio_batch/layer_0", "maxvio_batch/layer_1", "expert_batch_min"):
+        assert found[name] == expected[name], name
+    for name in {"aux_loss", "coupling", "specialization", *PLACES} & expected.keys():
+        assert found[name] == pytest.approx(expected[name], rel=5e-3), name  # experts in bf16 here
 
 
 def test_compiled_layers_count_and_lose_the_same(results: dict[str, Any]):
@@ -256,5 +336,17 @@ def test_two_ranks_equal_one(results: dict[str, Any], two_ranks: dict[str, Any],
     close(two["last"], one["last"], rtol=0, atol=2e-4)  # 2 % of a step: Adam enlarges round-off
 
 
+@pytest.mark.parametrize(("case", "one"), [("emo_ep", "emo"), ("mlp_ep", "mlp"), ("threshold_ep", "threshold")])
+def test_two_ranks_with_routers_of_ours(results: dict[str, Any], two_ranks: dict[str, Any], case: str, one: str):
+    found, expected = two_ranks[case], results[one]
+    for step, logged in expected["records"].items():
+        for name in ("maxvio_batch", "maxvio_batch/layer_1", "expert_batch_min"):
+            assert found["records"][step][name] == logged[name], (step, name)
+        for name in {"coupling", "specialization", "aux_loss", "orthogonality", *PLACES, "grad_norm"} & logged.keys():
+            assert found["records"][step][name] == pytest.approx(logged[name], rel=2e-4), (step, name)
+    close(found["last"], expected["last"], rtol=0, atol=2e-4)
+
+
 def test_two_ranks_resume(two_ranks: dict[str, Any]):
     close(two_ranks["resumed"]["last"], two_ranks["ep"]["last"], rtol=0, atol=0)
+    close(two_ranks["mlp_resumed"]["last"], two_ranks["mlp_ep"]["last"], rtol=0, atol=0)

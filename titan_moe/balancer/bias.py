@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_moe.balancer.common import Balancer, State, no_loss
+from titan_moe.balancer.common import Balancer, State, constant, no_loss
 from titan_moe.model.routing import Routing
 
 
@@ -50,11 +50,11 @@ def loss_free(
 
     # 1 until the last part of the run, over which it falls linearly to 0.
     def schedule(progress: float) -> float:
-        return min(1.0, (1 - progress) / decay_ratio) if decay_ratio else 1.0
+        return min(1.0, (1 - progress) / decay_ratio)
 
     # Only quantiles need to know by how much each token missed each expert.
     observe = margin_counts if rule == "quantile" else None
-    return Balancer(no_loss, post_step, observe=observe, schedule=schedule)
+    return Balancer(no_loss, post_step, observe=observe, schedule=schedule if decay_ratio else constant)
 
 
 def smebu(rate: float = 5e-4, kappa: float = 2.0, momentum: float = 0.5) -> Balancer:

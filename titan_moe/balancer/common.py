@@ -18,7 +18,7 @@ SEEN = ("measure", "routings", "index")  # by a loss, after routing, load and nu
 Scope = Literal["micro_batch", "sequence", "global_batch", "global_batch_exact"]
 
 
-def _constant(progress: float) -> float:
+def constant(progress: float) -> float:
     """Leave the rate as it is."""
     return 1.0
 
@@ -56,7 +56,7 @@ class Balancer(NamedTuple):
     scope: Scope | tuple[Scope, ...] = "micro_batch"
     train: bool = True
     observe: Callable[[Routing, Tensor], Tensor] | None = None
-    schedule: Callable[[float], float] = _constant
+    schedule: Callable[[float], float] = constant
     init: Callable[[int], State] | None = None
     measure: Callable[..., Any] | None = None
     project: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import torch
 
 from titan_moe.optimizer.ademamix import ademamix
+from titan_moe.optimizer.hyperball import adamh, muonh
 from titan_moe.optimizer.lion import lion
 from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.meta_shampoo import distributed_shampoo
@@ -109,6 +110,8 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "soap": optimizer_of(soap),
     "muon": optimizer_of(muon),
     "normuon": optimizer_of(normuon),
+    "muonh": optimizer_of(muonh, weight_decay=0.0),
+    "adamh": optimizer_of(adamh, weight_decay=0.0),
     "ademamix": optimizer_of(ademamix),
     "lion": optimizer_of(lion, without=["eps"], lr=1e-4, weight_decay=1.0),
     "schedule_free_adamw": optimizer_of(schedule_free_adamw),

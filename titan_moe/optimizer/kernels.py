@@ -18,7 +18,7 @@ from titan_moe.runtime.dtensor import local, local_rows, local_slices
 
 # Elements whose new values are made together. On a CPU the temporaries of so many stay in the cache; a GPU's kernels
 # are to be few, and 128 MiB a temporary is little there.
-CPU_ELEMENTS = 1 << 16
+CPU_ELEMENTS = 1 << 17
 GPU_ELEMENTS = 1 << 25
 
 # `direction(gradients, states, steps)` gives directions and new states of lists of tensors, fp32, and writes into none

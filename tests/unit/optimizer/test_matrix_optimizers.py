@@ -33,6 +33,15 @@ def taken(name: str, **arguments: Any) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key in signature(OPTIMIZERS[name]).parameters}
 
 
+SPHERES = ("muonh", "adamh")  # which keep a matrix' norm, and so take none of zeros
+FULL_STEPS = ("muon", "normuon", *SPHERES)  # whatever the size of their momentum
+
+
+def start_of(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Zeros, or ones where these are refused."""
+    return torch.ones(shape) if name in SPHERES else torch.zeros(shape)
+
+
 SOON: dict[str, dict[str, Any]] = {name: taken(name, precondition_frequency=3) for name in MATRIX}
 
 
@@ -194,6 +203,72 @@ def test_normuon_equals_the_plain_loop(shape: tuple[int, ...], adjust_lr: str) -
     assert optimizer.state[weight]["second_momentum_buffer"].numel() == start[..., 0].numel()
 
 
+def hyperball_loop(name: str, weight: Tensor, gradients: list[Tensor]) -> Tensor:
+    """Wen et al. (2026) as in their code (marin, muonh.py and adamh.py), on one matrix in float64."""
+    weight, m = weight.double(), torch.zeros_like(weight).double()
+    v, norm = m.clone(), weight.double().norm()
+    for t, g in enumerate((gradient.double() for gradient in gradients), 1):
+        if name == "muonh":
+            m = 0.95 * m + g
+            u = jordans_factor(0.95 * m + g)
+        else:
+            m = 0.9 * m + 0.1 * g
+            v = 0.95 * v + 0.05 * g**2
+            u = m / (1 - 0.9**t) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        moved = weight - 1e-2 * u * norm / u.norm()
+        weight = moved / moved.norm() * norm
+    return weight
+
+
+@pytest.mark.parametrize("name", SPHERES)
+@pytest.mark.parametrize("shape", [(3, 12, 8), (2, 8, 12), (9, 9)])
+def test_hyperball_equals_the_plain_loop(shape: tuple[int, ...], name: str) -> None:
+    weight = nn.Parameter(torch.randn(shape))
+    start = weight.detach().clone()
+    optimizer = optimizer_of(name, weight, **taken(name, matmul_dtype="float32"))
+    gradients = [torch.randn(shape) for _ in range(20)]
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    matrices = zip(start.view(-1, *shape[-2:]), torch.stack(gradients).view(20, -1, *shape[-2:]).unbind(1), strict=True)
+    expected = torch.stack([hyperball_loop(name, w, list(g)) for w, g in matrices]).view(shape)
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPHERES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_stay(name: str, dtype: torch.dtype) -> None:
+    """Over 300 steps, each of which is as long as 0.4 % of the radius more; in bf16 as far as weights are rounded."""
+    weight = nn.Parameter(torch.randn(2, 16, 24).to(dtype))
+    norms = torch.linalg.matrix_norm(weight.detach().float())
+    optimizer = optimizer_of(name, weight)
+    for _ in range(300):
+        weight.grad = torch.randn(weight.shape).to(dtype)
+        optimizer.step()
+    after = torch.linalg.matrix_norm(weight.detach().float())
+    torch.testing.assert_close(after, norms, rtol=1e-6 if dtype == torch.float32 else 3e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", SPHERES)
+def test_decay_on_a_sphere_is_a_longer_step(name: str) -> None:
+    """W (1 - lr decay) - lr u has the direction of W - lr / (1 - lr decay) u."""
+    start, gradient = torch.randn(3, 6, 4), torch.randn(3, 6, 4)
+    weights = [nn.Parameter(start.clone()) for _ in range(2)]
+    for weight, (lr, decay) in zip(weights, [(0.1, 0.5), (0.1 / (1 - 0.05), 0.0)], strict=True):
+        weight.grad = gradient.clone()
+        OPTIMIZERS[name]([{"name": "expert", "params": [weight]}], lr=lr, weight_decay=decay).step()
+    torch.testing.assert_close(*weights)
+
+
+@pytest.mark.parametrize("name", SPHERES)
+def test_a_matrix_of_zeros_has_no_sphere(name: str) -> None:
+    weight = nn.Parameter(torch.randn(3, 6, 4))
+    weight.data[1] = 0.0
+    weight.grad = torch.randn(3, 6, 4)
+    with pytest.raises(ValueError, match=r"keep the norm of each matrix, and one of 6 x 4 begins with a norm of 0"):
+        optimizer_of(name, weight).step()
+
+
 @pytest.mark.parametrize("name", MATRIX)
 def test_other_shapes_and_groups_are_adamws(name: str) -> None:
     """Vectors, embeddings, norms, and for shampoo and soap matrices over a size: equal to torch's fused AdamW."""
@@ -203,7 +278,7 @@ def test_other_shapes_and_groups_are_adamws(name: str) -> None:
     ours = [nn.Parameter(torch.randn(shape)) for _, shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     groups = [{"name": group, "params": [p]} for (group, _), p in zip(shapes, ours, strict=True)]
-    optimizer = OPTIMIZERS[name](groups, lr=1e-2, beta1=0.8, beta2=0.9, **SOON[name], **above)
+    optimizer = OPTIMIZERS[name](groups, lr=1e-2, beta1=0.8, beta2=0.9, weight_decay=0.1, **SOON[name], **above)
     reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1, fused=True)
     for _ in range(4):
         for a, b in zip(ours, theirs, strict=True):
@@ -250,7 +325,8 @@ def test_a_training_step_spares_them_the_look_at_their_gradients() -> None:
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e12])
 def test_any_scale_gives_finite_steps(name: str, scale: float) -> None:
     """Also a gradient that never changes, whose factors have rank one; no element moves by more than some rates."""
-    weight = nn.Parameter(torch.zeros(2, 6, 5))
+    start = start_of(name, (2, 6, 5))
+    weight = nn.Parameter(start.clone())
     optimizer = optimizer_of(name, weight, weight_decay=0.0)
     gradient = scale * torch.outer(torch.linspace(-1, 1, 6), torch.linspace(1, 2, 5)).expand(2, 6, 5)
     for step in range(8):
@@ -260,7 +336,7 @@ def test_any_scale_gives_finite_steps(name: str, scale: float) -> None:
         assert weight.isfinite().all()
         assert (weight - before).abs().max() < 10 * 1e-2
     if scale >= 1e-12:
-        assert weight.abs().max() > 0
+        assert not torch.equal(weight, start)
 
 
 @pytest.mark.parametrize("together", [1, 60])
@@ -353,14 +429,15 @@ def test_factors_of_an_expert_without_tokens_stay(name: str) -> None:
 
 
 def moved_by(name: str, shape: tuple[int, ...], gradients: list[Tensor]) -> Tensor:
-    """Where zero weights are after these gradients, without decay."""
-    weight = nn.Parameter(torch.zeros(shape))
+    """How far weights are after these gradients, without decay, from where they began."""
+    start = start_of(name, shape)
+    weight = nn.Parameter(start.clone())
     exact = taken(name, statistics_every=1) or taken(name, matmul_dtype="float32")
     optimizer = optimizer_of(name, weight, weight_decay=0.0, **exact)
     for gradient in gradients:
         weight.grad = gradient.clone()
         optimizer.step()
-    return weight.detach()
+    return weight.detach() - start
 
 
 @pytest.mark.parametrize(
@@ -444,8 +521,11 @@ def test_soap_steps_alike_whenever_an_expert_wakes() -> None:
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_how_an_expert_without_tokens_moves_on(name: str) -> None:
-    """Muon's steps have one size, whatever is left of the momentum; the others' fade with it."""
-    weight = nn.Parameter(torch.zeros(2, 8, 12))
+    """Muon's steps have one size, whatever is left of the momentum; the others' fade with it.
+
+    On a sphere a direction that stays is reached in the end, so that they get shorter as well.
+    """
+    weight = nn.Parameter(start_of(name, (2, 8, 12)))
     optimizer = optimizer_of(name, weight, weight_decay=0.0)
     constant, moved = torch.randn(2, 8, 12), []
     for step in range(70):
@@ -455,7 +535,7 @@ def test_how_an_expert_without_tokens_moves_on(name: str) -> None:
         optimizer.step()
         moved.append((weight.detach() - before)[1].norm())
     left = float(moved[-1] / moved[19])
-    assert (0.95 < left < 1.05) if "muon" in name else left < 0.5
+    assert (0.5 if name in SPHERES else 0.95) < left < 1.05 if name in FULL_STEPS else left < 0.5
 
 
 @pytest.mark.parametrize("name", MATRIX)
@@ -592,6 +672,14 @@ def test_groups_name_their_optimizers(tmp_path: Any) -> None:
         (["--optimizer.expert.matmul_dtype=float16"], "must be 'float32' or 'bfloat16'"),
         (["--optimizer.router.precondition_frequency=5"], "unknown argument here; it belongs to shampoo"),
         (["--optimizer.embedding.name=muon"], "optimizer.embedding.name = 'muon': it updates matrices, but the"),
+        (["--optimizer.norm.name=muonh"], "set it to one of adamw, ademamix, lion"),
+        (["--optimizer.dense.coefficients=taylor"], "must be 'jordan' or 'polar_express'"),
+        (["--optimizer.dense.ns_steps=21"], "ns_steps = 21: must be less than or equal to 20"),
+        (["--optimizer.router.name=ademamix", "--optimizer.router.beta3=1"], "beta3 = 1: must be less than 1"),
+        (["--optimizer.router.name=ademamix", "--optimizer.router.alpha=-1"], "alpha = -1: must be greater than or"),
+        (["--optimizer.router.name=ademamix", "--optimizer.router.alpha_warmup=-1"], "alpha_warmup = -1: must be"),
+        (["--optimizer.router.name=lion", "--optimizer.router.eps=1e-6"], "eps: unknown argument here"),
+        (["--optimizer.expert.name=muonh", "--optimizer.expert.adjust_lr=original"], "adjust_lr: unknown argument"),
         (["--optimizer.norm.name=soap"], "optimizer.norm.name = 'soap': it updates matrices, but the norm group"),
         (["--checkpoint.exclude=model"], "checkpoint.exclude = model: item 1 must be 'optimizer'"),
     ],

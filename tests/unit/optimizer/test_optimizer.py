@@ -81,8 +81,13 @@ SHORT = {"ademamix": {"beta3": 0.99}}  # whose slow average remembers more steps
 
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_optimizers_converge(name):
-    """With a rate that falls to 0, because Muon's steps do not get smaller by themselves."""
-    weight, target = nn.Parameter(torch.randn(4, 6, 5)), torch.randn(4, 6, 5)
+    """With a rate that falls to 0, because Muon's steps do not get smaller by themselves.
+
+    The target has the norms of the weights, because some keep them.
+    """
+    weight = nn.Parameter(torch.randn(4, 6, 5))
+    target = torch.randn(4, 6, 5)
+    target *= (torch.linalg.matrix_norm(weight.detach()) / torch.linalg.matrix_norm(target)).view(-1, 1, 1)
     own = SHORT.get(name, {})
     optimizer = OPTIMIZERS[name]([{"name": "expert", "params": [weight]}], lr=0.05, weight_decay=0.0, **own)
     for step in range(1000):
