@@ -4,6 +4,7 @@
     python benchmarks/bench_optimizers.py --mode jitter          # a whole period of steps: the slowest over the median
     python benchmarks/bench_optimizers.py --model moe8x          # the paper's shapes, in one layer
     python benchmarks/bench_optimizers.py --model moe8x --device cuda
+    python benchmarks/bench_optimizers.py --base muon --variants "muon, load_lr"   # against muon without it
 
 A step is `train_step`: forward, losses, backward, clipping, update. The named optimizer has the experts, AdamW the
 rest. Its steps are of three kinds: plain, with statistics, with roots. The ratio of whole steps is measured on steps
@@ -34,6 +35,7 @@ from titan_moe.model.routing.token_choice import topk_softmax
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import combine
 from titan_moe.step import train_step
 
@@ -68,6 +70,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ademamix": ("ademamix", {}),
     "lion": ("lion", {}),
 }
+COMPARED = list(VARIANTS)
+# what each of these costs is best seen against the same optimizer without it (--base)
+for optimizer in ("adamw", "shampoo", "shampoo_fast", "soap", "muon"):
+    VARIANTS[f"{optimizer}, load_lr"] = (optimizer, expand_load_lr({"load_lr": "ideal_normalized"}, top_k=TOP_K))
+    VARIANTS[f"{optimizer}, bf16 states"] = (optimizer, {"state_dtype": "bfloat16"})
+VARIANTS["shampoo"] = VARIANTS["shampoo (paper)"]
 
 
 class Side:
@@ -199,42 +207,52 @@ def parts(side: Side, repeats: int = 3) -> dict[str, float]:
     return costs
 
 
-def ratios(model: str, variants: list[str], tokens: int, rounds: int, device: torch.device) -> None:
-    """Print whole steps of each variant over AdamW's, measured without roots and with the share of them added."""
-    sides = {name: Side(model, name, device) for name in ["adamw", *variants]}
+def missing_of(side: Side, cost: dict[str, float]) -> float:
+    """Seconds of an average step that a plain one lacks; statistics that are taken at every step it has."""
+    often, rooting = side.shares()
+    return (cost["roots"] * rooting + (cost["statistics"] * often if often < 1 else 0.0)) / 1000
+
+
+def ratios(model: str, base: str, variants: list[str], tokens: int, rounds: int, device: torch.device) -> None:
+    """Print whole steps of each variant over those of `base`, measured without roots, whose share is added to both."""
+    sides = {name: Side(model, name, device) for name in [base, *variants]}
     generator = torch.Generator().manual_seed(0)
     # a whole step first: what it allocates decides how much freed memory the process keeps, as in training
-    sides["adamw"].step(batch_of(tokens, generator, device))
+    sides[base].step(batch_of(tokens, generator, device))
     costs = {name: parts(side) for name, side in sides.items()}
 
-    # Each step is compared with the two of AdamW around it, on the same batch: what else the machine does hits all.
+    # Each step is compared with the two of the base around it, on the same batch: what else the machine does hits all.
     steps: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     quotients: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         batch = batch_of(tokens, generator, device)
-        before = sides["adamw"].step(batch)
+        sides[base].skip_to(observing=False, rooting=False)
+        before = sides[base].step(batch)
         for name in variants:
             sides[name].skip_to(observing=False, rooting=False)
             times = sides[name].step(batch)
-            after = sides["adamw"].step(batch)
+            sides[base].skip_to(observing=False, rooting=False)
+            after = sides[base].step(batch)
             if number:  # the first round warms up
                 steps[name].append(times)
-                steps["adamw"].append(after)
+                steps[base].append(after)
                 quotients[name].append(times[0] / ((before[0] + after[0]) / 2))
             before = after
 
-    step, update = (statistics.median(times) for times in zip(*steps["adamw"], strict=True))
-    print(f"\n{model}, {tokens} tokens an update: AdamW's step takes {step:.3f} s, its update")
-    print(f"{1000 * update:.0f} ms. State over parameters {costs['adamw']['state']:.2f}.\n")
+    step, update = (statistics.median(times) for times in zip(*steps[base], strict=True))
+    print(f"\n{model}, {tokens} tokens an update: a step of {base} takes {step:.3f} s, its update")
+    print(f"{1000 * update:.0f} ms. State over parameters {costs[base]['state']:.2f}.\n")
     print("| experts | whole steps | by updates | plain, ms | statistics | roots | shares of these, % | state |")
     print("|---|---|---|---|---|---|---|---|")
+    base_missing = missing_of(sides[base], costs[base])
+    step, update = step + base_missing, update + base_missing
     for name in variants:
         often, rooting = sides[name].shares()
         cost = costs[name]
-        # a plain step holds statistics where they are taken at every step
-        missing = (cost["roots"] * rooting + (cost["statistics"] * often if often < 1 else 0.0)) / 1000
+        missing = missing_of(sides[name], cost)
         plain = statistics.median(update_seconds for _, update_seconds in steps[name])
-        cells = [f"{statistics.median(quotients[name]) + missing / step:.3f}"]
+        whole = statistics.median(quotients[name]) * (step - base_missing) + missing
+        cells = [f"{whole / step:.3f}"]
         cells += [f"{1 + (plain + missing - update) / step:.3f}"]
         plain -= cost["statistics"] / 1000 if often == 1 else 0.0
         spent = [1000 * plain, cost["statistics"] * often, cost["roots"] * rooting]
@@ -270,11 +288,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=("ratios", "jitter"), default="ratios")
     parser.add_argument("--model", choices=MODELS, default="bench")
+    parser.add_argument("--base", choices=VARIANTS, default="adamw", help="what the ratios are to")
     parser.add_argument(
         "--variants",
         nargs="+",
         choices=VARIANTS,
-        default=[v for v in VARIANTS if v != "adamw" and (find_spec("distributed_shampoo") or "Meta" not in v)],
+        default=[v for v in COMPARED if v != "adamw" and (find_spec("distributed_shampoo") or "Meta" not in v)],
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 8192])
     parser.add_argument("--rounds", type=int, default=5)
@@ -291,7 +310,7 @@ def main() -> None:
         if arguments.mode == "jitter":
             jitter(arguments.model, arguments.variants, tokens, arguments.device)
         else:
-            ratios(arguments.model, arguments.variants, tokens, arguments.rounds, arguments.device)
+            ratios(arguments.model, arguments.base, arguments.variants, tokens, arguments.rounds, arguments.device)
 
 
 if __name__ == "__main__":

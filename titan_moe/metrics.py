@@ -157,9 +157,8 @@ def expert_metrics(output: StepOutput) -> dict[str, Tensor]:
         return {}
     metrics = {"load/experts": output.load}
     for name, values_LE in output.expert_stats._asdict().items():
-        if values_LE is not None:
-            means_L = {f"{name}/layer_{i}": mean for i, mean in enumerate(values_LE.nanmean(-1))}
-            metrics |= {name: values_LE.nanmean(), **means_L, f"{name}/experts": values_LE}
+        means_L = {f"{name}/layer_{i}": mean for i, mean in enumerate(values_LE.nanmean(-1))}
+        metrics |= {name: values_LE.nanmean(), **means_L, f"{name}/experts": values_LE}
     return metrics
 
 

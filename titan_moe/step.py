@@ -16,8 +16,16 @@ from titan_moe.metrics import EvalOutput, QKClip, StepOutput, identity_means
 from titan_moe.model.cross_entropy import IGNORE
 from titan_moe.model.dispatch import computed_choices
 from titan_moe.model.routing import Routing
-from titan_moe.optimizer.expert_stats import ExpertStats, copies, expert_parameters, expert_stats, expert_sums
-from titan_moe.optimizer.optimizer import Optimizer
+from titan_moe.optimizer.expert_stats import (
+    ExpertStats,
+    GradientMoments,
+    copies,
+    expert_parameters,
+    expert_stats,
+    expert_sums,
+    observe_gradients,
+)
+from titan_moe.optimizer.optimizer import Optimizer, clip_scale
 from titan_moe.parallelize.grad import grad_squares
 from titan_moe.parallelize.parallelize import reshard, set_last_micro_batch
 from titan_moe.runtime.dtensor import gathered, local, local_rows, own_part
@@ -44,6 +52,7 @@ def train_step(
     progress: float = 0.0,
     balancer_states: States | None = None,
     measure_experts: bool = False,
+    gradient_moments: GradientMoments | None = None,
     sequence_group: dist.ProcessGroup | None = None,
 ) -> StepOutput:
     """Update the model once from all micro-batches of tokens and labels (B, S) that this rank holds.
@@ -52,11 +61,12 @@ def train_step(
     model has of balancers that keep any. Every returned number is over all ranks and micro-batches. The loss is a sum
     divided by the global number of tokens of the step, so gradients do not depend on how the step is cut into ranks and
     micro-batches. `step` is its number, from 1, and `progress` the part of the run that is done with it. With
-    `measure_experts` the output has `expert_stats`, at the cost of a copy of this rank's experts during the step. With
-    `qk_clip` above 0 heads of attention are clipped to it (`clip_heads`). `sequence_group` are the ranks that hold
-    parts of the same sequences, where a rank has not all of them. A step with a loss, gradient norm or router logit
-    that is NaN or infinite is `skipped`: weights, optimizer states, selection biases and what balancers keep stay as
-    they are.
+    `measure_experts` the output has `expert_stats`, at the cost of a copy of this rank's experts during the step. Where
+    the optimizer keeps no moments of Adam's, their gradient_snr is of `gradient_moments`: an empty dictionary that is
+    given to every step, and comes to hold as much as this rank's experts. With `qk_clip` above 0 heads of attention are
+    clipped to it (`clip_heads`). `sequence_group` are the ranks that hold parts of the same sequences, where a rank has
+    not all of them. A step with a loss, gradient norm or router logit that is NaN or infinite is `skipped`: weights,
+    optimizer states, selection biases and what balancers keep stay as they are.
     """
     # The loss is divided by the tokens of the whole step, which the first backward has to know already.
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
@@ -88,8 +98,12 @@ def train_step(
     finite = is_finite(sums["total_loss"], grad_norm, sums.get("nonfinite"))
 
     # What the update did to each expert shows only beside the weights of before.
-    experts = expert_parameters(model.named_parameters()) if measure_experts else {}
-    before = copies(experts)
+    looks = measure_experts or gradient_moments is not None
+    experts = expert_parameters(model.named_parameters()) if looks else {}
+    before = copies(experts) if measure_experts else []
+    if gradient_moments is not None:
+        grad_scale = clip_scale(grad_norm, max_norm)
+        observe_gradients(experts, optimizer, gradient_moments, finite, sums["load"], grad_scale)
     load_factors = optimizer.step(load=sums["load"], grad_norm=grad_norm, max_norm=max_norm, finite=finite)
     optimizer.zero_grad()
 
@@ -107,7 +121,7 @@ def train_step(
         routing_means=routing_means(sums),
         load_factors=load_factors,
         group_factors=optimizer.load_factors(finite),
-        expert_stats=global_expert_stats(experts, before, optimizer) if experts else None,
+        expert_stats=global_expert_stats(experts, before, optimizer, gradient_moments) if before else None,
         nonfinite=sums.get("nonfinite"),
         skipped=~finite,
         nonfinite_gradients=squares.nonfinite,
@@ -328,10 +342,13 @@ def is_finite(total_loss: Tensor, grad_norm: Tensor, nonfinite_L: Tensor | None)
 
 
 def global_expert_stats(
-    experts: Mapping[nn.Parameter, int], before: Sequence[Tensor], optimizer: Optimizer
+    experts: Mapping[nn.Parameter, int],
+    before: Sequence[Tensor],
+    optimizer: Optimizer,
+    moments: GradientMoments | None,
 ) -> ExpertStats:
-    """What the optimizer's step did to each expert, over all ranks; `before` are their parameters of before."""
-    return expert_stats(experts, all_reduce_sum(expert_sums(experts, before, optimizer)), optimizer)
+    """What the step was to each expert, over all ranks; `before` are their parameters of before."""
+    return expert_stats(all_reduce_sum(expert_sums(experts, before, optimizer, moments)))
 
 
 def routed_sums(

@@ -23,6 +23,7 @@ from titan_moe.dump_folder import FACTS, METRICS, sole_run, write_run_files
 from titan_moe.job import Job, build_job, start_processes
 from titan_moe.metrics import StepOutput, to_numbers
 from titan_moe.optimizer.build import set_lr
+from titan_moe.optimizer.expert_stats import GradientMoments
 from titan_moe.records import Record, speed_record, train_record, write_record
 from titan_moe.resume import Progress, is_over, last_checkpoint, resume, set_later_aside, to_extra
 from titan_moe.runtime import command, world
@@ -118,8 +119,8 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
     # What the loop reads or changes. Modules are looked up once: a walk through the model costs time at every step.
     config, rt, training, first_step = job.config, job.runtime, job.config.training, progress.step + 1
     batches, expert_biases, moe_layers = iter(job.data.train), job.model.expert_biases(), moe_layer_names(job.model)
-    balancer_states = job.model.balancer_states()
-    allowed = training.skip_nonfinite_steps
+    balancer_states, allowed = job.model.balancer_states(), training.skip_nonfinite_steps
+    gradient_moments: GradientMoments | None = {} if config.metrics.expert_stats_freq else None
     stop_request, signal, timetable, retry = StopRequest(), 0, timetable_of(config, rt.device), Retry()
     pending: list[Record] = []  # of steps whose numbers are still on the device
 
@@ -137,7 +138,7 @@ def run(job: Job, sinks: Sink, progress: Progress, watch: Watch) -> tuple[int, P
             # Rates and random numbers follow from the step's number alone, so that a resumed run has the same.
             lrs = set_lr(job.optimizer, job.base_lrs, job.schedule(step))
             world.seed_step(training.seed, step, rt.rank)
-            output = take_step(job, step, micro_batches, expert_biases, balancer_states)
+            output = take_step(job, step, micro_batches, expert_biases, balancer_states, gradient_moments)
             seconds = stop_timer()
 
             # Its numbers stay on the device for now: the host runs ahead of a GPU, and does not wait for it here.
@@ -257,6 +258,7 @@ def take_step(
     micro_batches: Sequence[tuple[Tensor, Tensor]],
     expert_biases: Sequence[Tensor],
     balancer_states: States,
+    gradient_moments: GradientMoments | None,
 ) -> StepOutput:
     """`train_step` with the parts of the run."""
     # A step sees plain values and no configuration, so that a test, or somebody's own loop, can call it with others.
@@ -273,6 +275,7 @@ def take_step(
         progress=step / training.steps,
         balancer_states=balancer_states,
         measure_experts=is_due(step, job.config.metrics.expert_stats_freq),
+        gradient_moments=gradient_moments,
         sequence_group=job.sequence_group,
     )
 

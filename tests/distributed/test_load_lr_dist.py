@@ -25,7 +25,7 @@ from titan_moe.parallelize.parallelize import parallelize
 from titan_moe.step import train_step
 
 OPTIONS = {"load_lr": "ideal_normalized", "load_lr_ema": 0.5, "load_lr_power": 2.0, "load_lr_decay": False}
-CASES = [(4, "adamw"), (3, "adamw"), (3, "nadam")]  # 3 experts on 2 ranks: uneven shards
+CASES = [(4, "adamw"), (3, "adamw"), (3, "muon"), (3, "nadam")]  # 3 experts on 2 ranks: uneven shards
 
 
 def build(num_experts: int, name: str, world: int) -> tuple[Any, torch.optim.Optimizer]:
@@ -44,17 +44,19 @@ def build(num_experts: int, name: str, world: int) -> tuple[Any, torch.optim.Opt
     groups = parameter_groups(model.named_parameters(), {"expert": expand_load_lr(OPTIONS, top_k=2)})
     if name == "adamw":
         optimizer = OPTIMIZERS[name](groups, lr=1e-2)
+    elif name == "muon":  # whose measures are of moments beside it
+        optimizer = OPTIMIZERS[name](groups, lr=1e-3, matmul_dtype="float32")
     else:  # one that knows nothing of loads
         optimizer = torch.optim.NAdam(groups, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True)
     return model, Optimizer.around(optimizer)
 
 
 def train(model: Any, optimizer: Any, steps: range, rank: int, world: int, micro_batches: int) -> list[Any]:
-    outputs = []
+    outputs, moments = [], {}
     for step in steps:
         tokens, labels = (part.chunk(world)[rank] for part in batch(step))
         micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
-        options = {"max_norm": 0.1, "measure_experts": True}
+        options = {"max_norm": 0.1, "measure_experts": True, "gradient_moments": moments}
         outputs.append(train_step(model, micro, optimizer, balancers(), model.expert_biases(), **options))
     return outputs
 

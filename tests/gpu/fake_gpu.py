@@ -63,7 +63,13 @@ DEVICE = make_device()
 FAKE = FakeTensorMode()  # one for all tests: the package keeps some tensors for ever
 SIZES = {"dim": 64, "num_kv_heads": 2, "ffn_dim": 64, "expert_dim": 64}
 ROUTERS = [case for case in ROUTER_CASES if case.arguments.get("assignment") != "exact"]  # that is solved on the host
-MATRIX_OPTIMIZERS = [name for name in OPTIMIZER_NAMES if name not in BY_ELEMENT]
+# settings of experts, and rates and decays of the groups
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"load_lr": "batch_fraction", "matmul_dtype": "bfloat16"},
+    {"load_lr": "ideal_normalized", "load_lr_ema": 0.5, "load_lr_decay": False, "state_dtype": "bfloat16"},
+]
+RATES = {"expert": 1e-3, "router": 3e-4, "embedding": 2e-3, "norm": 1e-4, "dense": 5e-4}
 
 # Fused updates have no fake form: what is left to check is that all their tensors are on the device.
 FUSED = {aten._fused_adamw_, aten._fused_sgd_}
@@ -228,32 +234,20 @@ def test_checkpointed_activations(mode: str) -> None:
     steps(model)
 
 
-@pytest.mark.parametrize("load_lr", [{}, {"load_lr": "batch_fraction"}], ids=["", "load_lr"])
-def test_adamw(load_lr: dict[str, Any]) -> None:
+@pytest.mark.parametrize("of_experts", SETTINGS, ids="-".join)
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_optimizer(name: str, of_experts: dict[str, Any]) -> None:
+    """One reads a number a step if it updates matrices, whether the gradients' norm is finite, and the others none."""
     model = build()
-    steps(model, optimizer=make_optimizer(model, **expand_load_lr(load_lr, top_k=2)), measure_experts=True)
-
-
-@pytest.mark.parametrize("of_experts", [{}, {"load_lr": "batch_fraction", "matmul_dtype": "bfloat16"}], ids=["", "all"])
-@pytest.mark.parametrize("name", MATRIX_OPTIMIZERS)
-def test_matrix_optimizer(name: str, of_experts: dict[str, Any]) -> None:
-    """They read one number a step: whether the gradients' norm is finite. On a sphere each matrix asks for its radius.
-
-    That is in its first step; here every step is a first one, as far as it is read on the host.
-    """
-    model = build()
-    optimizer = make_optimizer(model, name, **expand_load_lr(of_experts, top_k=2))
-    radii = sum(map(optimizer.is_matrix, model.parameters())) if name in ("muonh", "adamh") else 0
-    steps(model, optimizer=optimizer, measure_experts=True, reads=1 + radii)
-
-
-@pytest.mark.parametrize("of_experts", [{}, {"load_lr": "batch_fraction"}], ids=["", "by load"])
-@pytest.mark.parametrize("name", BY_ELEMENT)
-def test_optimizer_by_element(name: str, of_experts: dict[str, Any]) -> None:
-    """They read nothing."""
-    model = build()
-    optimizer = make_optimizer(model, name, **expand_load_lr(of_experts, top_k=2))
-    steps(model, optimizer=optimizer, measure_experts=True)
+    own = {group: {"lr": rate, "weight_decay": rate, "beta1": 0.8} for group, rate in RATES.items()}
+    if name == "schedule_free_adamw":  # which refuses it
+        of_experts = {key: value for key, value in of_experts.items() if key != "load_lr_decay"}
+    own["expert"] |= expand_load_lr(of_experts, top_k=2)
+    groups = parameter_groups(model.named_parameters(), own)
+    optimizer = OPTIMIZERS[name](groups, lr=1e-3, state_dtype=of_experts.get("state_dtype", "float32"))
+    reads = int(optimizer.waits())
+    assert reads == (name not in BY_ELEMENT)
+    steps(model, optimizer=optimizer, measure_experts=True, gradient_moments={}, reads=reads)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="asks the driver to wait for the device")

@@ -36,6 +36,7 @@ LAYERS = {
     "optimizer.optimizer": 0,
     "optimizer.expert_stats": 0,
     "optimizer.schedule": 0,
+    "optimizer.rounding": 0,
     "metrics": 0,
     "norms": 0,
     "runtime": 0,

@@ -36,7 +36,7 @@ from titan_moe.model.attention import MAX_LOGITS
 from titan_moe.model.moe import MoE, linear_router
 from titan_moe.model.routing import Places
 from titan_moe.model.routing.common import OFFERED, asked_for
-from titan_moe.optimizer import kernels, matrix
+from titan_moe.optimizer import kernels, matrix, rounding
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parallelize.expert_parallel import all_to_all
 from titan_moe.parallelize.grad import Squares
@@ -386,7 +386,7 @@ def _report_what_dispatch_misses(meter: Meter) -> Iterator[None]:
 def _take_gpu_paths() -> Iterator[None]:
     """Patch the places where a CPU runs other operators than a GPU would, so that a GPU's are counted."""
     rms_norm, elements, add_product = F.rms_norm, matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy._add_product
-    chunk_tokens, of_kernels = cross_entropy.CPU_CHUNK_TOKENS, kernels.CPU_ELEMENTS
+    chunk_tokens, of_kernels = cross_entropy.CPU_CHUNK_TOKENS, (kernels.CPU_ELEMENTS, rounding.CPU_ELEMENTS)
 
     # An RMSNorm is one kernel on a GPU and ten operators on a CPU, which made the peak 9 % too high. LayerNorm is one
     # operator everywhere; it reads, writes and saves as much.
@@ -405,12 +405,13 @@ def _take_gpu_paths() -> Iterator[None]:
     cross_entropy.CPU_CHUNK_TOKENS = cross_entropy.GPU_CHUNK_TOKENS  # pyrefly: ignore
     matrix.CPU_ELEMENTS_PER_UPDATE = sys.maxsize
     kernels.CPU_ELEMENTS = kernels.GPU_ELEMENTS  # pyrefly: ignore
+    rounding.CPU_ELEMENTS = rounding.GPU_ELEMENTS
     try:
         yield
     finally:
         F.rms_norm, cross_entropy._add_product = rms_norm, add_product  # pyrefly: ignore
         matrix.CPU_ELEMENTS_PER_UPDATE, cross_entropy.CPU_CHUNK_TOKENS = elements, chunk_tokens
-        kernels.CPU_ELEMENTS = of_kernels  # pyrefly: ignore
+        kernels.CPU_ELEMENTS, rounding.CPU_ELEMENTS = of_kernels  # pyrefly: ignore
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -18,11 +18,17 @@ from titan_moe.optimizer.schedule import Factor, factors_of
 from titan_moe.optimizer.schedule_free import schedule_free_adamw
 from titan_moe.optimizer.shampoo import shampoo
 from titan_moe.optimizer.soap import soap
-from titan_moe.optimizer.transform import Transform, adamw
+from titan_moe.optimizer.transform import StateDtype, Transform, adamw
 
 
 def common(
-    *, lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.1
+    *,
+    lr: float = 1e-3,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.1,
+    state_dtype: Annotated[StateDtype, "of moments between steps; bfloat16 is rounded stochastically"] = "float32",
 ) -> None:
     """What every optimizer takes: AdamW needs it for what is no matrix. With a kernel there is no such rest."""
 
@@ -50,6 +56,7 @@ def optimizer_of(
         given.apply_defaults()
         param_groups, defaults = given.arguments.pop("param_groups"), given.arguments
         groups = with_betas(param_groups, defaults.pop("beta1"), defaults.pop("beta2"))
+        groups = with_state_dtype(groups, defaults.pop("state_dtype"))
         return Optimizer(groups, [rule] * len(groups), defaults)
 
     build.__signature__ = signature  # pyrefly: ignore[missing-attribute]
@@ -63,6 +70,19 @@ def with_betas(param_groups: Sequence[Group], beta1: float, beta2: float) -> lis
     for group in param_groups:
         rest = {k: v for k, v in group.items() if k not in ("beta1", "beta2")}
         groups.append({"betas": (group.get("beta1", beta1), group.get("beta2", beta2)), **rest})
+    return groups
+
+
+def with_state_dtype(param_groups: Sequence[Group], state_dtype: StateDtype) -> list[Group]:
+    """The groups with `state_dtype`, their own or the given one, where it is not float32.
+
+    Checkpoints of before there was a choice have no such setting, and are of float32.
+    """
+    groups = []
+    for group in param_groups:
+        chosen = group.get("state_dtype", state_dtype)
+        rest = {k: v for k, v in group.items() if k != "state_dtype"}
+        groups.append(rest if chosen == "float32" else {**rest, "state_dtype": chosen})
     return groups
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_moe.optimizer.load_lr import Group
+from titan_moe.optimizer.rounding import Place, is_narrow, keys_of, narrowed, step_in_fp32
 from titan_moe.optimizer.transform import Kernel, State, Tick, Transform, keep_dead_rows
-from titan_moe.runtime.dtensor import local, local_rows
+from titan_moe.runtime.dtensor import local, local_rows, local_slices
 
 # Elements whose new values are made together. On a CPU the temporaries of so many stay in the cache; a GPU's kernels
 # are to be few, and 128 MiB a temporary is little there.
@@ -36,10 +37,15 @@ class Scalars(NamedTuple):
 
 
 def step_by_kernel(
-    kernel: Kernel, group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State], scalars: Scalars
+    kernel: Kernel,
+    group: Group,
+    parameters: Sequence[Tensor],
+    states: Mapping[Tensor, State],
+    scalars: Scalars,
+    numbers: Mapping[Tensor, int],
 ) -> None:
-    """Update parameters of any shape in one call."""
-    lists, steps = kernel_tensors(kernel, parameters, states)
+    """Update parameters of any shape in one call; `numbers` are their places in the whole optimizer."""
+    lists, steps = kernel_tensors(kernel, parameters, states, narrow=is_narrow(group))
     torch._foreach_add_(steps, 1 if scalars.skip is None else [1 - scalars.skip] * len(steps))
     advance(kernel, parameters, states, group["lr"], scalars.skip)
 
@@ -48,7 +54,13 @@ def step_by_kernel(
     parts = lists
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         parts = [[local(tensor) for tensor in tensors] for tensors in lists]
-    kernel.step(parts, steps, group["lr"], group["weight_decay"], skip=scalars.skip, grad_scale=scalars.grad_scale)
+    step = kernel.step
+    if is_narrow(group):
+        places = [Place(numbers[parameter], local_slices(parameter)) for parameter in parameters]
+        keys = [keys_of(place, count, len(kernel.states)) for place, count in zip(places, steps, strict=True)]
+        step = functools.partial(step_in_fp32, kernel, keys=keys)
+    lr, weight_decay = group["lr"], group["weight_decay"]
+    step(parts, steps, lr=lr, weight_decay=weight_decay, skip=scalars.skip, grad_scale=scalars.grad_scale)
 
 
 def step_experts_by_kernel(
@@ -57,6 +69,7 @@ def step_experts_by_kernel(
     parameters: Sequence[Tensor],
     states: Mapping[Tensor, State],
     scalars: Scalars,
+    numbers: Mapping[Tensor, int],
     factor_E: Tensor | None,
     alive_E: Tensor | None,
 ) -> None:
@@ -65,7 +78,7 @@ def step_experts_by_kernel(
     The kernel is called for each expert; nothing is copied, and no value is read on the host of a GPU. An expert
     without a token is left alone, its states and step count too.
     """
-    lists, steps = kernel_tensors(kernel, parameters, states, by_expert=True)
+    lists, steps = kernel_tensors(kernel, parameters, states, by_expert=True, narrow=is_narrow(group))
     if factor_E is None or alive_E is None:  # no load: all alike
         factor_E = torch.ones(parameters[0].shape[0], device=parameters[0].device)
         alive_E = factor_E > 0
@@ -92,10 +105,18 @@ def step_experts_by_kernel(
     counts = [step_E[rows].unbind() for step_E in steps]
     experts = [[local(tensor).unbind() for tensor in tensors] for tensors in lists[:num_lists]]
     experts += [[number_E[rows].unbind() for number_E in numbers] for numbers in lists[num_lists:]]
+    keys = []
+    if is_narrow(group):
+        places = [Place(numbers[parameter], local_slices(parameter)) for parameter in parameters]
+        pairs = zip(places, steps, strict=True)
+        keys = [keys_of(place, step_E[rows], len(kernel.states)) for place, step_E in pairs]
     for row, (rate, skip) in enumerate(zip(rates, skips, strict=True)):
         tensors = [[tensor[row] for tensor in tensors] for tensors in experts]
         row_steps = [count[row] for count in counts]
-        kernel.step(tensors, row_steps, rate, weight_decay, skip=skip, grad_scale=scalars.grad_scale)
+        step = kernel.step
+        if keys:
+            step = functools.partial(step_in_fp32, kernel, keys=[key.row(row, len(rates)) for key in keys])
+        step(tensors, row_steps, lr=rate, weight_decay=weight_decay, skip=skip, grad_scale=scalars.grad_scale)
 
 
 def advance(
@@ -110,17 +131,22 @@ def advance(
         return
     for state in (states[parameter] for parameter in parameters):
         before = {name: state[name] for name in kernel.scalars}
-        rate = torch.as_tensor(lr, dtype=torch.float32, device=state["step"].device)
+        rate = lr if isinstance(lr, Tensor) else torch.full_like(state["step"], lr)  # filled there: a copy would wait
         for name, new in kernel.advance(before, state["step"], rate).items():
             state[name].copy_(new if skip is None else torch.where(skip > 0, state[name], new))
 
 
 def kernel_tensors(
-    kernel: Kernel, parameters: Sequence[Tensor], states: Mapping[Tensor, State], *, by_expert: bool = False
+    kernel: Kernel,
+    parameters: Sequence[Tensor],
+    states: Mapping[Tensor, State],
+    *,
+    by_expert: bool = False,
+    narrow: bool = False,
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Lists of weights, gradients and each of a kernel's states, and of scalars and step counts, or by expert (E,).
 
-    States that are not there yet are made, sharded as their parameter is.
+    States that are not there yet are made, sharded as their parameter is; `narrow`: in bfloat16 where they may be.
     """
     own_states = [states[parameter] for parameter in parameters]
     for parameter, state in zip(parameters, own_states, strict=True):
@@ -131,7 +157,8 @@ def kernel_tensors(
                 for name in ("step", *kernel.scalars)
             }
             of_elements = {name: torch.zeros_like(parameter) for name in kernel.states if name not in kernel.copies}
-            state.update(numbers | of_elements | {name: parameter.detach().clone() for name in kernel.copies})
+            of_elements |= {name: parameter.detach().clone() for name in kernel.copies}
+            state.update(numbers | (narrowed(of_elements, kernel.rounded) if narrow else of_elements))
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     names = (*kernel.states, *kernel.scalars)
     lists = [list(parameters), gradients, *([state[name] for state in own_states] for name in names)]

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from titan_moe.optimizer.groups import NO_MATRICES, Heads
 from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.owners import Owned, Transfer, gather, join, scatter
+from titan_moe.optimizer.rounding import Place, in_fp32, is_narrow, narrowed
 from titan_moe.optimizer.transform import State, Tick, Transform, fused_sgd
 from titan_moe.runtime.dtensor import held_by_one, local, local_rows, sharded_like
 
@@ -30,13 +31,14 @@ REPLICATED_STATES = ("step", "clock", "load_ema", "load_factor")  # by name; eac
 class Matrix(NamedTuple):
     """How a matrix, or a stack of them, is updated: by a transform of its own, and so many steps later if periodic.
 
-    With `heads` a dense matrix is a stack of these. One that is `owned` is updated by one of the ranks that hold parts
-    of it.
+    With `heads` a dense matrix is a stack of these. `number` is the parameter's place in the whole optimizer. One that
+    is `owned` is updated by one of the ranks that hold parts of it.
     """
 
     transform: Transform
     offset: int = 0
     heads: Heads | None = None
+    number: int = 0
     owned: Owned | None = None
 
     @property
@@ -89,14 +91,18 @@ def apply(weight: Tensor, direction: Tensor, group: Group, factor_R: Tensor | No
             weight.mul_(1 - decay).add_(direction, alpha=-lr)
         return
 
-    # an expert without a token has factor 0, and its direction is undefined
+    # The step is made in temporaries, as the rates are on the device: on a CPU of one row at a time, which stay in its
+    # cache; on a GPU of all rows, because each kernel costs a launch.
     factor = factor_R.view(-1, 1, 1)
-    step = torch.where(factor > 0, direction * (lr * factor), 0.0)
-    if group["load_lr_decay"]:
-        step += weight * (decay * factor)  # so that the weight is rounded once, as by the kernel
-    else:
-        weight.mul_(1 - decay)
-    weight.sub_(step)
+    count = 1 if weight.device.type == "cpu" else max(1, len(weight))
+    for rows, along, by in zip(weight.split(count), direction.split(count), factor.split(count), strict=True):
+        # an expert without a token has factor 0, and its direction is undefined
+        step = torch.where(by > 0, along * (lr * by), 0.0)
+        if group["load_lr_decay"]:
+            step += rows * (decay * by)  # so that the weight is rounded once, as by the kernel
+        else:
+            rows.mul_(1 - decay)
+        rows.sub_(step)
 
 
 def to_stack(tensor: Tensor, heads: Heads | None = None) -> Tensor:
@@ -115,16 +121,18 @@ def from_stack(stack: Tensor, heads: Heads | None) -> Tensor:
     return stack[0] if heads is None else stack.movedim(0, heads[1]).flatten(heads[1], heads[1] + 1)
 
 
-def fresh_state(matrix: Matrix, parameter: Tensor) -> State:
+def fresh_state(matrix: Matrix, parameter: Tensor, *, narrow: bool = False) -> State:
     """A transform's first state, where the parameter is updated, and the counts of steps at zero.
 
     `clock`, a scalar on the CPU, counts the parameter's steps; `step`, (E,), (H,) or (1,), those in which a row was
     alive.
+    `narrow`: in bfloat16 where it may be.
     """
     # of a dense matrix, which may be sharded, a transform sees a whole one of the same shape, without its values
     stacked, device = parameter.dim() == 3, parameter.device
     stack = local(parameter) if stacked else to_stack(torch.empty(parameter.shape, device=device), matrix.heads)
     state = matrix.transform.init(stack)
+    state = narrowed(state, matrix.transform.rounded) if narrow else state
     if matrix.owned is not None:
         state = {name: held_by_one(value, matrix.owned.home) for name, value in state.items()}
     elif stacked and isinstance(parameter, DTensor):
@@ -137,7 +145,7 @@ def counted(task: Task, alive_E: Tensor | None = None) -> bool:
     """Make a state where there is none, and count the step; false where there is nothing to do."""
     matrix, parameter, state, group = task
     if "clock" not in state:
-        state.update(fresh_state(matrix, parameter))
+        state.update(fresh_state(matrix, parameter, narrow=is_narrow(group)))
     if group["lr"] == 0:
         return False  # so torch makes the states that a checkpoint is loaded into: no count may move
 
@@ -222,8 +230,12 @@ def directions(
             alive=None if alive is None else alive[part],
             offset=matrix.offset,
         )
-        part_state = {name: value[part] for name, value in states.items()}
-        yield part, matrix.transform.update(gradient[part].float().contiguous(), part_state, tick), part_state, tick
+        # what is kept in bfloat16 is rounded when the next direction is asked for
+        first = (rows.start or 0) + part.start
+        place = Place(matrix.number, (slice(first, first + len(tick.steps)),))
+        narrow_state = {name: value[part] for name, value in states.items()}
+        with in_fp32(narrow_state, matrix.transform.rounded, place, tick.steps) as part_state:
+            yield part, matrix.transform.update(gradient[part].float().contiguous(), part_state, tick), part_state, tick
 
 
 def step_owned(tasks: Sequence[Task], spare: Callable[[Tensor], Tensor]) -> None:

@@ -51,7 +51,8 @@ def distributed_shampoo(
     `start_preconditioning_step` must be at least `precondition_frequency`.
 
     The state of a row is in the package's tensors, which it only ever changes in place. They are made to lie in the
-    rows of the transform's state, so that this is sharded, saved and loaded as that of any other transform.
+    rows of the transform's state, so that this is sharded, saved and loaded as that of any other transform. So no state
+    can be in bfloat16.
     """
     package = load_package()
     grafting_config = package.AdamPreconditionerConfig(beta2=beta2, epsilon=eps) if grafting == "adamw" else None
@@ -107,7 +108,7 @@ def distributed_shampoo(
         torch._foreach_zero_([row.detach() for row in rows])
         return direction
 
-    return Transform(init, update, by_rows=False, max_dim=adamw_above, reads_weight=False)
+    return Transform(init, update, by_rows=False, max_dim=adamw_above, reads_weight=False, rounded=())
 
 
 def _tensors_of(optimizer: torch.optim.Optimizer) -> list[State]:

@@ -30,6 +30,7 @@ from titan_moe.optimizer.load_lr import Group, keep_factors, layer_factors, para
 from titan_moe.optimizer.matrix import Matrix, Task, check_whole_experts, step_matrix, step_owned, takes
 from titan_moe.optimizer.outside import skips_by_itself, step_outside, takes_scalars
 from titan_moe.optimizer.owners import find_owners
+from titan_moe.optimizer.rounding import check_state_dtype, is_narrow, narrowed
 from titan_moe.optimizer.transform import Kernel, Transform, adamw
 from titan_moe.runtime.dtensor import local, wrapped_like
 
@@ -88,6 +89,7 @@ class Optimizer(torch.optim.Optimizer):
         """Take over a loaded state, and the settings of its groups."""
         super().__setstate__(state)
         self._prepare()
+        self._narrow_again()
 
     @torch.no_grad()
     def step(
@@ -193,6 +195,10 @@ class Optimizer(torch.optim.Optimizer):
             groups = [group for group, rule in zip(self.param_groups, self.rules, strict=True) if rule is outside]
             outside.__setstate__({"state": self.state, "param_groups": groups})
 
+        # places among all parameters, which are the same in every layout
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._numbers = {parameter: number for number, parameter in enumerate(every)}
+
         # a transform for each matrix, because it may keep things of its own beside the state (Meta's package does)
         transforms: dict[Rule, dict[Tensor, Transform]] = {}
         heads: dict[Tensor, Heads] = {}
@@ -204,6 +210,7 @@ class Optimizer(torch.optim.Optimizer):
                     transform = transform_of(rule.make, part)
                     if takes(transform, group, parameter, heads.get(parameter)):
                         check_whole_experts(rule.name, group, parameter)
+                        check_state_dtype(rule.name, group, transform)
                         transforms.setdefault(rule, {})[parameter] = transform
 
         # Roots and bases are the dearest work of a step. Those of one rule's matrices, in whatever groups, are spread
@@ -212,8 +219,18 @@ class Optimizer(torch.optim.Optimizer):
         for of_rule in transforms.values():
             for number, (parameter, transform) in enumerate(of_rule.items()):
                 offset = transform.period * number // len(of_rule)
-                owned = owners.get(parameter)
-                self._matrices[parameter] = Matrix(transform, offset, heads.get(parameter), owned)
+                matrix = Matrix(
+                    transform, offset, heads.get(parameter), self._numbers[parameter], owners.get(parameter)
+                )
+                self._matrices[parameter] = matrix
+
+    def _narrow_again(self) -> None:
+        """Give states that torch has loaded in their parameter's type the one that they were saved in; exact."""
+        for group, rule in self._ruled():
+            for parameter in group["params"] if is_narrow(group) else ():
+                matrix = self._matrices.get(parameter)
+                names = matrix.transform.rounded if matrix else kernel_of(rule, group).rounded
+                self.state[parameter] = narrowed(self.state.get(parameter, {}), names)
 
     def _parts(self, group: Group, parameters: Sequence[Tensor]) -> list[Group]:
         """These parameters of a group, apart by their scales: each part with the settings that hold for it."""
@@ -235,9 +252,9 @@ class Optimizer(torch.optim.Optimizer):
 
         A kernel does it while it reads them, which saves a pass over memory.
         """
-        if grad_norm is None or max_norm <= 0:
+        grad_scale = None if grad_norm is None else clip_scale(grad_norm, max_norm)
+        if grad_scale is None:
             return None
-        grad_scale = ((grad_norm + 1e-6) / max_norm).clamp(min=1.0)
         parameters = list(self._matrices)
         for outside in self._outside:
             if not takes_scalars(outside):
@@ -280,12 +297,11 @@ class Optimizer(torch.optim.Optimizer):
             matrices = [parameter for parameter in by_kernel if parameter in self._matrices]
             by_kernel = [parameter for parameter in by_kernel if parameter not in self._matrices]
         if by_kernel:
-            kernel = transform_of(rule.make, part).kernel or transform_of(adamw, part).kernel
-            assert kernel is not None
+            kernel = kernel_of(rule, part)
             if "load_lr" in part:
-                step_experts_by_kernel(kernel, part, by_kernel, self.state, scalars, factor_E, alive_E)
+                step_experts_by_kernel(kernel, part, by_kernel, self.state, scalars, self._numbers, factor_E, alive_E)
             else:
-                step_by_kernel(kernel, part, by_kernel, self.state, scalars)
+                step_by_kernel(kernel, part, by_kernel, self.state, scalars, self._numbers)
         for parameter in matrices:
             task = Task(self._matrices[parameter], parameter, self.state[parameter], part)
             if task.matrix.owned is not None:
@@ -438,10 +454,22 @@ def transform_of(make: Callable[..., Transform], group: Group) -> Transform:
     return make(**{name: settings[name] for name in arguments_of(make)})
 
 
+def kernel_of(rule: Rule, group: Group) -> Kernel:
+    """What updates those parameters of a group that no direction does: the rule's own kernel, or AdamW's."""
+    kernel = transform_of(rule.make, group).kernel or transform_of(adamw, group).kernel
+    assert kernel is not None
+    return kernel
+
+
 @functools.cache
 def arguments_of(make: Callable[..., Transform]) -> tuple[str, ...]:
     """The names of a maker's arguments."""
     return tuple(inspect.signature(make).parameters)
+
+
+def clip_scale(grad_norm: Tensor, max_norm: float) -> Tensor | None:
+    """What gradients of that norm are divided by to be clipped to `max_norm`; None where they are not (0)."""
+    return ((grad_norm + 1e-6) / max_norm).clamp(min=1.0) if max_norm > 0 else None
 
 
 def divide(gradients: Sequence[Tensor], scale: Tensor) -> None:

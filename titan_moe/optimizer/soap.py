@@ -30,6 +30,7 @@ from titan_moe.optimizer.kronecker import (
     mean_factor,
     to_blocks,
 )
+from titan_moe.optimizer.rounding import mixed
 from titan_moe.optimizer.transform import MOMENTS, MatmulDtype, State, Tick, Transform, adamw
 from titan_moe.runtime.dtypes import DTYPES
 
@@ -150,10 +151,7 @@ def first_basis(side: Side, factor: Factor, blocks: Tensor, state: State) -> Non
 
 def hashed_numbers(size: int, like: Tensor) -> Tensor:
     """(S, S) numbers in [-0.5, 0.5), the same on every device: hashes of their indices by integers, which are exact."""
-    number = torch.arange(size * size, device=like.device)
-    for _ in range(2):
-        number = ((number ^ (number >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
-    number = number ^ (number >> 16)
+    number = mixed(torch.arange(size * size, device=like.device))
     return (number.to(like.dtype) / 2**32 - 0.5).view(size, size)
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 State = dict[str, Tensor]
 MatmulDtype = Literal["float32", "bfloat16"]
+StateDtype = Literal["float32", "bfloat16"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's first and second, by torch's names
+ROUNDED = (*MOMENTS, "momentum_buffer")  # states that may be in bfloat16; factors, roots and bases would suffer
 
 
 class Tick(NamedTuple):
@@ -65,6 +67,7 @@ class Kernel(NamedTuple):
     """The whole step of a transform that treats each element by itself, so that shapes and shards do not matter.
 
     `states` are the names of what it keeps for each element, zero at first, or as the weight those in `copies`.
+    Those in `rounded` may be in bfloat16 between steps.
     `scalars` are the names of what it keeps one fp32 number of for each parameter, or each expert, zero at first.
     Before a step `advance(scalars, steps, lr)` gives their new values, of one parameter or (E,) of all its experts.
     `average(weight, *states)` gives weights that are averaged over steps: they are to be evaluated and exported.
@@ -76,6 +79,7 @@ class Kernel(NamedTuple):
     scalars: tuple[str, ...] = ()
     advance: Callable[[State, Tensor, Tensor], State] | None = None
     average: Callable[..., Tensor] | None = None
+    rounded: tuple[str, ...] = ROUNDED
 
 
 class Transform(NamedTuple):
@@ -96,6 +100,7 @@ class Transform(NamedTuple):
     `retract(weight, state, tick)` brings weights (R, M, N) back, in place, to where they are kept after each step: onto
     a sphere, for example. Rows that are not alive must stay as they are.
 
+    `rounded` are the names of states that may be in bfloat16 between steps (`state_dtype`): `update` sees them in fp32.
     `reads_weight`: update asks for `tick.weight()`. One that does not says so, which spares half of what is sent to the
     owner of a sharded dense matrix.
     """
@@ -107,6 +112,7 @@ class Transform(NamedTuple):
     period: int = 0
     kernel: Kernel | None = None
     retract: Callable[[Tensor, State, Tick], None] | None = None
+    rounded: tuple[str, ...] = ROUNDED
     reads_weight: bool = True
 
 

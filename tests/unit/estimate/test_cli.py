@@ -180,10 +180,13 @@ def test_whatever_a_run_can_have(more: str) -> None:
     assert result.peak > result.parameters + result.optimizer_state
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZER_NAMES if name != "distributed_shampoo"])
-def test_state_of_optimizers(name: str) -> None:
+STATES = [f"--optimizer.expert.name {name}" for name in OPTIMIZER_NAMES if name != "distributed_shampoo"]
+
+
+@pytest.mark.parametrize("more", [*STATES, "--optimizer.state_dtype bfloat16"])
+def test_state_of_optimizers(more: str) -> None:
     """Some look at values on the host, which a simulation has not; the state is that of a real step all the same."""
-    words = ("--optimizer.expert.name", name, "--training.local_batch_size", "1")
+    words = (*more.split(), "--training.local_batch_size", "1")
     config = load_config([*MODEL, *words])
     model = build_model(config)
     model.init_weights(0)
