@@ -75,7 +75,7 @@ def test_signal_to_noise_of_known_gradients(name, steps, load_lr):
         observe_gradients(experts, optimizer, moments, torch.tensor(True), load)
         optimizer.step(load=load, finite=torch.tensor(True))
     stats = measured(experts, optimizer, moments)
-    keeps_them = name in ("adamw", "shampoo", "shampoo_fast", "soap", "in bfloat16", "Adam")
+    keeps_them = name in ("adamw", "adamh", "shampoo", "shampoo_fast", "soap", "in bfloat16", "Adam")
     assert any(moments.values()) == (not keeps_them)
     assert stats.gradient_snr[0, 0] < 0.2  # noise alone: the first moment by itself would say 0.24 or more
     assert stats.gradient_snr[0, 1:].tolist() == pytest.approx(SNRS[1:], rel=0.15)
