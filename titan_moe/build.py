@@ -10,6 +10,7 @@ from torch import nn
 
 from titan_moe.balancer import BALANCERS, Balancer
 from titan_moe.config import Config, find_component
+from titan_moe.config.checks import parametrization_of
 from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import Data, build_data
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
@@ -17,8 +18,9 @@ from titan_moe.model.moe import MEASURED, WEIGHTS, InitState, Measure
 from titan_moe.model.routing import ROUTERS, ParametricRouter, force_balanced
 from titan_moe.model.routing.common import asked_for, parametric
 from titan_moe.model.transformer import Transformer
+from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
+from titan_moe.optimizer.groups import GROUP_PATTERNS, Scale, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import Optimizer, combine
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
@@ -34,7 +36,7 @@ from titan_moe.runtime.world import Runtime
 
 def build_model(config: Config) -> Transformer:
     """Build the model of a config whose vocab_size is known, on the current default device (`meta`: no memory)."""
-    model, moe = config.model, config.moe
+    model, moe, parametrization = config.model, config.moe, parametrization_of(config)
 
     # A selection bias that nothing moves would be zeros in every checkpoint, so it is there only for a balancer.
     return Transformer(
@@ -61,6 +63,8 @@ def build_model(config: Config) -> Transformer:
         expert_bias=has_expert_bias(config),
         balancer_inits=balancer_inits(config),
         measures=measures(config),
+        multipliers=parametrization.multipliers,
+        std_of=parametrization.std_of,
     )
 
 
@@ -204,6 +208,16 @@ def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str
         tables = [arguments.get(group["name"], {}) for group in members]
         alike = {k: v for k, v in tables[0].items() if k in taken and all(table.get(k) == v for table in tables)}
         return builder(members, **{**given, **alike})
+
+    # A parametrization may give each parameter a rate of its own; the group's is that of its base.
+    scale_of, parameters = parametrization_of(config).scale_of, dict(model.named_parameters())
+    name_of = {parameter: plain_name(name) for name, parameter in parameters.items()}
+    for group in groups:
+        settings = {**config.optimizer.arguments, **arguments.get(group["name"], {})}
+        optimizer = names.get(group["name"], config.optimizer.name)
+        scales = [scale_of(name_of[parameter], optimizer, settings) for parameter in group["params"]]
+        if any(scale != Scale() for scale in scales):
+            group["scales"] = scales
 
     return combine(groups, {group["name"]: names.get(group["name"], config.optimizer.name) for group in groups}, build)
 
