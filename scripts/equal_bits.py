@@ -36,6 +36,7 @@ OPTIMIZERS = {
     "shampoo_fast": "--optimizer.expert.name shampoo_fast",
     "soap": "--optimizer.expert.name soap",
     "muon": "--optimizer.expert.name muon",
+    "dense_soap": "--optimizer.dense.name soap --optimizer.dense.precondition_frequency 2",
     "load_lr": "--optimizer.expert.load_lr ideal_normalized --optimizer.expert.load_lr_ema 0.5",
     "muon_by_load": "--optimizer.expert.name muon --optimizer.expert.load_lr batch_fraction",
     "outside": "--optimizer.name torch.optim:NAdam",
@@ -50,7 +51,10 @@ OTHERS = {
     "compiled": "--compile.enable",
     "checkpointed": "--activation_checkpoint.mode full --training.mixed_precision_param bfloat16",
 }
-ON_TWO = {"fsdp2": ["shampoo_fast", "muon", "load_lr", "sequence", "exact"], "ep2": ["soap", "load_lr", "sequence"]}
+ON_TWO = {
+    "fsdp2": ["shampoo_fast", "muon", "dense_soap", "load_lr", "sequence", "exact"],
+    "ep2": ["soap", "load_lr", "sequence"],
+}
 TIMES = ("balance_tax", "seconds", "per_second", "mfu", "tflops", "memory", "gib", "time")
 
 

@@ -35,7 +35,7 @@ BALANCER_CASES = [*cases(BALANCERS), OWN_BALANCER, EVERYTHING]
 BUILT = {str(case): build(BALANCERS, case.name, **case.arguments) for case in BALANCER_CASES}
 INITS = {name: balancer.init for name, balancer in BUILT.items() if balancer.init is not None}
 MEASURES = {name: balancer.measure for name, balancer in BUILT.items() if balancer.measure is not None}
-NOISY_BALANCERS = {"erc": "ranks, micro-batches and compiled code draw other noise"}
+NOISY_BALANCERS = {"erc": "ranks and micro-batches draw other noise"}
 RATES = expand_load_lr({"load_lr": "ideal_normalized"}, top_k=1)
 
 

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from titan_moe.balancer import SEEN, Balancer, Scope, margin_counts
 from titan_moe.build import build_balancers, build_router
-from titan_moe.config import Config
+from titan_moe.config import Config, find_component
 from titan_moe.config.sections import balancer_tables
 from titan_moe.model.moe import MEASURED, WEIGHTS, Measure, all_experts_here, linear_router
 from titan_moe.model.routing import ParametricRouter, Routing
-from titan_moe.model.routing.common import OFFERED, asked_for
+from titan_moe.model.routing.common import OFFERED, ParameterError, asked_for, place_of
 from titan_moe.model.transformer import fill, places_of
 from titan_moe.step import sequence_load
 
@@ -29,13 +29,14 @@ SEQUENCES, TOKENS, LAYERS, WIDTH = 2, 16, 2, 8
 Expected = tuple[tuple[int, ...], torch.dtype]
 
 
-def check_parts(config: Config) -> None:
+def check_parts(config: Config) -> list[str]:
     """Call router and balancers; ValueError where one can't be called so, or gives another thing than it must.
 
-    No random state is changed. A fault inside a part from outside names its file and line.
+    No random state is changed. A fault inside a part from outside names its file and line. Returns what to tell of a
+    router that may be meant so, but would mislead where it is not, a line each.
     """
     if not config.moe.num_experts:
-        return
+        return []
 
     # Their builders speak of their own keys, so that what they raise stays as it is.
     balancers = {name: balancer for name, (_, balancer) in build_balancers(config).items()}
@@ -57,6 +58,7 @@ def check_parts(config: Config) -> None:
                 check_loss(balancers[label], label, routing, values)
                 check_post_step(balancers[label], routing)
                 check_projection(balancers[label], values["router"])
+    return [f"router {config.router.name}: {caution}" for caution in cautions_of(routing)]
 
 
 @contextlib.contextmanager
@@ -64,19 +66,23 @@ def blamed(part: str, component: str) -> Iterator[None]:
     """Put the part's name before the errors inside; of faults of a component from outside say where they are, too."""
     try:
         yield
-    except WrongResultError as error:
+    except (WrongResultError, ParameterError) as error:
         raise ValueError(f"{part}: {error}") from error
     except Exception as error:
         if ":" not in component:  # what ours raise speaks of their keys, and anything else is a fault of this package
             raise
 
-        # The innermost line of the part's own file: deeper ones are torch's, and tell its author less.
+        # The innermost line of the part's own file: deeper ones are torch's, and tell its author less. Where a function
+        # could not even be called, the only line at hand would be ours.
         frames = traceback.extract_tb(error.__traceback__)
         file = component.partition(":")[0].replace(".", "/")
         last = next((f for f in reversed(frames) if file in f.filename.replace("\\", "/")), frames[-1])
+        place = f"{Path(last.filename).name}:{last.lineno}"
+        if Path(last.filename).is_relative_to(Path(__file__).parent):
+            place = f"in what {place_of(find_component({}, component))} gives"
         what = " ".join(f"{type(error).__name__}: {error}".split())
         tried = f"tried on {SEQUENCES} sequences of {TOKENS // SEQUENCES} tokens"
-        raise ValueError(f"{part}: {what} ({Path(last.filename).name}:{last.lineno}, {tried})") from error
+        raise ValueError(f"{part}: {what} ({place}, {tried})") from error
 
 
 @contextlib.contextmanager
@@ -183,6 +189,30 @@ def check_routing(routing: Any, num_experts: int) -> None:
     counts_E = ids_TK.flatten().bincount(minlength=num_experts + 1)[:num_experts]
     if not torch.equal(routing.tokens_per_expert, counts_E):
         raise WrongResultError("tokens_per_expert must count topk_experts: let make_routing do it")
+
+
+def cautions_of(routing: Routing) -> list[str]:
+    """What a sound Routing may be meant to do, but misleads where it is not: of scores and weights, a line each."""
+    # A router by threshold may leave a token without experts, and then without scores.
+    said = []
+    used_TK = routing.topk_experts < routing.scores.shape[-1]
+    sums = routing.scores.detach().sum(-1)[used_TK.any(-1)]
+    if sums.numel() and float((sums - 1).abs().max()) > 1e-3:
+        low, high = (f"{float(end):.3g}" for end in (sums.min(), sums.max()))
+        said.append(
+            f"the scores of a token sum to {low if low == high else f'{low} to {high}'} over the experts, not to 1, "
+            "but losses of balancers, entropies and metrics take them for probabilities: divide them by their sum"
+        )
+
+    # Weights of any sum are common. These are not: the experts would learn nothing, or to be subtracted.
+    weights = routing.topk_scores.detach()[used_TK]
+    if not weights.numel():
+        said.append("no token has an expert: the layer gives nothing but its shared experts, if there are any")
+    elif not weights.any():
+        said.append("topk_scores are all 0: what experts give counts for nothing, and no gradient reaches them")
+    elif bool((weights < 0).all()):
+        said.append("topk_scores are all negative: what experts give is subtracted")
+    return said
 
 
 def check_effect(balancer: Balancer) -> None:

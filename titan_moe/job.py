@@ -72,7 +72,9 @@ def start_processes(config: Config, rt: Runtime) -> None:
     check_experts_backend(
         config.moe.experts_backend, device=rt.device, param_dtype=param_dtype, deterministic=training.deterministic
     )
-    check_parts(config)
+    said = check_parts(config)
+    for caution in said if rt.is_main else []:
+        logger.warning(caution)
     files.check_writable(Path(config.job.dump_folder))
     if config.metrics.enable_wandb:
         check_wandb()

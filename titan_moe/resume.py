@@ -6,7 +6,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from titan_moe.checkpoint import complete_steps, load_checkpoint, load_weights, resolve_checkpoint, step_to_resume
+from titan_moe.checkpoint import (
+    CheckpointError,
+    complete_steps,
+    load_checkpoint,
+    load_weights,
+    resolve_checkpoint,
+    step_to_resume,
+)
 from titan_moe.checkpoint.branch import leave_branch
 from titan_moe.checkpoint.export import EXPORT, has_export
 from titan_moe.checkpoint.folder import run_on_all_ranks, steps_after
@@ -79,7 +86,13 @@ def resume(job: Job) -> Progress:
         if config.initial_load_path:
             source = resolve_checkpoint(config.initial_load_path, "checkpoint.initial_load_path")
             check_same_factors(job, source)
-            load_weights(source, model=job.model, strict=config.initial_load_strict)
+            try:
+                load_weights(source, model=job.model, strict=config.initial_load_strict)
+            except CheckpointError:
+                raise
+            except ValueError as error:  # of another model, or with states of balancers of another size
+                mend = "checkpoint.initial_load_strict = false takes what fits, and leaves the rest as in a new run"
+                raise ValueError(f"{error}: {mend}") from error
             logger.info("starting from the weights of %s", source)
         return Progress()
     return load_run(job, step_folder)

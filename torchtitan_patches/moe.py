@@ -22,6 +22,7 @@ from torchtitan.distributed.spmd_types import maybe_set_sparse_mesh
 from torchtitan.models.common.moe import MoE, TokenChoiceTopKRouter
 from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, LocalTokenDispatcher
 from torchtitan.protocols.module import Module
+from torchtitan.tools.logging import logger
 
 from titan_moe.build import build_balancers, build_router
 from titan_moe.config import Config, merge_layers
@@ -175,7 +176,8 @@ def check_tables(moe: MoE.Config, router: Table, balancers: Table) -> None:
     """Call router and balancers on a few random tokens, in the sizes of this layer; ValueError for what goes wrong."""
     tables = router_tables(moe.router, router, balancer=balancers)
     try:
-        check_parts(tables)
+        for caution in check_parts(tables):
+            logger.warning(f"torchtitan_patches: {caution}")
     except ValueError as error:
         raise ValueError(f"torchtitan_patches: {error}") from error
 

@@ -242,6 +242,9 @@ def made_up_layer(
         "share": (load_E / load_E.sum()).tolist(),
         "maxvio": float(load_E.max() / load_E.mean() - 1),
         "load_entropy": 0.9,
+        "choices_per_token": float(load_E.sum() / num_tokens),
+        "unused_slots": 1000 * index,
+        "unrouted_tokens": 10 * index,
         "documents": {**spread, "share_mean": kl, "share_std": kl},
         "specialisation": {"kl": kl, "kl_random": kl, "excess": kl, "mean": 0.5 + 0.01 * index},
         "coactivation": {
@@ -254,6 +257,7 @@ def made_up_layer(
         "margin": None
         if top_k == num_experts
         else {"mean": 0.1, "median": 0.05, "histogram": rng.integers(0, 9, 22).tolist(), "negative_share": 0.0},
+        "margin_missing": "every token has every expert" if top_k == num_experts else None,
         "entropy": {"mean": 1.5, "normalised_mean": 0.7, "histogram": rng.integers(0, 9, 32).tolist()},
         "dead_experts": np.flatnonzero(load_E < 0.1 * load_E.mean()).tolist(),
         "overlapping_pairs": [

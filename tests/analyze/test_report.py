@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from tests.analyze.made_up import NASTY, made_up
+from titan_moe import theme
+from titan_moe.analyze.figures import Map, heatmap, span
 from titan_moe.analyze.report import offered_layers, write_report
+from titan_moe.analyze.tables import tables
 
 CASES: dict[str, dict[str, Any]] = {
     "several checkpoints": {"num_checkpoints": 3},
@@ -104,6 +107,46 @@ def test_it_says_what_was_measured(tmp_path: Path):
     value, layer, expert = max(one for one in excess if one[1:] != (1, 1))
     assert summary.startswith("Dead: expert 1 of layer 1. ")
     assert f"The most specialised expert is {expert} of layer {layer} ({value:.2f} nats)" in summary
+
+
+def test_slots_and_tokens_without_experts_are_told_of_each_layer(tmp_path: Path):
+    analysis = made_up()
+    document, _, _ = page_of(tmp_path, analysis)
+    head, cells = document.inside("th"), document.inside("td")
+    width = len(head) - head.index("MaxVio") + 1
+    assert head[-3:] == ["experts a token", "unused slots", "tokens without expert"]
+    rows = [cells[-width * n :][:width] for n in (3, 2, 1)]
+    assert [row[0] for row in rows] == ["1", "2", "3"]
+    assert [row[-3:] for row in rows] == [["2.00", "0", "0"], ["2.00", "1,000", "10"], ["2.00", "2,000", "20"]]
+    page = tables(analysis)
+    assert "| experts a token | unused slots | tokens without expert |\n" in page
+    for ending in (" | 2 | 0 | 0 |\n", " | 2 | 1,000 | 10 |\n", " | 2 | 2,000 | 20 |\n"):
+        assert ending in page
+
+
+def test_a_layer_without_a_margin_says_why(tmp_path: Path):
+    analysis = made_up()
+    assert "No margin" not in page_of(tmp_path, analysis)[2] + tables(analysis)
+    for layer, reason in ((0, "no token has an expert"), (2, "no token has an expert"), (1, "other")):
+        analysis["layers"][layer] |= {"margin": None, "margin_missing": reason}
+    for text in (page_of(tmp_path, analysis)[2], tables(analysis)):
+        assert "No margin in layers 1, 3: no token has an expert." in text
+        assert "No margin in layer 2: other." in text
+
+
+@pytest.mark.parametrize(
+    ("losses", "wanted"),
+    [
+        ([0.00231, 0.00198, -0.00004, 0.0], ["0.00231", "0.00198", "-0.00004", "0.00000"]),
+        ([1.0, 0.25], ["1.00", "0.25"]),
+    ],
+)
+def test_cells_of_small_numbers_are_told_apart(losses: list[float], wanted: list[str]):
+    scale = span(np.array(losses), "loss", signed=True, least=1e-6)
+    names = [str(expert) for expert in range(len(losses))]
+    with theme.style():
+        figure = heatmap(Map(np.array([losses]), scale, "layer", ["0"], "expert", names))
+    assert [text.get_text() for text in figure.axes[0].texts] == wanted
 
 
 def test_tokens_are_coloured_by_their_experts(tmp_path: Path):

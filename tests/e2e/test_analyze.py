@@ -236,8 +236,31 @@ def test_one_layer_of_experts_of_which_a_token_takes_one(tmp_path: Path) -> None
     step = make_checkpoint(tmp_path / "alone", **switch, **{"moe.num_experts": 1})
     (layer,) = analysis(tmp_path / "out", "--checkpoint", step, *words)["layers"]
     assert (layer["margin"], layer["maxvio"], layer["share"]) == (None, 0, [1])
+    reason = "every token has every expert, so that there is none to compare a choice with"
+    assert layer["margin_missing"] == reason
+    for name in ("analysis.md", "report.html"):
+        assert f"No margin in layer 0: {reason}." in (tmp_path / "out" / name).read_text()
     assert layer["specialisation"]["mean"] == pytest.approx(0, abs=1e-9)
     assert layer["entropy"]["mean"] == 0
+
+
+def test_unused_slots_are_counted_by_layer(tmp_path: Path) -> None:
+    """By a plain loop over the routings of the same tokens, of a router that leaves some slots empty."""
+    step = make_checkpoint(tmp_path / "run", **{"router.name": "threshold", "router.max_k": 3})
+    file = write_text(tmp_path / "text.jsonl", 20)
+    words = ["--data.path", file, "--data.cache_folder", tmp_path / "cache", "--training.seq_len", 32]
+    found = analysis(tmp_path / "out", "--checkpoint", step, *words)
+    model, _ = load_model(step)
+    tokens = torch.tensor([one["ids"] for text in found["sample"]["texts"] for one in text["sequences"]])
+    with torch.no_grad():
+        _, routings = model(tokens, want="routings")
+    assert tokens.numel() == found["num_tokens"]
+    for layer, routing in zip(found["layers"], routings, strict=True):
+        experts = [[e for e in row if e < 8] for row in routing.topk_experts.tolist()]
+        assert layer["unused_slots"] == sum(3 - len(row) for row in experts)
+        assert layer["unrouted_tokens"] == sum(not row for row in experts)
+        assert layer["choices_per_token"] == pytest.approx(sum(map(len, experts)) / tokens.numel(), rel=1e-5)
+    assert any(layer["unused_slots"] for layer in found["layers"])
 
 
 def test_identity_experts_are_the_last_and_have_no_weights(tmp_path: Path) -> None:
@@ -295,6 +318,9 @@ def test_bad_input(run: Path, tmp_path: Path) -> None:
         "negative": ([*at, "--top_tokens", -1], "--top_tokens (-1) must be at least 0"),
         "no passes": ([*at, "--ablation_passes", 0], "--ablation_passes (0) must be at least 1"),
         "no number": ([*at, "--min_count", "few"], "--min_count"),
+        "two after a flag": ([*at, run], f"give the flag again for each: --checkpoint {run} --checkpoint {run}"),
+        "no text": ([*at, "--data.path", "a="], "--data.path a=: names no file: write NAME=F, or F alone"),
+        "no name": ([*at, "--data.path", f"={text}"], "has no name before the =: write NAME=F, or F alone"),
         "a file": ([*at, "--out", tmp_path / "file"], "file is not writable: Not a directory"),
     }
     for name, (words, part) in cases.items():

@@ -1,7 +1,9 @@
 """examples/, by the commands and by what each says that it computes: docs/extending.md is written around them."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from titan_moe.balancer import Balancer, keep_bias
 from titan_moe.build import build_model, with_vocab_size
 from titan_moe.checkpoint import load_model
 from titan_moe.config import load_config, to_toml
-from titan_moe.model.routing import ROUTERS
+from titan_moe.model.routing import ROUTERS, Router, Routing, make_routing
 from titan_moe.study.grid import runs_of
 from titan_moe.study.spec import load_study
 
@@ -36,6 +38,26 @@ def test_router(train: Train, tmp_path: Path) -> None:
     assert command("generate", [*start, "--max_new_tokens", "1", "--trust_components", "examples"]).code == 0
     _, config = load_model(tmp_path / "run", trust_components=["examples"])
     assert config.router.arguments == {"power": 0.4}
+
+
+def test_a_router_that_may_mislead_is_told_at_the_start(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line; the run goes on, for it may be meant so."""
+
+    def sigmoids(*, top_k: int) -> Router:
+        def route(logits_TE: torch.Tensor, bias_E: torch.Tensor | None) -> Routing:
+            experts_TK = logits_TE.topk(top_k).indices
+            return make_routing(logits_TE, logits_TE.sigmoid(), logits_TE.sigmoid().gather(-1, experts_TK), experts_TK)
+
+        return route
+
+    module = ModuleType("my_moe")
+    module.sigmoids = sigmoids  # pyrefly: ignore
+    monkeypatch.setitem(sys.modules, "my_moe", module)
+    ended = train(router__name="my_moe:sigmoids", training__steps=1, balancer={"aux_loss": {"coeff": 0.1}})
+    assert ended.code == 0, ended.err
+    (line,) = [line for line in ended.err.splitlines() if "scores of a token" in line]
+    assert line.startswith("warning: router my_moe:sigmoids: the scores of a token sum to ")
+    assert "scores of a token" not in train("ours", training__steps=1).err
 
 
 def test_router_formula() -> None:

@@ -6,13 +6,19 @@ import os
 import random
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+from torch.testing import assert_close
 
 from tests.e2e.conftest import Arguments
 from tests.e2e.harness import Command, Ended, contents, end_two, records, start_two
+from titan_moe.balancer import BALANCERS, Balancer, no_loss
+from titan_moe.checkpoint import load_model
 
 Train = Callable[..., Ended]
 STEPS = 16
@@ -181,6 +187,24 @@ def test_more_steps_than_before(train: Train, tmp_path: Path) -> None:
         assert records(tmp_path / "short", kind) == records(tmp_path / "long", kind)
 
 
+def test_states_of_balancers_on_two_ranks(arguments: Arguments, tmp_path: Path) -> None:
+    """Every balancer of ours that keeps one: a run that stops in the middle is the whole run, weights and states."""
+    keeping = [name for name, builder in BALANCERS.items() if builder().init is not None]
+    assert keeping == ["smebu", "pid"]
+    on = {"balancer": {name: {"rate": 0.05} for name in keeping}, "parallelism__expert_parallel_degree": 2}
+    for name, steps in (("whole", 6), ("cut", 3), ("cut", 6)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        words = arguments(name, training__steps=steps, lr_scheduler__name="constant", **on)
+        assert end_two(start_two(words, tmp_path / f"log-{name}-{steps}")) == [0, 0]
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+    one, two = (load_model(tmp_path / name)[0] for name in ("whole", "cut"))
+    assert_close(two.state_dict(), one.state_dict(), rtol=0, atol=0)
+    states = one.balancer_states()
+    assert [*states] == keeping
+    assert all(layer.any() for name in keeping for layers in states[name].values() for layer in layers)
+
+
 def test_broken_checkpoints_are_skipped_in_one_line(train: Train, tmp_path: Path) -> None:
     """A truncated checkpoint and one without its metadata: resume takes the last complete one and says so."""
     assert train().code == 0
@@ -214,11 +238,42 @@ def test_weights_of_another_run(train: Train, tmp_path: Path) -> None:
 def test_weights_of_a_model_that_partly_fits(train: Train, tmp_path: Path) -> None:
     assert train("first").code == 0
     changes = {"moe__num_shared_experts": 1, "checkpoint__initial_load_path": str(tmp_path / "first")}
-    assert "another model: only here: model.layers.0.moe.shared_experts" in train("second", **changes).err
+    refused = train("second", **changes).err
+    assert "another model: only here: model.layers.0.moe.shared_experts" in refused
+    assert "checkpoint.initial_load_strict = false takes what fits" in refused
     ended = train("second", checkpoint__initial_load_strict=False, **changes)
     assert ended.code == 0, ended.err
     assert "this run keeps its initial layers.0.moe.shared_experts.w1.weight" in ended.err
     assert records(tmp_path / "second")[0]["loss"] < records(tmp_path / "first")[0]["loss"] - 0.1
+
+
+def test_weights_beside_a_state_of_another_size(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a balancer whose code has changed since: refused in a line that says how to take the weights alone."""
+
+    def keeping(size: int) -> Callable[[], Balancer]:
+        def init(num_experts: int) -> dict[str, torch.Tensor]:
+            return {"mean": torch.zeros(num_experts, size)}
+
+        return lambda: Balancer(no_loss, lambda load, bias, state: (bias, {"mean": state["mean"] + 1}), init=init)
+
+    module = ModuleType("my_moe")
+    monkeypatch.setitem(sys.modules, "my_moe", module)
+    module.keeps = keeping(1)  # pyrefly: ignore
+    on = {"balancer": {"my_moe:keeps": {}}, "training__steps": 2}
+    assert train("first", **on).code == 0
+
+    module.keeps = keeping(2)  # pyrefly: ignore
+    on["checkpoint__initial_load_path"] = str(tmp_path / "first")
+    ended = train("second", **on)
+    assert ended.code == 2, ended.err
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert "balancer_state.my_moe:keeps/mean is (4, 1) there, (4, 2) here" in line
+    assert line.endswith(
+        ": checkpoint.initial_load_strict = false takes what fits, and leaves the rest as in a new run"
+    )
+    ended = train("second", **on, checkpoint__initial_load_strict=False)
+    assert ended.code == 0, ended.err
+    assert "this run keeps its initial layers.0.moe.balancer_state.my_moe:keeps/mean" in ended.err
 
 
 def test_another_optimizer_on_the_way(train: Train, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -90,22 +91,41 @@ def test_own_code_of_the_study_is_trusted(write: Write) -> None:
     assert runner.analyze_command(1)(run)[-2:] == ["--trust_components", "tests.parts"]
 
 
-def test_slurm_trusts_the_own_code_of_every_run(write: Write) -> None:
-    """The first run has none; the line of the script is of all."""
+def recorded_analyses(script: Path, number: int, folder: Path) -> list[list[str]]:
+    """The words that each task of the array gives an analysis, by a python that writes them down and ends well."""
+    for task in range(number):
+        environment = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "RECORD": str(folder / f"words-{task}")}
+        subprocess.run(["bash", str(script)], env=environment, check=True)
+    return [(folder / f"words-{task}").read_text().splitlines() for task in range(number)]
+
+
+def test_slurm_gives_each_analysis_the_words_of_its_run(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own folder of checkpoints, whatever is in the name, and the own code that its configuration names."""
     from titan_moe.study import slurm
 
+    python = tmp_path / "a $HOME python"
+    python.write_text('#!/bin/sh\n[ "$2" = titan_moe.analyze ] && shift 2 && printf "%s\\n" "$@" > "$RECORD"\nexit 0\n')
+    python.chmod(0o755)
+    monkeypatch.setattr("titan_moe.study.runner.sys.executable", str(python))
+    folders = {"key": "checkpoint.folder", "values": ["kept", "it's $HOME"]}
     routers = {"key": "router.name", "values": ["topk_softmax", "examples.router:softplus"]}
-    study = load_study(write(study__analyze=True, study__seeds=[1], axes__coeff=routers))
+    study = load_study(write(study__analyze=True, study__seeds=[1], axes={"folder": folders, "router": routers}))
     runs = runs_of(study)
     for run in runs:
         prepare(run)
     script = slurm.write_script(study, runs, 1)
-    assert "--trust_components examples.router >> " in script.read_text()
+    want = []
+    for run in runs:
+        words = ["--checkpoint", str(run.folder / str(run.point["folder"])), "--out", str(run.folder / "analysis")]
+        is_own = run.point["router"] != "topk_softmax"
+        want.append([*words, "--trust_components", "examples.router"] if is_own else words)
+    assert len(want) == 4
+    assert recorded_analyses(script, 4, tmp_path) == want
 
 
 def test_slurm_analyzes_what_has_finished(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-
     from titan_moe.study import slurm
 
     python = tmp_path / "a python"

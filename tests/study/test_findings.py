@@ -192,7 +192,7 @@ def test_runs_of_different_length_are_compared_where_both_were(write: Write, cap
     home = compare_lengths(write)
     table = (home / "table.md").read_text()
     first, second = table.split("At 2,048 tokens, the most that all have seen:")
-    assert "| steps | seeds | steps | tokens | validation loss (nats/token) | accuracy |" in first
+    assert "| steps (as set) | seeds | steps | tokens | validation loss (nats/token) | accuracy |" in first
     assert "| 4 | 2 | 4 | 4,096 | 4.0000 ± 0.0000 |" in first
     assert "**" not in first
     assert "≈" not in first

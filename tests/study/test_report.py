@@ -26,7 +26,7 @@ from titan_moe.study.report.analysis import (
 from titan_moe.study.report.compare import compare, find_runs, read_runs
 from titan_moe.study.report.figures import measure_panels, u_curve
 from titan_moe.study.report.measures import MEASURES
-from titan_moe.study.report.page import Written
+from titan_moe.study.report.page import Written, study_report
 from titan_moe.study.runs import METRICS, history, last_records, measure, prepare
 from titan_moe.study.spec import load_study
 
@@ -164,6 +164,18 @@ def test_a_report_has_everything_and_needs_nothing_else(
     said = capsys.readouterr().out
     assert "Lowest validation loss: aux loss <coeff> 0.1, lr 0.0005 with 4." in said
     assert "below each of the 5 others by the paired 95 % interval" in said
+
+
+def test_no_two_columns_have_one_name(write: Write):
+    """An axis may be called as what comes of a run: a study of steps has two columns of these."""
+    study = load_study(write(axes={"steps": {"key": "training.steps", "values": [1, 2]}}, study__seeds=[1]))
+    runs = runs_of(study)
+    for run in runs:
+        train(run, [7.0] * run.config.training.steps)
+    study_report(study, runs)
+    head = (study.folder / "table.md").read_text().splitlines()[0].strip("| ").split(" | ")
+    assert head[:4] == ["steps (as set)", "seeds", "steps", "tokens"]
+    assert len(set(head)) == len(head)
 
 
 def test_the_axes_choose_the_figures(write: Write, fake: None):

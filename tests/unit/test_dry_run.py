@@ -1,8 +1,10 @@
 """Parts from outside that give what they must not: one line that names them, before data is read."""
 
+import functools
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -13,9 +15,12 @@ from torch import Tensor, nn
 from tests.cases import top_k_of
 from tests.interop.models import configure
 from tests.invariance import ALL_ROUTERS, partners
+from tests.tiny import adamw, batch
 from titan_moe.balancer import Balancer, keep_bias, no_loss
+from titan_moe.build import build_model
 from titan_moe.dry_run import check_parts
-from titan_moe.model.routing import ROUTERS, ParametricRouter
+from titan_moe.model.routing import ROUTERS, ParametricRouter, Routing, make_routing
+from titan_moe.step import train_step
 
 ON_BY_DEFAULT = ("aux_loss", "z_loss", "entropy_loss")
 PLAIN = ROUTERS["topk_softmax"](top_k=2)
@@ -55,6 +60,16 @@ def changed(**fields: Any) -> Any:
     return lambda logits, bias: PLAIN(logits, bias)._replace(**fields)
 
 
+def unused(used_TK: Tensor) -> Any:
+    """A router that gives make_routing this mask."""
+
+    def route(logits: Tensor, bias: Tensor | None) -> Any:
+        plain = PLAIN(logits, bias)
+        return make_routing(logits, plain.scores, plain.topk_scores, plain.topk_experts, used_TK=used_TK)
+
+    return route
+
+
 BAD_ROUTERS: list[tuple[Any, str]] = [
     (lambda logits, bias: logits.topk(2), "must return a Routing, gave topk"),
     (lambda logits, bias: None, "must return a Routing, gave NoneType"),
@@ -71,6 +86,14 @@ BAD_ROUTERS: list[tuple[Any, str]] = [
     ),
     (changed(kept=torch.ones(16)), "kept of its Routing must be (16, 2) bool, gave (16,) float32"),
     (lambda logits, bias, z: None, "takes 'z', which is not offered: x, router, layer, positions, document_ids are"),
+    (
+        unused(torch.ones(16, dtype=torch.bool)),
+        "used_TK must be a bool for each of topk_experts, (16, 2), is (16,) torch.bool",
+    ),
+    (
+        unused(torch.ones(16, 2)),
+        "used_TK must be a bool for each of topk_experts, (16, 2), is (16, 2) torch.float32",
+    ),
     (failing, "RuntimeError: mat1 and mat2 shapes cannot be multiplied (16x8 and 16x8)"),
     (own(width=5), "its module must give logits (16, 8) float32, gave (16, 5) float32"),
     (own(scale=torch.ones(())), "parameter scale must be fp32 of one dimension or more, is () float32"),
@@ -112,7 +135,8 @@ BAD_BALANCERS: list[tuple[Any, str]] = [
     (lambda load: load, "must give a Balancer, gave function"),
     (Balancer(lambda r, load, n: r.scores.mean(0), keep_bias), "loss must return a scalar tensor, gave (8,) float32"),
     (Balancer(lambda r, load, n: 0.5, keep_bias), "loss must return a scalar tensor, gave float"),
-    (Balancer(lambda r, load: r.scores.mean(), keep_bias), "TypeError: "),
+    (Balancer(lambda r, load: r.scores.mean(), keep_bias), "<lambda> at test_dry_run.py:"),
+    (Balancer(lambda r, load: r.scores.mean(), keep_bias), " must take 3 arguments by position, and takes 2"),
     (
         Balancer(no_loss, lambda load, bias: bias[0]),
         "post_step must return the expert_bias, (2, 8) float32, gave (8,) float32",
@@ -210,6 +234,86 @@ def test_a_fault_says_where_it_is(part: ModuleType) -> None:
         check_parts(configure(**{"router.name": name}))
 
 
+def with_weights(logits: Tensor, bias: Tensor | None, weights: Tensor) -> Any:
+    return PLAIN(logits, bias)
+
+
+@pytest.mark.parametrize("router", [with_weights, functools.partial(with_weights)], ids=["function", "partial"])
+def test_a_wrong_parameter_says_whose_it_is(part: ModuleType, router: Any) -> None:
+    """The function with its file and line, not the line of ours that looked."""
+    part.bad = lambda *, top_k: router  # pyrefly: ignore
+    line = with_weights.__code__.co_firstlineno
+    with pytest.raises(
+        ValueError,
+        match=rf"^router my_moe:bad: with_weights at test_dry_run\.py:{line} takes 'weights', which is not offered: ",
+    ) as found:
+        check_parts(configure(**{"router.name": "my_moe:bad"}))
+    assert "common.py" not in str(found.value)
+
+
+def make_unobservant() -> Balancer:
+    return Balancer(no_loss, lambda load, bias: bias, observe=lambda routing: routing.tokens_per_expert)
+
+
+def test_a_function_that_cannot_be_called_says_whose_it_is() -> None:
+    """Of those that nobody looks at before they are called, in whose parts no line was reached: who made them."""
+    name, line = f"{__name__}:make_unobservant", make_unobservant.__code__.co_firstlineno
+    with pytest.raises(
+        ValueError,
+        match=rf"^balancer {name}: TypeError: .*takes 1 positional argument but 2 were given "
+        rf"\(in what make_unobservant at test_dry_run\.py:{line} gives, tried on",
+    ):
+        check_parts(configure(**{f"balancer.{name}": "true"}))
+
+
+@dataclass  # with an __eq__ of its own and no __hash__
+class WithoutHash:
+    names: list[str]
+
+    def __call__(self, logits: Tensor, bias: Tensor | None, layer: int) -> Routing:
+        return PLAIN(logits, bias)
+
+
+@dataclass
+class LossWithoutHash:
+    names: list[str]
+
+    def __call__(self, routing: Routing, load: Tensor, num_tokens: Tensor | int, index: int) -> Tensor:
+        return routing.scores.sum() * (index + 1) / num_tokens
+
+
+def test_objects_that_have_no_hash_are_parts(part: ModuleType) -> None:
+    part.route = lambda *, top_k: WithoutHash(["x"])  # pyrefly: ignore
+    part.balance = lambda: Balancer(LossWithoutHash(["x"]), keep_bias)  # pyrefly: ignore
+    config = configure(**{"router.name": "my_moe:route", "balancer.my_moe:balance": "true"})
+    assert check_parts(config) == []
+
+    # And they are called so in a step, which looks at what a loss asks for each time.
+    model = build_model(config)
+    model.init_weights(0)
+    assert model.moe_layers()[0].asked == ("layer",)
+    balancers = {"balance": (1.0, Balancer(LossWithoutHash(["x"]), keep_bias))}
+    output = train_step(model, [batch(0)], adamw(model), balancers, model.expert_biases(), max_norm=1.0)
+    assert output.balance_losses["balance"].item() == pytest.approx(1.5)  # mean over layers of 1 and 2
+
+
+CAUTIONS: list[tuple[Any, str]] = [
+    (changed(scores=torch.full((16, 8), 0.25)), "the scores of a token sum to 2 over the experts, not to 1, but "),
+    (changed(topk_scores=torch.zeros(16, 2)), "topk_scores are all 0: what experts give counts for nothing, and no "),
+    (changed(topk_scores=torch.full((16, 2), -1.0)), "topk_scores are all negative: what experts give is subtracted"),
+    (unused(torch.zeros(16, 2, dtype=torch.bool)), "no token has an expert: the layer gives nothing but its "),
+]
+
+
+@pytest.mark.parametrize(("router", "message"), CAUTIONS, ids=[message[:30] for _, message in CAUTIONS])
+def test_cautions(part: ModuleType, router: Any, message: str) -> None:
+    """What is no mistake, but misleads where it is not meant so, is told."""
+    part.odd = lambda *, top_k: router  # pyrefly: ignore
+    config = configure(**{"router.name": "my_moe:odd", "balancer.loss_free": "false"})
+    (caution,) = check_parts(config)
+    assert caution.startswith(f"router my_moe:odd: {message}")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -237,5 +341,5 @@ def test_ours_pass(router: Any) -> None:
         given = {f"balancer.{balancer.name}.{key}": value for key, value in balancer.arguments.items()}
         given = given or {f"balancer.{balancer.name}": "true"}
         off = {f"balancer.{name}": "false" for name in ON_BY_DEFAULT if name != balancer.name}
-        check_parts(configure(**{**words, **off, **given}))
+        assert check_parts(configure(**{**words, **off, **given})) == []
     assert torch.equal(torch.get_rng_state(), before)

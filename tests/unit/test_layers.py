@@ -31,6 +31,7 @@ LAYERS = {
     "optimizer.ademamix": 0,
     "optimizer.kernels": 0,
     "optimizer.matrix": 0,
+    "optimizer.owners": 0,
     "optimizer.outside": 0,
     "optimizer.schedule_free": 0,
     "optimizer.optimizer": 0,

@@ -1,4 +1,6 @@
-"""The analysis of one or several checkpoints as one document, plain enough for JSON: docs/analyze.md has its fields.
+"""The numbers of one or several checkpoints as parts of one document, plain enough for JSON: docs/analyze.md has it.
+
+What is shown of the texts themselves is in `excerpts`.
 
 Shapes: X texts, C classes, V vocabulary, L MoE layers, E experts, K choices, S positions, N checkpoints.
 """
@@ -22,15 +24,13 @@ from titan_moe.analyze.probes import (
     changed_sets,
     keep_sequences,
 )
-from titan_moe.analyze.tokens import CLASSES, Vocabulary, classes_of, shown, texts_of
-from titan_moe.diagnostics import NO_EXPERT
+from titan_moe.analyze.tokens import CLASSES, Vocabulary, classes_of
 from titan_moe.metrics import load_entropy, maxvio
 from titan_moe.model.transformer import Transformer
 from titan_moe.runtime.world import Runtime
 
 FORMAT = 1
 DIGITS = 6  # significant ones of a real number
-CONTEXTS, CONTEXT_TOKENS = 3, 12  # places shown for a top token, and tokens on either side
 PAIRS = 20  # overlapping pairs that are listed for a layer
 
 
@@ -156,6 +156,9 @@ def layer_numbers(checkpoint: Checkpoint, i: int, tokens: Tokens, settings: Sett
         "share": load_E / max(1.0, load_E.sum().item()),
         "maxvio": maxvio(load_E),
         "load_entropy": load_entropy(load_E),
+        "choices_per_token": load_E.sum() / num_tokens,
+        "unused_slots": counts.unused[i],
+        "unrouted_tokens": counts.unrouted[i],
         "load_by_text": counts.load_by_text[i, :, :-1],
         "load_by_class": counts.load_by_class[i, :, :-1],
         "load_by_position": counts.load_by_position[i, :, :-1],
@@ -169,6 +172,7 @@ def layer_numbers(checkpoint: Checkpoint, i: int, tokens: Tokens, settings: Sett
         "weight_similarity": checkpoint.weight_similarity[i],
         "output_similarity": None if checkpoint.output_similarity is None else checkpoint.output_similarity[i],
         "margin": margin_numbers(counts, i),
+        "margin_missing": why_no_margin(counts, i),
         "entropy": {
             "mean": counts.entropy_sum[i] / num_tokens,
             "normalised_mean": counts.entropy_sum[i] / num_tokens / math.log(max(2, load_E.numel())),
@@ -180,11 +184,14 @@ def layer_numbers(checkpoint: Checkpoint, i: int, tokens: Tokens, settings: Sett
 
 def document_numbers(counts: Counts, i: int, load_E: Tensor, num_tokens: int) -> dict[str, Any]:
     """How far the loads of pieces of documents are from even, and from the load of all."""
+    # A mean alone can't tell a router that is uneven in every document from one that is so in a few.
     number = int(counts.long_pieces)
     maxvio_mean, maxvio_std = measures.mean_and_std(counts.piece_maxvio[:, i], number)
     entropy_mean, entropy_std = measures.mean_and_std(counts.piece_entropy[:, i], number)
     share_mean, share_std = measures.mean_and_std(counts.piece_share[:, i], number)
-    kl = measures.document_kl(
+
+    # Short pieces are uneven by chance, which the divergence leaves out.
+    kl_mean = measures.document_kl(
         counts.piece_nats[i].item(), counts.piece_share[0, i], load_E, counts.piece_inverse.item(), number, num_tokens
     )
     return {
@@ -193,7 +200,7 @@ def document_numbers(counts: Counts, i: int, load_E: Tensor, num_tokens: int) ->
         "maxvio_std": maxvio_std,
         "entropy_mean": entropy_mean,
         "entropy_std": entropy_std,
-        "kl_mean": kl,
+        "kl_mean": kl_mean,
         "share_mean": share_mean,
         "share_std": share_std,
     }
@@ -211,6 +218,23 @@ def margin_numbers(counts: Counts, i: int) -> dict[str, Any] | None:
         "histogram": histogram,
         "negative_share": counts.margin_negative[i] / number,
     }
+
+
+def why_no_margin(counts: Counts, i: int) -> str | None:
+    """Why a layer has no router margin; None where it has one."""
+    if counts.margin_counts[i].any():
+        return None
+
+    # A margin is between an expert that a token has and one that it has not: each token lacks one of the two.
+    load_E = counts.coactivation[i].diagonal()
+    unrouted, num_tokens = int(counts.unrouted[i]), int(counts.num_tokens.sum())
+    if int(load_E.sum()) != (num_tokens - unrouted) * load_E.numel():
+        return "what the router compares is not finite"
+    if unrouted == 0:
+        return "every token has every expert, so that there is none to compare a choice with"
+    if unrouted == num_tokens:
+        return "no token has an expert"
+    return f"{unrouted} of {num_tokens} tokens have no expert, and the others have every expert"
 
 
 def pair_numbers(checkpoint: Checkpoint, i: int, settings: Settings) -> dict[str, Any]:
@@ -260,110 +284,19 @@ def between_layers(counts: Counts, i: int) -> dict[str, Any]:
     }
 
 
-class Places(NamedTuple):
-    """Where each id is in the kept sequences, and the texts of their tokens."""
-
-    sequences: list[KeptSequence]
-    texts: list[list[str]]
-    of_id: dict[int, list[tuple[int, int]]]  # sequence, position; in the order of the texts
-
-
-def find_places(sequences: list[KeptSequence], vocabulary: Vocabulary) -> Places:
-    """Read the kept sequences once, for all look-ups."""
-    of_id: dict[int, list[tuple[int, int]]] = {}
-    for number, sequence in enumerate(sequences):
-        for position, token in enumerate(sequence.tokens.tolist()):
-            of_id.setdefault(token, []).append((number, position))
-    return Places(sequences, [texts_of(one.tokens.tolist(), vocabulary) for one in sequences], of_id)
-
-
-def top_tokens(checkpoint: Checkpoint, i: int, tokens: Tokens, places: Places, settings: Settings) -> list[Any]:
-    """The ids that say most of each expert of a layer, with places where they went to it."""
-    load_VE, counts_V = checkpoint.counts.load_by_token[i, :, :-1], tokens.counts
-    load_E, num_tokens = load_VE.sum(0).tolist(), int(counts_V.sum())
-    best = measures.top_tokens(load_VE, counts_V, number=settings.top_tokens, min_count=settings.min_count)
-
-    # Lift is written out once more, of exact counts.
-    entries: list[list[dict[str, Any]]] = []
-    for expert, ids in enumerate(best):
-        entries.append([])
-        for token in ids:
-            count, total = int(load_VE[token, expert]), int(counts_V[token])
-            lift = count / load_E[expert] * num_tokens / total
-            entries[-1].append(
-                {
-                    "token": token,
-                    "text": shown(token, tokens.vocabulary),
-                    "count": count,
-                    "total": total,
-                    "lift": lift,
-                    "pmi": math.log(lift),
-                    "contexts": contexts(places, i, expert, token),
-                }
-            )
-    return entries
-
-
-def contexts(places: Places, layer: int, expert: int, token: int) -> list[dict[str, Any]]:
-    """The text around the first places of the kept sequences where the token went to the expert."""
-    results: list[dict[str, Any]] = []
-
-    # In the order of the texts, so that the places do not depend on the ranks.
-    for number, position in places.of_id.get(token, []):
-        sequence, texts = places.sequences[number], places.texts[number]
-        if len(results) == CONTEXTS:
-            break
-        if bool((sequence.experts[layer, position] == expert).any()):
-            results.append(
-                {
-                    "before": "".join(texts[max(0, position - CONTEXT_TOKENS) : position]),
-                    "token": texts[position],
-                    "after": "".join(texts[position + 1 : position + 1 + CONTEXT_TOKENS]),
-                    "text": sequence.text,
-                }
-            )
-    return results
-
-
-def sample_of(
-    sequences: Sequence[KeptSequence], texts: Sequence[Text], tokens: Tokens, settings: Settings
-) -> dict[str, Any]:
-    """Some text with the experts of each token, about `sample_tokens` tokens of it, alike of each text."""
-    # Where sequences are longer than a text's part, their beginning is shown.
-    limit = -(-settings.sample_tokens // len(texts))  # tokens of a text
-    width = max((int((one.experts != NO_EXPERT).sum(-1).max()) for one in sequences), default=0)
-    parts: list[dict[str, Any]] = []
-    for x, text in enumerate(texts):
-        entries = []
-        for sequence in sequences:
-            if sequence.text == x and sequence.number * text.seq_len < limit:
-                size = min(text.seq_len, limit - sequence.number * text.seq_len)
-                ids = sequence.tokens[:size]
-                device = tokens.rare.device
-                entries.append(
-                    {
-                        "tokens": texts_of(ids.tolist(), tokens.vocabulary),
-                        "ids": ids,
-                        "classes": classes_of(sequence.tokens[None].to(device), tokens.vocabulary, tokens.rare)[
-                            0, :size
-                        ],
-                        "experts": sequence.experts[:, :size, :width],
-                        "weights": sequence.weights[:, :size, :width].double().round(decimals=4),
-                    }
-                )
-        parts.append({"text": x, "sequences": entries})
-    return {"texts": parts}
-
-
 def over_training(
     checkpoints: Sequence[dict[str, Any]], layers: Sequence[Sequence[dict[str, Any]]], drifting: Sequence[Tensor]
 ) -> dict[str, Any] | None:
     """The numbers of each checkpoint by layer, and how its choices (L, T, K) differ from those of others."""
     if len(checkpoints) < 2:
         return None
+
+    # One number of each kind for a layer: matrices of each checkpoint would be many times what is told of the last.
     values = [[scalars_of(layer) for layer in of_one] for of_one in layers]
     names = ("maxvio", "load_entropy", "specialisation", "margin", "router_entropy", "dead_experts")
     names += ("weight_similarity", "output_similarity", "document_maxvio")
+
+    # Neighbours show when the router settles; the last one shows how early it chose as it does in the end.
     pairs = list(pairwise(drifting))
     return {
         "checkpoints": [{key: one[key] for key in ("path", "step", "name")} for one in checkpoints],

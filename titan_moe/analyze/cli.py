@@ -85,6 +85,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     keys = ", ".join(key for key in OVERRIDES if key != "data.path")
     parser.epilog = f"--section.key value, instead of the run's: {keys}."
     options, overrides = parser.parse_known_args(args)
+    check_one_folder(args)
 
     # What argparse can't check; a mistake is told before a model is loaded.
     for name in Settings._fields:
@@ -94,6 +95,17 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
             bounds = f"at least {least}" if limit is None else f"from {least} to {limit:g}"
             raise ValueError(f"--{name} ({value}) must be {bounds}")
     return options, overrides
+
+
+def check_one_folder(args: Sequence[str]) -> None:
+    """Raise ValueError where a second folder follows --checkpoint: it would be taken for a word of some key."""
+    words = [part for word in args for part in (word.split("=", 1) if word.startswith("--checkpoint=") else [word])]
+    for flag, first, second in zip(words, words[1:], words[2:], strict=False):
+        if flag == "--checkpoint" and not first.startswith("-") and not second.startswith("-"):
+            raise ValueError(
+                f"--checkpoint takes one folder, got {first} {second}: give the flag again for each: "
+                f"--checkpoint {first} --checkpoint {second}"
+            )
 
 
 def output_folder(out: Path | None, checkpoints: Sequence[Path]) -> Path:
@@ -122,10 +134,12 @@ def sources(
     try:
         folders: list[Source] = []
         for number, path in enumerate(paths):
+            # All that follows reads checkpoints of ours: a model of another library is made into one first.
             if is_hf(path):
                 target = staging / f"step-{number}"
                 world.on_main(partial(from_hf, path, target, verify=False, trust_components=trust_components), rt)
                 folders.append(Source(target, str(path), path.name))
+            # All steps may be meant by the dump folder or by the folder of steps that is in it.
             elif all_steps and path.is_dir() and not is_step_folder(path):
                 inner = path / "checkpoint" if (path / "checkpoint").is_dir() else path
                 steps = complete_steps(inner)

@@ -39,6 +39,8 @@ class Counts(NamedTuple):
     tokens_by_position: Tensor  # (P,) int64
     coactivation: Tensor  # (L, E, E) int64: tokens that chose both; the diagonal is the load
     transitions: Tensor  # (L - 1, E, E) int64: tokens that chose i in a layer and j in the next
+    unused: Tensor  # (L,) int64: slots that the router left without an expert
+    unrouted: Tensor  # (L,) int64: tokens that have no expert at all
     margin_counts: Tensor  # (L, bins) int64
     margin_sum: Tensor  # (L,) float64
     margin_negative: Tensor  # (L,) int64
@@ -76,6 +78,8 @@ def zero_counts(
         tokens_by_position=count(P),
         coactivation=count(L, E, E),
         transitions=count(L - 1, E, E),
+        unused=count(L),
+        unrouted=count(L),
         margin_counts=count(L, len(MARGIN_EDGES) + 1),
         margin_sum=total(L),
         margin_negative=count(L),
@@ -153,6 +157,12 @@ def count_batch(
     counts.coactivation.add_(coactivation)
     counts.transitions.add_((chosen[:-1].transpose(1, 2) @ chosen[1:]).long())
     counts.load_by_text[:, text, :-1] += coactivation.diagonal(dim1=1, dim2=2)
+
+    # A slot without an expert is unused where the router may leave some so: of others, as those in which experts choose
+    # their tokens, the number of slots says nothing.
+    E = chosen.shape[-1]
+    counts.unused.add_(torch.stack([(r.topk_experts == E).sum() * r.has_unused for r in routings]))
+    counts.unrouted.add_((chosen.sum(-1) == 0).sum(-1))
 
     # The same choices by what the token is and where it stands.
     B, S = tokens.shape

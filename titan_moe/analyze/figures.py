@@ -149,13 +149,16 @@ def heatmap(shown: Map, width: float = WIDTH, title: str = "", *, has_numbers: b
 
 def _numbers_in_cells(axes: "Axes", values: np.ndarray, norm: "Normalize") -> None:
     """Write each cell's number into it, black or white, whichever can be read on its colour."""
+    # Three digits of the largest: losses without an expert differ by thousandths, of which two decimals show nothing.
+    largest = float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+    decimals = min(5, max(2, 2 - math.floor(math.log10(largest)))) if largest else 2
     image = axes.images[0]
     for (row, column), value in np.ndenumerate(values):
         if math.isnan(value):
             continue
         red, green, blue, _ = image.cmap(float(norm(value)))
         ink = "#000000" if 0.3 * red + 0.59 * green + 0.11 * blue > 0.5 else "#ffffff"
-        axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8.2)
+        axes.text(column, row, f"{value:.{decimals}f}", ha="center", va="center", color=ink, fontsize=8.2)
 
 
 def _ticks(axis: Any, names: Sequence[str], most: int) -> None:

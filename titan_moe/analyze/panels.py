@@ -20,6 +20,7 @@ from titan_moe.analyze.figures import (
     over_even,
     span,
 )
+from titan_moe.analyze.tables import margin_notes
 from titan_moe.theme import WIDTH
 
 Analysis = Mapping[str, Any]
@@ -281,13 +282,11 @@ def router_section(analysis: Analysis) -> Section:
         heat = histogram_map(rows, names, "margin", begins)
         text = "How the margins of single tokens are spread; those on the left are nearly a toss of a coin"
         panels.append(map_panel("margin-spread", text, heat))
-    return Section(
-        "router",
-        "How decided the router is",
+    text = (
         "A router that is sure has a low entropy and a large margin. Choices with a small margin change with the next "
-        "step of training, or with rounding.",
-        panels,
+        "step of training, or with rounding."
     )
+    return Section("router", "How decided the router is", " ".join([text, *margin_notes(analysis)]), panels)
 
 
 def histogram_map(rows: Sequence[Sequence[int]], names: Sequence[str], column: str, columns: Sequence[str]) -> Map:
@@ -300,6 +299,7 @@ def histogram_map(rows: Sequence[Sequence[int]], names: Sequence[str], column: s
 
 def pruning_section(analysis: Analysis) -> Section:
     """Loss when experts are taken away."""
+    # How many experts the model could do without: those with the least load of every layer go first.
     pruning = analysis["pruning"]
     curve = [Line("loss", numbers([point["loss"] for point in pruning["curve"]]))]
     removed = [point["removed"] for point in pruning["curve"]]
@@ -309,9 +309,11 @@ def pruning_section(analysis: Analysis) -> Section:
     panels = [
         Panel("pruning-curve", text, lines(removed, curve, "experts taken away in each layer", "loss (nats a token)"))
     ]
+
+    # Which of them: load does not say it, for a rare expert may know what no other does.
     if pruning["single"] is not None:
         losses_LE = numbers(pruning["single"])
-        scale = span(losses_LE, "loss above that of all (nats a token)", " nats a token", signed=True)
+        scale = span(losses_LE, "loss above that of all (nats a token)", " nats a token", signed=True, least=1e-6)
         heat = layers_map(analysis, losses_LE, scale)
         text = "Loss above that with all experts when this one is taken away: red is needed, blue does harm"
         panels.append(map_panel("pruning-single", text, heat))

@@ -361,39 +361,42 @@ def experts_context(analysis: Analysis) -> list[dict[str, Any]]:
     texts = [shown(text["name"]) for text in analysis["texts"]]
     result = []
     for layer in layers:
+        # Few tokens say little of an expert, so that its load and whether it is dead stand beside its name.
         loads, excess = over_even(layer["load"]), layer["specialisation"]["excess"]
         rows = []
         for expert, tops in enumerate(layer["top_tokens"]):
-            tokens = [
-                {
-                    "text": token_text(top["text"]),
-                    "share": percent(top["count"] / top["total"]),
-                    "title": f"{top['count']:,} of {top['total']:,}: {number(top['lift'], '.1f')} times the mean share",
-                }
-                for top in tops[:most]
-            ]
-            places = [top["contexts"][0] for top in tops[:most_contexts] if top["contexts"]]
-            contexts = [
-                {
-                    "before": shown(place["before"])[-BEFORE:],
-                    "token": shown(place["token"]),
-                    "after": shown(place["after"]),
-                    "text": texts[place["text"]],
-                }
-                for place in places
-            ]
             note = f"{number(float(loads[expert]))} of even, {number(excess[expert])} nats"
-            is_dead = expert in layer["dead_experts"]
             rows.append(
                 {
                     "expert": expert,
-                    "note": f"{note}, dead" if is_dead else note,
-                    "tokens": tokens,
-                    "contexts": contexts,
+                    "note": f"{note}, dead" if expert in layer["dead_experts"] else note,
+                    "tokens": [token_chip(top) for top in tops[:most]],
+                    "contexts": [
+                        token_place(top["contexts"][0], texts) for top in tops[:most_contexts] if top["contexts"]
+                    ],
                 }
             )
         result.append({"layer": layer["layer"], "experts": rows})
     return result
+
+
+def token_chip(top: Mapping[str, Any]) -> dict[str, str]:
+    """A top token of an expert: its text, how often it chose the expert, and how unusual that is."""
+    return {
+        "text": token_text(top["text"]),
+        "share": percent(top["count"] / top["total"]),
+        "title": f"{top['count']:,} of {top['total']:,}: {number(top['lift'], '.1f')} times the mean share",
+    }
+
+
+def token_place(place: Mapping[str, Any], texts: Sequence[str]) -> dict[str, str]:
+    """A place where a top token stood; `texts` are the names of all."""
+    return {
+        "before": shown(place["before"])[-BEFORE:],
+        "token": shown(place["token"]),
+        "after": shown(place["after"]),
+        "text": texts[place["text"]],
+    }
 
 
 def pairs_context(analysis: Analysis) -> list[list[str]]:
@@ -411,6 +414,7 @@ def layer_table(analysis: Analysis) -> dict[str, Any]:
     """The numbers of every layer, for those who want them as numbers."""
     head = ["layer", "MaxVio", "in a document", "load entropy", "specialisation", "router entropy", "margin"]
     head += ["dead", "overlapping pairs", "outputs alike", "weights alike", "told of the next layer"]
+    head += ["experts a token", "unused slots", "tokens without expert"]
 
     # What a layer tells of the next one stands in its own row; the last has none.
     flows = [one["mutual_information"] for one in analysis["between_layers"]]
@@ -430,6 +434,9 @@ def layer_table(analysis: Analysis) -> dict[str, Any]:
                 number(mean_pair(layer["output_similarity"])),
                 number(mean_pair(layer["weight_similarity"]), ".3f"),
                 number(flows[index] if index < len(flows) else None, ".3f"),
+                number(layer["choices_per_token"]),
+                f"{layer['unused_slots']:,}",
+                f"{layer['unrouted_tokens']:,}",
             ]
         )
     return {"head": head, "rows": rows}

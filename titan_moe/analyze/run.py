@@ -23,7 +23,6 @@ from titan_moe.analyze.analysis import (
     between_layers,
     bucket_entries,
     class_entries,
-    find_places,
     histogram_entries,
     layer_numbers,
     over_training,
@@ -31,13 +30,12 @@ from titan_moe.analyze.analysis import (
     plain,
     pruning_entry,
     run_pass,
-    sample_of,
     sequences_for,
     study_scalars,
     text_entries,
-    top_tokens,
 )
 from titan_moe.analyze.counts import count_tokens
+from titan_moe.analyze.excerpts import find_places, sample_of, top_tokens
 from titan_moe.analyze.probes import (
     OUTPUTS_PER_SEQUENCE,
     KeptSequence,
@@ -128,7 +126,10 @@ def read_texts(
     files_of: dict[str, list[str]] = {}
     for word in paths:
         name, separator, path = word.partition("=")
-        is_named = bool(separator and name and path) and not Path(word).exists()
+        is_named = bool(separator) and not Path(word).exists()
+        if is_named and not (name and path):
+            what = "has no name before the =" if path else "names no file"
+            raise ValueError(f"--data.path {word}: {what}: write NAME=F, or F alone")
         name, path = (name, path) if is_named else (Path(word).stem or word, word)
         if name in files_of and not is_named:
             raise ValueError(f"--data.path: two texts are called {name}: give {word} another name: NAME={word}")
@@ -146,11 +147,14 @@ def read_texts(
 
 def check_alike(source: Source, first: Source, trust_components: Sequence[str]) -> None:
     """Raise ValueError for a model without experts, and for one that can't be compared with the first."""
+    # Each checkpoint is looked at, for a dense model may stand anywhere in the list.
     config = read_config(source.folder, trust_components)
     if not config.moe.num_experts:
         raise ValueError(f"checkpoint {source.path} is of a dense model: it has no router and no experts to analyze")
     if source is first:
         return
+
+    # What decides the shapes of the numbers, and which tokens they are of: all else may change over training.
     other = read_config(first.folder, trust_components)
     for key, value, wanted in (
         ("MoE layers", list(moe_layers(config)), list(moe_layers(other))),
@@ -234,6 +238,8 @@ def describe(
         }
         for i, (number, layer) in enumerate(zip(moe_layers(config), layers, strict=True))
     ]
+
+    # In the order in which a reader asks: what was looked at, of which texts, and then what was found.
     return {
         "format": FORMAT,
         "version": __version__,
@@ -255,6 +261,7 @@ def describe(
 
 def model_entry(model: Transformer, config: Config) -> dict[str, Any]:
     """What the model is."""
+    # Of experts those that a router chooses from, identity experts too: layers have that many columns.
     size = size_record(config, model)
     return {
         "num_layers": config.model.num_layers,

@@ -1,6 +1,6 @@
 """The analysis as tables of Markdown, for reading where no browser is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from titan_moe.markdown import code, plain
@@ -8,20 +8,24 @@ from titan_moe.markdown import code, plain
 
 def tables(analysis: dict[str, Any]) -> str:
     """A page: what was analyzed, a table of the layers, of the texts' and classes' favourite experts, of top tokens."""
+    # What was looked at comes first, for a table of numbers does not say what they are of.
     model, checkpoint = analysis["model"], analysis["checkpoint"]
     texts = ", ".join(f"{plain(one['name'])} ({one['num_tokens']:,} tokens)" for one in analysis["texts"])
     parts = [
         f"# {plain(checkpoint['name'])}",
-        f"{len(analysis['layers'])} MoE layers of {model['num_experts']} experts, {model['top_k']} for each token, "
+        f"{len(analysis['layers'])} MoE layers of {model['num_experts']} experts, top_k {model['top_k']}, "
         f"router {code(model['router'])}. Texts: {texts}; loss {number(analysis['loss'])} nats/token.",
         "## Layers",
         layer_table(analysis),
+        *margin_notes(analysis),
         "## Load of texts and token classes",
         "The expert with the largest share of each, and that share over an even one.",
         group_table(analysis),
         "## Experts",
         expert_table(analysis),
     ]
+
+    # Single experts are left to the report and to analysis.json: they are as many as the table above has rows.
     if pruning := analysis["pruning"]:
         rows = [[str(point["removed"]), number(point["loss"])] for point in pruning["curve"]]
         parts += ["## Loss without the least loaded experts", table(["removed from each layer", "loss"], rows)]
@@ -51,6 +55,9 @@ def layer_table(analysis: dict[str, Any]) -> str:
         "entropy (nats)",
         "dead",
         "overlapping pairs",
+        "experts a token",
+        "unused slots",
+        "tokens without expert",
     ]
 
     # Numbers that are not there, as a margin where every expert is chosen, are a dash.
@@ -65,10 +72,25 @@ def layer_table(analysis: dict[str, Any]) -> str:
             number(layer["entropy"]["mean"]),
             str(len(layer["dead_experts"])),
             str(len(layer["overlapping_pairs"])),
+            number(layer["choices_per_token"]),
+            f"{layer['unused_slots']:,}",
+            f"{layer['unrouted_tokens']:,}",
         ]
         for layer in analysis["layers"]
     ]
     return table(head, rows)
+
+
+def margin_notes(analysis: Mapping[str, Any]) -> list[str]:
+    """Why layers have no router margin, a sentence for each reason; none where all have one."""
+    layers_of: dict[str, list[str]] = {}
+    for layer in analysis["layers"]:
+        if reason := layer["margin_missing"]:
+            layers_of.setdefault(reason, []).append(str(layer["layer"]))
+    return [
+        f"No margin in {'layer' if len(layers) == 1 else 'layers'} {', '.join(layers)}: {reason}."
+        for reason, layers in layers_of.items()
+    ]
 
 
 def group_table(analysis: dict[str, Any]) -> str:

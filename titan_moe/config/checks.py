@@ -430,7 +430,7 @@ def cautions(config: Config) -> list[str]:
 
 
 def _cautions_of_router(config: Config) -> list[str]:
-    """Routers that look at more than one token: the order of the text tells them what the model should predict."""
+    """Routers that look at more tokens than one, whose order tells what is to be predicted; thresholds nobody moves."""
     # Those whose evaluation sees the future too are told apart: their losses can't be compared with others'.
     said, name, arguments = [], config.router.name, config.router.arguments
     if name == "expert_choice":
@@ -438,6 +438,13 @@ def _cautions_of_router(config: Config) -> list[str]:
             "router.name = 'expert_choice' compares each token with later ones: a causal model sees the future, in "
             "training and in evaluation, so its losses are too good and it cannot generate as it was trained"
         )
+    if name == "emo":
+        said.append(
+            "router.name = 'emo' chooses the experts of a token by all tokens of its document: a causal model sees the "
+            "future, in training and in evaluation, so its losses are too good and it cannot generate as it was trained"
+        )
+
+    # Of these the losses of training alone are too good: what a validation says can be believed.
     if name in ("base", "sinkhorn"):
         said.append(
             f"router.name = {name!r} assigns tokens with an eye on later ones in training: a causal model sees the "
@@ -448,20 +455,17 @@ def _cautions_of_router(config: Config) -> list[str]:
             "router.name = 'token_rounding' drops and adds tokens with an eye on later ones in training: a causal "
             "model sees the future there; evaluation takes each token's best experts"
         )
-    if name == "emo":
+    if arguments.get("capacity_factor") and arguments.get("drop_policy") == "score":
         said.append(
-            "router.name = 'emo' chooses the experts of a token by all tokens of its document: a causal model sees the "
-            "future, in training and in evaluation, so its losses are too good and it cannot generate as it was trained"
+            "router.drop_policy = 'score' drops a token in favour of later ones in training: a causal model sees the "
+            "future there; drop_policy = 'position' does not"
         )
+
+    # Nothing of a threshold router is wrong alone, but the model would cost what nobody has chosen.
     components = [table.component for table in balancer_tables(config)]
     if name == "threshold" and not any(c == "loss_free" or ":" in c for c in components):
         said.append(
             "router.name = 'threshold' has moe.top_k experts a token on average only where something moves its "
             'thresholds: set balancer.loss_free.rule = "quantile"'
-        )
-    if arguments.get("capacity_factor") and arguments.get("drop_policy") == "score":
-        said.append(
-            "router.drop_policy = 'score' drops a token in favour of later ones in training: a causal model sees the "
-            "future there; drop_policy = 'position' does not"
         )
     return said

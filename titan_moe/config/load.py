@@ -214,11 +214,17 @@ def _unknown(path: str, key: str, given: Given, tables: Tables) -> ValueError:
         return unknown_key(origin, dotted, tuple(annotations), others=_all_keys(tables))
 
     # Sections of components: the key may be right, but for another table, another component or nobody.
-    kind = KINDS[section]
+    kind, message = KINDS[section], None
     if section == "optimizer" and key in LOAD_LR:
-        return key_error(origin, dotted, "only experts have a load: set it in [optimizer.expert]", value)
-    if key in kind.supplied:
-        return key_error(origin, dotted, f"cannot be set here: it comes from {kind.supplied[key]}", value)
+        message = "only experts have a load: set it in [optimizer.expert]"
+    elif key in kind.supplied:
+        message = f"cannot be set here: it comes from {kind.supplied[key]}"
+    elif section == "balancer" and key == "name":
+        label, component = path.partition(".")[2], check_value(str, value, origin, dotted)
+        instance = f"[balancer.my_{component.rpartition(':')[2]}]"
+        message = f"its table is for {label}, as it is called so: leave it out, or call the table {instance}"
+    if message is not None:
+        return key_error(origin, dotted, message, value)
     takers = [name for name, builder in kind.registry.items() if key in inspect.signature(builder).parameters]
     if takers:
         return key_error(origin, dotted, f"unknown argument here; it belongs to {', '.join(takers)}")
@@ -283,7 +289,7 @@ def to_toml(config: Config) -> str:
 
 def to_document(config: Config) -> dict[str, Any]:
     """The resolved configuration as the nested tables of a file, without those that are empty."""
-    # What a file can't say by leaving it out is written: a group that the defaults have and this one has not is false.
+    # Each kind of section keeps its values in another way, and all of them are one table of keys in a file.
     document: dict[str, Any] = {}
     for section in SECTIONS:
         value = getattr(config, section)
@@ -292,6 +298,7 @@ def to_document(config: Config) -> dict[str, Any]:
         elif isinstance(value, Component):
             table = {"name": value.name, **value.arguments}
         elif isinstance(value, Optimizer):
+            # A group that the defaults have and this one has not: to leave it out would bring the defaults' back.
             off = {group: False for group in Optimizer().groups if group not in value.groups}
             table = {"name": value.name, **value.arguments, **off, **value.groups}
         else:
@@ -299,4 +306,6 @@ def to_document(config: Config) -> dict[str, Any]:
             for name in ("config_file", "allow_config_change"):  # of one start, not of the run
                 table.pop(name, None)
         document[section] = table
+
+    # A dense model has no balancer, and an empty table would say no more than none.
     return {section: table for section, table in document.items() if table}

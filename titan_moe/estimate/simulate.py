@@ -9,7 +9,7 @@ import dataclasses
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -83,7 +83,8 @@ class Traffic(NamedTuple):
 # - ("bytes", kind): bytes that operators read and write,
 # - ("operators", kind): how many operators launch a kernel,
 # - ("calls", collective, axis), ("sent", collective, axis): calls of a collective, and the bytes that a rank sends,
-# - ("waited", collective, axis): those of the bytes sent that are activations, for which the next operator waits.
+# - ("waited", collective, axis): those of the bytes sent that the next operator waits for: activations, and parts of
+#   matrices on their way to the ranks that update them.
 # Products are of kind attention, grouped, head, dense or fp32; other operators of kind layers, loss (a size of a tensor
 # is the vocabulary's), copies (FSDP's) or update (everything after the last backward).
 Work = Counter[tuple[str, ...]]
@@ -254,13 +255,15 @@ class Meter(TorchDispatchMode):
         self.sizes[key] = (kind, size, reference)
 
     def _note_traffic(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
+        # The first update is not one of most steps, see `_mark_phases`.
+        if not self.counts_work:
+            return
+
         # c10d and functional collectives call the same thing by different names.
         group = CollectiveOp.get_process_group(func, args)
         size = group.size()
         name = func._overloadpacket.__name__.strip("_").removesuffix("_base").removesuffix("_into_tensor")
-        name = {"allgather": "all_gather", "allreduce": "all_reduce", "reduce_scatter_tensor": "reduce_scatter"}.get(
-            name, name
-        )
+        name = COLLECTIVES.get(name, name)
 
         # In a ring a rank sends all parts but one. (torch's get_comm_tensor_size adds input and output: of an
         # all-to-all that is twice the bytes.)
@@ -268,15 +271,27 @@ class Meter(TorchDispatchMode):
         tensors = _tensors((args, kwargs, result))
         whole = max(tensor.numel() * tensor.element_size() for tensor in tensors)  # gathered, or before the scatter
         sent = passes * whole * (size - 1) // size
+        is_of_owners = func is c10d.alltoall_base_.default
+        if is_of_owners:  # each rank sends to each as much as it says
+            rows, to_ranks = args[1], args[4]
+            sent = (sum(to_ranks) - to_ranks[group.rank()]) * rows.element_size()
 
-        # FSDP's collectives are c10d's and hide behind products; the functional ones carry activations.
+        # FSDP's collectives are c10d's and hide behind products; the functional ones carry activations. Parts of
+        # matrices on their way to owners and back hide behind no more than the update of other matrices.
         axis = f"{group.group_desc.removeprefix('mesh_')} ({size})"
         self.groups[axis] = tuple(dist.get_process_group_ranks(group))
         self.passes[-1] += Counter({("calls", name, axis): 1, ("sent", name, axis): sent})
-        if func.namespace == "_c10d_functional":
+        if func.namespace == "_c10d_functional" or is_of_owners:
             self.passes[-1]["waited", name, axis] += sent
 
 
+# Collectives of c10d by the names that functional ones have.
+COLLECTIVES = {
+    "allgather": "all_gather",
+    "allreduce": "all_reduce",
+    "alltoall": "all_to_all_single",
+    "reduce_scatter_tensor": "reduce_scatter",
+}
 # Operators that launch no kernel: they allocate without writing, or only read a number on the host.
 FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_local_scalar_dense")
 # Operators that read only the rows they return, however large their first tensor is.
@@ -473,7 +488,9 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     with fake:
         model.to_empty(device="cpu")
         model.eot_id = 0  # any: documents cost the same wherever they end
-        optimizer, balancers = build_optimizer(without_load_lr(config), model), build_balancers(config)
+    optimizer = build_optimizer(without_load_lr(config), model)  # outside: it asks what other ranks hold
+    with fake:
+        balancers = build_balancers(config)
         tokens = torch.zeros(training.local_batch_size, local_length, dtype=torch.int64)  # (B, S)
         vocabulary = config.model.vocab_size
         meter = Meter(fake, {vocabulary, vocabulary // degrees.tensor}, share)
@@ -492,9 +509,9 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
                 balancer_states=model.balancer_states(),
                 sequence_group=mesh.sequence_group,
             )
-        state = _local_bytes(leaf for s in optimizer.state.values() for leaf in tree_leaves(s))
-
-    peak = steady_peak(meter, state)
+    states = [leaf for s in optimizer.state.values() for leaf in tree_leaves(s) if isinstance(leaf, Tensor)]
+    state = largest_state(states)
+    peak = steady_peak(meter, state, _local_bytes(states))
     return Simulation(
         parameters=parameters,
         gradients=peak["gradients"],
@@ -507,14 +524,29 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     )
 
 
-def steady_peak(meter: Meter, state: int) -> Counter[str]:
-    """Bytes by kind at the peak of a step that finds the optimizer's state, of `state` bytes, already made."""
+def largest_state(states: Iterable[Tensor]) -> int:
+    """Bytes of the optimizer's state on the rank that has most of it."""
+    # what one rank keeps for all, as owners of matrices do, is on that rank; the rest is taken to be spread evenly
+    everywhere, by_owner = 0, Counter[int]()
+    for tensor in states:
+        if isinstance(tensor, DTensor) and tensor.device_mesh.size() == 1:
+            by_owner[int(tensor.device_mesh.mesh)] += tensor.numel() * tensor.element_size()
+        else:
+            everywhere += _local_bytes([tensor])
+    return everywhere + max(by_owner.values(), default=0)
+
+
+def steady_peak(meter: Meter, state: int, seen: int) -> Counter[str]:
+    """Bytes by kind at the peak of a step that finds the optimizer's state, of `state` bytes, already made.
+
+    `seen` bytes of state were made on the rank that was simulated.
+    """
     # The simulated step makes the state at its end; from the second step on it is alive in forward and backward, too.
     peak = meter.before_update + Counter(optimizer_state=state)
 
     # The peak may be in the update itself. There the meter saw the state being made, and took it for activations.
-    if meter.at_peak.total() > peak.total():
-        peak = meter.at_peak + Counter(optimizer_state=state, activations=-state)
+    if meter.at_peak.total() + state - seen > peak.total():
+        peak = meter.at_peak + Counter(optimizer_state=state, activations=-seen)
     return peak
 
 

@@ -1,19 +1,24 @@
 """Updates by a direction: of a dense matrix, and of each expert's matrix of a stacked tensor.
 
+What a rank holds whole it updates by itself: `step_matrix`. A matrix that ranks hold parts of goes to its owner and
+back: `step_owned`.
+
 Shapes: E experts, R the rows of a stack that this rank holds (1 for a dense matrix), M x N a matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import Group
+from titan_moe.optimizer.owners import Owned, Transfer, gather, join, scatter
 from titan_moe.optimizer.transform import State, Tick, Transform, fused_sgd
-from titan_moe.runtime.dtensor import gathered, local, local_rows, own_part, sharded_like
+from titan_moe.runtime.dtensor import held_by_one, local, local_rows, sharded_like
 
 # Elements of a stacked parameter whose rows are updated together on a CPU. Temporaries of more are handed back to the
 # system and faulted in again at each use, which doubles the time of an update of eight experts of 768 x 2048. A GPU
@@ -23,10 +28,34 @@ REPLICATED_STATES = ("step", "clock", "load_ema", "load_factor")  # by name; eac
 
 
 class Matrix(NamedTuple):
-    """How a matrix, or a stack of them, is updated: by a transform of its own, and so many steps later if periodic."""
+    """How a matrix, or a stack of them, is updated: by a transform of its own, and so many steps later if periodic.
+
+    One that is `owned` is updated by one of the ranks that hold parts of it.
+    """
 
     transform: Transform
     offset: int = 0
+    owned: Owned | None = None
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether the owner has to see the weight."""
+        return self.transform.reads_weight or self.transform.retract is not None
+
+
+class Task(NamedTuple):
+    """A matrix to update, with the settings of its group and the state of its parameter."""
+
+    matrix: Matrix
+    parameter: Tensor
+    state: State
+    group: Group
+
+    @property
+    def owned(self) -> Owned:
+        """Who updates the matrix, of one that is sharded."""
+        assert self.matrix.owned is not None
+        return self.matrix.owned
 
 
 def takes(transform: Transform, group: Group, parameter: Tensor) -> bool:
@@ -65,18 +94,40 @@ def apply(weight: Tensor, direction: Tensor, group: Group, factor_R: Tensor | No
     weight.sub_(step)
 
 
-def fresh_state(transform: Transform, parameter: Tensor) -> State:
-    """A transform's first state, sharded as the parameter is, and the counts of steps at zero.
+def to_stack(tensor: Tensor) -> Tensor:
+    """The stack (R, M, N) that a parameter's values are: a dense matrix is one of a single matrix."""
+    return tensor if tensor.dim() == 3 else tensor.unsqueeze(0)
+
+
+def fresh_state(matrix: Matrix, parameter: Tensor) -> State:
+    """A transform's first state, where the parameter is updated, and the counts of steps at zero.
 
     `clock`, a scalar on the CPU, counts the parameter's steps; `step`, (E,) or (1,), those in which a row was alive.
     """
     # of a dense matrix, which may be sharded, a transform sees a whole one of the same shape, without its values
     stacked, device = parameter.dim() == 3, parameter.device
-    state = transform.init(local(parameter) if stacked else torch.empty((1, *parameter.shape), device=device))
-    if stacked and isinstance(parameter, DTensor):
+    stack = local(parameter) if stacked else to_stack(torch.empty(parameter.shape, device=device))  # (R, M, N)
+    state = matrix.transform.init(stack)
+    if matrix.owned is not None:
+        state = {name: held_by_one(value, matrix.owned.home) for name, value in state.items()}
+    elif stacked and isinstance(parameter, DTensor):
         state = {name: sharded_like(value, parameter) for name, value in state.items()}
-    steps = torch.zeros(parameter.shape[0] if stacked else 1, dtype=torch.float32, device=device)
+    steps = torch.zeros(parameter.shape[0] if stacked else len(stack), dtype=torch.float32, device=device)
     return {"clock": torch.zeros((), dtype=torch.float32), "step": steps, **state}
+
+
+def counted(task: Task, alive_E: Tensor | None = None) -> bool:
+    """Make a state where there is none, and count the step; false where there is nothing to do."""
+    matrix, parameter, state, group = task
+    if "clock" not in state:
+        state.update(fresh_state(matrix, parameter))
+    if group["lr"] == 0:
+        return False  # so torch makes the states that a checkpoint is loaded into: no count may move
+
+    # the clock is kept on the host, which decides what is due; steps of rows on the device, which knows the loads
+    state["clock"] += 1
+    state["step"] += 1 if alive_E is None else alive_E
+    return True
 
 
 def check_whole_experts(kind: str, group: Group, parameter: Tensor) -> None:
@@ -98,61 +149,146 @@ def check_whole_experts(kind: str, group: Group, parameter: Tensor) -> None:
 
 
 def step_matrix(
-    matrix: Matrix,
-    parameter: Tensor,
-    state: State,
-    group: Group,
+    task: Task,
     spare: Callable[[Tensor], Tensor],
     factor_E: Tensor | None = None,
     alive_E: Tensor | None = None,
 ) -> None:
-    """Update the experts of (E, M, N) that this rank holds, or all of (M, N), by the direction of their transform.
+    """Update the experts of (E, M, N) that this rank holds, or (M, N), by the direction of their transform.
 
-    `state` is the parameter's, made where it is empty; `spare` is that of `Tick`. `factor_E` multiplies the experts'
-    rates; experts that are not `alive_E` got no token and are left alone.
+    `spare` is that of `Tick`. `factor_E` multiplies the experts' rates; experts that are not `alive_E` got no token and
+    are left alone.
     """
-    transform, gradient = matrix.transform, parameter.grad
-    assert gradient is not None
-    if "clock" not in state:
-        state.update(fresh_state(transform, parameter))
-    if group["lr"] == 0:
-        return  # so torch makes the states that a checkpoint is loaded into: no count may move
+    matrix, parameter, state, group = task
+    assert parameter.grad is not None
+    if not counted(task, alive_E):
+        return
 
-    # the clock is kept on the host, which decides what is due; steps of rows on the device, which knows the loads
-    state["clock"] += 1
-    state["step"] += 1 if alive_E is None else alive_E
-
-    # A dense matrix is a stack of one, and whole on every rank: its directions depend on all of it. Counts, rates
-    # and loads are those of all experts on every rank, so this rank's rows are taken out of them.
-    stacked = parameter.dim() == 3
-    rows = local_rows(parameter) if stacked else slice(0, 1)
-    stack = local(gradient) if stacked else gathered(gradient).unsqueeze(0)  # (R, M, N)
-    steps = state["step"][rows]  # (E,) -> (R,)
-    alive = None if alive_E is None else alive_E[rows]  # (R,)
+    # Counts, rates and loads are those of all experts on every rank, so this rank's rows are taken out of them.
+    rows = local_rows(parameter) if parameter.dim() == 3 else slice(None)
+    alive = None if alive_E is None else alive_E[rows]  # (E,) -> (R,)
     factor = None if factor_E is None else factor_E[rows]  # (R,)
-    weight = local(parameter)  # (R, M, N), or this rank's part of (M, N)
+    weight = to_stack(local(parameter))  # (R, M, N)
+    gradient = to_stack(local(parameter.grad))  # (R, M, N)
+    for part, direction, part_state, tick in directions(matrix, gradient, weight, state, rows, spare, alive):
+        of_part = None if factor is None else factor[part]
+        move(weight[part], direction, matrix.transform, part_state, tick, group, of_part)
+
+
+def directions(
+    matrix: Matrix,
+    gradient: Tensor,
+    weight: Tensor | None,
+    state: State,
+    rows: slice,
+    spare: Callable[[Tensor], Tensor],
+    alive: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor, State, Tick]]:
+    """The directions of a stack (R, M, N), some rows after the other, each valid until the next is asked for.
+
+    `rows` are those of the stack among all that the state's `step` counts.
+    """
+    steps = state["step"][rows]  # (R,)
     states = {name: local(value) for name, value in state.items() if name not in REPLICATED_STATES}  # (R, ...)
 
+    def weight_of(part: slice) -> Tensor:
+        assert weight is not None, "a transform with reads_weight = False has asked for the weight"
+        return weight[part]
+
     # some rows at a time: what a transform makes on the way is then small enough to stay in the cache of a CPU
-    for part in parts_of(stack, transform):
+    for part in parts_of(gradient, matrix.transform):
         tick = Tick(
             step=int(state["clock"]),
             steps=steps[part],
             spare=spare,
-            weight=lambda part=part: weight[part] if stacked else gathered(parameter).detach().unsqueeze(0),
+            weight=lambda part=part: weight_of(part),
             alive=None if alive is None else alive[part],
             offset=matrix.offset,
         )
-        part_states = {name: value[part] for name, value in states.items()}
-        direction = transform.update(stack[part].float().contiguous(), part_states, tick)
-        if stacked:
-            move(weight[part], direction, transform, part_states, tick, group, None if factor is None else factor[part])
-        elif transform.retract is None:
-            apply(weight, own_part(direction[0], parameter), group, factor)  # (1, M, N) -> this rank's part
+        part_state = {name: value[part] for name, value in states.items()}
+        yield part, matrix.transform.update(gradient[part].float().contiguous(), part_state, tick), part_state, tick
+
+
+def step_owned(tasks: Sequence[Task], spare: Callable[[Tensor], Tensor]) -> None:
+    """Update matrices that have owners: gather, compute, scatter, round by round.
+
+    While a round is computed, the parts of the next are on their way, and the updates of the one before.
+    """
+    # all ranks go through the same rounds in the same order, whether they own something in them or not
+    by_round: dict[tuple[dist.ProcessGroup, int], list[Task]] = {}
+    for task in tasks:
+        if counted(task):
+            by_round.setdefault((task.owned.group, task.owned.round), []).append(task)
+    groups = list(dict.fromkeys(group for group, _ in by_round))
+    rounds = [by_round[key] for key in sorted(by_round, key=lambda key: (groups.index(key[0]), key[1]))]
+
+    arriving = send_gradients(rounds[0]) if rounds else None
+    leaving: list[tuple[list[Task], Transfer]] = []
+    for number, round_ in enumerate(rounds):
+        assert arriving is not None
+        arrived = arriving
+        arriving = send_gradients(rounds[number + 1]) if number + 1 < len(rounds) else None
+        arrived.work.wait()
+        leaving.append((round_, send_updates(round_, arrived.received, spare)))
+        if number:
+            finish(*leaving.pop(0))
+    for round_, updates in leaving:
+        finish(round_, updates)
+
+
+def send_gradients(tasks: Sequence[Task]) -> Transfer:
+    """Begin to send this rank's parts of the gradients of a round, and of weights that are needed, to their owners."""
+    parts = []
+    for task in tasks:
+        parameter, gradient = task.parameter, task.parameter.grad
+        assert isinstance(gradient, DTensor)
+        assert isinstance(parameter, DTensor)
+        if gradient.placements != parameter.placements:
+            gradient = gradient.redistribute(parameter.device_mesh, parameter.placements)
+        tensors = [gradient, parameter] if task.matrix.needs_weight else [gradient]
+        parts.append((task.owned, [local(tensor) for tensor in tensors]))
+    return gather(parts)
+
+
+def send_updates(tasks: Sequence[Task], received: Tensor, spare: Callable[[Tensor], Tensor]) -> Transfer:
+    """Update the matrix of a round that is this rank's own, if any, and begin to send the parts of all updates."""
+    updates = [(task.owned, update_of(task, received, spare) if task.owned.is_mine else None) for task in tasks]
+
+    # directions are in fp32; a weight that was brought back is sent itself
+    moved = [local(task.parameter) for task in tasks if task.matrix.transform.retract is not None]
+    return scatter(updates, [torch.empty(0, device=received.device), *moved])
+
+
+def update_of(task: Task, received: Tensor, spare: Callable[[Tensor], Tensor]) -> Tensor:
+    """The direction of a matrix (M, N) from all its parts, or its next weight if that is brought back."""
+    matrix, parameter, state, group = task
+    gradient, *rest = join(task.owned, received, 1 + matrix.needs_weight, parameter.shape)  # (M, N) each
+    weight = to_stack(rest[0].to(parameter.dtype)) if rest else None  # (1, M, N)
+
+    update = weight if matrix.transform.retract is not None else torch.empty_like(to_stack(gradient), dtype=torch.float)
+    assert update is not None
+    for part, direction, part_state, tick in directions(matrix, to_stack(gradient), weight, state, slice(None), spare):
+        if matrix.transform.retract is None:
+            update[part] = direction
         else:
-            whole = gathered(parameter).detach().unsqueeze(0).clone()  # (1, M, N): where it goes depends on all of it
-            move(whole, direction, transform, part_states, tick, group)
-            weight.copy_(own_part(whole[0], parameter))
+            move(update[part], direction, matrix.transform, part_state, tick, group)
+    return update[0]
+
+
+def finish(tasks: Sequence[Task], updates: Transfer) -> None:
+    """Wait for the parts of a round's updates, and apply them to this rank's parts of the weights."""
+    # they come in the order of their owners
+    updates.work.wait()
+    parts = updates.received
+    for matrix, parameter, _, group in sorted(tasks, key=lambda task: task.owned.owner):
+        weight = local(parameter)
+        part, parts = parts[: weight.numel()].view(weight.shape), parts[weight.numel() :]
+        if not weight.numel():
+            continue
+        if matrix.transform.retract is None:
+            apply(weight, part, group, None)
+        else:
+            weight.copy_(part)
 
 
 def move(

@@ -107,7 +107,7 @@ def distributed_shampoo(
         torch._foreach_zero_([row.detach() for row in rows])
         return direction
 
-    return Transform(init, update, by_rows=False, max_dim=adamw_above)
+    return Transform(init, update, by_rows=False, max_dim=adamw_above, reads_weight=False)
 
 
 def _tensors_of(optimizer: torch.optim.Optimizer) -> list[State]:

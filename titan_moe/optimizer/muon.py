@@ -61,7 +61,7 @@ def muon(
         size = 0.2 * max(height, width) ** 0.5 if adjust_lr == "match_rms_adamw" else stretch(height, width)
         return base.update(gradient, state, tick) * size
 
-    return Transform(base.init, update)
+    return Transform(base.init, update, reads_weight=False)
 
 
 def stretch(height: int, width: int) -> float:
@@ -80,7 +80,7 @@ def orthogonal_momentum(
         direction = gradient.lerp(mean, momentum) if nesterov else mean  # (R, M, N)
         return orthogonalize(direction, ns_steps, DTYPES[matmul_dtype], coefficients).float()
 
-    return Transform(average.init, update)
+    return Transform(average.init, update, reads_weight=False)
 
 
 def orthogonalize(x: Tensor, steps: int, dtype: torch.dtype, coefficients: Coefficients = "jordan") -> Tensor:

@@ -58,4 +58,4 @@ def normuon(
         norm = norm if adjust_lr == "match_rms_adamw" else matrix_norms(orthogonal) * stretch(height, width)
         return direction * (norm / (matrix_norms(direction) + SMALLEST)).view(-1, 1, 1)
 
-    return Transform(init, update)
+    return Transform(init, update, reads_weight=False)

@@ -5,7 +5,8 @@ direction of an update. This file does the rest: which parameters a transform ta
 rates, weight decay, and that a step with a NaN changes nothing. A parameter is updated in one of three ways:
 
 - by a kernel, which makes the whole step of tensors of any shape in one pass (AdamW): `step_by_kernel`;
-- by a direction, for a dense matrix and for each expert's matrix of a stacked tensor: `step_matrix`;
+- by a direction, for a dense matrix and for each expert's matrix of a stacked tensor: `step_matrix`, and `step_owned`
+  for a dense matrix that is sharded;
 - by another torch.optim.Optimizer, one from outside: `step_outside`.
 
 In all three the experts may have learning rates that depend on how many tokens they got (`load_lr`). An expert that got
@@ -26,8 +27,9 @@ from torch import Tensor
 from titan_moe.optimizer.groups import Scale
 from titan_moe.optimizer.kernels import Scalars, step_by_kernel, step_experts_by_kernel
 from titan_moe.optimizer.load_lr import Group, keep_factors
-from titan_moe.optimizer.matrix import Matrix, check_whole_experts, step_matrix, takes
+from titan_moe.optimizer.matrix import Matrix, Task, check_whole_experts, step_matrix, step_owned, takes
 from titan_moe.optimizer.outside import skips_by_itself, step_outside, takes_scalars
+from titan_moe.optimizer.owners import find_owners
 from titan_moe.optimizer.transform import Kernel, Transform, adamw
 from titan_moe.runtime.dtensor import local, wrapped_like
 
@@ -48,8 +50,8 @@ class Optimizer(torch.optim.Optimizer):
     eps, rate and decay.
 
     States are sharded as their parameter is. A matrix optimizer needs whole experts on each rank, and then communicates
-    nothing. A dense matrix that is sharded is gathered: each rank computes the update of all of it and applies its own
-    part, so that the state of such a matrix is whole on every rank.
+    nothing. A dense matrix that is sharded has an owner: one rank gathers it, keeps its state and computes its update,
+    of which each rank gets the part that it holds.
     An optimizer from outside shares groups and states with this one, so that there is one of each to save.
     """
 
@@ -120,9 +122,11 @@ class Optimizer(torch.optim.Optimizer):
                 return loss if closure is not None else factor_LE
 
         # at most one group, the experts, has rates by load and gives factors
+        self._sharded = []
         scalars = Scalars(skip, self._clip(grad_norm, max_norm))
         factors = [self._step_group(group, rule, load, scalars) for group, rule in self._ruled()]
         factors += [step_outside(outside, self.state, load, scalars) for outside in self._outside]
+        step_owned(self._sharded, self._spare)
         factor_LE = next((group_LE for group_LE in factors if group_LE is not None), None)
         if factor_LE is not None and finite is not None:
             factor_LE = torch.where(finite, factor_LE, 0.0)
@@ -160,6 +164,7 @@ class Optimizer(torch.optim.Optimizer):
         """Make what depends on the groups' settings: each matrix' transform, and the offset of its periodic work."""
         self._memory: Tensor | None = None  # for the directions of a step, one after another
         self._matrices: dict[Tensor, Matrix] = {}
+        self._sharded: list[Task] = []  # of a step: they are updated together, after all that a rank does by itself
 
         # the very same groups and states, not copies: a rate that is set here, a state that is loaded, holds there
         for outside in self._outside:
@@ -179,9 +184,11 @@ class Optimizer(torch.optim.Optimizer):
 
         # Roots and bases are the dearest work of a step. Those of one rule's matrices, in whatever groups, are spread
         # over the period, so that they do not all fall into one step; with period 0 they do.
+        owners = find_owners([parameter for of_rule in transforms.values() for parameter in of_rule])
         for of_rule in transforms.values():
             for number, (parameter, transform) in enumerate(of_rule.items()):
-                self._matrices[parameter] = Matrix(transform, transform.period * number // len(of_rule))
+                offset = transform.period * number // len(of_rule)
+                self._matrices[parameter] = Matrix(transform, offset, owners.get(parameter))
 
     def _parts(self, group: Group, parameters: Sequence[Tensor]) -> list[Group]:
         """These parameters of a group, apart by their scales: each part with the settings that hold for it."""
@@ -255,8 +262,11 @@ class Optimizer(torch.optim.Optimizer):
             else:
                 step_by_kernel(kernel, part, by_kernel, self.state, scalars)
         for parameter in matrices:
-            matrix, state = self._matrices[parameter], self.state[parameter]
-            step_matrix(matrix, parameter, state, part, self._spare, factor_E, alive_E)
+            task = Task(self._matrices[parameter], parameter, self.state[parameter], part)
+            if task.matrix.owned is not None:
+                self._sharded.append(task)
+            else:
+                step_matrix(task, self._spare, factor_E, alive_E)
 
     def _spare(self, like: Tensor) -> Tensor:
         """Memory of a tensor's shape, zeros or what an earlier direction of this step left."""

@@ -87,4 +87,4 @@ def shampoo(
         return layout.precondition(state["exp_avg"] if grafted else direction, direction, state, grafted)
 
     period = precondition_frequency if stagger_roots else 0
-    return Transform(init, update, max_dim=adamw_above, period=period)
+    return Transform(init, update, max_dim=adamw_above, period=period, reads_weight=False)

@@ -100,7 +100,7 @@ def soap(
         return direction
 
     period = precondition_frequency if stagger_roots else 0
-    return Transform(init, update, max_dim=adamw_above, period=period)
+    return Transform(init, update, max_dim=adamw_above, period=period, reads_weight=False)
 
 
 def rotate(

@@ -26,7 +26,7 @@ class Tick(NamedTuple):
     `steps` (R,) fp32 is each row's own count, this step included.
     `spare(gradient)` is contiguous memory of the gradient's shape to make the direction in. It holds anything finite,
     and the next call gives the same memory again.
-    `weight()` is the weight (R, M, N) before the step, read only; of a sharded dense matrix it costs a gather.
+    `weight()` is the weight (R, M, N) before the step, read only, for a transform that `reads_weight`.
     `alive` (R,) bool says which rows take part, None: all. The state of a row that does not must stay as it is, and its
     direction is not used.
     `offset`, less than the transform's `period`: this parameter's periodic work is so many steps later than usual.
@@ -95,6 +95,9 @@ class Transform(NamedTuple):
 
     `retract(weight, state, tick)` brings weights (R, M, N) back, in place, to where they are kept after each step: onto
     a sphere, for example. Rows that are not alive must stay as they are.
+
+    `reads_weight`: update asks for `tick.weight()`. One that does not says so, which spares half of what is sent to the
+    owner of a sharded dense matrix.
     """
 
     init: Callable[[Tensor], State]
@@ -104,6 +107,7 @@ class Transform(NamedTuple):
     period: int = 0
     kernel: Kernel | None = None
     retract: Callable[[Tensor, State, Tick], None] | None = None
+    reads_weight: bool = True
 
 
 def adamw(*, beta1: float = 0.9, beta2: float = 0.95, eps: float = 1e-8) -> Transform:
@@ -149,7 +153,7 @@ def momentum(beta: float, name: str = "exp_avg", *, correct_bias: bool = True) -
             average.lerp_(gradient, ((1 - beta) * tick.alive).view(-1, 1, 1))
         return average / (1 - beta**tick.steps).view(-1, 1, 1) if correct_bias else average
 
-    return Transform(init, update)
+    return Transform(init, update, reads_weight=False)
 
 
 def never_called(*_: Any) -> Any:

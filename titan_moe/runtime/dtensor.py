@@ -1,9 +1,17 @@
 """Local parts of DTensors, and DTensors of local parts. A plain tensor is whole on every rank."""
 
+import itertools
+
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor._utils import (
+    _compute_local_shape_and_global_offset,
+    compute_local_shape_and_global_offset,
+)
+
+Slices = tuple[slice, ...]  # a box of a tensor, by dim
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -11,11 +19,26 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def local_slices(tensor: Tensor) -> tuple[slice, ...]:
+def local_slices(tensor: Tensor) -> Slices:
     """Which indices of each dim of the whole tensor this rank holds; all of them of a plain tensor. No collective."""
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return _box(*compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements))
+
+
+def slices_by_rank(tensor: DTensor) -> dict[int, Slices]:
+    """As `local_slices`, of every rank of the tensor's mesh."""
+    mesh = tensor.device_mesh.mesh
+    places = [list(place) for place in itertools.product(*map(range, mesh.shape))]
+    return {
+        int(mesh[tuple(place)]): _box(
+            *_compute_local_shape_and_global_offset(tensor.shape, mesh.shape, place, tensor.placements)
+        )
+        for place in places
+    }
+
+
+def _box(shape: tuple[int, ...], offset: tuple[int, ...]) -> Slices:
     return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
 
 
@@ -41,6 +64,20 @@ def sharded_like(rows: Tensor, parameter: DTensor) -> DTensor:
     return DTensor.from_local(
         rows, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
     )
+
+
+def mesh_of_one(rank: int, device: str) -> DeviceMesh:
+    """The mesh of one rank, by its number among all processes; without a group, because it has nobody to talk to."""
+    return DeviceMesh(device, [rank], _init_backend=False)
+
+
+def held_by_one(value: Tensor, mesh: DeviceMesh) -> DTensor:
+    """The tensor that the rank of a mesh of one has, and of which all others keep the shape only.
+
+    DCP saves and loads such a tensor on the ranks of its mesh alone.
+    """
+    part = value if mesh.get_coordinate() is not None else value.new_empty(0)
+    return DTensor.from_local(part, mesh, [Replicate()], run_check=False, shape=value.shape, stride=value.stride())
 
 
 def wrapped_like(part: Tensor, parameter: Tensor) -> Tensor:

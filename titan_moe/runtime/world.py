@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from titan_moe.runtime import compat
 from titan_moe.runtime.errors import describe
@@ -51,6 +52,15 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def group_of_mesh(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """The group of all ranks of a mesh; where it has several axes, and not all processes, call it on all of them."""
+    if mesh.size() == world_size():
+        group = dist.group.WORLD
+        assert group is not None
+        return group
+    return mesh.get_group() if mesh.ndim == 1 else mesh._flatten().get_group()
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -28,7 +28,6 @@ from titan_moe.study.runs import (
     analysis_words,
     is_going,
     lacks_analysis,
-    own_modules,
     prepare,
     status,
 )
@@ -62,7 +61,7 @@ def train_command(nproc: int) -> Command:
 
 def analyze_command(nproc: int) -> Command:
     """The command of the analysis of a finished run, of as many processes."""
-    return lambda run: [*launch("titan_moe.analyze", nproc), *analysis_words(run, own_modules([run]))]
+    return lambda run: [*launch("titan_moe.analyze", nproc), *analysis_words(run)]
 
 
 def launch(module: str, nproc: int) -> list[str]:

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -298,16 +298,13 @@ def lacks_analysis(run: Run) -> bool:
     return is_finished and (run.folder / run.config.checkpoint.folder).is_dir() and not analysis_scalars(run)
 
 
-def analysis_words(run: Run, modules: Sequence[str]) -> list[str]:
-    """The command line of a run's analysis, in which the code of these modules may be run."""
+def analysis_words(run: Run) -> list[str]:
+    """The command line of the analysis of a run that is prepared."""
+    # The configuration is the user's, as the study is, and so is the code that it names: training has run it already.
+    table = read_file(str(run.folder / POINT))
+    modules = sorted({name.partition(":")[0] for _, name in outside_components(table)})
     words = ["--checkpoint", str(run.folder / run.config.checkpoint.folder), "--out", str(run.folder / ANALYSIS)]
     return [*words, TRUST, *modules] if modules else words
-
-
-def own_modules(runs: Sequence[Run]) -> list[str]:
-    """The modules of the user's own that the configurations of the runs, which are the user's as well, name."""
-    tables = [read_file(str(run.folder / POINT)) for run in runs]
-    return sorted({name.partition(":")[0] for table in tables for _, name in outside_components(table)})
 
 
 def reached(run_history: History) -> Record:

@@ -10,10 +10,10 @@ from pathlib import Path
 from titan_moe.runtime.files import write_atomic
 from titan_moe.study.grid import Run
 from titan_moe.study.runner import launch
-from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, analysis_words, own_modules, prepare
+from titan_moe.study.runs import EXIT_CODE, LOCK, LOG, POINT, analysis_words, prepare
 from titan_moe.study.spec import Study
 
-SCRIPT, LIST, JOB = "array.sbatch", "runs.txt", "job_id"
+SCRIPT, LIST, ANALYSES, JOB = "array.sbatch", "runs.txt", "analyses.txt", "job_id"
 TEMPLATE = """\
 #!/usr/bin/env bash
 #SBATCH --job-name={name}
@@ -36,6 +36,11 @@ code=$?
 trap '' TERM
 wait $training 2> /dev/null && code=0
 {analysis}echo "$code" > "$run/{exit_code}"
+"""
+ANALYSIS = """\
+mapfile -t analyses < {list}
+eval "words=(${{analyses[$SLURM_ARRAY_TASK_ID]}})"
+[ "$code" = 0 ] && {command} "${{words[@]}}" >> "$run/{log}" 2>&1
 """
 
 
@@ -80,24 +85,19 @@ def check_idle(folder: Path) -> None:
         )
 
 
-def analysis_line(runs: Sequence[Run], nproc: int) -> str:
-    """The line of the script that analyzes a run whose training has finished."""
-    # One line serves all runs: their folder is a variable of the script, and each may run the modules of all.
-    folder, words = str(runs[0].folder), analysis_words(runs[0], own_modules(runs))
-    words = [
-        f'"$run"{shlex.quote(word.removeprefix(folder))}' if word.startswith(folder) else shlex.quote(word)
-        for word in [*launch("titan_moe.analyze", nproc), *words]
-    ]
-    return f'[ "$code" = 0 ] && {" ".join(words)} >> "$run/{LOG}" 2>&1\n'
-
-
 def write_script(study: Study, runs: Sequence[Run], jobs: int) -> Path:
     """Write the list of runs and the script whose tasks each train one of them; the script's path."""
     # Paths are absolute, and tasks go to the folder that this command runs in: data may be named relative to it.
     folder = study.folder.absolute() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / LIST, "".join(f"{run.folder.absolute()}\n" for run in runs))
-    nproc = study.section.nproc
+    nproc, analysis = study.section.nproc, ""
+
+    # What an analysis reads and which code it may run is each run's own, whose configuration may name any folder.
+    if study.section.analyze:
+        write_atomic(folder / ANALYSES, "".join(f"{shlex.join(analysis_words(run))}\n" for run in runs))
+        command, words = shlex.join(launch("titan_moe.analyze", nproc)), shlex.quote(str(folder / ANALYSES))
+        analysis = ANALYSIS.format(list=words, command=command, log=LOG)
     text = TEMPLATE.format(
         name=re.sub(r"[^A-Za-z0-9_.-]", "_", study.name),
         last=len(runs) - 1,
@@ -107,7 +107,7 @@ def write_script(study: Study, runs: Sequence[Run], jobs: int) -> Path:
         list=shlex.quote(str(folder / LIST)),
         here=shlex.quote(str(Path.cwd())),
         command=shlex.join(launch("titan_moe.train", nproc)),
-        analysis=analysis_line(runs, nproc) if study.section.analyze else "",
+        analysis=analysis,
         point=POINT,
         log=LOG,
         lock=LOCK,

@@ -21,7 +21,7 @@ from titan_moe.analyze.counts import (
 )
 from titan_moe.analyze.tokens import CLASSES, classes_of, read_vocabulary
 from titan_moe.data.tokenizer import bytes_tokenizer
-from titan_moe.model.routing import Routing
+from titan_moe.model.routing import Routing, make_routing
 
 B, S, E, L, EOT, PIECE = 3, 16, 4, 2, 10, 4
 
@@ -167,6 +167,23 @@ def test_a_margin_is_infinite_without_a_choice() -> None:
     assert margins(routing._replace(selection=logits), torch.tensor([0.0, -1.5, 0.0])).item() == pytest.approx(-0.5)
     for experts in ([[3, 3]], [[0, 1, 2]]):
         assert margins(routing._replace(topk_experts=torch.tensor(experts)), None).item() == math.inf
+
+
+def test_slots_and_tokens_without_an_expert_are_counted() -> None:
+    """By a loop over the choices; slots that a router does not leave so itself are not unused."""
+    vocabulary = read_vocabulary(bytes_tokenizer(), torch.device("cpu"))
+    sizes = {"texts": 1, "vocabulary": vocabulary.kind.numel(), "layers": 2, "experts": 3, "seq_len": 4}
+    counts = zero_counts(**sizes, device=torch.device("cpu"))
+    scores, ids = torch.full((4, 3), 1 / 3), torch.tensor([[0, 3], [3, 3], [2, 1], [1, 3]])
+    used = make_routing(scores, scores, torch.ones(4, 2), ids, used_TK=ids < 3)
+    chosen_by_experts = Routing(scores, scores, torch.ones(4, 2), ids, torch.tensor([1, 2, 1]))
+    tokens = torch.tensor([[65, 66, 67, 68]])
+    arguments = {"classes": classes_of(tokens, vocabulary), "eot_id": EOT, "piece_tokens": PIECE}
+    for _ in range(2):
+        count_batch(counts, 0, tokens, [used, chosen_by_experts], [None, None], **arguments)
+    slots = [one for row in ids.tolist() for one in row]
+    assert counts.unused.tolist() == [2 * slots.count(3), 0]
+    assert counts.unrouted.tolist() == [2, 2]
 
 
 def test_layers_may_have_different_numbers_of_choices() -> None:

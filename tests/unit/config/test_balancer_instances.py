@@ -79,7 +79,13 @@ ERRORS = [
     ({"balancer.seq.name": "aux_loss", "balancer.seq.coeff": -1}, "--balancer.seq.coeff = -1: must be greater than"),
     ({"balancer.loss.name": "aux_loss"}, "--balancer.loss: a balancer with a name of its own is called by letters"),
     ({"balancer.a-b.name": "aux_loss"}, "--balancer.a-b: a balancer with a name of its own is called by letters"),
-    ({"balancer.aux_loss.name": "z_loss"}, "--balancer.aux_loss.name: unknown argument"),
+    (
+        {"balancer.aux_loss.name": "z_loss"},
+        "--balancer.aux_loss.name = z_loss: its table is for aux_loss, as it is called so: leave it out, or call the "
+        "table [balancer.my_z_loss]",
+    ),
+    ({"balancer.z_loss.name": "examples.balancer:rprop"}, "or call the table [balancer.my_rprop]"),
+    ({"balancer.examples.balancer:rprop.name": "z_loss"}, "its table is for examples.balancer:rprop, as it is called"),
     (
         {"balancer.even.name": "aux_loss", "router.name": "expert_choice"},
         "balancer.even has no effect with router.name = 'expert_choice'",

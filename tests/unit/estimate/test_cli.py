@@ -36,6 +36,8 @@ from titan_moe.estimate.step_time import (
     step_time,
 )
 from titan_moe.model.routing import ROUTERS, Router
+from titan_moe.optimizer.groups import parameter_groups
+from titan_moe.optimizer.owners import assign, cost
 from titan_moe.runtime.compat import MESH_BY_PARAMETER
 from titan_moe.runtime.machine import GPUS
 from titan_moe.step import train_step
@@ -190,6 +192,32 @@ def test_state_of_optimizers(name: str) -> None:
     train_step(model, [(tokens, tokens)], optimizer, build_balancers(config), model.expert_biases(), max_norm=1.0)
     state = [leaf for own in optimizer.state.values() for leaf in own.values() if isinstance(leaf, torch.Tensor)]
     assert run(1, *words).optimizer_state == sum(leaf.nbytes for leaf in state)
+
+
+def test_owners_of_dense_matrices() -> None:
+    """State of the rank that has most; its update's products; parts to other owners, and updates to all others."""
+    words = ("--optimizer.dense.name", "muon", "--optimizer.dense.matmul_dtype", "float32")
+    shared, without = run(4, *words), run(4)
+    groups = parameter_groups(build_model(load_config(MODEL)).named_parameters(), {})
+    matrices = [p for group in groups if group["name"] == "dense" for p in group["params"] if p.dim() == 2]
+    owners = [owner for owner, _ in assign([cost(matrix) for matrix in matrices], 4)]
+    mine = sum(matrix.numel() for matrix, owner in zip(matrices, owners, strict=True) if owner == 0)
+    whole = sum(matrix.numel() for matrix in matrices)
+    most = max(
+        sum(matrix.numel() for matrix, owner in zip(matrices, owners, strict=True) if owner == rank)
+        for rank in range(4)
+    )
+
+    # AdamW has two moments of each element, on the rank that holds it, and a count of 4 bytes; muon has the momentum,
+    # and a clock and a count
+    assert shared.optimizer_state - without.optimizer_state == 4 * (most - 2 * whole // 4 + len(matrices))
+    (sent,) = [traffic for (name, _), traffic in shared.traffic.items() if name == "all_to_all_single"]
+    assert sent.bytes == 4 * ((whole - mine) // 4 + 3 * mine // 4)
+    assert sent.calls == 2 * (1 + max(number for _, number in assign([cost(matrix) for matrix in matrices], 4)))
+
+    # all are of one size, so the first rank computes a quarter
+    extra = [with_muon.flops - plain.flops for with_muon, plain in ((run(1, *words), run(1)), (shared, without))]
+    assert extra[1] == extra[0] // 4 > 0
 
 
 def estimate(*words: str) -> str:

@@ -97,7 +97,7 @@ def _check_glm(config: Config) -> None:
 
 def hf_config(config: Config, architecture: Architecture, *, dtype: str, special_ids: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json; `special_ids` are its keys for the tokens that begin and end texts and pad them."""
-    # What all architectures call the same. Some of it stands twice, for programs that know only an older key.
+    # What all architectures call the same, also where it is the default of transformers: another program has others.
     model, moe, kind = config.model, config.moe, architecture.model_type
     theta = model.rope_theta
     common = {
@@ -110,10 +110,12 @@ def hf_config(config: Config, architecture: Architecture, *, dtype: str, special
         "num_key_value_heads": model.num_kv_heads or model.num_heads,
         "head_dim": model.dim // model.num_heads,
         "hidden_act": "silu",
+        # Mixtral has no dense layers, and so gives the width of its experts here.
         "intermediate_size": moe.expert_dim if kind == "mixtral" else model.ffn_dim,
         "max_position_embeddings": config.training.seq_len,
         "initializer_range": model.init_std,
         "rms_norm_eps": model.norm_eps,
+        # Some of it stands twice, for programs that know only an older key.
         "rope_theta": theta,  # for readers from before rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "tie_word_embeddings": model.tie_embeddings and kind != "glm4_moe",  # vLLM's Glm4Moe ignores tying
@@ -123,6 +125,8 @@ def hf_config(config: Config, architecture: Architecture, *, dtype: str, special
         "dtype": dtype,
         "torch_dtype": dtype,  # for readers from before dtype
     }
+
+    # Keys on experts, and on biases that ours has not, are other ones in each.
     return common | _SPECIFIC_KEYS[kind](config)
 
 
@@ -146,17 +150,21 @@ def _glm4_moe(config: Config) -> dict[str, Any]:
     # partial_rotary_factor stands twice, for programs that look for it outside of rope_parameters: left out it is 1/2.
     moe, arguments = config.moe, config.router.arguments
     rope = {"rope_type": "default", "rope_theta": config.model.rope_theta, "partial_rotary_factor": 1.0}
+
+    # It has no model without a shared expert: where ours has none, that one's weights are 0.
     return {
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": moe.expert_dim,
         "n_shared_experts": max(1, moe.num_shared_experts),
         "first_k_dense_replace": moe_layers(config)[0],
+        # All that the router computes with is written, for what is left out each program takes as it likes.
         "n_group": arguments["num_groups"],
         "topk_group": arguments["topk_groups"],
         "norm_topk_prob": arguments["norm_topk"],
         "routed_scaling_factor": arguments["score_scale"],
         "use_qk_norm": config.model.qk_norm,
+        # GLM has a further layer that predicts the tokens after the next, and ours none.
         "num_nextn_predict_layers": 0,
         "partial_rotary_factor": 1.0,
         "rope_parameters": rope,

@@ -201,6 +201,8 @@ def _router(config: Config) -> dict[str, Any]:
     else:
         why = f", norm_topk = {arguments['norm_topk']}" if name == "sigmoid" else ""
         raise ValueError(f"router.name = {name!r} with moe.top_k = {top_k}{why} has no counterpart in Megatron-core")
+
+    # Groups limit the choice whatever the scores are, and so go with each of these.
     if (groups := arguments.get("num_groups", 1)) > 1:
         router |= {"moe_router_num_groups": groups, "moe_router_group_topk": arguments["topk_groups"]}
     return router

@@ -8,6 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -100,22 +101,57 @@ def check_top_k(top_k: int, temperature: float) -> None:
         raise ValueError(f"router temperature ({temperature}) must be above 0")
 
 
-@functools.cache
-def asked_for(function: Callable[..., object], offered: tuple[str, ...], given: int = 2) -> tuple[str, ...]:
-    """Which of `offered` a function takes, by the names of its parameters after the first `given`.
+class ParameterError(ValueError):
+    """A function of a part can't be called as it will be; the message says which function, and where it is."""
 
-    Raises ValueError where it needs something else.
+
+def asked_for(function: Callable[..., object], offered: tuple[str, ...], given: int = 2) -> tuple[str, ...]:
+    """Which of `offered` a function takes, by the names of its parameters after the first `given`, which it gets too.
+
+    Raises ParameterError where it does not take these, or needs something else.
     """
+    # A loss is asked at every step, so that answers are kept; an object whose class compares has perhaps no hash.
     try:
-        more = [*inspect.signature(function).parameters.values()][given:]
+        hash(function)
+    except TypeError:
+        return _asked_for.__wrapped__(function, offered, given)
+    return _asked_for(function, offered, given)
+
+
+@functools.cache
+def _asked_for(function: Callable[..., object], offered: tuple[str, ...], given: int) -> tuple[str, ...]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C
         return ()
-    taken = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+    # What comes by position: its number is all that can be compared, as everybody has other names for it.
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    first = [parameter for parameter in parameters if parameter.kind in by_position][:given]
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    if len(first) < given and not takes_any:
+        raise ParameterError(f"{place_of(function)} must take {given} arguments by position, and takes {len(first)}")
+
+    # The rest it gets by name, so that a name of nothing that there is can only be a mistake.
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    positional = {parameter.name for parameter in first}
+    more = [parameter for parameter in parameters if parameter.name not in positional and parameter.kind in by_name]
     for parameter in more:
-        is_needed = parameter.kind in taken and parameter.default is inspect.Parameter.empty
-        if is_needed and parameter.name not in offered:
-            raise ValueError(f"takes {parameter.name!r}, which is not offered: {', '.join(offered)} are")
-    return tuple(parameter.name for parameter in more if parameter.kind in taken and parameter.name in offered)
+        if parameter.default is inspect.Parameter.empty and parameter.name not in offered:
+            raise ParameterError(
+                f"{place_of(function)} takes {parameter.name!r}, which is not offered: {', '.join(offered)} are"
+            )
+    return tuple(parameter.name for parameter in more if parameter.name in offered)
+
+
+def place_of(function: Any) -> str:
+    """The name of a function with its file and line, `route at my_moe.py:12`; of an object that of its `__call__`."""
+    function = inspect.unwrap(function)
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(function.func)
+    name = getattr(function, "__qualname__", type(function).__qualname__).rpartition("<locals>.")[2]
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return name if code is None else f"{name} at {Path(code.co_filename).name}:{code.co_firstlineno}"
 
 
 def scaled_logits(logits_TE: Tensor, options: Options) -> Tensor:
@@ -197,11 +233,16 @@ def make_routing(
     """A Routing with its counts.
 
     Where `used_TK`, a bool, is false, the slot is unused: it is no choice, whatever id and score it has here. `mean_k`
-    and `capacity` are fields of `Routing`.
+    and `capacity` are fields of `Routing`. Raises ValueError for a `used_TK` of another shape or type.
     """
     # Unused slots have a place in the counts that is cut off. A scatter because bincount has a data-dependent shape.
     E = logits_TE.shape[-1]
     if used_TK is not None:
+        if used_TK.shape != topk_experts_TK.shape or used_TK.dtype != torch.bool:
+            raise ValueError(
+                f"used_TK must be a bool for each of topk_experts, {tuple(topk_experts_TK.shape)}, "
+                f"is {tuple(used_TK.shape)} {used_TK.dtype}"
+            )
         topk_experts_TK = torch.where(used_TK, topk_experts_TK, E)
         topk_scores_TK = topk_scores_TK * used_TK
     ids_N = topk_experts_TK.flatten()  # (T, K) -> (N,)

@@ -212,11 +212,15 @@ def table(summaries: Sequence[Summary], axes: Sequence[AxisInfo], places: Mappin
     # The length is a column only where it differs: else it stands once on the page.
     lead = places.get("loss")
     differ = len(lengths(counted_results([s for s in summaries if s.counted]))) > 1
-    head = [(axis.label, "") for axis in axes] or [("point", "")]
-    head += [("seeds", ""), *([("steps", ""), ("tokens", "")] if differ else [])]
+    measured = [("seeds", ""), *([("steps", ""), ("tokens", "")] if differ else [])]
     for measure in places:
-        head.append((MEASURES[measure].label, MEASURES[measure].unit))
-        head += [("loss above the lowest", "paired by seed")] if lead and measure == "loss" else []
+        measured.append((MEASURES[measure].label, MEASURES[measure].unit))
+        measured += [("loss above the lowest", "paired by seed")] if lead and measure == "loss" else []
+
+    # What was set and what came of it may have one name, as the steps that a study varies.
+    taken = {title for title, _ in measured}
+    head = [(axis.label, "as set" if axis.label in taken else "") for axis in axes] or [("point", "")]
+    head += measured
 
     # The difference to the lowest loss is paired by seed, so that it says more than the two means beside it.
     rows = []
