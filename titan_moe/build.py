@@ -10,6 +10,7 @@ from torch import nn
 
 from titan_moe.balancer import BALANCERS, Balancer
 from titan_moe.config import Config, find_component
+from titan_moe.config.checks import parametrization_of
 from titan_moe.config.sections import Optimizer as OptimizerTables
 from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import Data, build_data
@@ -19,8 +20,9 @@ from titan_moe.model.moe import MEASURED, WEIGHTS, InitState, Measure
 from titan_moe.model.routing import ROUTERS, ParametricRouter, force_balanced
 from titan_moe.model.routing.common import asked_for, parametric
 from titan_moe.model.transformer import Transformer
+from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.groups import GROUP_PATTERNS, parameter_groups
+from titan_moe.optimizer.groups import GROUP_PATTERNS, Scale, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import Optimizer, check_served, combine
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
@@ -36,7 +38,7 @@ from titan_moe.runtime.world import Runtime
 
 def build_model(config: Config) -> Transformer:
     """Build the model of a config whose vocab_size is known, on the current default device (`meta`: no memory)."""
-    model, moe = config.model, config.moe
+    model, moe, parametrization = config.model, config.moe, parametrization_of(config)
 
     # A selection bias that nothing moves would be zeros in every checkpoint, so it is there only for a balancer.
     return Transformer(
@@ -63,6 +65,8 @@ def build_model(config: Config) -> Transformer:
         expert_bias=has_expert_bias(config),
         balancer_inits=balancer_inits(config),
         measures=measures(config),
+        multipliers=parametrization.multipliers,
+        std_of=parametrization.std_of,
     )
 
 
@@ -218,9 +222,30 @@ def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str
         return builder(members, **{**given, **alike})
 
     used = {group["name"]: names.get(group["name"], config.optimizer.name) for group in groups}
+    set_scales(config, model, groups, used, arguments)
     optimizer = combine(groups, used, build)
     check_served(optimizer, matches.keys() & names.keys())
     return optimizer
+
+
+def set_scales(
+    config: Config,
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    used: Mapping[str, str],
+    arguments: Mapping[str, dict[str, Any]],
+) -> None:
+    """Give groups the `scales` of [parametrization], which may give each parameter a rate of its own.
+
+    `used` is the optimizer of each group, `arguments` what a group has of its own.
+    """
+    scale_of = parametrization_of(config).scale_of
+    name_of = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
+    for group in groups:
+        settings = {**config.optimizer.arguments, **arguments.get(group["name"], {})}
+        scales = [scale_of(name_of[parameter], used[group["name"]], settings) for parameter in group["params"]]
+        if any(scale != Scale() for scale in scales):
+            group["scales"] = scales
 
 
 def build_schedule(config: Config) -> Schedule:

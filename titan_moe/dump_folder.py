@@ -16,7 +16,7 @@ from titan_moe.build import balancer_inits, degrees_of, has_expert_bias
 from titan_moe.checkpoint.folder import read_manifest, scan
 from titan_moe.checkpoint.state import read_common
 from titan_moe.config import Config, read_saved, to_toml
-from titan_moe.config.differences import ANOTHER_MODEL, Changes, changed_meaning, counts, texts
+from titan_moe.config.differences import Changes, changed_meaning, counts, is_of_another_model, texts
 from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import is_streamed, resolve_batch_sizes
 from titan_moe.data.tokenizer import load_tokenizer
@@ -106,7 +106,7 @@ def _refuse_another_model(job: Job, before: Before, changes: Changes) -> None:
     """Raise ValueError where the weights would mean nothing here, whatever job.allow_config_change says."""
     # A selection bias is a part of the model, there if a balancer moves it. Only balancers of the registry and of this
     # configuration are asked: another that a saved configuration names may be code that nobody here has chosen to run.
-    another = {key: values for key, values in changes.items() if key in ANOTHER_MODEL}
+    another = {key: values for key, values in changes.items() if is_of_another_model(key)}
     known = _balancers(before.config) <= BALANCERS.keys() | _balancers(job.config)
     if known and _balancer_tensors(before.config) != _balancer_tensors(job.config):
         another |= {key: values for key, values in changes.items() if key.startswith("balancer.")}

@@ -17,6 +17,7 @@ from titan_moe.checkpoint import (
 from titan_moe.checkpoint.branch import leave_branch
 from titan_moe.checkpoint.export import EXPORT, has_export
 from titan_moe.checkpoint.folder import run_on_all_ranks, steps_after
+from titan_moe.config import read_saved
 from titan_moe.config.layers import read_file
 from titan_moe.divergence import SkippedSteps
 from titan_moe.dump_folder import CONFIG, METRICS, check_same_run
@@ -84,6 +85,7 @@ def resume(job: Job) -> Progress:
     if step_folder is None:
         if config.initial_load_path:
             source = resolve_checkpoint(config.initial_load_path, "checkpoint.initial_load_path")
+            check_same_factors(job, source)
             try:
                 load_weights(source, model=job.model, strict=config.initial_load_strict)
             except CheckpointError:
@@ -94,6 +96,30 @@ def resume(job: Job) -> Progress:
             logger.info("starting from the weights of %s", source)
         return Progress()
     return load_run(job, step_folder)
+
+
+def check_same_factors(job: Job, source: Path) -> None:
+    """Raise ValueError where first weights are of another parametrization: their forward multiplies otherwise.
+
+    Only a warning where `initial_load_strict` is off. A checkpoint without a configuration is not looked at.
+    """
+    file = source / "config.toml"
+    if not file.exists():
+        return
+    theirs, ours = read_saved(file).parametrization, job.config.parametrization
+    if theirs == ours:
+        return
+
+    # Whoever takes what fits may mean to: between some bases the factors are the same.
+    text = (
+        f"{source} is of parametrization {theirs.name!r} {theirs.arguments}, this run of {ours.name!r} {ours.arguments}"
+    )
+    if job.config.checkpoint.initial_load_strict:
+        raise ValueError(
+            f"{text}: weights of one mean something else in the other: take the same [parametrization], or set "
+            "checkpoint.initial_load_strict = false to take them nevertheless"
+        )
+    logger.warning("%s", text)
 
 
 def load_run(job: Job, step_folder: Path) -> Progress:

@@ -14,6 +14,7 @@ from titan_moe.convert.hf.convert import from_hf, to_hf
 from titan_moe.convert.verify import compare, hf_forward, our_forward
 from titan_moe.data.tokenizer import load_tokenizer, tokenizer_from_files
 from titan_moe.generate import generate
+from titan_moe.model.multipliers import Multipliers
 
 transformers: Any = pytest.importorskip("transformers")
 transformers.utils.logging.disable_progress_bar()
@@ -63,6 +64,21 @@ def test_export_agrees_and_comes_back(tmp_path: Path, kind: str) -> None:
     assert config_again.moe == config.moe
     assert config_again.balancer == config.balancer
     assert config_again.router.name == config.router.name
+
+
+@pytest.mark.parametrize("kind", ["dense qk-norm tied", "topk_softmax tied", "softmax_topk shared", "sigmoid plain"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_factors_of_a_parametrization_are_in_the_weights(tmp_path: Path, kind: str, dtype: str) -> None:
+    """transformers, which knows no such factors, computes the same; the export's own check holds in both types."""
+    mup = {"parametrization.name": "mup", "parametrization.base_dim": 12, "parametrization.base_num_heads": 4}
+    step = make_checkpoint(tmp_path / "run", **{**KINDS[kind][1], **mup, "parametrization.base_num_layers": 1})
+    to_hf(step, tmp_path / "hf", dtype=dtype)
+    (model, config), theirs = load_model(step), open_hf(tmp_path / "hf")
+    assert model.multipliers != Multipliers()
+    if dtype == "float32":
+        found = compare(our_forward(model), hf_forward(theirs), config.model.vocab_size)
+        assert found.logit_difference < 1e-4
+        assert found.same_routing == 1
 
 
 def test_what_balancers_keep_is_left_out_and_begins_anew(tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "norms": {"model__qk_norm": True},
     "head": {"model__tie_embeddings": False},
     "bias": {"balancer__loss_free__rate": 0.1},
+    "parametrization": {"parametrization__name": "mup", "parametrization__base_dim": 16},
 }
 
 

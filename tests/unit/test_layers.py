@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "titan_moe"
 LAYERS = {
     "model.routing": 0,
     "model.wrappers": 0,
+    "model.multipliers": 0,
     "model.dispatch": 0,
     "model.experts": 0,
     "model.fused": 0,
@@ -43,6 +44,7 @@ LAYERS = {
     "markdown": 0,
     "theme": 0,
     "model": 1,
+    "parametrization": 1,
     "parallelize": 1,
     "optimizer": 1,
     "runtime.command": 1,
@@ -68,6 +70,7 @@ LAYERS = {
     "train": 3,
     "generate": 3,
     "evaluate": 3,
+    "coordinate_check": 3,
     "study": 3,
     "convert": 3,
     "estimate": 3,

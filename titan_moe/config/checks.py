@@ -17,6 +17,7 @@ from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
 from titan_moe.optimizer.groups import NO_MATRICES
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.schedule import SCHEDULES
+from titan_moe.parametrization import PARAMETRIZATIONS, Parametrization, Shapes
 
 
 def check_config(config: Config) -> None:
@@ -36,6 +37,7 @@ def check_config(config: Config) -> None:
     _check_batches(config)
     _check_parts(config)
     _check_optimizer(config)
+    _check_parametrization(config)
 
 
 LARGEST = 2**44  # elements of a tensor: 64 TiB in fp32, above any machine and far below where sizes overflow
@@ -286,6 +288,49 @@ def _check_optimizer(config: Config) -> None:
 def group_key(group: str, table: Mapping[str, Any]) -> str:
     """The path of a parameter group's table; those by pattern have a `match`."""
     return f"optimizer.groups.{group}" if "match" in table else f"optimizer.{group}"
+
+
+def parametrization_of(config: Config) -> Parametrization:
+    """Build the parametrization of [parametrization] for the model's sizes."""
+    # Whether a router has parameters of its own shows only in what its builder gives.
+    model, moe, router = config.model, config.moe, config.router
+    own_router = False
+    if moe.num_experts:
+        route = find_component(ROUTERS, router.name)(top_k=moe.top_k, **router.arguments)
+        own_router = parametric(route).init is not None
+
+    # A builder gets numbers, not the configuration.
+    builder = find_component(PARAMETRIZATIONS, config.parametrization.name, "configuration", "parametrization.name")
+    shapes = Shapes(
+        dim=model.dim,
+        num_layers=model.num_layers,
+        num_heads=model.num_heads,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
+        ffn_dim=model.ffn_dim,
+        init_std=model.init_std,
+        num_experts=moe.num_experts,
+        top_k=moe.top_k,
+        expert_dim=moe.expert_dim,
+        num_shared_experts=moe.num_shared_experts,
+        router=router.name,
+        router_arguments=router.arguments,
+        own_router=own_router,
+    )
+    built = builder(shapes=shapes, **config.parametrization.arguments)
+    if not isinstance(built, Parametrization):
+        raise ValueError(
+            f"parametrization.name = {config.parametrization.name!r} must give a Parametrization, gave a "
+            f"{type(built).__name__}"
+        )
+    return built
+
+
+def _check_parametrization(config: Config) -> None:
+    """Refuse a base that does not fit the model, and optimizers that the parametrization has no rule for."""
+    parametrization, optimizer = parametrization_of(config), config.optimizer
+    for table in ({}, *optimizer.groups.values()):
+        settings = {**optimizer.arguments, **table}
+        parametrization.scale_of("tok_embeddings.weight", table.get("name", optimizer.name), settings)
 
 
 ROUTERS_WITH_EVEN_LOAD = ("expert_choice", "base")  # the load of a forward pass is even whatever the logits

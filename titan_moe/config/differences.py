@@ -12,7 +12,10 @@ Changes = dict[str, tuple[Any, Any]]  # dotted key -> its value before and now, 
 MOST_SHOWN = 80  # characters of a value in a message
 
 # Sections that say what is trained, on what and how.
-COUNTED = ("model", "moe", "router", "balancer", "optimizer", "lr_scheduler", "training", "data", "debug")
+COUNTED = (
+    *("model", "moe", "parametrization", "router", "balancer"),
+    *("optimizer", "lr_scheduler", "training", "data", "debug"),
+)
 
 # Their keys that a run may change nevertheless, each with the reason. Other sections are free as a whole: a layout
 # ([parallelism], [activation_checkpoint], [compile], [comm]) computes the same, [validation], [checkpoint], [metrics]
@@ -37,6 +40,11 @@ ANOTHER_MODEL = (
     "moe.first_dense_layers",
     "moe.layer_freq",
 )
+
+
+def is_of_another_model(key: str) -> bool:
+    """Whether weights of a model with another value of this key mean nothing, or something else."""
+    return key in ANOTHER_MODEL or key.startswith("parametrization.")  # its factors are in the forward
 
 
 def counts(key: str) -> bool:

@@ -27,6 +27,8 @@ words (--data.path a.txt b.txt), a switch none (--compile.enable). An unknown ke
 error. Below: key = default, what it means (type)."""
 
 COMPONENTS = {
+    "parametrization": "A component by name and its arguments: how initial weights, rates and the forward's factors "
+    "follow from the model's size.",
     "router": 'A component by name and its arguments; name = "my_pkg.my_mod:fn" takes a function from outside.',
     "balancer": "A table [balancer.NAME] for each balancer that is on, none by default. NAME = false switches off one "
     'that a base file turned on; NAME may be "my_pkg.my_mod:fn". A table [balancer.ANY] with name = "NAME" is an '

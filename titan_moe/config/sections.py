@@ -16,6 +16,7 @@ from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.load_lr import load_lr
 from titan_moe.optimizer.schedule import SCHEDULES
+from titan_moe.parametrization import PARAMETRIZATIONS
 
 
 def _as_list(value: object) -> object:
@@ -281,6 +282,7 @@ class Config:
     job: Job = field(default_factory=Job)
     model: Model = field(default_factory=Model)
     moe: Moe = field(default_factory=Moe)
+    parametrization: Component = field(default_factory=lambda: Component("standard"))
     router: Component = field(default_factory=lambda: Component("topk_softmax"))
     balancer: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> arguments
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -355,6 +357,16 @@ KINDS = {
             **dict.fromkeys(("latent_dim", "tile"), _COUNT),
             "rate": _POSITIVE,
             **dict.fromkeys(("max_k", "min_pool", "max_pool", "eval_pool"), _NOT_NEGATIVE),
+        },
+    ),
+    "parametrization": Kind(
+        PARAMETRIZATIONS,
+        {"shapes": "[model] and [moe]"},
+        {
+            "base_dim": _COUNT,
+            **dict.fromkeys(("base_num_layers", "base_num_heads", "base_ffn_dim", "base_expert_dim"), _NOT_NEGATIVE),
+            **dict.fromkeys(("base_num_experts", "base_top_k"), _NOT_NEGATIVE),
+            "router_init_power": Field(ge=0.5, allow_inf_nan=False),
         },
     ),
     "balancer": Kind(

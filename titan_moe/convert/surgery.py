@@ -22,6 +22,7 @@ from titan_moe.checkpoint.lazy import Lazy, LazyTensors, read_lazily
 from titan_moe.checkpoint.state import TRAINED, read_common
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_saved, to_toml
+from titan_moe.config.checks import parametrization_of
 from titan_moe.convert.hf.architectures import moe_layers
 from titan_moe.convert.new_folder import new_checkpoint
 from titan_moe.data.tokenizer_files import read_tokenizer_files
@@ -137,6 +138,7 @@ def change_experts(
     num_experts = len(plan_of_layer[moe_layers(before)[0]])
     overrides = ["--moe.num_experts", str(num_experts), *overrides]
     config = _new_config(step_folder, out, overrides, trust_components)
+    _check_factors(before, config)
     _check_router(config)
 
     # A state of experts that has neither a row for each nor one number for all can't be told apart by expert. It is
@@ -184,6 +186,7 @@ def upcycle(
     overrides = ["--moe.expert_dim", str(width), *overrides]
     config = _new_config(step_folder, out, overrides, trust_components)
     _check_upcycling(before, config, granularity)
+    _check_factors(before, config)
     _check_router(config)
 
     # `NAME.feed_forward.w1.weight`, and its optimizer states `NAME.feed_forward.w1.weight.STATE`, become
@@ -245,7 +248,7 @@ def _new_router(config: Config, layer: int, granularity: int, seed: int) -> Lazy
     def load() -> Tensor:
         # Equal rows for the parts of a copy: their logits are equal, and a token takes all of them or none.
         weight = torch.empty(experts // granularity, dim)
-        fill_normal(weight, config.model.init_std, f"{seed}/{name}")
+        fill_normal(weight, parametrization_of(config).std_of(name), f"{seed}/{name}")
         return weight.repeat_interleave(granularity, 0)  # (E / G, D) -> (E, D)
 
     tensors = {f"model.{name}": Lazy((experts, dim), torch.float32, load)}
@@ -363,6 +366,20 @@ def _fresh_values(config: Config) -> dict[str, Any]:
         for parameter in group["params"]:
             values |= {f"optimizer.param_groups.{names[parameter]}.{key}": value for key, value in settings.items()}
     return values
+
+
+def _check_factors(before: Config, config: Config) -> None:
+    """Raise ValueError where the new model's forward would multiply by other factors than the old one's."""
+    # The weights are carried over as they are, and the experts of an upcycled model are to give what its dense layers
+    # gave.
+    old, new = parametrization_of(before).multipliers, parametrization_of(config).multipliers
+    if new != old:
+        key = next(name for name in old._fields if getattr(old, name) != getattr(new, name))
+        raise ValueError(
+            f"[parametrization] gives the new model another factor {key} ({getattr(new, key):g}, before "
+            f"{getattr(old, key):g}), for which its weights are not made: keep the base's and the model's sizes, or "
+            "export the model first, which folds the factors into the weights"
+        )
 
 
 def _check_router(config: Config) -> None:

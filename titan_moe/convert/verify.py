@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from titan_moe.checkpoint.store import read_model
 from titan_moe.config import Config
+from titan_moe.convert.fold import fold_parameters, without_factors
 from titan_moe.convert.hf.read_config import read_json
 from titan_moe.convert.hf.safetensors import weight_files
 
@@ -90,7 +91,12 @@ def our_forward(model: nn.Module) -> Forward:
 
 def rounded_model(step_folder: Path, config: Config, dtype: torch.dtype) -> nn.Module:
     """The model of a checkpoint with weights rounded to `dtype`, as an export has them, that computes in fp32."""
-    model = read_model(step_folder, config)
+    # An export rounds weights that have the parametrization's factors in them. In fp32 nothing is rounded, so that what
+    # was folded is compared with the model that multiplies.
+    if dtype == torch.float32:
+        return read_model(step_folder, config)
+    model = read_model(step_folder, without_factors(config))
+    fold_parameters(config, model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(dtype))

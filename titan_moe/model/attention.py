@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_moe.model.multipliers import times
 from titan_moe.model.wrappers import plain_name
 
 Rope = tuple[Tensor, Tensor]
@@ -121,11 +122,13 @@ MAX_LOGITS = torch.ops.titan_moe.max_logits.default
 class Attention(nn.Module):
     """Softmax attention over the past; `qk_norm` puts an RMSNorm on each head's queries and keys before rotation.
 
-    `attend` is a function that parallelism replaces.
+    `attend` is a function that parallelism replaces, and `logits_multiplier` a factor of the attention logits beside
+    1 / sqrt(head_dim), which a parametrization replaces.
     """
 
     def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, qk_norm: bool, norm_eps: float) -> None:
         super().__init__()
+        self.logits_multiplier = 1.0
         self.head_dim = dim // num_heads
         self.grouped = num_kv_heads != num_heads
         self.attend: Attend = attend_to_past
@@ -140,11 +143,16 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rope: Rope, want_max: bool = False) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) -> (B, S, D), and the `max_logits` (H,) where they are wanted."""
+        y_BHSC, max_logits_H = self.attend(*self.project(x_BSD, rope), want_max)
+        return self.wo(y_BHSC.transpose(1, 2).flatten(2)), max_logits_H  # (B, S, H C) -> (B, S, D)
+
+    def project(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, S, D) -> queries (B, H, S, C), and keys and values (B, G, S, C); queries and keys are rotated."""
         q_BSHC, k_BSGC, v_BSGC = (w(x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
+        q_BSHC = times(q_BSHC, self.logits_multiplier)
 
         # Heads go before the sequence, as attention takes them.
         q_BHSC, k_BGSC = apply_rope(q_BSHC.transpose(1, 2), rope), apply_rope(k_BSGC.transpose(1, 2), rope)
-        y_BHSC, max_logits_H = self.attend(q_BHSC, k_BGSC, v_BSGC.transpose(1, 2), want_max)
-        return self.wo(y_BHSC.transpose(1, 2).flatten(2)), max_logits_H  # (B, S, H C) -> (B, S, D)
+        return q_BHSC, k_BGSC, v_BSGC.transpose(1, 2)

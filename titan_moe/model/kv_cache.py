@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from titan_moe.model.attention import Attention, Rope, apply_rope, rope_cos_sin
+from titan_moe.model.attention import Rope, rope_cos_sin
+from titan_moe.model.multipliers import times
 from titan_moe.model.transformer import Transformer
 
 
@@ -51,27 +52,22 @@ def extend(model: Transformer, cache: Cache, tokens_BT: Tensor, start_B: Tensor,
     visible = (places_S <= position_BT.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S)
 
     # Each layer as `Block.forward`, but that attention looks at the cache, which has the new tokens as well by then.
-    x_BTD = model.tok_embeddings(tokens_BT)  # (B, T) -> (B, T, D)
+    multipliers = model.multipliers
+    x_BTD = times(model.tok_embeddings(tokens_BT), multipliers.embedding)  # (B, T) -> (B, T, D)
     layers: Any = model.layers
     for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
         h_BTD = layer.attention_norm(x_BTD)
-        q_BHTC, k_BGTC, v_BGTC = _project(layer.attention, h_BTD, (cos, sin))
+        q_BHTC, k_BGTC, v_BGTC = layer.attention.project(h_BTD, (cos, sin))
         keys[rows_B[:, None], :, position_BT] = k_BGTC.transpose(1, 2)
         values[rows_B[:, None], :, position_BT] = v_BGTC.transpose(1, 2)
         y_BHTC = F.scaled_dot_product_attention(
             q_BHTC, keys[rows_B], values[rows_B], attn_mask=visible, enable_gqa=layer.attention.grouped
         )  # (B, H, T, C)
-        x_BTD = x_BTD + layer.attention.wo(y_BHTC.transpose(1, 2).flatten(2))
+        x_BTD = x_BTD + times(layer.attention.wo(y_BHTC.transpose(1, 2).flatten(2)), multipliers.residual)
         h_BTD = layer.ffn_norm(x_BTD)
-        x_BTD = x_BTD + (layer.feed_forward(h_BTD) if layer.feed_forward is not None else layer.moe(h_BTD)[0])
+        y_BTD = layer.feed_forward(h_BTD) if layer.feed_forward is not None else layer.moe(h_BTD)[0]
+        x_BTD = x_BTD + times(y_BTD, multipliers.residual)
 
     # Logits are wanted of the next token alone.
-    x_BD = model.norm(x_BTD[:, -1])  # (B, T, D) -> (B, D)
+    x_BD = times(model.norm(x_BTD[:, -1]), multipliers.logits)  # (B, T, D) -> (B, D)
     return F.linear(x_BD, model.tok_embeddings.weight) if model.output is None else model.output(x_BD)
-
-
-def _project(attention: Attention, h_BTD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (w(h_BTD).unflatten(-1, (-1, attention.head_dim)) for w in (attention.wq, attention.wk, attention.wv))
-    if attention.q_norm is not None and attention.k_norm is not None:
-        q, k = attention.q_norm(q), attention.k_norm(k)
-    return apply_rope(q.transpose(1, 2), rope), apply_rope(k.transpose(1, 2), rope), v.transpose(1, 2)

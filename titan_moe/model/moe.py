@@ -24,6 +24,7 @@ from titan_moe.model.dispatch import (
     rows_of_choices,
 )
 from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
+from titan_moe.model.multipliers import times
 from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.routing.common import OFFERED, asked_for, parametric
 
@@ -237,6 +238,9 @@ class MoE(nn.Module):
     The router chooses among `num_identity_experts` more, which have the last ids: their output is the token itself,
     times its weight like any other, and costs no rows. Source: LongCat-Flash (2025, arXiv 2509.01322), 2.1, its
     zero-computation experts. E counts them wherever routing, bias and balancers are concerned.
+
+    `router_logits_multiplier` and `output_multiplier` are factors of the logits and of what the routed experts give,
+    which a parametrization replaces.
     """
 
     def __init__(
@@ -256,6 +260,7 @@ class MoE(nn.Module):
         dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
+        self.router_logits_multiplier = self.output_multiplier = 1.0
         # What makes the logits is called `router` in any case: the parameter group goes by that name.
         self.num_experts, self.num_identity_experts, self.layer = num_experts, num_identity_experts, layer
         self.router_width = num_experts + num_identity_experts
@@ -292,6 +297,7 @@ class MoE(nn.Module):
         y_ND = self.experts(self.dispatcher.receive(x_ND, state), tokens_per_expert_E)
         y_ND = self.dispatcher.send_back(y_ND, state)
         y_BSD = self.combine(y_ND, routing, permutation, x_TD).view_as(x_BSD)  # (N, D) -> (B, S, D)
+        y_BSD = times(y_BSD, self.output_multiplier)
 
         # Evaluation has no losses to measure for.
         if self.measures and torch.is_grad_enabled():
@@ -344,6 +350,8 @@ class MoE(nn.Module):
     def router_logits(self, x_TD: Tensor) -> Tensor:
         """(T, D) -> (T, E), in fp32: in bf16 near-ties between experts would be decided by rounding."""
         if isinstance(self.router, nn.Linear) and not self.has_own_router:
-            return F.linear(x_TD.float(), self.router.weight.float())
-        parameters = {name: parameter.float() for name, parameter in self.router.named_parameters()}
-        return functional_call(self.router, parameters, (x_TD.float(),))
+            logits_TE = F.linear(x_TD.float(), self.router.weight.float())
+        else:
+            parameters = {name: parameter.float() for name, parameter in self.router.named_parameters()}
+            logits_TE = functional_call(self.router, parameters, (x_TD.float(),))
+        return times(logits_TE, self.router_logits_multiplier)

@@ -5,6 +5,7 @@ Shapes: B batch, S sequence, D dim, V vocabulary.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from titan_moe.model.attention import Attention, Rope, check_attention, rope_cos_sin
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
 from titan_moe.model.moe import FeedForward, InitState, Measure, MoE, initial_state
+from titan_moe.model.multipliers import Multipliers, times
 from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
@@ -30,10 +32,11 @@ class LossAndMaxLogits(NamedTuple):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)) or x + moe(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)) or x + moe(norm(x)); what is added times `residual`."""
 
     def __init__(self, *, dim: int, norm_eps: float, attention: Attention, feed_forward: FeedForward | MoE) -> None:
         super().__init__()
+        self.residual = 1.0
         self.attention_norm = nn.RMSNorm(dim, eps=norm_eps)
         self.attention = attention
         self.ffn_norm = nn.RMSNorm(dim, eps=norm_eps)
@@ -48,13 +51,13 @@ class Block(nn.Module):
         What there is not, as the routing of a dense layer, is None.
         """
         y_BSD, max_logits_H = self.attention(self.attention_norm(x_BSD), rope, want_max_logits)
-        x_BSD = x_BSD + y_BSD
+        x_BSD = x_BSD + times(y_BSD, self.residual)
         h_BSD = self.ffn_norm(x_BSD)
         if self.feed_forward is not None:
-            return x_BSD + self.feed_forward(h_BSD), None, max_logits_H
+            return x_BSD + times(self.feed_forward(h_BSD), self.residual), None, max_logits_H
         assert self.moe is not None
         y_BSD, routing = self.moe(h_BSD, places)
-        return x_BSD + y_BSD, routing, max_logits_H
+        return x_BSD + times(y_BSD, self.residual), routing, max_logits_H
 
 
 class Transformer(nn.Module):
@@ -68,8 +71,9 @@ class Transformer(nn.Module):
     tensors that balancers keep of it, and `measures` what they measure in its forward. `eot_id` is the token that
     ends documents, which has to be set where a router or a measure asks for document_ids. Where only the loss or
     the score is wanted, the logits of `loss_chunk_tokens` tokens (0: of all, -1: as suits the device) are in memory
-    at once. Built on the meta device or any other, parameters are undefined until `init_weights`. Raises ValueError
-    for sizes that do not fit together.
+    at once. `multipliers` are constant factors of the forward, and `std_of` gives the standard deviation with which a
+    parameter, by its name, begins (None: `standard_std`). Built on the meta device or any other, parameters are
+    undefined until `init_weights`. Raises ValueError for sizes that do not fit together.
     """
 
     def __init__(
@@ -98,11 +102,13 @@ class Transformer(nn.Module):
         balancer_inits: Mapping[str, InitState] | None = None,
         measures: Mapping[str, Measure] | None = None,
         loss_chunk_tokens: int = 0,
+        multipliers: Multipliers = Multipliers(),  # noqa: B008 - of floats, and immutable
+        std_of: Callable[[str], float] | None = None,
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_attention(dim, num_heads, num_kv_heads)
-        self.init_std, self.num_layers = init_std, num_layers
+        self.std_of = std_of or partial(standard_std, init_std=init_std, num_layers=num_layers)
         self.head_dim, self.rope_theta = dim // num_heads, rope_theta
 
         # What parallelism and compilation replace from outside: the model sees no mesh and no rank.
@@ -154,6 +160,19 @@ class Transformer(nn.Module):
         self.asks_places = any(layer.asks_places for layer in self.moe_layers())
         self.norm = nn.RMSNorm(dim, eps=norm_eps)
         self.output = None if tie_embeddings else nn.Linear(dim, vocab_size, bias=False)
+        self.set_multipliers(multipliers)
+
+    def set_multipliers(self, multipliers: Multipliers) -> None:
+        """Give each part its factor of the forward."""
+        self.multipliers = multipliers
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.residual = multipliers.residual
+            elif isinstance(module, Attention):
+                module.logits_multiplier = multipliers.attention
+            elif isinstance(module, MoE):
+                module.router_logits_multiplier = multipliers.router_logits
+                module.output_multiplier = multipliers.expert_output
 
     def forward(
         self, tokens_BS: Tensor, labels_BS: Tensor | None = None, want: Want | None = None
@@ -167,7 +186,7 @@ class Transformer(nn.Module):
         # Angles are those of all layers. They are computed here, once, and handed down.
         rope = self.rope(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
         places = self._places(tokens_BS) if self.asks_places else None
-        x_BSD = self.tok_embeddings(tokens_BS)  # (B, S) -> (B, S, D)
+        x_BSD = times(self.tok_embeddings(tokens_BS), self.multipliers.embedding)  # (B, S) -> (B, S, D)
 
         # Routings are returned, never stored: losses, loads and metrics are functions of them.
         want = want or ("logits" if labels_BS is None else "loss")
@@ -180,7 +199,7 @@ class Transformer(nn.Module):
             if max_logits_H is not None:
                 max_logits.append(max_logits_H)
 
-        output = None if want == "routings" else self._head(self.norm(x_BSD), labels_BS, want)
+        output = None if want == "routings" else self._head(x_BSD, labels_BS, want)
         if want_max_logits:
             return LossAndMaxLogits(cast(Tensor, output), torch.stack(max_logits)), tuple(routings)
         return output, tuple(routings)
@@ -191,10 +210,12 @@ class Transformer(nn.Module):
         return self.places(tokens_BS, self.eot_id)
 
     def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score:
-        """Return the logits (B, S, V), or the loss or score that is computed from them.
+        """Return the logits (B, S, V) of what the layers give, or the loss or score that is computed from them.
 
         The head's matrix is the embedding where they are tied.
         """
+        # The factor of the logits is a factor of the few numbers that they are computed from.
+        x_BSD = times(self.norm(x_BSD), self.multipliers.logits)
         weight_VD = self.tok_embeddings.weight if self.output is None else self.output.weight
         if want == "logits":
             return F.linear(x_BSD, weight_VD)  # (B, S, D) -> (B, S, V)
@@ -226,18 +247,15 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter: matrices normal(0, init_std), norms 1; selection biases 0.
+        """Fill every parameter: matrices normal(0, std_of(name)), norms 1; selection biases 0.
 
-        The matrices that write to the residual stream (wo, w2) have std init_std / sqrt(2 * num_layers), as GPT-2 has
-        them (Radford et al., 2019). Of a router's own parameters vectors are 1, but for those called bias, which are 0.
+        Of a router's own parameters vectors are 1, but for those called bias, which are 0.
         Each parameter has a generator of its own, seeded by (seed, name), so its full tensor is the same whatever the
         layout, the wrappers, or the other parameters are.
         """
         for wrapped_name, parameter in self.named_parameters():
             name = plain_name(wrapped_name)
-            residual = name.removesuffix(".weight").endswith((".wo", ".w2")) and ".router." not in name
-            std = self.init_std / math.sqrt(2 * self.num_layers) if residual else self.init_std
-            fill(parameter, std, name, seed)
+            fill(parameter, self.std_of(name), name, seed)
         for bias in self.expert_biases():
             bias.zero_()
         self.init_balancer_states()
@@ -248,6 +266,15 @@ class Transformer(nn.Module):
         for layer in self.moe_layers():
             for name, value in initial_state(layer.balancer_inits, layer.router_width).items():
                 cast(nn.Module, layer.balancer_state).get_buffer(name).copy_(value)
+
+
+def standard_std(name: str, init_std: float, num_layers: int) -> float:
+    """The standard deviation with which a parameter begins: init_std, and less for what writes to the residual stream.
+
+    The matrices wo and w2 have init_std / sqrt(2 * num_layers), as GPT-2 has them (Radford et al., 2019).
+    """
+    residual = name.removesuffix(".weight").endswith((".wo", ".w2")) and ".router." not in name
+    return init_std / math.sqrt(2 * num_layers) if residual else init_std
 
 
 def places_of(tokens_BS: Tensor, eot_id: int) -> Places:

@@ -15,6 +15,7 @@ from titan_moe.checkpoint import resolve_checkpoint
 from titan_moe.checkpoint.lazy import Lazy, LazyTensors, cast, read_lazily, stacked, unstacked
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, load_saved, to_toml
+from titan_moe.convert.fold import check_without_factors, fold_tensors, without_factors
 from titan_moe.convert.hf.architectures import Architecture, architecture_of, hf_config
 from titan_moe.convert.hf.card import model_card
 from titan_moe.convert.hf.read_config import arguments_of, read_json
@@ -64,7 +65,7 @@ def to_hf(
     step_folder = resolve_checkpoint(checkpoint)
     config = read_config(step_folder, trust_components)
     architecture = architecture_of(config)
-    ours = model_tensors(step_folder)
+    ours = fold_tensors(config, model_tensors(step_folder))
     table = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in ours))
     dtype = dtype or str(ours["tok_embeddings.weight"].dtype).removeprefix("torch.")
     theirs = exported(table, ours, DTYPES[dtype], architecture)
@@ -76,7 +77,7 @@ def to_hf(
         files["config.json"] = to_text(hf_config(config, architecture, dtype=dtype, special_ids=special_ids))
         for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
-        (folder / OUR_CONFIG).write_text(to_toml(config), encoding="utf-8")
+        (folder / OUR_CONFIG).write_text(to_toml(without_factors(config)), encoding="utf-8")
         (folder / "README.md").write_text(model_card(step_folder, config, architecture.model_type), encoding="utf-8")
         if verify:
             check_against_transformers(step_folder, folder, config, DTYPES[dtype])
@@ -116,6 +117,7 @@ def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: S
     # that an export of this model would use.
     theirs = read_folder(source)
     config = _config_of(source, read_json(source / "config.json"), theirs, trust_components)
+    check_without_factors(config)
     files = {"config.toml": to_toml(config), **imported_files(source)}
     architecture = architecture_of(config)
     shapes = shapes_of(config)

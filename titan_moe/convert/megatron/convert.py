@@ -32,6 +32,7 @@ from titan_moe.checkpoint.lazy import (
 )
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, load_saved, to_toml
+from titan_moe.convert.fold import check_without_factors, fold_tensors, without_factors
 from titan_moe.convert.hf.architectures import moe_layers
 from titan_moe.convert.hf.convert import OUR_CONFIG, model_tensors, shapes_of
 from titan_moe.convert.new_folder import new_checkpoint, new_folder
@@ -67,7 +68,7 @@ def to_megatron(
 
     # Without sigmoid Megatron has no bias, and it never has a temperature: a bias of 0 may go, and the temperature is
     # divided into the router's weight.
-    ours = model_tensors(step_folder)
+    ours = fold_tensors(config, model_tensors(step_folder))
     if config.router.name != "sigmoid":
         for name in [name for name in ours if name.endswith("expert_bias")]:
             if bool(ours.pop(name).load().any()):
@@ -83,7 +84,7 @@ def to_megatron(
         run_on_all_ranks(lambda: write_lazily(folder, _theirs(config, ours, spec)))  # one line for a full disk
         write_backend(folder)
         _write_json(folder / "transformer_config.json", arguments)
-        (folder / OUR_CONFIG).write_text(to_toml(config), encoding="utf-8")
+        (folder / OUR_CONFIG).write_text(to_toml(without_factors(config)), encoding="utf-8")
         for name, written in _ours(config, read_lazily(folder), folder).items():
             if _digest(written) != _digest(ours[name]):  # by digests, so that one of the two is in memory at a time
                 raise ValueError(f"the check of the conversion failed: {name} is not what was written")
@@ -129,6 +130,7 @@ def from_megatron(
     if not config_file and configuration().moe.num_experts:
         words += ["--router.temperature", "1.0"]  # it was divided into the router's weight
     config = configuration()
+    check_without_factors(config)
 
     # A model that Megatron can't compute is refused here: the tensors may fit all the same.
     arguments = transformer_config(config)
