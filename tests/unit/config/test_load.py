@@ -67,7 +67,8 @@ def test_defaults_are_the_papers_table_1():
     assert (config.training.seq_len, config.training.steps, config.training.global_batch_size) == (512, 50000, 40)
     assert config.training.max_norm == 1.0
     assert config.optimizer.name == "adamw"
-    assert config.optimizer.arguments == {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    of_steps = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    assert config.optimizer.arguments == {**of_steps, "state_dtype": "float32"}
     assert config.optimizer.groups == {"norm": {"weight_decay": 0.0}}
     assert (config.lr_scheduler.name, config.lr_scheduler.arguments["warmup_steps"]) == ("cosine", 300)
     assert (config.router.name, config.router.arguments["temperature"]) == ("topk_softmax", 1.0)

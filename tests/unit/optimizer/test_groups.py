@@ -1,6 +1,7 @@
 """Groups by pattern: who is in which, updates as in groups made by hand, heads as matrices, rates by load, errors."""
 
 import dataclasses
+import inspect
 import itertools
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,8 @@ def split(matrix: Tensor, number: int, dim: int) -> list[Tensor]:
 @pytest.mark.parametrize("name", MATRIX)
 def test_each_head_is_a_matrix_by_itself(name: str, tmp_path: Path) -> None:
     """As the experts of a stack; heads of queries, keys and values are rows, those of outputs columns."""
-    options = "" if "muon" in name else "precondition_frequency = 2\nstagger_roots = false\n"
+    periodic = "precondition_frequency" in inspect.signature(OPTIMIZERS[name]).parameters
+    options = "precondition_frequency = 2\nstagger_roots = false\n" if periodic else ""
     match = 'match = ["layers.*.attention.w?.weight"]\nper_head = true\n'
     model, optimizer = built(tmp_path, f'[optimizer.groups.heads]\nname = "{name}"\n{match}{options}')
     ours = {key: model.get_parameter(f"layers.1.attention.{key}.weight") for key in HEADS}
@@ -308,17 +310,12 @@ def test_all_experts_by_pattern_and_rates_by_load_leave_nothing_for_the_expert_g
 
 
 def test_signal_to_noise_over_groups_with_betas_of_their_own() -> None:
-    """Known gradients, signal plus noise of unit variance: also where one matrix has no moments."""
+    """Known gradients, signal plus noise of unit variance."""
     torch.manual_seed(0)
     snrs = torch.tensor([0.0, 0.5, 1.0, 2.0])
     named = {f"layers.0.moe.experts.{name}": nn.Parameter(torch.ones(4, 30, 40)) for name in ("w1", "w2", "w3")}
-    groups = parameter_groups(
-        named.items(), {"slow": {"beta1": 0.5, "beta2": 0.99}}, matches={"slow": ["*.w1"], "none": ["*.w3"]}
-    )
-    slow, none, rest = groups
-    muon = OPTIMIZERS["muon"]([none], lr=0.0)
-    own = OPTIMIZERS["adamw"]([slow, rest], lr=0.0, beta1=0.9, beta2=0.95)
-    optimizer = Optimizer([*own.param_groups, *muon.param_groups], [*own.rules, *muon.rules])
+    groups = parameter_groups(named.items(), {"slow": {"beta1": 0.5, "beta2": 0.99}}, matches={"slow": ["*.w1"]})
+    optimizer = OPTIMIZERS["adamw"](groups, lr=0.0, beta1=0.9, beta2=0.95)
     signals = [torch.randn(4, 30, 40) * snrs.view(-1, 1, 1) for _ in named]
     for _ in range(60):
         for parameter, signal in zip(named.values(), signals, strict=True):
@@ -326,9 +323,7 @@ def test_signal_to_noise_over_groups_with_betas_of_their_own() -> None:
         optimizer.step()
     experts = expert_parameters(named.items())
     sums = expert_sums(experts, copies(experts), optimizer)
-    assert sums.shape == (6, 1, 4)
-    stats = expert_stats(experts, sums, optimizer)
-    assert stats.gradient_snr is not None
+    stats = expert_stats(sums)
     assert stats.gradient_snr[0, 0] < 0.2
     assert stats.gradient_snr[0, 1:].tolist() == pytest.approx(snrs[1:].tolist(), rel=0.15)
 
