@@ -24,7 +24,7 @@ from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import GROUP_PATTERNS, Scale, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
-from titan_moe.optimizer.optimizer import Optimizer, check_served, combine
+from titan_moe.optimizer.optimizer import Optimizer, check_scalable, check_served, combine
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
 from titan_moe.parallelize.context_parallel import own_positions
 from titan_moe.parallelize.float8 import quantize
@@ -34,6 +34,8 @@ from titan_moe.runtime import machine, world
 from titan_moe.runtime.compat import MESH_BY_PARAMETER, check_tensor_parallel
 from titan_moe.runtime.dtypes import DTYPES
 from titan_moe.runtime.world import Runtime
+
+CLIPPED = (".wq.weight", ".wk.weight")  # what QK-clip scales after a step
 
 
 def build_model(config: Config) -> Transformer:
@@ -225,6 +227,8 @@ def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str
     set_scales(config, model, groups, used, arguments)
     optimizer = combine(groups, used, build)
     check_served(optimizer, matches.keys() & names.keys())
+    if config.training.qk_clip:
+        check_scalable(optimizer, [p for name, p in model.named_parameters() if plain_name(name).endswith(CLIPPED)])
     return optimizer
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import SEQ, adamw, balancers, batch, tiny_model
+from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, save_checkpoint
 from titan_moe.config import load_config
 from titan_moe.metrics import QKClip, StepOutput, train_metrics
@@ -330,16 +331,6 @@ def test_metrics_have_the_largest_of_all_layers() -> None:
             r"^training\.qk_clip = 100 scales wq and wk, which model\.qk_norm = true undoes .*: set training\.qk_clip "
             r"to 0, or model\.qk_norm to false$",
         ),
-        (
-            ["--training.qk_clip=100", "--optimizer.name=schedule_free_adamw"],
-            r"^training\.qk_clip = 100 scales wq and wk, of which optimizer\.name = 'schedule_free_adamw' evaluates an "
-            r"average .*: set training\.qk_clip to 0, or optimizer\.dense\.name to another optimizer$",
-        ),
-        (
-            ["--training.qk_clip=100", "--optimizer.dense.name=schedule_free_adamw"],
-            r"of which optimizer\.dense\.name = 'schedule_free_adamw'",
-        ),
-        (["--training.qk_clip=100", "--optimizer.expert.name=schedule_free_adamw"], ""),
     ],
 )
 def test_values(arguments: list[str], message: str) -> None:
@@ -348,6 +339,29 @@ def test_values(arguments: list[str], message: str) -> None:
             load_config(arguments)
     else:
         load_config(arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optimizer.name=schedule_free_adamw"], "schedule_free_adamw, .* of the group dense, evaluates an average"),
+        (["--optimizer.dense.name=muonh"], "muonh, .* of the group dense, brings back to their norm at the next step"),
+        (
+            ["--optimizer.groups.queries.name=adamh", "--optimizer.groups.queries.match=layers.*.attention.wq.weight"],
+            "adamh, the optimizer of the group queries, brings back .*: set training.qk_clip to 0, or another",
+        ),
+        (["--optimizer.expert.name=schedule_free_adamw", "--optimizer.dense.name=muon"], ""),
+    ],
+)
+def test_an_optimizer_that_would_undo_it_is_refused(words: list[str], message: str) -> None:
+    config = load_config(["--training.qk_clip=100", "--model.vocab_size=256", *words])
+    with torch.device("meta"):
+        model = build_model(config)
+    if message:
+        with pytest.raises(ValueError, match=message):
+            build_optimizer(config, model)
+    else:
+        build_optimizer(config, model)
 
 
 def test_a_norm_after_the_weights_would_undo_the_clip() -> None:

@@ -183,21 +183,12 @@ def _check_balance_tax(config: Config) -> None:
 
 
 def _check_qk_clip(config: Config) -> None:
-    """Refuse QK-clip where a norm comes after the weights that it scales, or something else keeps them."""
+    """Refuse QK-clip where a norm comes after the weights that it scales."""
     qk_clip = config.training.qk_clip
     if qk_clip and config.model.qk_norm:
         raise ValueError(
             f"training.qk_clip = {qk_clip:g} scales wq and wk, which model.qk_norm = true undoes (and the norm limits "
             "the logits itself): set training.qk_clip to 0, or model.qk_norm to false"
-        )
-
-    # Attention is in the dense group. What is evaluated is made of the weights and of a state that is not scaled.
-    key = "optimizer.dense.name" if "name" in config.optimizer.groups.get("dense", {}) else "optimizer.name"
-    name = config.optimizer.groups.get("dense", {}).get("name", config.optimizer.name)
-    if qk_clip and name == "schedule_free_adamw":
-        raise ValueError(
-            f"training.qk_clip = {qk_clip:g} scales wq and wk, of which {key} = {name!r} evaluates an average that "
-            "stays as it is: set training.qk_clip to 0, or optimizer.dense.name to another optimizer"
         )
 
 

@@ -432,6 +432,24 @@ def check_served(optimizer: Optimizer, names: Iterable[str]) -> None:
             )
 
 
+def check_scalable(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError where an optimizer would undo, or not notice, that its parameters are scaled after a step."""
+    scaled_ones = set(parameters)
+    for group, rule in optimizer._ruled():
+        members = [parameter for parameter in group["params"] if parameter in scaled_ones]
+        matrices = [optimizer._matrices[parameter] for parameter in members if optimizer.is_matrix(parameter)]
+        why = ""
+        if members and averaging(rule, group) is not None:
+            why = "evaluates an average that stays as it is"
+        elif any(matrix.transform.retract is not None for matrix in matrices):
+            why = "brings back to their norm at the next step"
+        if why:
+            raise ValueError(
+                f"training.qk_clip scales wq and wk, which {rule.name}, the optimizer of the group {group['name']}, "
+                f"{why}: set training.qk_clip to 0, or another optimizer for them"
+            )
+
+
 def check_average(rule: Rule, group: Group) -> None:
     """Raise ValueError for settings with which weights can't be averaged over steps."""
     if averaging(rule, group) is None:
