@@ -64,7 +64,7 @@ def test_each_piece_replaces_its_own_nodes_only(debug: Any) -> None:
         ),
         ({"balancers": {"aux_loss": {"scope": "global_batch"}}}, "use 'micro_batch' or 'sequence'"),
         ({"balancers": {"tests.parts:everything": {}}}, "use 'micro_batch' or 'sequence'"),
-        ({"balancers": {PARTS + "of_thoughts": {}}}, "balancer.*of_thoughts takes 'thoughts', which is not offered"),
+        ({"balancers": {PARTS + "of_thoughts": {}}}, "balancer.*of_thoughts .*takes 'thoughts', which is not offered"),
         ({"router": {"name": "cosin"}}, "router.name = .*did you mean 'cosine'"),
         ({"router": {"name": "cosine", "top_k": 3}}, "router.top_k = 3: cannot be set here: it comes from moe.top_k"),
         ({"router": {"name": PARTS + "no_routing"}}, "router .*no_routing: must return a Routing, gave "),
