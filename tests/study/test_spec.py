@@ -195,8 +195,9 @@ def test_shipped_studies_expand_to_runs_that_are_configured_right(path: str):
         assert {run.config.model.dim for run in runs} == {64, 128, 256} | (set() if small else {512})
         assert {run.config.training.steps for run in runs} == {150 if small else 5000}
         return
-    optimizers = os.path.basename(path).startswith("shampoo")  # wider, and one point trains longer
-    assert {run.config.model.dim for run in runs} == {768 if not small else 256 if optimizers else 128}
+    optimizers = os.path.basename(path).startswith("shampoo")  # one point trains longer
+    wider = optimizers or os.path.basename(path).startswith("optimizers")
+    assert {run.config.model.dim for run in runs} == {768 if not small else 256 if wider else 128}
     steps = (200 if optimizers else 400) if small else 50000
     longer = {300 if small else 62500} if optimizers else set()
     assert {run.config.training.steps for run in runs} == {steps} | longer
