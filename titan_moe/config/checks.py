@@ -283,10 +283,10 @@ def group_key(group: str, table: Mapping[str, Any]) -> str:
 
 def parametrization_of(config: Config) -> Parametrization:
     """Build the parametrization of [parametrization] for the model's sizes."""
-    # Whether a router has parameters of its own shows only in what its builder gives.
+    # Whether a router has parameters of its own shows only in what its builder gives; "standard" need not know.
     model, moe, router = config.model, config.moe, config.router
     own_router = False
-    if moe.num_experts:
+    if moe.num_experts and config.parametrization.name != "standard":
         route = find_component(ROUTERS, router.name)(top_k=moe.top_k, **router.arguments)
         own_router = parametric(route).init is not None
 
