@@ -21,8 +21,8 @@ from titan_moe.model.routing import ROUTERS, ParametricRouter, force_balanced
 from titan_moe.model.routing.common import asked_for, parametric
 from titan_moe.model.transformer import Transformer
 from titan_moe.model.wrappers import plain_name
-from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.groups import GROUP_PATTERNS, Scale, parameter_groups
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
+from titan_moe.optimizer.groups import GROUP_PATTERNS, NO_MATRICES, Scale, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import Optimizer, check_scalable, check_served, combine
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
@@ -243,6 +243,9 @@ def set_scales(
 
     `used` is the optimizer of each group, `arguments` what a group has of its own.
     """
+    # an optimizer of matrices leaves some groups to AdamW
+    by_adamw = [group for group in NO_MATRICES if used.get(group) in OPTIMIZERS.keys() - BY_ELEMENT]
+    used = {**used, **dict.fromkeys(by_adamw, "adamw")}
     scale_of = parametrization_of(config).scale_of
     name_of = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
     for group in groups:

@@ -321,7 +321,7 @@ def _check_parametrization(config: Config) -> None:
     parametrization, optimizer = parametrization_of(config), config.optimizer
     for table in ({}, *optimizer.groups.values()):
         settings = {**optimizer.arguments, **table}
-        parametrization.scale_of("tok_embeddings.weight", table.get("name", optimizer.name), settings)
+        parametrization.scale_of("layers.0.attention.wq.weight", table.get("name", optimizer.name), settings)
 
 
 ROUTERS_WITH_EVEN_LOAD = ("expert_choice", "base")  # the load of a forward pass is even whatever the logits
