@@ -91,6 +91,13 @@ class Optimizer(torch.optim.Optimizer):
         self._prepare()
         self._narrow_again()
 
+    def use_settings(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Give groups these settings, in their order: those of a configuration, after a checkpoint brought its own."""
+        # what transforms were made with is among them, so that these have to be made anew
+        for group, settings in zip(self.param_groups, groups, strict=True):
+            group.update(settings)
+        self._prepare()
+
     @torch.no_grad()
     def step(
         self,
