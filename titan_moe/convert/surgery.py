@@ -33,6 +33,7 @@ from titan_moe.runtime.world import seed_of
 
 logger = logging.getLogger(__name__)
 MATRICES = ("w1", "w2", "w3")
+OF_WEIGHTS = ("z", TRAINED)  # optimizer states that are weights themselves, those of schedule-free AdamW
 
 
 class Expert(NamedTuple):
@@ -200,8 +201,10 @@ def upcycle(
         if rest and int(head.rpartition(".")[2]) in moe_layers(config):
             if carries_states or name.startswith("model."):
                 matrix, _, state = rest.partition(".weight")
+                _check_cut(name, tensor)
+                scale = granularity if matrix == "w2" and state.removeprefix(".") in ("", *OF_WEIGHTS) else 1
                 new_tensors[f"{head}.moe.experts.{matrix}{state}"] = _copies(
-                    tensor, matrix, config.moe.num_experts, granularity, "" if state else f"{seed}/{name}", noise
+                    tensor, matrix, config.moe.num_experts, granularity, "" if state else f"{seed}/{name}", noise, scale
                 )
         else:
             new_tensors[name] = tensor
@@ -215,17 +218,25 @@ def upcycle(
     _save(step_folder, out, config, new_tensors, _fresh_values(config) if values else values)
 
 
-def _copies(tensor: Lazy, matrix: str, num_experts: int, granularity: int, key: str, noise: float) -> Lazy:
-    """A dense matrix as the stacked matrices of E experts; with the key "" a state of it, which is copied as it is.
+def _check_cut(name: str, tensor: Lazy) -> None:
+    """Raise ValueError for a state of a dense matrix that is neither one number nor a number for each element."""
+    if len(tensor.shape) not in (0, 2):
+        raise ValueError(
+            f"{name} of shape {tensor.shape} is of an optimizer of matrices, whose states can't be cut into those of "
+            "experts: take the run's export of weights"
+        )
 
-    w1 and w3: (F, D) -> (E, F / G, D), w2: (D, F) -> (E, D, F / G). `key` names the noise.
+
+def _copies(tensor: Lazy, matrix: str, num_experts: int, granularity: int, key: str, noise: float, scale: int) -> Lazy:
+    """A dense matrix, or a state of it, as the stacked matrices of E experts, times `scale`.
+
+    w1 and w3: (F, D) -> (E, F / G, D), w2: (D, F) -> (E, D, F / G). `key` names the noise; "" for none.
     """
     if not tensor.shape:  # a step count
         return tensor
 
-    # Cut along F. Each of the G parts of a copy gets 1 / G of a token's weight, which its w2 makes up for.
+    # Cut along F. Each of the G parts of a copy gets 1 / G of a token's weight, which `scale` of w2 makes up for.
     dim = 1 if matrix == "w2" else 0
-    scale = granularity if matrix == "w2" and key else 1
     shape = list(tensor.shape)
     shape[dim] //= granularity
 
