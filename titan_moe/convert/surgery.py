@@ -29,10 +29,12 @@ from titan_moe.data.tokenizer_files import read_tokenizer_files
 from titan_moe.model.moe import initial_state
 from titan_moe.model.transformer import fill_normal
 from titan_moe.model.wrappers import is_balancer_state
+from titan_moe.norms import matrix_norms
 from titan_moe.runtime.world import seed_of
 
 logger = logging.getLogger(__name__)
 MATRICES = ("w1", "w2", "w3")
+RADIUS = "radius"  # the optimizer state of MuonH and AdamH: the norm that each expert is kept at
 OF_WEIGHTS = ("z", TRAINED)  # optimizer states that are weights themselves, those of schedule-free AdamW
 
 
@@ -151,6 +153,10 @@ def change_experts(
             new_tensors[name] = tensor
         elif tensor.shape and tensor.shape[0] == before.moe.num_experts:
             new_tensors[name] = _apply_plan(name, tensor, plan_of_layer[layer])
+            if name.endswith(f".{RADIUS}"):
+                weight = f"model.{name.removeprefix('optimizer.state.').removesuffix(f'.{RADIUS}')}"
+                experts = _apply_plan(weight, tensors[weight], plan_of_layer[layer])
+                new_tensors[name] = _radius_of(experts, new_tensors[name], plan_of_layer[layer])
         elif not tensor.shape:  # a step count of the whole tensor
             new_tensors[name] = tensor
         else:
@@ -320,6 +326,12 @@ def _apply_plan(name: str, tensor: Lazy, plan: Plan) -> Lazy:
         return new
 
     return Lazy((len(plan), *tensor.shape[1:]), tensor.dtype, load)
+
+
+def _radius_of(experts: Lazy, radius: Lazy, plan: Plan) -> Lazy:
+    """The norms (E,) that experts are kept at: their own where they are the mean of several, whose norm is smaller."""
+    is_mean = torch.tensor([len(expert.sources) > 1 for expert in plan])
+    return Lazy(radius.shape, radius.dtype, lambda: torch.where(is_mean, matrix_norms(experts.load()), radius.load()))
 
 
 def _check_noise(tensors: LazyTensors, noise: float) -> None:

@@ -157,6 +157,19 @@ def test_weights_that_are_averaged_over_steps_are_carried_without_noise(tmp_path
     assert not (tmp_path / "noisy").exists()
 
 
+def test_merged_experts_are_kept_at_their_own_norm(tmp_path: Path) -> None:
+    """The mean of two is shorter than either: MuonH would stretch it at its next step. Others keep their first norm."""
+    step = make_trained(tmp_path / "run", **{"optimizer.expert.name": "muonh"})
+    plan = [Expert((0, 1), (0.5, 0.5)), keep(3), Expert((2,), (1.0,), 0.1)]
+    change_experts(step, tmp_path / "out", lambda tensors: [plan, plan], [])
+    old = read_lazily(step)["optimizer.state.layers.1.moe.experts.w1.radius"].load()
+    model, optimizer, _ = resumed(tmp_path / "out")
+    w1 = model.layers[1].moe.experts.w1
+    norm = w1[0].detach().norm().item()
+    assert norm < 0.8 * old[0]
+    assert optimizer.state[w1]["radius"].tolist() == pytest.approx([norm, old[3].item(), old[2].item()], rel=1e-6)
+
+
 def test_similar_experts_are_found(tmp_path: Path) -> None:
     step = make_trained(tmp_path / "run")
     found = similarity(read_lazily(step), 1)
