@@ -226,7 +226,8 @@ def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str
     used = {group["name"]: names.get(group["name"], config.optimizer.name) for group in groups}
     set_scales(config, model, groups, used, arguments)
     optimizer = combine(groups, used, build)
-    check_served(optimizer, matches.keys() & names.keys())
+    by_head = {group["name"] for group in groups if group.get("per_head")}
+    check_served(optimizer, by_head | (matches.keys() & names.keys()))
     if config.training.qk_clip:
         check_scalable(optimizer, [p for name, p in model.named_parameters() if plain_name(name).endswith(CLIPPED)])
     return optimizer
