@@ -88,12 +88,12 @@ def train_sharded(rank: int, world: int, folder: Path) -> list[dict[str, Any]]:
         choices = routing_choices(model, tokens, labels)
         assert balance_tax(model, tokens, labels, repeats=1) > 0
         assert routing_drift(choices, routing_choices(model, tokens, labels)) == 0
-        outputs += train(model, optimizer, range(2, 4), rank, world, 2)
+        outputs += train(model, optimizer, range(2, 5), rank, world, 2)
         results.append(summarize(model, outputs))
 
         again, fresh = build(num_experts, name, world)  # saved by one process, loaded by two
         load_checkpoint(folder / f"one-{number}" / "step-2", model=again, optimizer=fresh)
-        results[-1]["resharded"] = summarize(again, train(again, fresh, range(2, 4), rank, world, 2))
+        results[-1]["resharded"] = summarize(again, train(again, fresh, range(2, 5), rank, world, 2))
     return results
 
 
@@ -112,7 +112,7 @@ def test_two_ranks_equal_one() -> None:
             model, optimizer = build(num_experts, optimizer_name, 1)
             outputs = train(model, optimizer, range(2), 0, 1, 4)
             save(folder / f"one-{number}", model, optimizer)
-            outputs += train(model, optimizer, range(2, 4), 0, 1, 4)
+            outputs += train(model, optimizer, range(2, 5), 0, 1, 4)
             alone.append(summarize(model, outputs))
         for results in run_ranks(2, train_sharded, folder):
             for result, expected in zip(results, alone, strict=True):
@@ -122,5 +122,5 @@ def test_two_ranks_equal_one() -> None:
         for number, (num_experts, optimizer_name) in enumerate(CASES):  # saved by two, loaded by one
             model, optimizer = build(num_experts, optimizer_name, 1)
             load_checkpoint(folder / f"two-{number}" / "step-2", model=model, optimizer=optimizer)
-            outputs = train(model, optimizer, range(2, 4), 0, 1, 4)
+            outputs = train(model, optimizer, range(2, 5), 0, 1, 4)
             close(summarize(model, outputs), second_half(alone[number]))

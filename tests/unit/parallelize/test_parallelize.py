@@ -18,9 +18,11 @@ from tests.tiny import balancers, batch, tiny_model
 from titan_moe.model.attention import rope_cos_sin
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.wrappers import plain_name
+from titan_moe.optimizer import optimizer as optimizers
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
+from titan_moe.optimizer.owners import find_owners
 from titan_moe.parallelize import expert_parallel
 from titan_moe.parallelize.activation_checkpoint import checkpoint_block
 from titan_moe.parallelize.context_parallel import own_positions
@@ -208,12 +210,19 @@ def test_a_step_waits_for_the_device_only_where_it_must(checkpoint_mode: str, mo
     if checkpoint_mode != "none" and not MESH_BY_PARAMETER:
         pytest.skip("below torch 2.13 a checkpointed step does not survive the exception that tells of a wait")
     monkeypatch.setattr(dtensor, "compute_local_shape_and_global_offset", offsets_of_the_host)
+    monkeypatch.setattr(optimizers, "find_owners", owners_of_the_host)
     waits = [first_wait(checkpoint_mode, "adamw")]
     # 2 sequences of 16 tokens with 2 experts each, dealt out evenly
     monkeypatch.setattr(expert_parallel, "read_splits", lambda sent, received: ([32, 32], [32, 32]))
     fake_step(checkpoint_mode, "adamw")
     waits += [first_wait(checkpoint_mode, "muon")]
     assert waits == list(ALLOWED_TO_WAIT)
+
+
+def owners_of_the_host(matrices: Any) -> Any:
+    """Owners are found when the optimizer is made, by tables of ranks, which are the host's on any device."""
+    with unset_fake_temporarily():
+        return find_owners(matrices)
 
 
 def offsets_of_the_host(*args: Any) -> Any:
