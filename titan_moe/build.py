@@ -21,8 +21,8 @@ from titan_moe.model.routing import ROUTERS, ParametricRouter, force_balanced
 from titan_moe.model.routing.common import asked_for, parametric
 from titan_moe.model.transformer import Transformer
 from titan_moe.model.wrappers import plain_name
-from titan_moe.optimizer.build import OPTIMIZERS
-from titan_moe.optimizer.groups import GROUP_PATTERNS, Scale, parameter_groups
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
+from titan_moe.optimizer.groups import GROUP_PATTERNS, NO_MATRICES, Scale, parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import Optimizer, check_scalable, check_served, combine
 from titan_moe.optimizer.schedule import SCHEDULES, Schedule
@@ -226,7 +226,8 @@ def build_optimizer(config: Config, model: nn.Module, patterns: Mapping[str, str
     used = {group["name"]: names.get(group["name"], config.optimizer.name) for group in groups}
     set_scales(config, model, groups, used, arguments)
     optimizer = combine(groups, used, build)
-    check_served(optimizer, matches.keys() & names.keys())
+    by_head = {group["name"] for group in groups if group.get("per_head")}
+    check_served(optimizer, by_head | (matches.keys() & names.keys()))
     if config.training.qk_clip:
         check_scalable(optimizer, [p for name, p in model.named_parameters() if plain_name(name).endswith(CLIPPED)])
     return optimizer
@@ -243,6 +244,9 @@ def set_scales(
 
     `used` is the optimizer of each group, `arguments` what a group has of its own.
     """
+    # an optimizer of matrices leaves some groups to AdamW
+    by_adamw = [group for group in NO_MATRICES if used.get(group) in OPTIMIZERS.keys() - BY_ELEMENT]
+    used = {**used, **dict.fromkeys(by_adamw, "adamw")}
     scale_of = parametrization_of(config).scale_of
     name_of = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
     for group in groups:

@@ -235,8 +235,15 @@ def mup_scale(name: str, optimizer: str, settings: Mapping[str, Any], *, shapes:
             "size of their own: take grafting = 'adamw'"
         )
 
-    # AdamW's entries are about 1 in size and add up over a product's inputs. What is no matrix is always AdamW's.
     role, n, f, k = ratios(name, shapes, base)
+    if optimizer in ORTHOGONAL and (role == "embedding" or settings.get("per_head")):
+        what = "per_head = true" if settings.get("per_head") else name
+        raise ValueError(
+            f"parametrization.name = 'mup' has no rule for {what} with optimizer {optimizer!r}, but for whole matrices "
+            "between layers: leave it to 'adamw', or per_head out"
+        )
+
+    # AdamW's entries are about 1 in size and add up over a product's inputs. What is no matrix is always AdamW's.
     depth = (
         1.0
         if name in ("norm.weight", "tok_embeddings.weight", "output.weight")

@@ -129,8 +129,7 @@ def load_run(job: Job, step_folder: Path) -> Progress:
     configured = [{k: v for k, v in group.items() if k != "params"} for group in job.optimizer.param_groups]
     optimizer = None if new_optimizer else job.optimizer
     restored = load_checkpoint(step_folder, model=job.model, optimizer=optimizer, check=False)
-    for group, values in zip(job.optimizer.param_groups, configured, strict=True):
-        group.update(values)
+    job.optimizer.use_settings(configured)
 
     # Converted and edited checkpoints are models without a run.
     if "data" not in restored.extra:

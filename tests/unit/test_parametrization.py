@@ -17,6 +17,7 @@ from titan_moe.model.routing import ROUTERS
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.build import OPTIMIZERS
 from titan_moe.optimizer.groups import Scale
+from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.parametrization import AS_ADAMW, ORTHOGONAL, Parametrization, Shapes
 
 # A model that is 4 times as wide as its base, 3 times as deep, with experts 2 times as wide and 2 times as many.
@@ -37,6 +38,11 @@ def words_of(base: dict[str, int] = BASE) -> str:
 
 def config_of(words: str = ""):
     return load_config((SIZES + words).split())
+
+
+def optimizer_of(words: str) -> Optimizer:
+    config = config_of(words)
+    return build_optimizer(config, build_model(config))
 
 
 # n = 4, L = 3, k = 2; the hidden width of dense layers is 3 times the base's, that of experts 2 times. std is over
@@ -287,6 +293,28 @@ def test_every_optimizer_has_a_rule_or_is_refused_by_name(name: str) -> None:
     else:
         with pytest.raises(ValueError, match=f"'{name}'"):
             mup.scale_of("layers.2.moe.experts.w1", name, {})
+
+
+@pytest.mark.parametrize(
+    ("match", "more", "part"),
+    [
+        ("tok_embeddings.weight", "", "no rule for tok_embeddings.weight with optimizer 'muon'"),
+        ("*.wq.weight", " --optimizer.groups.own.per_head", "no rule for per_head = true with optimizer 'muon'"),
+    ],
+)
+def test_muon_has_no_rule_for_an_embedding_or_for_heads(match: str, more: str, part: str) -> None:
+    """Groups by pattern may have it; with [optimizer] name = "muon" the embedding is AdamW's, whose rule it has."""
+    group = f" --optimizer.groups.own.match {match} --optimizer.groups.own.name muon"
+    with pytest.raises(ValueError, match=re.escape(part)) as error:
+        optimizer_of(words_of() + group + more)
+    assert "\n" not in str(error.value)
+
+    # standard takes it, and mup takes heads by an optimizer whose steps have AdamW's size
+    optimizer_of(group + more)
+    optimizer_of(words_of() + group.replace("muon", "shampoo") + more)
+    optimizer = optimizer_of(words_of() + " --optimizer.name muon")
+    embedding = next(group for group in optimizer.param_groups if group["name"] == "embedding")
+    assert [optimizer._scales[parameter] for parameter in embedding["params"]] == [Scale(eps=1 / N)]
 
 
 def halved(*, shapes: Shapes, power: float = 1.0) -> Parametrization:

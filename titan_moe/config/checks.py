@@ -1,8 +1,5 @@
 """What must hold between keys, checked before any process group or data exists, and what to tell of sound ones."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from titan_moe.balancer import BALANCERS, SEEN
@@ -14,7 +11,7 @@ from titan_moe.model.routing import ROUTERS, Places
 from titan_moe.model.routing.common import OFFERED, asked_for, parametric
 from titan_moe.model.transformer import moe_layer_ids
 from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
-from titan_moe.optimizer.groups import NO_MATRICES
+from titan_moe.optimizer.groups import NO_MATRICES, table_of
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.schedule import SCHEDULES
 from titan_moe.parametrization import PARAMETRIZATIONS, Parametrization, Shapes
@@ -156,7 +153,7 @@ def _check_identity_experts(config: Config) -> None:
     for group, table in config.optimizer.groups.items():
         if table.get("load_lr") == "batch_fraction":
             raise ValueError(
-                f"{key} does not go with {group_key(group, table)}.load_lr = 'batch_fraction', which counts moe.top_k "
+                f"{key} does not go with {table_of(group)}.load_lr = 'batch_fraction', which counts moe.top_k "
                 "experts of a token: take 'ideal_normalized'"
             )
     if freq := config.metrics.balance_tax_freq:
@@ -266,7 +263,7 @@ def _check_optimizer(config: Config) -> None:
 
     # The options alone may be the rest of a `load_lr` that somebody forgot; 'none' says that it is meant.
     for group, table in config.optimizer.groups.items():
-        key = group_key(group, table)
+        key = table_of(group)
         options = [option for option in table if option.startswith("load_lr_")]
         if options and "load_lr" not in table:
             raise ValueError(
@@ -274,11 +271,6 @@ def _check_optimizer(config: Config) -> None:
                 "set load_lr to 'batch_fraction' or 'ideal_normalized', or to 'none' to leave its options aside"
             )
         expand_load_lr(table, top_k=config.moe.top_k, key=key)
-
-
-def group_key(group: str, table: Mapping[str, Any]) -> str:
-    """The path of a parameter group's table; those by pattern have a `match`."""
-    return f"optimizer.groups.{group}" if "match" in table else f"optimizer.{group}"
 
 
 def parametrization_of(config: Config) -> Parametrization:
@@ -321,7 +313,7 @@ def _check_parametrization(config: Config) -> None:
     parametrization, optimizer = parametrization_of(config), config.optimizer
     for table in ({}, *optimizer.groups.values()):
         settings = {**optimizer.arguments, **table}
-        parametrization.scale_of("tok_embeddings.weight", table.get("name", optimizer.name), settings)
+        parametrization.scale_of("layers.0.attention.wq.weight", table.get("name", optimizer.name), settings)
 
 
 ROUTERS_WITH_EVEN_LOAD = ("expert_choice", "base")  # the load of a forward pass is even whatever the logits

@@ -29,10 +29,13 @@ from titan_moe.data.tokenizer_files import read_tokenizer_files
 from titan_moe.model.moe import initial_state
 from titan_moe.model.transformer import fill_normal
 from titan_moe.model.wrappers import is_balancer_state
+from titan_moe.norms import matrix_norms
 from titan_moe.runtime.world import seed_of
 
 logger = logging.getLogger(__name__)
 MATRICES = ("w1", "w2", "w3")
+RADIUS = "radius"  # the optimizer state of MuonH and AdamH: the norm that each expert is kept at
+OF_WEIGHTS = ("z", TRAINED)  # optimizer states that are weights themselves, those of schedule-free AdamW
 
 
 class Expert(NamedTuple):
@@ -150,6 +153,10 @@ def change_experts(
             new_tensors[name] = tensor
         elif tensor.shape and tensor.shape[0] == before.moe.num_experts:
             new_tensors[name] = _apply_plan(name, tensor, plan_of_layer[layer])
+            if name.endswith(f".{RADIUS}"):
+                weight = f"model.{name.removeprefix('optimizer.state.').removesuffix(f'.{RADIUS}')}"
+                experts = _apply_plan(weight, tensors[weight], plan_of_layer[layer])
+                new_tensors[name] = _radius_of(experts, new_tensors[name], plan_of_layer[layer])
         elif not tensor.shape:  # a step count of the whole tensor
             new_tensors[name] = tensor
         else:
@@ -200,8 +207,10 @@ def upcycle(
         if rest and int(head.rpartition(".")[2]) in moe_layers(config):
             if carries_states or name.startswith("model."):
                 matrix, _, state = rest.partition(".weight")
+                _check_cut(name, tensor)
+                scale = granularity if matrix == "w2" and state.removeprefix(".") in ("", *OF_WEIGHTS) else 1
                 new_tensors[f"{head}.moe.experts.{matrix}{state}"] = _copies(
-                    tensor, matrix, config.moe.num_experts, granularity, "" if state else f"{seed}/{name}", noise
+                    tensor, matrix, config.moe.num_experts, granularity, "" if state else f"{seed}/{name}", noise, scale
                 )
         else:
             new_tensors[name] = tensor
@@ -215,17 +224,25 @@ def upcycle(
     _save(step_folder, out, config, new_tensors, _fresh_values(config) if values else values)
 
 
-def _copies(tensor: Lazy, matrix: str, num_experts: int, granularity: int, key: str, noise: float) -> Lazy:
-    """A dense matrix as the stacked matrices of E experts; with the key "" a state of it, which is copied as it is.
+def _check_cut(name: str, tensor: Lazy) -> None:
+    """Raise ValueError for a state of a dense matrix that is neither one number nor a number for each element."""
+    if len(tensor.shape) not in (0, 2):
+        raise ValueError(
+            f"{name} of shape {tensor.shape} is of an optimizer of matrices, whose states can't be cut into those of "
+            "experts: take the run's export of weights"
+        )
 
-    w1 and w3: (F, D) -> (E, F / G, D), w2: (D, F) -> (E, D, F / G). `key` names the noise.
+
+def _copies(tensor: Lazy, matrix: str, num_experts: int, granularity: int, key: str, noise: float, scale: int) -> Lazy:
+    """A dense matrix, or a state of it, as the stacked matrices of E experts, times `scale`.
+
+    w1 and w3: (F, D) -> (E, F / G, D), w2: (D, F) -> (E, D, F / G). `key` names the noise; "" for none.
     """
     if not tensor.shape:  # a step count
         return tensor
 
-    # Cut along F. Each of the G parts of a copy gets 1 / G of a token's weight, which its w2 makes up for.
+    # Cut along F. Each of the G parts of a copy gets 1 / G of a token's weight, which `scale` of w2 makes up for.
     dim = 1 if matrix == "w2" else 0
-    scale = granularity if matrix == "w2" and key else 1
     shape = list(tensor.shape)
     shape[dim] //= granularity
 
@@ -309,6 +326,12 @@ def _apply_plan(name: str, tensor: Lazy, plan: Plan) -> Lazy:
         return new
 
     return Lazy((len(plan), *tensor.shape[1:]), tensor.dtype, load)
+
+
+def _radius_of(experts: Lazy, radius: Lazy, plan: Plan) -> Lazy:
+    """The norms (E,) that experts are kept at: their own where they are the mean of several, whose norm is smaller."""
+    is_mean = torch.tensor([len(expert.sources) > 1 for expert in plan])
+    return Lazy(radius.shape, radius.dtype, lambda: torch.where(is_mean, matrix_norms(experts.load()), radius.load()))
 
 
 def _check_noise(tensors: LazyTensors, noise: float) -> None:

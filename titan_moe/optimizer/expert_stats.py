@@ -1,6 +1,6 @@
 """What a step was to each expert: signal-to-noise of its gradient, and the size of its update; with any optimizer.
 
-Shapes: L MoE layers, E experts, R the rows (experts) of a tensor that this rank holds, K groups with moments of them.
+Shapes: L MoE layers, E experts, R the rows (experts) of a tensor that this rank holds.
 """
 
 from collections.abc import Iterable, Mapping
@@ -34,18 +34,6 @@ def expert_parameters(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> d
     named = {plain_name(name): parameter for name, parameter in named_parameters}
     layers = moe_layers(name for name in named if group_of(name) == "expert")
     return {named[name]: layer for name, layer in layers.items()}
-
-
-def with_moments(experts: Mapping[nn.Parameter, int], optimizer: Optimizer) -> list[tuple[Group, list[nn.Parameter]]]:
-    """The groups of experts' parameters of which the optimizer keeps Adam's moments, with these parameters."""
-    pairs = []
-    for group in optimizer.param_groups:
-        with_both = [
-            p for p in group["params"] if p in experts and {*MOMENTS, "step"} <= optimizer.state.get(p, {}).keys()
-        ]
-        if with_both and "betas" in group:
-            pairs.append((group, with_both))
-    return pairs
 
 
 def copies(parameters: Iterable[nn.Parameter]) -> list[Tensor]:

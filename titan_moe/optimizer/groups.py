@@ -77,7 +77,7 @@ def parameter_groups(
     for group in (*(matches or {}), *patterns):
         if group in members:
             settings = dict(group_arguments.get(group, {}))
-            key = f"optimizer.groups.{group}" if group in (matches or {}) else f"optimizer.{group}"
+            key = table_of(group)
             if "load_lr" in settings:
                 layers = moe_layers(name for name, sort in sorts.items() if sort == "expert")
                 settings["layers"] = of_each(members[group], layers, f"[{key}] load_lr: only experts have a load")
@@ -87,6 +87,11 @@ def parameter_groups(
                 settings.pop("per_head", None)
             groups.append({"name": group, "params": [parameters[name] for name in members[group]], **settings})
     return groups
+
+
+def table_of(group: str) -> str:
+    """The path of a group's table in a configuration; "optimizer" for a group without a name."""
+    return f"optimizer.{group}" if group in GROUP_PATTERNS else f"optimizer.groups.{group}" if group else "optimizer"
 
 
 def match_names(names: Collection[str], matches: Mapping[str, Sequence[str]]) -> dict[str, str]:

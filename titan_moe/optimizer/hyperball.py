@@ -73,7 +73,7 @@ def hyperball(base: Transform) -> Transform:
             scale_R = torch.where(tick.alive, scale_R, 1.0)
         weight.mul_(scale_R.view(-1, 1, 1))
 
-    return base._replace(init=init, update=update, kernel=None, retract=retract)
+    return base._replace(init=init, update=update, kernel=None, retract=retract, reads_weight=True)
 
 
 def refuse_zeros(radius_R: Tensor, gradient: Tensor) -> None:

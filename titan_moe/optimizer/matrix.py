@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from titan_moe.optimizer.groups import NO_MATRICES, Heads
+from titan_moe.optimizer.groups import NO_MATRICES, Heads, table_of
 from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.owners import Owned, Transfer, gather, join, scatter
 from titan_moe.optimizer.rounding import Place, in_fp32, is_narrow, narrowed
@@ -167,7 +167,7 @@ def check_whole_experts(kind: str, group: Group, parameter: Tensor) -> None:
             names = mesh.mesh_dim_names or tuple(f"axis {i}" for i in range(mesh.ndim))
             degrees = " x ".join(f"{name} {size}" for name, size in zip(names, mesh.shape, strict=True))
             raise ValueError(
-                f"[optimizer.{group.get('name', 'expert')}] name = {kind!r} needs whole experts on each rank, but "
+                f"[{table_of(group.get('name', 'expert'))}] name = {kind!r} needs whole experts on each rank, but "
                 f"the degrees {degrees} cut the matrices of {parameter.shape[0]} experts on {names[axis]}: choose "
                 "degrees whose product on experts divides their number, or adamw"
             )

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titan_moe.optimizer.groups import Heads, Scale
+from titan_moe.optimizer.groups import Heads, Scale, table_of
 from titan_moe.optimizer.kernels import Scalars, step_by_kernel, step_experts_by_kernel
 from titan_moe.optimizer.load_lr import Group, keep_factors, layer_factors, parameter_by_layer
 from titan_moe.optimizer.matrix import Matrix, Task, check_whole_experts, step_matrix, step_owned, takes
@@ -90,6 +90,13 @@ class Optimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         self._prepare()
         self._narrow_again()
+
+    def use_settings(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Give groups these settings, in their order: those of a configuration, after a checkpoint brought its own."""
+        # what transforms were made with is among them, so that these have to be made anew
+        for group, settings in zip(self.param_groups, groups, strict=True):
+            group.update(settings)
+        self._prepare()
 
     @torch.no_grad()
     def step(
@@ -404,7 +411,7 @@ def check_scales(group: Group, rule: Rule | torch.optim.Optimizer, scales: Itera
     """Raise ValueError where parameters have scales of their own and their optimizer would not know of them."""
     if not isinstance(rule, Rule) and any(scale != Scale() for scale in scales):
         raise ValueError(
-            f"[optimizer.{group.get('name', 'expert')}]: rates that differ by parameter do not reach "
+            f"[{table_of(group.get('name', 'expert'))}]: rates that differ by parameter do not reach "
             f"{kind_of(rule)}, an optimizer from outside: choose one of ours, or one rate for all"
         )
 
@@ -413,7 +420,7 @@ def check_heads(group: Group, rule: Rule | torch.optim.Optimizer) -> None:
     """Raise ValueError where heads are to be matrices by themselves for an optimizer that does not look at matrices."""
     if group.get("per_head") and (not isinstance(rule, Rule) or transform_of(rule.make, group).kernel):
         raise ValueError(
-            f"[optimizer.groups.{group.get('name', '')}] per_head = true does nothing with {kind_of(rule)}, which does "
+            f"[{table_of(group.get('name', ''))}] per_head = true does nothing with {kind_of(rule)}, which does "
             "not update by matrices: leave it out, or choose an optimizer of matrices"
         )
 
@@ -426,7 +433,7 @@ def check_served(optimizer: Optimizer, names: Iterable[str]) -> None:
         if not by_kernel and not any(optimizer.is_matrix(parameter) for parameter in group["params"]):
             shapes = ", ".join(dict.fromkeys(str(tuple(parameter.shape)) for parameter in group["params"]))
             raise ValueError(
-                f"[optimizer.groups.{group['name']}] name = {kind_of(rule)!r} updates matrices, and takes none of what "
+                f"[{table_of(group['name'])}] name = {kind_of(rule)!r} updates matrices, and takes none of what "
                 f"this group matches, of shapes {shapes}: they are no matrices, or larger than its adamw_above; choose "
                 "'adamw'"
             )

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titan_moe.optimizer.groups import table_of
 from titan_moe.optimizer.load_lr import Group
 from titan_moe.optimizer.transform import Kernel, State, Transform
 
@@ -108,9 +109,8 @@ def is_narrow(group: Group) -> bool:
 def check_state_dtype(kind: str, group: Group, transform: Transform) -> None:
     """Raise ValueError where a group's states are to be in bfloat16, and its transform has none that may be."""
     if is_narrow(group) and not transform.rounded:
-        name = group.get("name")
         raise ValueError(
-            f"[optimizer{f'.{name}' if name else ''}] state_dtype = 'bfloat16': {kind} keeps none of its states in "
+            f"[{table_of(group.get('name', ''))}] state_dtype = 'bfloat16': {kind} keeps none of its states in "
             "bfloat16: choose another optimizer, or 'float32' for that group"
         )
 

@@ -12,6 +12,7 @@ from tests.unit.convert.test_commands import _logger_as_before, names, run  # no
 from titan_moe.build import build_model, build_optimizer
 from titan_moe.checkpoint import load_checkpoint, load_model, save_checkpoint
 from titan_moe.checkpoint.lazy import read_lazily
+from titan_moe.checkpoint.store import read_config
 from titan_moe.config import to_toml
 from titan_moe.convert.surgery import (
     Expert,
@@ -156,6 +157,19 @@ def test_weights_that_are_averaged_over_steps_are_carried_without_noise(tmp_path
     assert not (tmp_path / "noisy").exists()
 
 
+def test_merged_experts_are_kept_at_their_own_norm(tmp_path: Path) -> None:
+    """The mean of two is shorter than either: MuonH would stretch it at its next step. Others keep their first norm."""
+    step = make_trained(tmp_path / "run", **{"optimizer.expert.name": "muonh"})
+    plan = [Expert((0, 1), (0.5, 0.5)), keep(3), Expert((2,), (1.0,), 0.1)]
+    change_experts(step, tmp_path / "out", lambda tensors: [plan, plan], [])
+    old = read_lazily(step)["optimizer.state.layers.1.moe.experts.w1.radius"].load()
+    model, optimizer, _ = resumed(tmp_path / "out")
+    w1 = model.layers[1].moe.experts.w1
+    norm = w1[0].detach().norm().item()
+    assert norm < 0.8 * old[0]
+    assert optimizer.state[w1]["radius"].tolist() == pytest.approx([norm, old[3].item(), old[2].item()], rel=1e-6)
+
+
 def test_similar_experts_are_found(tmp_path: Path) -> None:
     step = make_trained(tmp_path / "run")
     found = similarity(read_lazily(step), 1)
@@ -214,6 +228,31 @@ def test_noise_on_upcycled_experts(tmp_path: Path) -> None:
         assert (noise.std((1, 2)) / old.weight.std()).tolist() == pytest.approx([0.1] * 4, rel=0.15)
         assert not torch.equal(noise[0], noise[1])
     resumed(tmp_path / "out")  # states of experts with rates by load have other shapes: they begin anew
+
+
+def test_upcycled_weights_that_are_averaged_over_steps(tmp_path: Path) -> None:
+    """What is trained gets the factor of w2 that its average gets: the model that goes on is the dense one's."""
+    step = make_trained(tmp_path / "run", **DENSE, **{"optimizer.name": "schedule_free_adamw"})
+    words = ["--moe.num_experts", "8", "--moe.top_k", "4"]
+    upcycle(step, tmp_path / "out", granularity=2, noise=0.0, overrides=words)
+    config = read_config(step)
+    dense = build_model(config)
+    load_checkpoint(step, model=dense, optimizer=build_optimizer(config, dense))
+    model, optimizer, _ = resumed(tmp_path / "out")
+    torch.testing.assert_close(logits(model), logits(dense), atol=1e-5, rtol=0)
+    with optimizer.evaluating():
+        torch.testing.assert_close(logits(model), logits(load_model(step)[0]), atol=1e-5, rtol=0)
+
+
+def test_states_of_matrices_cannot_be_upcycled(tmp_path: Path) -> None:
+    step = make_trained(tmp_path / "run", **DENSE, **{"optimizer.name": "muon"})
+    words = ["--moe.num_experts", "4", "--moe.top_k", "2"]
+    with pytest.raises(
+        ValueError, match=r"feed_forward\.w.*of an optimizer of matrices.*take the run's export"
+    ) as error:
+        upcycle(step, tmp_path / "out", granularity=1, noise=0.0, overrides=words)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path: Path) -> None:

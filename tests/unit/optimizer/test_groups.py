@@ -435,6 +435,10 @@ GROUP = "[optimizer.groups.mine]\n"
             "[optimizer.groups.mine] per_head = true does nothing with AdamW, which does not update by matrices",
         ),
         (
+            f'[optimizer]\nname = "soap"\n{GROUP}match = "*.wq.weight"\nper_head = true\nadamw_above = 1',
+            "'soap' updates matrices, and takes none of what this group matches, of shapes",
+        ),
+        (
             f'{GROUP}match = ["layers.0.*.w?.weight"]\nper_head = true\nname = "muon"',
             "per_head: only attention has heads, and layers.0.feed_forward.w1.weight in this group has none",
         ),

@@ -4,6 +4,7 @@ import copy
 import functools
 import sys
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -23,6 +24,7 @@ from titan_moe.optimizer.matrix import apply, parts_of
 from titan_moe.optimizer.muon import orthogonalize
 from titan_moe.optimizer.optimizer import combine, describe_group, kind_of
 from titan_moe.optimizer.transform import momentum
+from titan_moe.resume import load_run
 from titan_moe.step import train_step
 
 MATRIX = [name for name in OPTIMIZERS if name not in (*BY_ELEMENT, "distributed_shampoo")]
@@ -719,6 +721,24 @@ def test_resume_is_bit_for_bit(tmp_path: Any, args: list[str]) -> None:
     load_checkpoint(tmp_path / "step-3", model=again, optimizer=fresh)
     assert torch.equal(torch.stack(run(again, fresh, range(3, 6))), torch.stack(expected))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_resumed_run_has_the_settings_of_its_configuration(tmp_path: Any) -> None:
+    """With job.allow_config_change another momentum than that of the checkpoint: what transforms were made with too."""
+    name, momentum = "--optimizer.dense.name=muon", "--optimizer.dense.momentum="
+    config, model, optimizer = configured(tmp_path, name, momentum + "0.9")
+    run(model, optimizer, range(2))
+    extra = {"data": {}}
+    save_checkpoint(tmp_path, 2, model=model, optimizer=optimizer, extra=extra, files={}, keep_latest_k=0)
+
+    config, again, fresh = configured(tmp_path, name, momentum + "0.5")
+    data = SimpleNamespace(train=SimpleNamespace(load_state_dict=lambda state: None))
+    load_run(SimpleNamespace(config=config, model=again, optimizer=fresh, data=data), tmp_path / "step-2")  # pyrefly: ignore
+    weight = again.layers[0].attention.wq.weight
+    before = fresh.state[weight]["momentum_buffer"].clone()
+    weight.grad = torch.randn(weight.shape)
+    fresh.step()
+    torch.testing.assert_close(fresh.state[weight]["momentum_buffer"], (before + weight.grad) / 2)
 
 
 def test_another_optimizer_does_not_resume(tmp_path: Any) -> None:

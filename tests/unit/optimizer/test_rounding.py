@@ -1,6 +1,7 @@
 """States in bfloat16: what rounding does to a number and to a run, and that it depends on nothing but the element."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +197,11 @@ def nothing_to_round() -> Transform:
     return Transform(lambda weight: {}, update, rounded=())
 
 
-def test_an_optimizer_may_refuse() -> None:
-    groups = [{"name": "dense", "params": [nn.Parameter(torch.randn(3, 2))], "state_dtype": "bfloat16"}]
-    message = r"^\[optimizer.dense\] state_dtype = 'bfloat16': nothing_to_round keeps none of its states in bfloat16"
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("name", "table"), [("dense", "optimizer.dense"), ("own", "optimizer.groups.own")])
+def test_an_optimizer_may_refuse(name: str, table: str) -> None:
+    groups = [{"name": name, "params": [nn.Parameter(torch.randn(3, 2))], "state_dtype": "bfloat16"}]
+    message = f"[{table}] state_dtype = 'bfloat16': nothing_to_round keeps none of its states in bfloat16"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         optimizer_of(nothing_to_round)(groups)
 
 
