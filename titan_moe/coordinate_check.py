@@ -208,7 +208,8 @@ def main(args: list[str]) -> int:
         name: check(options.axis, options.factors, words, name, steps=options.steps, seeds=options.seeds)
         for name in names
     }
-    print(f"{'exponent of the change after the last step':<44}" + "".join(f"{title:>14}" for title in checks))
+    print(f"Change after the last step ~ {options.axis}^exponent; 0 is right: the same at every size.")
+    print(f"{'exponent':<44}" + "".join(f"{title:>14}" for title in checks))
     for name in checks[names[0]].changes:
         print(f"{name:<44}" + "".join(f"{of.exponents()[name]:>+14.2f}" for of in checks.values()))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -92,9 +92,13 @@ def _check(job: Job, step_folder: Path | None) -> None:
 
     text = "; ".join(texts(counting))
     if counting and not allowed:
+        # other groups or states do not fit what was saved, whatever is allowed
+        anew = ""
+        if any(key.startswith("optimizer.") for key in counting):
+            anew = ' (or checkpoint.exclude = ["optimizer"] to start the optimizer anew)'
         raise ValueError(
             f"{before.folder} is of a run with another configuration: {text}: change it back, give another "
-            f"job.dump_folder, or set job.allow_config_change = true to go on with what has changed"
+            f"job.dump_folder, or set job.allow_config_change = true to go on with what has changed{anew}"
         )
     if counting:
         logger.warning("%s was of another configuration, job.allow_config_change is set: %s", before.folder, text)

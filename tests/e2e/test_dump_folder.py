@@ -54,6 +54,7 @@ def test_rates_by_load_that_are_switched_on(train: Train) -> None:
     ended = train(**changed)
     assert ended.code == 2
     assert "optimizer.expert.load_lr: unset, now 'batch_fraction'" in ended.err
+    assert '(or checkpoint.exclude = ["optimizer"] to start the optimizer anew)' in ended.err
     ended = train(**changed, more="--job.allow_config_change")
     assert ended.code == 2
     line = ended.err.splitlines()[-1]

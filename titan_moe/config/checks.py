@@ -257,8 +257,8 @@ def _check_optimizer(config: Config) -> None:
         name = config.optimizer.groups.get(group, {}).get("name")
         if name in OPTIMIZERS and name not in BY_ELEMENT:
             raise ValueError(
-                f"optimizer.{group}.name = {name!r}: it updates matrices, but the {group} group is never updated as "
-                f"such: leave the name out, or set it to one of {', '.join(BY_ELEMENT)}"
+                f"optimizer.{group}.name = {name!r}: it updates matrices, but the {group} group is always updated by "
+                f"element: leave the name out for AdamW, or set it to one of {', '.join(BY_ELEMENT)}"
             )
 
     # The options alone may be the rest of a `load_lr` that somebody forgot; 'none' says that it is meant.

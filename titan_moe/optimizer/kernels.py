@@ -178,7 +178,7 @@ def elementwise(states: tuple[str, ...], direction: Direction) -> Transform:
     # for a transform around this one; a group that is updated by this one alone is stepped by the kernel
     def update(gradient: Tensor, state: State, tick: Tick) -> Tensor:
         rows = [list(state[name].unbind()) for name in states]  # (R, M, N) -> R of (M, N)
-        directions, new_rows = direction(list(gradient.unbind()), rows, list(tick.steps.unbind()))
+        directions, new_rows = called(direction, list(gradient.unbind()), rows, list(tick.steps.unbind()))
         for name, of_rows in zip(states, new_rows, strict=True):
             new = torch.stack(list(of_rows))
             if tick.alive is not None:
@@ -187,6 +187,21 @@ def elementwise(states: tuple[str, ...], direction: Direction) -> Transform:
         return torch.stack(list(directions))  # (R, M, N)
 
     return Transform(init, update, kernel=Kernel(states, functools.partial(step_elementwise, direction)))
+
+
+def called(
+    direction: Direction, gradients: list[Tensor], states: list[list[Tensor]], steps: list[Tensor]
+) -> tuple[Sequence[Tensor], list[Sequence[Tensor]]]:
+    """Call a formula. Raises ValueError where it does not give a direction a gradient, and each state anew."""
+    given = direction(gradients, states, steps)
+    lengths = [len(gradients)] * (1 + len(states))
+    pair = isinstance(given, tuple) and len(given) == 2
+    if not pair or [len(given[0]), *(len(news) for news in given[1])] != lengths:
+        raise ValueError(
+            f"{getattr(direction, '__qualname__', direction)} must return (directions, new_states): {len(gradients)} "
+            f"directions, one for each gradient, and {len(states)} lists of as many, one for each state"
+        )
+    return given
 
 
 def step_elementwise(
@@ -205,7 +220,7 @@ def step_elementwise(
         weights, gradients, *states = ([tensor.float() for tensor in chunk] for chunk in part)
         if grad_scale is not None:
             torch._foreach_div_(gradients, grad_scale)
-        directions, new_states = direction(gradients, states, counts)
+        directions, new_states = called(direction, gradients, states, counts)
 
         moved = torch._foreach_mul(weights, 1 - lr * weight_decay)
         torch._foreach_sub_(moved, torch._foreach_mul(list(directions), lr))  # pyrefly: ignore[no-matching-overload]

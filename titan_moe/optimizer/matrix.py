@@ -235,7 +235,14 @@ def directions(
         place = Place(matrix.number, (slice(first, first + len(tick.steps)),))
         narrow_state = {name: value[part] for name, value in states.items()}
         with in_fp32(narrow_state, matrix.transform.rounded, place, tick.steps) as part_state:
-            yield part, matrix.transform.update(gradient[part].float().contiguous(), part_state, tick), part_state, tick
+            direction = matrix.transform.update(gradient[part].float().contiguous(), part_state, tick)
+            if direction.shape != gradient[part].shape:  # it would be broadcast over experts, and nobody would notice
+                update = matrix.transform.update
+                raise ValueError(
+                    f"{getattr(update, '__qualname__', update)} must return a direction of its gradient's shape, "
+                    f"{tuple(gradient[part].shape)}, gave {tuple(direction.shape)}"
+                )
+            yield part, direction, part_state, tick
 
 
 def step_owned(tasks: Sequence[Task], spare: Callable[[Tensor], Tensor]) -> None:

@@ -432,10 +432,11 @@ def check_served(optimizer: Optimizer, names: Iterable[str]) -> None:
         by_kernel = not isinstance(rule, Rule) or transform_of(rule.make, group).kernel
         if not by_kernel and not any(optimizer.is_matrix(parameter) for parameter in group["params"]):
             shapes = ", ".join(dict.fromkeys(str(tuple(parameter.shape)) for parameter in group["params"]))
+            limited = isinstance(rule, Rule) and transform_of(rule.make, group).max_dim is not None
+            why = "they are no matrices" + (", or larger than its adamw_above" if limited else "")
             raise ValueError(
                 f"[{table_of(group['name'])}] name = {kind_of(rule)!r} updates matrices, and takes none of what "
-                f"this group matches, of shapes {shapes}: they are no matrices, or larger than its adamw_above; choose "
-                "'adamw'"
+                f"this group matches, of shapes {shapes}: {why}; choose 'adamw'"
             )
 
 

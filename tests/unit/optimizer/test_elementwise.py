@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from tests.cases import OPTIMIZER_NAMES
 from titan_moe.optimizer import kernels
 from titan_moe.optimizer.ademamix import ademamix, warmed
-from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS
+from titan_moe.optimizer.build import BY_ELEMENT, OPTIMIZERS, optimizer_of
 from titan_moe.optimizer.lion import lion
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.optimizer import describe_group
-from titan_moe.optimizer.transform import Tick
+from titan_moe.optimizer.transform import Tick, Transform
 
 MADE = {"lion": lion, "ademamix": ademamix}  # of a formula; AdamW's kernel is torch's
 
@@ -191,3 +191,32 @@ def test_the_half_life_grows_evenly() -> None:
     lives = betas.log().reciprocal() * math.log(0.5)
     expected = [math.log(0.5) / math.log(beta) for beta in (0.9, 0.9999)]
     assert lives.tolist() == pytest.approx([expected[0], sum(expected) / 2, expected[1], expected[1]], rel=1e-3)
+
+
+FORMULAS: dict[str, Any] = {
+    "no states": lambda gradients, states, steps: gradients,
+    "too few directions": lambda gradients, states, steps: (gradients[:1], states),
+    "a tensor for the list of them": lambda gradients, states, steps: (gradients, [states[0][:1]]),
+    "a state more": lambda gradients, states, steps: (gradients, [*states, *states]),
+}
+
+
+@pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
+def test_a_formula_that_gives_something_else_is_named(formula: Any) -> None:
+    parameters = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
+    make = optimizer_of(lambda: kernels.elementwise(("mean",), formula), "mine")
+    optimizer = make([{"params": parameters}])
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(ValueError, match=r"<lambda> must return \(directions, new_states\): 2 directions.* 1 lists"):
+        optimizer.step()
+
+
+def test_a_direction_of_another_shape_is_named() -> None:
+    """It would be broadcast: every expert would move as the first one."""
+    weight = nn.Parameter(torch.ones(3, 2, 2))
+    make = optimizer_of(lambda: Transform(lambda weight: {}, lambda gradient, state, tick: gradient[0]), "first")
+    optimizer = make([{"params": [weight], "name": "expert"}])
+    weight.grad = torch.ones_like(weight)
+    with pytest.raises(ValueError, match=r"<lambda> must return a direction .* \(3, 2, 2\), gave \(2, 2\)"):
+        optimizer.step()

@@ -424,11 +424,12 @@ GROUP = "[optimizer.groups.mine]\n"
         ("[optimizer.dense]\nper_head = true", "per_head = True: is for groups by pattern"),
         (
             f'{GROUP}match = "*norm.weight"\nname = "muon"',
-            "[optimizer.groups.mine] name = 'muon' updates matrices, and takes none of what this group matches, of",
+            "[optimizer.groups.mine] name = 'muon' updates matrices, and takes none of what this group matches, of "
+            "shapes (16,), (4,): they are no matrices; choose 'adamw'",
         ),
         (
             f'{GROUP}match = "tok_emb*"\nname = "soap"\nadamw_above = 32',
-            "'soap' updates matrices, and takes none of what this group matches, of shapes (64, 16)",
+            "of shapes (64, 16): they are no matrices, or larger than its adamw_above; choose 'adamw'",
         ),
         (
             f'{GROUP}match = "*.attention.w?.weight"\nper_head = true',

@@ -673,7 +673,10 @@ def test_groups_name_their_optimizers(tmp_path: Any) -> None:
         (["--optimizer.expert.grafting=sgd"], "must be 'adamw' or 'none'"),
         (["--optimizer.expert.matmul_dtype=float16"], "must be 'float32' or 'bfloat16'"),
         (["--optimizer.router.precondition_frequency=5"], "unknown argument here; it belongs to shampoo"),
-        (["--optimizer.embedding.name=muon"], "optimizer.embedding.name = 'muon': it updates matrices, but the"),
+        (
+            ["--optimizer.embedding.name=muon"],
+            "it updates matrices, but the embedding group is always updated by element",
+        ),
         (["--optimizer.norm.name=muonh"], "set it to one of adamw, ademamix, lion"),
         (["--optimizer.dense.coefficients=taylor"], "must be 'jordan' or 'polar_express'"),
         (["--optimizer.dense.ns_steps=21"], "ns_steps = 21: must be less than or equal to 20"),
