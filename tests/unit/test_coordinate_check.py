@@ -83,7 +83,8 @@ def test_the_command_prints_and_draws(tmp_path: Path, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     assert "given" in printed
     assert "router logits" not in printed
-    assert not math.isnan(float(printed.splitlines()[1].split()[-1]))
+    (logits,) = (line for line in printed.splitlines() if line.startswith("logits"))
+    assert not math.isnan(float(logits.split()[-1]))
 
 
 @pytest.mark.parametrize("words", ["--factors 1", "--factors 2 2", "--factors 1 0", "--steps 0", "--seeds 0"])
