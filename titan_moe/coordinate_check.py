@@ -158,10 +158,12 @@ def draw(axis: str, base: int, checks: Mapping[str, Check], folder: Path) -> Non
     with theme.style():
         figure = theme.new_figure(2.4 * len(checks) + 0.4, 2.3 * len(names))
         panels = figure.subplots(len(checks), len(names), squeeze=False, sharex=True, sharey="col")
+        # one scale for a column, so that a parametrization's lines can be held against the other's
         for row, (title, of_title) in zip(panels, checks.items(), strict=True):
             exponents = of_title.exponents()
             sizes = [base * factor for factor in of_title.factors]
             for panel, name in zip(row, names, strict=True):
+                # the mean of logarithms over seeds, as the exponents are fitted to it
                 change_FT = of_title.changes[name].log().mean(0).exp()  # (seeds, factors, steps) -> (factors, steps)
                 for step, change_F in enumerate(change_FT.unbind(1)):
                     look = {"color": theme.colour(step), "marker": theme.marker(step), "label": f"step {step + 1}"}

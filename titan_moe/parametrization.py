@@ -150,6 +150,8 @@ def base_of(shapes: Shapes, dim: int, num_layers: int, num_heads: int, ffn_dim: 
             f"parametrization.base_dim ({dim}) must be a multiple of model.dim / model.num_heads ({head_dim:g}), the "
             "width of a head, which the base shares unless parametrization.base_num_heads is set"
         )
+
+    # what the user leaves out shrinks with the width, as the models of a family do
     heads = num_heads or dim / head_dim
     return shapes._replace(
         dim=dim,

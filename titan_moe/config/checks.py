@@ -410,6 +410,8 @@ def cautions(config: Config) -> list[str]:
             f"lr_scheduler.warmup_steps ({warmup}) is not below training.steps ({steps}): learning rates rise until "
             f"the run ends, to {steps / warmup:.2g} of what is set, and do not fall again: lower warmup_steps"
         )
+
+    # A rate that falls takes from the average what it is for, but a study may want to see that.
     names = [config.optimizer.name, *(table.get("name") for table in config.optimizer.groups.values())]
     if "schedule_free_adamw" in names and config.lr_scheduler.name in SCHEDULES.keys() - {"constant"}:
         said.append(

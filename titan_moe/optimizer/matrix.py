@@ -258,6 +258,7 @@ def step_owned(tasks: Sequence[Task], spare: Callable[[Tensor], Tensor]) -> None
     groups = list(dict.fromkeys(group for group, _ in by_round))
     rounds = [by_round[key] for key in sorted(by_round, key=lambda key: (groups.index(key[0]), key[1]))]
 
+    # Sent before it is waited for: a round travels while another is computed, and an update leaves a round later.
     arriving = send_gradients(rounds[0]) if rounds else None
     leaving: list[tuple[list[Task], Transfer]] = []
     for number, round_ in enumerate(rounds):

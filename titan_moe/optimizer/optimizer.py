@@ -309,6 +309,8 @@ class Optimizer(torch.optim.Optimizer):
                 step_experts_by_kernel(kernel, part, by_kernel, self.state, scalars, self._numbers, factor_E, alive_E)
             else:
                 step_by_kernel(kernel, part, by_kernel, self.state, scalars, self._numbers)
+
+        # What a rank holds whole is updated now, the rest at the end of the step, together with that of other groups.
         for parameter in matrices:
             task = Task(self._matrices[parameter], parameter, self.state[parameter], part)
             if task.matrix.owned is not None:

@@ -34,6 +34,7 @@ def schedule_free_adamw(
     if not 0 < beta1 < 1:
         raise ValueError(f"optimizer.beta1 = {beta1}: schedule_free_adamw divides by it: it must be above 0, below 1")
 
+    # Numbers of all experts, which every rank moves on alike; what a step does to elements sees this rank's part alone.
     def advance(scalars: State, steps: Tensor, lr: Tensor) -> State:
         largest = torch.maximum(scalars["lr_max"], lr)
         return {"lr_max": largest, "weight_sum": scalars["weight_sum"] + steps**r * largest**weight_lr_power}
@@ -41,6 +42,7 @@ def schedule_free_adamw(
     def share(steps: Tensor, lr_max: Tensor, weight_sum: Tensor) -> Tensor:
         return torch.where(weight_sum > 0, steps**r * lr_max**weight_lr_power / weight_sum, 0.0)
 
+    # x of y and z, so that x takes no memory
     def average(weight: Tensor, z: Tensor, _: Tensor) -> Tensor:
         return torch.lerp(weight, z, 1 - 1 / beta1)
 
