@@ -202,6 +202,7 @@ def train(results: Results, name: str, **changes: Any) -> None:
     seconds = sum(record["step_seconds"] for record in late)
     rate = (late[-1]["num_tokens"] - early[-1]["num_tokens"]) / seconds
     mfu = 100 * late[-1]["mfu"] / late[-1]["tokens_per_second"] * rate if "mfu" in late[-1] else float("nan")
+    results[f"{name}, ms of steps"] = " ".join(f"{1000 * record['step_seconds']:.0f}" for record in late)
     results[name] = (
         f"{1000 * seconds / len(late):.1f} ms, {rate:,.0f} tokens/s, MFU {mfu:.1f} %, "
         f"{late[-1]['peak_memory_gib']:.1f} GiB, loss {records[0]['loss']:.2f} -> {late[-1]['loss']:.3f}, "
@@ -287,6 +288,25 @@ def report_kernels(results: Results, trace: torch.profiler.profile) -> None:
     results["ms in kernels"] = round(sum(getattr(e, key) for e in rows) / 1000, 1)
     for number, line in enumerate(lines[:16]):
         results[f"top {number}"] = line[:110]
+    if CUDA:
+        report_gaps(results, trace)
+
+
+def report_gaps(results: Results, trace: torch.profiler.profile) -> None:
+    """When the device had nothing to do in a trace, in all and the longest times, with the kernels on both sides."""
+    rows = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    rows = [e for e in rows if not e.name.startswith(("Optimizer.step", "FSDP::", "## Call", "Torch-Compiled"))]
+    rows.sort(key=lambda e: e.time_range.start)
+    gaps, end, before = [], rows[0].time_range.start, rows[0].name
+    for event in rows:
+        gaps.append((event.time_range.start - end, before, event.name))
+        if event.time_range.end > end:
+            end, before = event.time_range.end, event.name
+    idle = [gap for gap, _, _ in gaps if gap > 0]
+    results["ms idle"] = f"{sum(idle) / 1000:.1f} of {(end - rows[0].time_range.start) / 1000:.1f}"
+    results["ms idle in gaps over 10 us"] = f"{sum(gap for gap in idle if gap > 10) / 1000:.1f}"
+    for number, (gap, before, after) in enumerate(sorted(gaps, reverse=True)[:10]):
+        results[f"gap {number}"] = f"{gap / 1000:7.3f} ms, {before[:42]} -> {after[:42]}"
 
 
 def layers_of(sizes: Sizes) -> dict[str, Callable[[], nn.Module]]:

@@ -219,12 +219,22 @@ def test_commands_of_one_and_of_several_processes_and_their_gpus(write: Write, m
         runner.check_pool(runner.Pool(jobs=3, nproc=4))
 
 
+def test_small_trainings_share_gpus(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    pool = runner.Pool(jobs=6, jobs_per_gpu=3)
+    runner.check_pool(pool)
+    assert [runner.environment(pool, slot)["CUDA_VISIBLE_DEVICES"] for slot in range(6)] == list("000111")
+    with pytest.raises(ValueError, match="has 2, 3 trainings on each at a time: give --jobs 6"):
+        runner.check_pool(runner.Pool(jobs=7, jobs_per_gpu=3))
+
+
 @pytest.mark.parametrize(
     ("args", "part"),
     [
         ([], "give a study file, or --compare"),
         (["small.toml", "--compare", "x"], "give a study file, or --compare"),
         (["small.toml", "--jobs", "0"], "--jobs (0) must be at least 1"),
+        (["small.toml", "--jobs_per_gpu", "0"], "--jobs_per_gpu (0) must be at least 1"),
         (["small.toml", "--jobs", "two"], "--jobs: invalid int value: 'two'"),
         (["small.toml", "--watch", "-1"], "--watch (-1.0) must be above 0"),
         (["small.toml", "--job", "2"], "unrecognized arguments: --job 2"),

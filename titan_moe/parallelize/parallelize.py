@@ -1,13 +1,14 @@
 """Parallelism, applied from outside, in one order: CP, TP, EP, activation checkpointing, compile, FSDP2."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._triton import has_triton
@@ -147,6 +148,32 @@ def apply_fsdp(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, r
             module.set_force_sum_reduction_for_comms(True)
             if mesh.dense.size() > 1:
                 module.set_gradient_divide_factor(1.0)
+            else:
+                module.set_custom_reduce_scatter(NothingToReduce())
+
+
+class NothingToReduce(ReduceScatter):
+    """What FSDP2 uses to reduce the gradients of one process: its result is what it is given, in the same memory.
+
+    FSDP2 asks for memory twice a reduction, for the input and then for the output, and on one process copies the one
+    into the other. A copy of a tensor into itself is nothing, which spares a pass over all gradients, and their memory.
+    """
+
+    def __init__(self) -> None:
+        self.given: Tensor | None = None
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """New memory for the input, and the same for the output, which is asked for next."""
+        if self.given is None:
+            self.given = torch.empty(*size, dtype=dtype, device=device)
+            return self.given
+        given, self.given = self.given, None
+        assert (given.shape, given.dtype) == (torch.Size(size), dtype)
+        return given
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Not called on one process."""
+        raise NotImplementedError
 
 
 def set_last_micro_batch(model: nn.Module, last: bool) -> None:

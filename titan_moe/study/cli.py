@@ -37,6 +37,7 @@ def build_parser() -> Parser:
     parser.epilog = "--section.key value, after the study file: changes the configuration of every run, as in training."
     parser.add_argument("study", nargs="?", metavar="STUDY.toml", help="the study file")
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time (1)")
+    parser.add_argument("--jobs_per_gpu", type=int, default=1, help="how many of them share a GPU (1)")
     parser.add_argument("--resume", action="store_true", help="try runs that failed again, too")
     parser.add_argument(
         "--force", action="store_true", help="where the study's base has changed, put old runs aside and train anew"
@@ -67,8 +68,9 @@ def main(args: list[str]) -> int:
     options = build_parser().parse_args(words)
     if (options.study is None) == (options.compare is None):
         raise ValueError("give a study file, or --compare DIR ... (--help lists the arguments)")
-    if options.jobs < 1:
-        raise ValueError(f"--jobs ({options.jobs}) must be at least 1")
+    for name, number in (("jobs", options.jobs), ("jobs_per_gpu", options.jobs_per_gpu)):
+        if number < 1:
+            raise ValueError(f"--{name} ({number}) must be at least 1")
     if options.watch is not None and not options.watch > 0:
         raise ValueError(f"--watch ({options.watch}) must be above 0 seconds")
     missing = [name for name in PACKAGES if find_spec(name) is None]
@@ -134,7 +136,7 @@ def run_study(study: Study, runs: Sequence[Run], options: argparse.Namespace) ->
 
 def train(study: Study, runs: Sequence[Run], todo: Sequence[Run], options: argparse.Namespace) -> int:
     """Train `todo` on this machine, with the table of all runs; the number of the signal that stopped it, else 0."""
-    pool = Pool(options.jobs, study.section.nproc)
+    pool = Pool(options.jobs, study.section.nproc, options.jobs_per_gpu)
     check_pool(pool)
     written = time.monotonic()
 

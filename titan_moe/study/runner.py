@@ -52,6 +52,7 @@ class Pool(NamedTuple):
 
     jobs: int
     nproc: int = 1
+    jobs_per_gpu: int = 1
 
 
 def train_command(nproc: int) -> Command:
@@ -72,18 +73,20 @@ def launch(module: str, nproc: int) -> list[str]:
 
 def check_pool(pool: Pool) -> None:
     """Raise ValueError where this machine has fewer GPUs than the pool would use; one without any trains on the CPU."""
-    needed, available = pool.jobs * pool.nproc, torch.cuda.device_count()
-    if available and needed > available:
+    available = torch.cuda.device_count()
+    slots = available // pool.nproc * pool.jobs_per_gpu
+    if available and pool.jobs > slots:
+        share = "" if pool.jobs_per_gpu == 1 else f", {pool.jobs_per_gpu} trainings on each at a time"
         raise ValueError(
-            f"--jobs {pool.jobs} times study.nproc {pool.nproc} is {needed} GPUs, but this machine has {available}: "
-            f"give --jobs {max(1, available // pool.nproc)}"
+            f"--jobs {pool.jobs} times study.nproc {pool.nproc} is {pool.jobs * pool.nproc} GPUs, but this machine has "
+            f"{available}{share}: give --jobs {max(1, slots)}, or let small trainings share a GPU by --jobs_per_gpu"
         )
 
 
 def environment(pool: Pool, slot: int) -> dict[str, str]:
-    """The environment of the training in a slot: its share of the cores, and its own GPUs where there are any."""
+    """The environment of the training in a slot: its share of the cores, and GPUs where there are any."""
     threads = max(1, (os.cpu_count() or 1) // (pool.jobs * pool.nproc))
-    first = slot * pool.nproc
+    first = slot // pool.jobs_per_gpu * pool.nproc
     devices = range(first, first + pool.nproc) if torch.cuda.device_count() else ()
     return machine.worker_environment(threads=threads, devices=devices)
 
