@@ -64,7 +64,7 @@ class GraphedGradients:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"compile.cuda_graph: this step can't be recorded ({reason}): set training.cuda_graph = false"
+                f"compile.cuda_graph: this step can't be recorded ({reason}): set compile.cuda_graph = false"
             ) from error
         self.gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
         return graph

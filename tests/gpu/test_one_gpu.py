@@ -211,6 +211,7 @@ def test_accumulation_changes_nothing(policy: str) -> None:
 @pytest.mark.parametrize("checkpoint_mode", ["none", "full"])
 @pytest.mark.parametrize("compile_blocks", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.filterwarnings("ignore")  # of dynamo and inductor
 def test_replayed_steps_are_the_same_steps(micro_batches: int, compile_blocks: bool, checkpoint_mode: str) -> None:
     """Of eight steps the last five are replayed; the router's noise is that of the step."""
     route = Case("topk_softmax", {"noise_std": 0.1})
