@@ -55,12 +55,12 @@ class GraphedGradients:
         """Record a call, which computes nothing yet; ValueError where it can't be recorded."""
         graph = torch.cuda.CUDAGraph()
         self.inputs = [tensor.clone() for tensor in flat(micro_batches)]
-        own = list(zip(self.inputs[::2], self.inputs[1::2], strict=True))
+        pairs = list(zip(self.inputs[::2], self.inputs[1::2], strict=True))
 
         # Backward runs in a thread of its own, and batches are brought by another: what those do is no part of it.
         try:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.outputs = self.compute(model, own, *rest, **options)
+                self.outputs = self.compute(model, pairs, *rest, **options)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(

@@ -68,7 +68,7 @@ def start_processes(config: Config, rt: Runtime) -> None:
     # Each process by itself sees whether the layout, the device and the folder can do what is asked for.
     training = config.training
     check_gpu(rt, training)
-    uses_cuda_graph(config, rt)
+    uses_cuda_graph(config, rt.device, rt.world_size)
     degrees = degrees_of(config, rt.world_size)
     resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
     in_float8, param_dtype = config.quantize, DTYPES[training.mixed_precision_param]
@@ -150,7 +150,7 @@ def build_job(config: Config, rt: Runtime) -> Job:
         saver=background_saver() if config.checkpoint.async_mode == "async" else foreground_saver(),
         accumulation=step_sequences // (micro_batch_size * degrees.data),
         sequence_group=None if mesh is None else mesh.sequence_group,
-        gradients=GraphedGradients() if uses_cuda_graph(config, rt) else compute_gradients,
+        gradients=GraphedGradients() if uses_cuda_graph(config, rt.device, rt.world_size) else compute_gradients,
         folder=Path(config.job.dump_folder),
     )
 
@@ -161,20 +161,21 @@ def compiles(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" if enable == "auto" else enable
 
 
-def uses_cuda_graph(config: Config, rt: Runtime) -> bool:
+def uses_cuda_graph(config: Config, device: torch.device, world_size: int) -> bool:
     """Whether forward and backward of a step are replayed as a CUDA graph; ValueError where they can't be.
 
     In a graph nothing waits for the device. Grouped products in fp32 do, and an own router or balancer may: with those
     it is used only where it is asked for.
     """
     enable = config.compile.cuda_graph
-    lacks = "one process" if rt.world_size > 1 else "a GPU" if rt.device.type != "cuda" else None
+    lacks = "one process" if world_size > 1 else "a GPU" if device.type != "cuda" else None
     if lacks is None and config.training.mixed_precision_param == "float32":
         lacks = "training.mixed_precision_param = 'bfloat16'"
     if enable is True and lacks is not None:
         raise ValueError(f"compile.cuda_graph = true needs {lacks}: set it to 'auto'")
-    own = [key for key, _ in outside_components(tomllib.loads(to_toml(config))) if not key.startswith("optimizer")]
-    return lacks is None and (enable is True or (enable == "auto" and not own))
+    outside = outside_components(tomllib.loads(to_toml(config)))
+    is_ours = all(key.startswith("optimizer") for key, _ in outside)  # which works outside of the graph
+    return lacks is None and (enable is True or (enable == "auto" and is_ours))
 
 
 def check_gpu(rt: Runtime, training: Training) -> None:

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
