@@ -152,7 +152,7 @@ class Data:
 
     dataset: Annotated[Literal["stdlib", "text", "fineweb_edu", "hf"], "where documents come from"] = "stdlib"
     path: Annotated[
-        Texts, "files, globs, folders (txt, jsonl, ndjson, json lines, parquet, also .gz or .zst), or a hub name"
+        Texts, "files, globs, folders (txt, jsonl, parquet ..., token ids of Megatron or numpy), or a hub name"
     ] = field(default_factory=list)
     tokenizer: Annotated[str, "bytes, bpe:SIZE (trained on the data), a tokenizer.json, a folder or a hub name"] = (
         "bpe:4096"

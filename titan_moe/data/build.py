@@ -12,9 +12,18 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data import hub
 from titan_moe.data.cache import TokenCache, TokenFile, build_cache
-from titan_moe.data.corpus import Corpus, Split, corpus_tokenizer, fraction_for_both, make_corpus, make_split
+from titan_moe.data.corpus import (
+    Corpus,
+    Split,
+    corpus_tokenizer,
+    digest,
+    fraction_for_both,
+    make_corpus,
+    make_split,
+)
 from titan_moe.data.loader import (
     CPU,
+    Tokens,
     TrainLoader,
     WindowBatches,
     make_loader,
@@ -23,8 +32,16 @@ from titan_moe.data.loader import (
     validation_batches,
     window_loader,
 )
-from titan_moe.data.sources import find_files, stdlib_files
+from titan_moe.data.sources import are_tokens, find_files, stdlib_files
 from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
+from titan_moe.data.token_files import (
+    Documents,
+    TokenSource,
+    all_documents,
+    divide_documents,
+    load_documents,
+    open_tokens,
+)
 from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, token_contents
 
 DATASETS = ("stdlib", "text", "fineweb_edu", "hf")
@@ -73,8 +90,8 @@ class _Prepared(NamedTuple):
 
     tokenizer: Tokenizer
     fingerprint: str
-    train: TokenFile | _Stream
-    validation: TokenFile | None
+    train: Tokens | _Stream
+    validation: Tokens | None
 
 
 def build_data(
@@ -169,12 +186,14 @@ def build_validation(
     Arguments and errors are those of `build_data`; the batches (b, S) are those of `validation_batches`, on `device`.
     """
 
-    # All of the files are validation data, so that no document is left out and none needs a hash.
-    def build() -> TokenCache:
-        corpus = make_corpus([], find_files(path), fraction=0.0, folder=cache_folder)
-        return build_cache(corpus, load_tokenizer(tokenizer, endpoint), cache_folder, progress=progress and is_main)
+    # All of the files are validation data, so that no document is left out.
+    def build() -> Tokens:
+        files, loaded = find_files(path), load_tokenizer(tokenizer, endpoint)
+        if are_tokens(files):
+            return all_documents(_documents(files, loaded, cache_folder, progress=False))
+        return _tokenize_all(files, loaded, cache_folder, progress=progress and is_main)
 
-    file = main_process_first(build, is_main, barrier).validation
+    file = main_process_first(build, is_main, barrier)
     _check_length(file, seq_len, "data.path")
     rank = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     batches = partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **rank)
@@ -229,7 +248,7 @@ def is_streamed(dataset: str) -> bool:
     return dataset in ("fineweb_edu", "hf")
 
 
-def _check_length(file: TokenFile, seq_len: int, key: str) -> None:
+def _check_length(file: Tokens, seq_len: int, key: str) -> None:
     if not num_windows(file, seq_len):
         raise ValueError(
             f"training.seq_len ({seq_len}) is longer than the data of {key} ({file.num_tokens} tokens): "
@@ -252,6 +271,8 @@ def _prepare_files(want: _Wanted) -> _Prepared:
     """Tokenize files into the cache: training data, and validation data of their own or a fraction."""
     files, kind = (stdlib_files(), "source") if want.dataset == "stdlib" else (find_files(want.path), "")
     held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
+    if are_tokens(files) or are_tokens(held_out):
+        return _prepare_tokens(want, files, held_out)
 
     def tokenize(fraction: float) -> tuple[Corpus, Tokenizer, TokenCache]:
         corpus = make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
@@ -268,13 +289,59 @@ def _prepare_files(want: _Wanted) -> _Prepared:
 
     # One document can't be on both sides, and files may turn out to hold none.
     is_split = bool(held_out or want.fraction)
-    count = cache.num_documents
-    if is_split and not all(count.values()):
+    if is_split:
+        _check_sides(want, cache.num_documents)
+    return _Prepared(tokenizer, corpus.fingerprint, cache.train, cache.validation if is_split else None)
+
+
+def _check_sides(want: _Wanted, count: dict[str, int]) -> None:
+    if not all(count.values()):
         raise ValueError(
             f"data.validation_fraction ({want.fraction}) divides the documents into {count['train']} for training and "
             f"{count['validation']} for validation: choose another fraction, or files with --data.validation_path"
         )
-    return _Prepared(tokenizer, corpus.fingerprint, cache.train, cache.validation if is_split else None)
+
+
+def _prepare_tokens(want: _Wanted, files: list[str], held_out: list[str]) -> _Prepared:
+    """Open token files where they are: training data, and validation data of their own or a fraction.
+
+    One of the two may be text, which is tokenized into the cache and is a token file from there on.
+    """
+    if bpe_vocab_size(want.tokenizer):
+        path = (files if are_tokens(files) else held_out)[0]
+        raise ValueError(
+            f"data.tokenizer ({want.tokenizer}) is trained on text, and {path} holds token ids: name the tokenizer "
+            "that made the file with --data.tokenizer"
+        )
+    tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
+    documents = _documents(files, tokenizer, want.folder, progress=want.progress)
+    others = _documents(held_out, tokenizer, want.folder, progress=want.progress)
+    names = [[some.fingerprint for some in side] for side in (documents, others)]
+    fingerprint = digest([names, want.fraction])
+
+    if not others and not want.fraction:
+        return _Prepared(tokenizer, fingerprint, all_documents(documents), None)
+    train, validation, count = divide_documents(documents, want.fraction, others)
+    _check_sides(want, count)
+    return _Prepared(tokenizer, fingerprint, train, validation)
+
+
+def _documents(files: list[str], tokenizer: Tokenizer, folder: str, *, progress: bool) -> list[Documents]:
+    """Return the documents of token files, or those of text files once they are tokenized."""
+    if not files:
+        return []
+    if are_tokens(files):
+        sources = [open_tokens(path, tokenizer.vocab_size) for path in files]
+    else:
+        sources = [TokenSource(_tokenize_all(files, tokenizer, folder, progress=progress))]
+    return load_documents(sources, tokenizer, folder)
+
+
+def _tokenize_all(files: list[str], tokenizer: Tokenizer, folder: str, *, progress: bool) -> TokenFile:
+    """Return the tokens of all documents of text files, from the cache."""
+    return build_cache(
+        make_corpus([], files, fraction=0.0, folder=folder), tokenizer, folder, progress=progress
+    ).validation
 
 
 def _prepare_stream(want: _Wanted) -> _Prepared:
@@ -296,6 +363,11 @@ def _prepare_stream(want: _Wanted) -> _Prepared:
     held_out = []
     if want.validation_path:
         held_out = find_files(want.validation_path, "data.validation_path")
+        if are_tokens(held_out):
+            raise ValueError(
+                f"data.validation_path: {held_out[0]} holds token ids, and data.dataset {want.dataset} is text, which "
+                "leaves out the documents of validation files: name files of text"
+            )
     elif want.fraction:
         held_out = [sample("validation", num_bytes=want.validation_tokens * BYTES_PER_TOKEN)]
 

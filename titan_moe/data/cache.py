@@ -41,15 +41,20 @@ log = logging.getLogger(__name__)
 
 
 class TokenFile(NamedTuple):
-    """A file of token ids: documents one after the other, the end-of-text token after each."""
+    """A file of token ids: documents one after the other, in our own files the end-of-text token after each."""
 
     path: str
     dtype: str
     num_tokens: int
+    offset: int = 0  # bytes before the first id
 
     def tokens(self) -> np.ndarray:
         """Return the memory map (num_tokens,), opened once in every process."""
         return _map(self) if self.num_tokens else np.empty(0, self.dtype)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the ids from `start` to `stop` (stop - start,)."""
+        return self.tokens()[start:stop]
 
 
 class TokenCache(NamedTuple):
@@ -70,9 +75,10 @@ class _Job(NamedTuple):
     tokenizer: str  # the folder of the tokenizer's files
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=1 << 14)  # a corpus of other tools may be thousands of files, and every batch reads many
 def _map(file: TokenFile) -> np.ndarray:
-    return np.asarray(np.memmap(file.path, dtype=file.dtype, mode="r"))  # a plain array is sliced faster
+    ids = np.memmap(file.path, dtype=file.dtype, mode="r", offset=file.offset, shape=(file.num_tokens,))
+    return np.asarray(ids)  # a plain array is sliced faster
 
 
 def build_cache(

@@ -69,7 +69,7 @@ def make_corpus(
 
     # The fingerprint leaves out the names of files, except for the format, which decides how they are read.
     kinds = [kind or sources.kind_of(path) for path in files] + [sources.kind_of(path) for path in validation_files]
-    content = list(zip(kinds, _hash_files(every, folder), strict=True))
+    content = list(zip(kinds, hash_files(every, folder), strict=True))
     fingerprint = digest([content, len(files), fraction])
     return Corpus(train, validation, fraction, fingerprint)
 
@@ -79,8 +79,8 @@ def digest(content: object) -> str:
     return hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()[:16]
 
 
-def _hash_files(files: Sequence[str], folder: str) -> list[str]:
-    """Return content hashes; those of big files are remembered by path, size, inode, mtime and ctime."""
+def hash_files(files: Sequence[str], folder: str) -> list[str]:
+    """Return content hashes of files; those of big files are remembered by path, size, inode, mtime and ctime."""
     # A cache is named by the content of its files, and to read all of a large corpus would delay every start.
     memo_path = Path(folder) / "file_hashes.json"
     memo: dict[str, str] = {}
@@ -147,13 +147,16 @@ def fraction_for_both(corpus: Corpus, folder: str) -> float:
 
     That takes two documents that differ. All documents are read once for it, which is quick beside tokenizing them.
     """
-    # Validation data are the documents whose hash is below fraction * 2^64: at least the smallest hash, never the
-    # largest. The hashes come sorted, each once.
     hashes = np.load(_hash_file(corpus.train, f"hashes-{corpus.fingerprint}.npy", folder))
     if len(hashes) < 2:
         return corpus.fraction
-    least, most = int(hashes[0]) / 2**64, int(hashes[-1]) / 2**64
-    return min(max(corpus.fraction, math.nextafter(least, 1)), math.nextafter(most, 0))
+    return nearest_fraction(corpus.fraction, int(hashes[0]), int(hashes[-1]))
+
+
+def nearest_fraction(fraction: float, least: int, most: int) -> float:
+    """Return the fraction nearest to `fraction` that leaves a document on either side, by the least and most hash."""
+    # Validation data are the documents whose hash is below fraction * 2^64: at least the smallest, never the largest.
+    return min(max(fraction, math.nextafter(least / 2**64, 1)), math.nextafter(most / 2**64, 0))
 
 
 def _hash_file(shards: Sequence[Shard], name: str, folder: str) -> str:

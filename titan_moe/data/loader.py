@@ -25,11 +25,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data.cache import TokenFile
 from titan_moe.data.processes import outlive_signals
+from titan_moe.data.token_files import TokenParts
 from titan_moe.model.cross_entropy import IGNORE
 
 ROUNDS = 6
 CPU = torch.device("cpu")
 ORDER_CHUNK = 1024  # positions permuted at once: a call costs as much as a hundred positions do
+Tokens = TokenFile | TokenParts  # ids by their place, however they lie on the disk
 log = logging.getLogger(__name__)
 
 
@@ -77,15 +79,14 @@ def window_of(sequence: int, size: int, seed: int) -> int:
     return int(_order(size, (seed, epoch), chunk)[place])
 
 
-def num_windows(file: TokenFile, seq_len: int) -> int:
+def num_windows(file: Tokens, seq_len: int) -> int:
     """Return how many windows of seq_len tokens and one more label a token file holds."""
     return max(0, file.num_tokens - 1) // seq_len
 
 
-def read_windows(file: TokenFile, windows: list[int], seq_len: int) -> tuple[Tensor, Tensor]:
+def read_windows(file: Tokens, windows: list[int], seq_len: int) -> tuple[Tensor, Tensor]:
     """Return the tokens and labels (B, S), int64, of some windows of a token file."""
-    tokens = file.tokens()
-    rows = np.stack([tokens[window * seq_len : (window + 1) * seq_len + 1] for window in windows])
+    rows = np.stack([file.read(window * seq_len, (window + 1) * seq_len + 1) for window in windows])
     return split_labels(rows)
 
 
@@ -104,7 +105,7 @@ class WindowBatches(Dataset):
     """The local batches of one rank by their number; every batch comes with the state from which to go on after it."""
 
     def __init__(
-        self, file: TokenFile, *, seq_len: int, seed: int, local_batch_size: int, dp_rank: int, dp_degree: int
+        self, file: Tokens, *, seq_len: int, seed: int, local_batch_size: int, dp_rank: int, dp_degree: int
     ) -> None:
         self.file, self.seq_len, self.seed = file, seq_len, seed
         self.local_batch_size, self.dp_rank, self.dp_degree = local_batch_size, dp_rank, dp_degree
@@ -247,7 +248,7 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def validation_batches(
-    file: TokenFile, *, seq_len: int, steps: int, local_batch_size: int, dp_rank: int, dp_degree: int
+    file: Tokens, *, seq_len: int, steps: int, local_batch_size: int, dp_rank: int, dp_degree: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's validation batches (b, S), b <= local_batch_size; every rank gets the same number of batches.
 

@@ -20,8 +20,12 @@ MIN_SHARD, MAX_SHARD = 1 << 20, 32 << 20  # bytes: seconds of tokenizing, the un
 DOCUMENT_CHARS = 16 << 10  # running text (.txt) is cut into documents of about this many characters
 CHUNK_BYTES = 1 << 20
 KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+TOKEN_KINDS = {".bin": "megatron", ".npy": "npy"}  # files of token ids, which need no tokenizing
 COMPRESSIONS = (".gz", ".zst")
-FORMATS = "txt, jsonl, ndjson, json with an object a line, parquet, each also with .gz or .zst"
+FORMATS = (
+    "txt, jsonl, ndjson, json with an object a line, parquet, each also with .gz or .zst; token ids: Megatron's .bin "
+    "with its .idx, .npy"
+)
 MAX_WINDOW = 1 << 31  # bytes that zstd may look back, its largest: `zstd --long=31` (the library stops at 1 << 27)
 # Folders beside the standard library's modules that are no part of it, or only tests.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -42,30 +46,39 @@ Shard = tuple[Piece, ...]
 
 
 def kind_of(path: str) -> str | None:
-    """Return the format of a file by its name (`txt`, `jsonl`, `parquet`), or None where it is none of ours."""
-    return KINDS.get(os.path.splitext(_unpacked(path))[1].lower())
+    """Return the format of a file by its name (`txt`, `jsonl`, `megatron` ...), or None where it is none of ours."""
+    kind = KINDS.get(os.path.splitext(_unpacked(path))[1].lower())
+    return kind or TOKEN_KINDS.get(os.path.splitext(path)[1])
+
+
+def are_tokens(files: Sequence[str]) -> bool:
+    """Whether files of `find_files` hold token ids; they all do, or none does."""
+    return any(kind_of(path) in TOKEN_KINDS.values() for path in files)
 
 
 def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
     """Return the files that `paths` name: files, globs (`**` too) and folders, which are searched recursively.
 
     Paths stay in the order given, the files of a glob or folder are sorted. In folders, hidden files and other formats
-    are left out, as are .json files, most of which are no data; a file named directly or by a glob must have one of our
-    formats. Errors: nothing given, no such file, no match, unknown format.
+    are left out, as are .json files, most of which are no data, and token files beside text; a file named directly or
+    by a glob must have one of our formats. Megatron's pair may be named by its prefix, its .bin or its .idx, and is
+    returned as the .bin. Errors: nothing given, no such file, no match, unknown format, both text and tokens.
     """
     # An ordered set: a file that two patterns name counts once, and the order of files decides that of documents.
     files: dict[str, None] = {}
     for path in [paths] if isinstance(paths, str) else paths:
         full = os.path.expanduser(path)
         if os.path.isdir(full):
-            names = sorted(str(p) for p in Path(full).rglob("*") if _is_data(p.relative_to(full)))
-            matches = [name for name in names if os.path.isfile(name)]
+            matches = _files_in(full)
         elif os.path.isfile(full):
             matches = [full]
         elif glob.has_magic(full):
             matches = sorted(name for name in glob.glob(full, recursive=True) if os.path.isfile(name))
+        elif os.path.isfile(f"{full}.bin") or os.path.isfile(f"{full}.idx"):
+            matches = [f"{full}.bin"]
         else:
             raise FileNotFoundError(f"{key}: no such file or folder: {path}")
+        matches = [f"{name.removesuffix('.idx')}.bin" if name.endswith(".idx") else name for name in matches]
 
         # A path that adds nothing is a mistake, and so is a file that can't be read: better told than left out.
         if not matches:
@@ -77,13 +90,28 @@ def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
     if not files:
         raise ValueError(f"{key} is empty: name the files to read ({FORMATS}), e.g. --{key} 'corpus/*.jsonl'")
     _warn_of_copies(files, key)
+    _refuse_a_mix([*files], key)
     return list(files)
+
+
+def _files_in(folder: str) -> list[str]:
+    """Return the data files of a folder: text, and where there is none, token files."""
+    names = sorted(str(p) for p in Path(folder).rglob("*") if _is_data(p.relative_to(folder)) and p.is_file())
+    texts = [name for name in names if not are_tokens([name])]
+    return texts or [name for name in names if kind_of(name) == "npy" or os.path.isfile(f"{name[:-4]}.idx")]
 
 
 def _is_data(path: Path) -> bool:
     """Whether a file of a folder is read, by its path within the folder."""
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and path.suffix.lower() != ".json" and kind_of(path.name) is not None
+
+
+def _refuse_a_mix(files: Sequence[str], key: str) -> None:
+    tokens = [path for path in files if are_tokens([path])]
+    if tokens and len(tokens) < len(files):
+        text = next(path for path in files if path not in tokens)
+        raise ValueError(f"{key}: {tokens[0]} holds token ids and {text} text: name files of one or of the other")
 
 
 def _warn_of_copies(files: Iterable[str], key: str) -> None:

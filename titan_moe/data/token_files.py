@@ -1,0 +1,354 @@
+"""Files of token ids that others have written, read where they are: Megatron's .bin with its .idx, and .npy.
+
+Nothing is tokenized or copied. Every file is read through once, to check its ids and to hash its documents; that is
+kept in the cache folder (24 bytes a document) and found again by the content of the file. A document's side, training
+or validation, goes by the hash of its ids, so that copies of a document are on one side, whatever files they are in.
+
+Megatron's .idx, all little-endian: MMIDIDX and two zero bytes, a version (8 bytes, 1), a code of the type of the ids
+(1 byte), the numbers of sequences S and of document borders D (8 bytes each), S lengths in tokens (int32), S places in
+the .bin in bytes (int64), the D sequences at which a document begins or the last one ends (int64), and for multimodal
+data S modes (int8). A .npy as OLMo-core reads and Dolma writes it has only the name of numpy's format: it is the ids
+alone, uint16 or uint32, which its first million numbers tell. A .npy of numpy's says itself what it holds. In both a
+document ends with each end-of-text token.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from titan_moe.data.cache import TokenFile
+from titan_moe.data.corpus import digest, document_hash, hash_files, nearest_fraction
+from titan_moe.data.processes import run_parallel
+from titan_moe.data.sources import kind_of
+from titan_moe.data.storage import is_usable, new_checked_file, storage_errors
+from titan_moe.data.tokenizer import Tokenizer
+
+VERSION = 1  # raise it when the same file gives other documents or hashes
+MAGIC, NUMPY_MAGIC = b"MMIDIDX\x00\x00", b"\x93NUMPY"
+HEADER_BYTES = 34
+DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron writes 8 and 4
+NO_IDS = {6: "float64", 7: "float32"}
+CHUNK_TOKENS = 1 << 22  # read at once
+SAMPLE_WORDS = 1 << 20  # of two bytes each, to tell uint16 from uint32
+MIN_ENDS = 16  # documents that must all end with one id before it is taken for an end of text
+log = logging.getLogger(__name__)
+
+
+class TokenSource(NamedTuple):
+    """A file of ids; `index` is Megatron's .idx, or empty where documents end with the end-of-text token."""
+
+    file: TokenFile
+    index: str = ""
+
+
+class Documents(NamedTuple):
+    """The documents of a file, one after the other: where each one ends, in tokens, and the hash of its ids, (D,)."""
+
+    file: TokenFile
+    fingerprint: str  # of the content of the file
+    ends: np.ndarray
+    hashes: np.ndarray
+
+
+class TokenParts(NamedTuple):
+    """Parts of token files as one sequence of ids: part p begins at `starts[p]` of it and `offsets[p]` of its file."""
+
+    files: tuple[TokenFile, ...]
+    starts: np.ndarray  # (P + 1,), the last one is the number of tokens
+    offsets: np.ndarray  # (P,)
+    owners: np.ndarray  # (P,), indices of `files`
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of ids of all parts."""
+        return int(self.starts[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the ids from `start` to `stop` (stop - start,)."""
+        pieces = []
+        part = int(np.searchsorted(self.starts, start, side="right")) - 1
+        while start < stop:
+            end = min(stop, int(self.starts[part + 1]))
+            place = int(self.offsets[part]) + start - int(self.starts[part])
+            pieces.append(self.files[self.owners[part]].read(place, place + end - start))
+            start, part = end, part + 1
+        return np.concatenate(pieces) if pieces[1:] else pieces[0]
+
+
+class _Job(NamedTuple):
+    source: TokenSource
+    vocab_size: int
+    eot_id: int
+    output: str
+
+
+def open_tokens(path: str, vocab_size: int) -> TokenSource:
+    """Open a token file by its name, a .bin or .npy, for a tokenizer of `vocab_size` ids.
+
+    Errors: a file that is missing, cut off, of an unknown type of ids, or that doesn't fit its .idx.
+    """
+    if kind_of(path) == "npy":
+        return TokenSource(_open_npy(path, vocab_size))
+    index_path = f"{path.removesuffix('.bin')}.idx"
+    for needed, other in ((path, index_path), (index_path, path)):
+        if not os.path.isfile(needed):
+            raise FileNotFoundError(f"{other}: {os.path.basename(needed)} is not beside it: Megatron's files are pairs")
+
+    # Places and lengths are held against each other when the documents are read; here the last one says the size.
+    dtype, lengths, places, _ = _map_index(index_path)
+    itemsize = np.dtype(dtype).itemsize
+    size, want = os.path.getsize(path), int(places[-1]) + int(lengths[-1]) * itemsize if len(lengths) else 0
+    if size != want:
+        raise ValueError(
+            f"{path}: {size:,} bytes, but {os.path.basename(index_path)} is of {want:,} bytes: it is cut off, or the "
+            "two are of different data; fetch or make both again"
+        )
+    return TokenSource(TokenFile(path, dtype, size // itemsize), index_path)
+
+
+def _map_index(path: str) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the type of the ids, the lengths (S,) and places (S,) of sequences and the borders (D,) of an .idx."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        header = file.read(HEADER_BYTES)
+    if not header.startswith(MAGIC):
+        raise ValueError(f"{path}: not an index of Megatron's (it does not begin with MMIDIDX)")
+    if len(header) < HEADER_BYTES:
+        raise ValueError(f"{path}: cut off within its header, after {size} bytes: fetch or make it again")
+    version, code = int.from_bytes(header[9:17], "little"), header[17]
+    if version != 1:
+        raise ValueError(f"{path}: version {version} of Megatron's index; only version 1 is known")
+    if code not in DTYPES:
+        kind = f"{NO_IDS[code]}, which are no ids" if code in NO_IDS else f"no type of Megatron's {[*DTYPES]}"
+        raise ValueError(f"{path}: the code of its type is {code}: {kind}")
+
+    # The size follows from the two counts, with or without a mode for each sequence.
+    sequences, borders = int.from_bytes(header[18:26], "little"), int.from_bytes(header[26:34], "little")
+    want = HEADER_BYTES + 12 * sequences + 8 * borders
+    if size not in (want, want + sequences):
+        raise ValueError(
+            f"{path}: {size:,} bytes, but {sequences:,} sequences and {borders:,} borders of documents need {want:,}: "
+            "it is cut off or damaged; fetch or make it again"
+        )
+    data = np.memmap(path, mode="r")
+    lengths, places, documents = np.split(data[HEADER_BYTES:want], [4 * sequences, 12 * sequences])
+    if size > want and data[want:].any():
+        raise ValueError(f"{path}: multimodal data: some of its sequences are no text")
+    return DTYPES[code], lengths.view("<i4"), places.view("<i8"), documents.view("<i8")
+
+
+def _index_ends(path: str) -> np.ndarray:
+    """Return where each document of an .idx ends, in tokens (D - 1,)."""
+    dtype, lengths, places, borders = _map_index(path)
+    ends = np.cumsum(lengths, dtype=np.int64)
+    if (lengths < 0).any() or not np.array_equal(places[1:], ends[:-1] * np.dtype(dtype).itemsize) or places[:1].any():
+        raise ValueError(f"{path}: its sequences do not follow each other in the .bin: it is damaged; make it again")
+    if not len(borders) or borders[0] or borders[-1] != len(lengths) or (np.diff(borders) < 0).any():
+        raise ValueError(f"{path}: its documents do not cover its {len(lengths):,} sequences: it is damaged")
+    return np.concatenate([[0], ends])[borders[1:]]
+
+
+def _open_npy(path: str, vocab_size: int) -> TokenFile:
+    """Open a .npy, with a header of numpy's or without any."""
+    with open(path, "rb") as file:
+        is_headed = file.read(len(NUMPY_MAGIC)) == NUMPY_MAGIC
+    if not is_headed:
+        dtype = _told_dtype(path, vocab_size)
+        return TokenFile(path, dtype, os.path.getsize(path) // np.dtype(dtype).itemsize)
+
+    # numpy says what is wrong with a header; what it maps may still be anything.
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: cut off or damaged ({str(error).splitlines()[0]})") from error
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{path}: {array.dtype} of shape {array.shape}: token ids are integers in one dimension")
+    return TokenFile(path, array.dtype.str, len(array), getattr(array, "offset", 0))
+
+
+def _told_dtype(path: str, vocab_size: int) -> str:
+    """Tell uint16 from uint32 in ids without a header."""
+    # Of a uint32 the upper half is never above that of the largest id, which is 0 for up to 65,536 ids and 1 or 2 for
+    # the largest vocabularies. Of uint16 every second number would have to be one of these few ids.
+    size = os.path.getsize(path)
+    if size % 2:
+        raise ValueError(f"{path}: {size:,} bytes are no ids of two or four bytes: it is cut off, or no token file")
+    upper = np.fromfile(path, "<u2", min(SAMPLE_WORDS, size // 4 * 2))[1::2]
+    share = float(np.mean(upper <= (vocab_size - 1) >> 16)) if len(upper) else 0.0
+    if share > 0.9 and size % 4:
+        raise ValueError(f"{path}: ids of four bytes by its content, but {size:,} bytes: it is cut off")
+    if 0.5 < share <= 0.9:
+        raise ValueError(
+            f"{path}: two or four bytes an id, its content does not tell: save it with numpy.save, which says so"
+        )
+    return "<u4" if share > 0.9 else "<u2"
+
+
+def load_documents(sources: Sequence[TokenSource], tokenizer: Tokenizer, folder: str) -> list[Documents]:
+    """Return the documents of token files, whose ids are checked once; what is found is kept in `folder`.
+
+    Errors: ids that the tokenizer lacks, documents that end with another token than the tokenizer's end of text.
+    """
+    # Named by all that decides what is in it. Content hashes of files that have not changed are remembered.
+    paths = dict.fromkeys(path for source in sources for path in (source.file.path, source.index) if path)
+    contents = dict(zip(paths, hash_files([*paths], folder), strict=True))
+    jobs = []
+    for source in sources:
+        content = [contents[source.file.path], contents.get(source.index), source.file.dtype, source.file.offset]
+        name = digest([VERSION, content, tokenizer.vocab_size, tokenizer.eot_id])
+        jobs.append(_Job(source, tokenizer.vocab_size, tokenizer.eot_id, str(Path(folder) / f"documents-{name}.npy")))
+
+    # As many at once as there are cores; copies of a file are read once.
+    with storage_errors(folder):
+        todo = [job for path, job in {job.output: job for job in jobs}.items() if not is_usable(path)]
+        if todo:
+            size = sum(job.source.file.num_tokens for job in todo)
+            log.info("checking %s tokens of %d files, once: %s", f"{size:,}", len(todo), todo[0].source.file.path)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        for _ in run_parallel(index_documents, todo):
+            pass
+
+    # The last ids of documents are looked at here, because a worker can't warn.
+    documents = []
+    for job in jobs:
+        ends, hashes, last = np.load(job.output, mmap_mode="r")
+        _check_last(job.source, ends, last, tokenizer)
+        fingerprint = Path(job.output).stem.removeprefix("documents-")
+        documents.append(Documents(job.source.file, fingerprint, ends.view(np.int64), hashes))
+    if sources and not any(len(some.ends) for some in documents):
+        raise ValueError(f"{sources[0].file.path}: no documents in it{', nor in the others' if sources[1:] else ''}")
+    return documents
+
+
+def index_documents(job: _Job) -> Iterator[int]:
+    """Write the end, hash and last id of each document of a file, (3, D) uint64; runs in a worker process."""
+    file, eot = job.source.file, job.eot_id
+
+    # Borders first: an index that is damaged is told before all of a large file is read.
+    ends = _index_ends(job.source.index) if job.source.index else None
+    eots = [np.zeros(0, np.int64)]
+    for start in range(0, file.num_tokens, CHUNK_TOKENS):
+        ids = file.read(start, min(start + CHUNK_TOKENS, file.num_tokens))
+        if ids.max() >= job.vocab_size or ids.min() < 0:
+            place = int(((ids >= job.vocab_size) | (ids < 0)).argmax())
+            raise ValueError(
+                f"{file.path}: id {ids[place]} (token {start + place:,}) is not one of the tokenizer's "
+                f"{job.vocab_size:,} ids: name the tokenizer that made the file with --data.tokenizer"
+            )
+        if ends is None:
+            eots.append(np.flatnonzero(ids == eot) + start + 1)
+        yield len(ids)
+
+    # What follows the last end of text is a document too.
+    if ends is None:
+        ends = np.concatenate(eots)
+        if file.num_tokens and (not len(ends) or ends[-1] != file.num_tokens):
+            ends = np.append(ends, file.num_tokens)
+    with new_checked_file(job.output) as output:
+        hashes, last = _hash_documents(file, ends, eot)
+        np.save(output, np.stack([ends.astype(np.uint64), hashes, last]))
+
+
+def _hash_documents(file: TokenFile, ends: np.ndarray, eot: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes and last ids of documents, (D,) uint64 each; the last id of an empty one is the end of text."""
+    # The same for every type of ids, and with or without an end of text, so that copies show in any pair of files.
+    hashes, last = np.empty(len(ends), np.uint64), np.full(len(ends), eot, np.uint64)
+    starts = np.concatenate([[0], ends[:-1]])
+    first = 0
+    while first < len(ends):
+        # As many documents at once as a chunk holds, and one at least.
+        stop = max(first + 1, int(np.searchsorted(ends, starts[first] + CHUNK_TOKENS, side="right")))
+        begin = int(starts[first])
+        ids = file.read(begin, int(ends[stop - 1]))
+        data = ids.astype("<u4").tobytes()
+        for index in range(first, stop):
+            start, end = int(starts[index]) - begin, int(ends[index]) - begin
+            if end > start:
+                last[index] = ids[end - 1]
+                end -= bool(ids[end - 1] == eot)
+            hashes[index] = document_hash(data[4 * start : 4 * end])
+        first = stop
+    return hashes, last
+
+
+def _check_last(source: TokenSource, ends: np.ndarray, last: np.ndarray, tokenizer: Tokenizer) -> None:
+    """Hold the ends of documents against the tokenizer's end of text."""
+    file, eot = source.file, tokenizer.eot_id
+    if (last == eot).any() or not file.num_tokens:
+        return
+    name = tokenizer.backend.id_to_token(eot)
+    advice = "name the tokenizer that made the file with --data.tokenizer, or its end of text with --data.eot_token"
+    if not source.index:
+        raise ValueError(
+            f"{file.path}: none of its {file.num_tokens:,} tokens is the end of text, {name} (id {eot}): {advice}"
+        )
+
+    # An id that ends every document and is found nowhere else is another tokenizer's end of text.
+    other = int(last[0])
+    count = max(MIN_ENDS, int(np.searchsorted(ends, CHUNK_TOKENS)))
+    if len(last) >= MIN_ENDS and (last == other).all():
+        beginning = file.read(0, int(ends[:count][-1]))
+        if int((beginning == other).sum()) == len(ends[:count]):
+            raise ValueError(
+                f"{file.path}: every document ends with id {other} ({tokenizer.backend.id_to_token(other)}), and the "
+                f"tokenizer's end of text is {name} (id {eot}): {advice}"
+            )
+    log.warning(
+        "%s: none of its %s documents ends with the end of text, %s (id %d): a model will not learn where texts end",
+        file.path,
+        f"{len(last):,}",
+        name,
+        eot,
+    )
+
+
+def join_documents(documents: Sequence[Documents], keep: Sequence[np.ndarray]) -> TokenParts:
+    """Return the documents that are kept, one after the other; `keep` is a mask (D,) for each file."""
+    offsets, sizes, owners = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for owner, (some, mask) in enumerate(zip(documents, keep, strict=True)):
+        # Neighbours that are kept are one part, so that there are few parts where little is left out.
+        edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+        borders = np.concatenate([[0], some.ends])[edges]
+        borders = borders[borders[:, 0] < borders[:, 1]]
+        offsets.append(borders[:, 0])
+        sizes.append(borders[:, 1] - borders[:, 0])
+        owners.append(np.full(len(borders), owner))
+    starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
+    return TokenParts(tuple(some.file for some in documents), starts, np.concatenate(offsets), np.concatenate(owners))
+
+
+def all_documents(documents: Sequence[Documents]) -> TokenParts:
+    """Return all documents of some files, one after the other."""
+    return join_documents(documents, [np.ones(len(some.ends), bool) for some in documents])
+
+
+def divide_documents(
+    documents: Sequence[Documents], fraction: float, held_out: Sequence[Documents]
+) -> tuple[TokenParts, TokenParts, dict[str, int]]:
+    """Return the training and validation data, and how many documents each has.
+
+    Validation data are all of `held_out`, of which training sees no copy, or `fraction` of `documents`, by their hash:
+    one document at least, and not all of them, where two differ.
+    """
+    if held_out:
+        seen = np.unique(np.concatenate([some.hashes for some in held_out]))
+        keep = [~np.isin(some.hashes, seen) for some in documents]
+        validation = all_documents(held_out)
+        count = sum(len(some.ends) for some in held_out)
+    else:
+        # A hash is compared with fraction * 2^64, rounded up, which for integers is the same.
+        least, most = (int(of([of(some.hashes) for some in documents if len(some.hashes)])) for of in (np.min, np.max))
+        if least < most and (near := nearest_fraction(fraction, least, most)) != fraction:
+            log.info("data.validation_fraction is taken as %.3g: one document at least on either side", near)
+            fraction = near
+        limit = np.uint64(math.ceil(fraction * 2.0**64))
+        keep = [some.hashes >= limit for some in documents]
+        validation = join_documents(documents, [~mask for mask in keep])
+        count = sum(int((~mask).sum()) for mask in keep)
+    train = join_documents(documents, keep)
+    return train, validation, {"train": sum(int(mask.sum()) for mask in keep), "validation": count}
