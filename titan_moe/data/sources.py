@@ -1,7 +1,8 @@
 """Sources: where documents come from, and how files are cut into shards that worker processes read on their own.
 
-A shard is a tuple of pieces; a piece is a file, a byte range of one, or a range of a parquet file's row groups. Shards
-depend on the files only, never on the number of processes, so whatever is built from them is the same on every machine.
+A shard is a tuple of pieces; a piece is a file, a byte range of one, or a range of a parquet file's row groups or an
+arrow file's batches. Shards depend on the files only, never on the number of processes, so whatever is built from them
+is the same on every machine.
 """
 
 import glob
@@ -12,20 +13,28 @@ import os
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 MIN_SHARD, MAX_SHARD = 1 << 20, 32 << 20  # bytes: seconds of tokenizing, the unit of parallel work and of resumption
 DOCUMENT_CHARS = 16 << 10  # running text (.txt) is cut into documents of about this many characters
 CHUNK_BYTES = 1 << 20
-KINDS = {".txt": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+KINDS = {
+    ".txt": "txt",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",  # as `datasets` saves them
+}
 TOKEN_KINDS = {".bin": "megatron", ".npy": "npy"}  # files of token ids, which need no tokenizing
 COMPRESSIONS = (".gz", ".zst")
 FORMATS = (
-    "txt, jsonl, ndjson, json with an object a line, parquet, each also with .gz or .zst; token ids: Megatron's .bin "
-    "with its .idx, .npy"
+    "txt, jsonl, ndjson, json with an object a line, parquet, arrow, each also with .gz or .zst; token ids: Megatron's "
+    ".bin with its .idx, .npy"
 )
+ARROW_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 MAX_WINDOW = 1 << 31  # bytes that zstd may look back, its largest: `zstd --long=31` (the library stops at 1 << 27)
 # Folders beside the standard library's modules that are no part of it, or only tests.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -33,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """A part of a file: `start` and `stop` are bytes (txt, jsonl) or row groups (parquet); `stop` -1: to the end."""
+    """A part of a file: `start` and `stop` are bytes (txt, jsonl), row groups or batches; `stop` -1: to the end."""
 
     path: str
     kind: str
@@ -60,9 +69,10 @@ def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
     """Return the files that `paths` name: files, globs (`**` too) and folders, which are searched recursively.
 
     Paths stay in the order given, the files of a glob or folder are sorted. In folders, hidden files and other formats
-    are left out, as are .json files, most of which are no data, and token files beside text; a file named directly or
-    by a glob must have one of our formats. Megatron's pair may be named by its prefix, its .bin or its .idx, and is
-    returned as the .bin. Errors: nothing given, no such file, no match, unknown format, both text and tokens.
+    are left out, as are .json and .arrow files, most of which are no data, and token files beside text; a file named
+    directly or by a glob must have one of our formats. A folder of `save_to_disk` lists its files itself. Megatron's
+    pair may be named by its prefix, its .bin or its .idx, and is returned as the .bin. Errors: nothing given, no such
+    file, no match, unknown format, both text and tokens.
     """
     # An ordered set: a file that two patterns name counts once, and the order of files decides that of documents.
     files: dict[str, None] = {}
@@ -95,7 +105,9 @@ def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
 
 
 def _files_in(folder: str) -> list[str]:
-    """Return the data files of a folder: text, and where there is none, token files."""
+    """Return the data files of a folder: those of a saved data set, else text, and where there is none, token files."""
+    if saved := _saved_files(Path(folder)):
+        return saved
     names = sorted(str(p) for p in Path(folder).rglob("*") if _is_data(p.relative_to(folder)) and p.is_file())
     texts = [name for name in names if not are_tokens([name])]
     return texts or [name for name in names if kind_of(name) == "npy" or os.path.isfile(f"{name[:-4]}.idx")]
@@ -104,7 +116,31 @@ def _files_in(folder: str) -> list[str]:
 def _is_data(path: Path) -> bool:
     """Whether a file of a folder is read, by its path within the folder."""
     hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and path.suffix.lower() != ".json" and kind_of(path.name) is not None
+    return not hidden and path.suffix.lower() not in (".json", ".arrow") and kind_of(path.name) is not None
+
+
+def _saved_files(folder: Path) -> list[str]:
+    """Return the files of a data set that `save_to_disk` of `datasets` wrote; none where the folder is none."""
+    # A set of splits is a folder for each. To take them all would be to train on the test data.
+    splits, state = folder / "dataset_dict.json", folder / "state.json"
+    try:
+        if splits.is_file():
+            names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+            if names[1:]:
+                raise ValueError(f"{folder}: a data set of several splits: name one, e.g. {folder / names[0]}")
+            folder, state = folder / names[0], folder / names[0] / "state.json"
+        listed = json.loads(state.read_text(encoding="utf-8")).get("_data_files") if state.is_file() else []
+        files = [str(folder / file["filename"]) for file in listed or ()]
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: its dataset_dict.json or state.json is damaged: save the data set again"
+        ) from error
+
+    # A folder that was copied in part would be a smaller data set.
+    for name in files:
+        if not os.path.isfile(name):
+            raise FileNotFoundError(f"{name}: no such file, but {state.name} beside it lists it")
+    return files
 
 
 def _refuse_a_mix(files: Sequence[str], key: str) -> None:
@@ -176,6 +212,8 @@ def _pieces(path: str, kind: str, most: int) -> Iterator[Piece]:
         metadata = _parquet(path).metadata
         for index in range(metadata.num_row_groups):
             yield Piece(path, kind, index, index + 1, metadata.row_group(index).total_byte_size)
+    elif kind == "arrow":
+        yield from _arrow_pieces(path, most)
 
     # A piece has the lines that begin in it, so that the cut may be anywhere.
     else:
@@ -192,8 +230,9 @@ def documents(shard: Shard) -> Iterator[str]:
 def texts(shard: Shard) -> Iterator[str | None]:
     """Yield the texts of a shard in order; None for a row whose text is null.
 
-    txt: running text, cut at paragraphs; jsonl: the field `text` of every line; parquet: the column `text`; source: the
-    whole file. Errors name the file and the place: not UTF-8, a truncated archive, a line that is not JSON, no `text`.
+    txt: running text, cut at paragraphs; jsonl: the field `text` of every line; parquet, arrow: the column `text`;
+    source: the whole file. Errors name the file and the place: not UTF-8, a truncated archive, a line that is not JSON,
+    no `text`.
     """
     for piece in shard:
         yield from READERS[piece.kind](piece)
@@ -285,13 +324,8 @@ def _place(piece: Piece, index: int, offset: int) -> str:
 def _read_parquet(piece: Piece) -> Iterator[str | None]:
     import pyarrow as pa
 
-    # Checked by the schema, before any row is read. A name may occur twice, which parquet allows.
     file = _parquet(piece.path)
-    kinds = [field.type for field in file.schema_arrow if field.name == "text"]
-    if len(kinds) != 1 or not _is_text(kinds[0]):
-        columns = ", ".join(f"{field.name} ({field.type})" for field in file.schema_arrow)
-        wrong = f"{len(kinds)} columns 'text'" if kinds[1:] else "no column 'text' of strings"
-        raise ValueError(f"{piece.path}: {wrong} (columns: {columns})")
+    _check_column(piece.path, file.schema_arrow)
 
     # Small batches of this column alone: row groups and other columns may be large.
     groups = range(piece.start, piece.stop if piece.stop >= 0 else file.metadata.num_row_groups)
@@ -300,6 +334,60 @@ def _read_parquet(piece: Piece) -> Iterator[str | None]:
             yield from batch.column(0).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{piece.path}: damaged parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _check_column(path: str, schema: Any) -> None:
+    """Raise ValueError where a table has no column of texts; by its schema, before any row is read."""
+    # A name may occur twice, which both formats allow.
+    kinds = [field.type for field in schema if field.name == "text"]
+    if len(kinds) != 1 or not _is_text(kinds[0]):
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        wrong = f"{len(kinds)} columns 'text'" if kinds[1:] else "no column 'text' of strings"
+        raise ValueError(f"{path}: {wrong} (columns: {columns})")
+
+
+def _arrow_pieces(path: str, most: int) -> Iterator[Piece]:
+    """Cut an arrow file between batches, into pieces of `most` bytes or one batch."""
+    # Of a mapped file no more is read than where its batches begin.
+    start, size, index = 0, 0, -1
+    for index, batch in enumerate(_arrow_batches(path)):
+        if size and size + batch.nbytes > most:
+            yield Piece(path, "arrow", start, index, size)
+            start, size = index, 0
+        size += batch.nbytes
+    if size:
+        yield Piece(path, "arrow", start, index + 1, size)
+
+
+def _read_arrow(piece: Piece) -> Iterator[str | None]:
+    batches = islice(_arrow_batches(piece.path), piece.start, piece.stop if piece.stop >= 0 else None)
+    try:
+        for batch in batches:
+            yield from batch.column("text").to_pylist()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{piece.path}: damaged arrow file ({error})") from error
+
+
+def _arrow_batches(path: str) -> Iterator[Any]:
+    """Yield the record batches of a file in arrow's stream format; a truncated or damaged one is an error."""
+    import pyarrow as pa
+
+    packed = path.endswith(COMPRESSIONS)
+    try:
+        file = pa.BufferReader(b"".join(_chunks(path))) if packed else pa.memory_map(path)
+        stream = pa.ipc.open_stream(file)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a readable arrow file ({str(error).splitlines()[0]})") from error
+    _check_column(path, stream.schema)
+
+    # The last bytes of a stream say that it ends there, else a file that was cut off between batches would look whole.
+    try:
+        yield from stream
+        file.seek(-len(ARROW_END), os.SEEK_END)
+        if file.read() != ARROW_END:
+            raise EOFError("it is cut off")
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise ValueError(f"{path}: damaged arrow file ({str(error).splitlines()[0]})") from error
 
 
 def _is_text(kind: Any) -> bool:
@@ -321,7 +409,13 @@ def _parquet(path: str) -> Any:
         raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
-READERS = {"source": _read_source, "txt": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}
+READERS = {
+    "source": _read_source,
+    "txt": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+}
 
 
 def _size(path: str) -> int:

@@ -71,7 +71,7 @@ class TokenParts(NamedTuple):
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the ids from `start` to `stop` (stop - start,)."""
         pieces = []
-        part = int(np.searchsorted(self.starts, start, side="right")) - 1
+        part = int(self.starts.searchsorted(start, side="right")) - 1
         while start < stop:
             end = min(stop, int(self.starts[part + 1]))
             place = int(self.offsets[part]) + start - int(self.starts[part])
