@@ -11,7 +11,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data import hub
-from titan_moe.data.cache import TokenCache, TokenFile, build_cache
+from titan_moe.data.cache import TokenCache, TokenFile, Tokens, build_cache
 from titan_moe.data.corpus import (
     Corpus,
     Split,
@@ -23,7 +23,6 @@ from titan_moe.data.corpus import (
 )
 from titan_moe.data.loader import (
     CPU,
-    Tokens,
     TrainLoader,
     WindowBatches,
     make_loader,
@@ -288,18 +287,21 @@ def _prepare_files(want: _Wanted) -> _Prepared:
         corpus, tokenizer, cache = tokenize(fraction)
 
     # One document can't be on both sides, and files may turn out to hold none.
-    is_split = bool(held_out or want.fraction)
-    if is_split:
-        _check_sides(want, cache.num_documents)
-    return _Prepared(tokenizer, corpus.fingerprint, cache.train, cache.validation if is_split else None)
+    return _with_both_sides(
+        want, _Prepared(tokenizer, corpus.fingerprint, cache.train, cache.validation), cache.num_documents
+    )
 
 
-def _check_sides(want: _Wanted, count: dict[str, int]) -> None:
+def _with_both_sides(want: _Wanted, data: _Prepared, count: dict[str, int]) -> _Prepared:
+    """Return data, without validation data where none are wanted; ValueError where one of two sides has no document."""
+    if not (want.validation_path or want.fraction):
+        return data._replace(validation=None)
     if not all(count.values()):
         raise ValueError(
             f"data.validation_fraction ({want.fraction}) divides the documents into {count['train']} for training and "
             f"{count['validation']} for validation: choose another fraction, or files with --data.validation_path"
         )
+    return data
 
 
 def _prepare_tokens(want: _Wanted, files: list[str], held_out: list[str]) -> _Prepared:
@@ -315,21 +317,15 @@ def _prepare_tokens(want: _Wanted, files: list[str], held_out: list[str]) -> _Pr
         )
     tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
     documents = _documents(files, tokenizer, want.folder, progress=want.progress)
-    others = _documents(held_out, tokenizer, want.folder, progress=want.progress)
-    names = [[some.fingerprint for some in side] for side in (documents, others)]
-    fingerprint = digest([names, want.fraction])
-
-    if not others and not want.fraction:
-        return _Prepared(tokenizer, fingerprint, all_documents(documents), None)
-    train, validation, count = divide_documents(documents, want.fraction, others)
-    _check_sides(want, count)
-    return _Prepared(tokenizer, fingerprint, train, validation)
+    others = _documents(held_out, tokenizer, want.folder, progress=want.progress) if held_out else []
+    divided = divide_documents(documents, want.fraction, others)
+    fingerprint = digest([*([some.fingerprint for some in side] for side in (documents, others)), want.fraction])
+    data = _Prepared(tokenizer, fingerprint, divided.train, divided.validation)
+    return _with_both_sides(want, data, divided.num_documents)
 
 
 def _documents(files: list[str], tokenizer: Tokenizer, folder: str, *, progress: bool) -> list[Documents]:
     """Return the documents of token files, or those of text files once they are tokenized."""
-    if not files:
-        return []
     if are_tokens(files):
         sources = [open_tokens(path, tokenizer.vocab_size) for path in files]
     else:

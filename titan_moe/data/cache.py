@@ -57,6 +57,47 @@ class TokenFile(NamedTuple):
         return self.tokens()[start:stop]
 
 
+class TokenParts(NamedTuple):
+    """Parts of token files, one after the other, to be read as one file is.
+
+    `table` holds int64 (3, P + 1) for P parts: where each one begins in the whole, where in its file, and the number of
+    its file; the last column ends the whole. As bytes two of the same parts are equal, and have one hash.
+    """
+
+    files: tuple[TokenFile, ...]
+    table: bytes
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of ids of all parts."""
+        return int(self._columns()[0, -1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return the ids from `start` to `stop` (stop - start,)."""
+        starts, places, numbers = self._columns()
+        pieces = []
+        part = int(starts.searchsorted(start, side="right")) - 1
+        while start < stop:
+            end = min(stop, int(starts[part + 1]))
+            place = int(places[part]) + start - int(starts[part])
+            pieces.append(self.files[numbers[part]].read(place, place + end - start))
+            start, part = end, part + 1
+        return np.concatenate(pieces) if pieces[1:] else pieces[0]
+
+    def _columns(self) -> np.ndarray:
+        return np.frombuffer(self.table, np.int64).reshape(3, -1)
+
+
+def token_parts(files: Sequence[TokenFile], sizes: np.ndarray, places: np.ndarray, numbers: np.ndarray) -> TokenParts:
+    """Join parts, each (P,): `sizes` tokens from `places` on of the file of `numbers`."""
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    table = np.stack([starts, np.append(places, 0), np.append(numbers, 0)]).astype(np.int64)
+    return TokenParts(tuple(files), table.tobytes())
+
+
+Tokens = TokenFile | TokenParts  # ids by their place, however they lie on the disk
+
+
 class TokenCache(NamedTuple):
     """A complete cache: a token file, the count of documents and the count of UTF-8 bytes for each split."""
 

@@ -23,15 +23,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_moe.data.cache import TokenFile
+from titan_moe.data.cache import Tokens
 from titan_moe.data.processes import outlive_signals
-from titan_moe.data.token_files import TokenParts
 from titan_moe.model.cross_entropy import IGNORE
 
 ROUNDS = 6
 CPU = torch.device("cpu")
 ORDER_CHUNK = 1024  # positions permuted at once: a call costs as much as a hundred positions do
-Tokens = TokenFile | TokenParts  # ids by their place, however they lie on the disk
 log = logging.getLogger(__name__)
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from titan_moe.data.cache import TokenFile
+from titan_moe.data.cache import TokenFile, TokenParts, token_parts
 from titan_moe.data.corpus import digest, document_hash, hash_files, nearest_fraction
 from titan_moe.data.processes import run_parallel
 from titan_moe.data.sources import kind_of
@@ -55,29 +55,12 @@ class Documents(NamedTuple):
     hashes: np.ndarray
 
 
-class TokenParts(NamedTuple):
-    """Parts of token files as one sequence of ids: part p begins at `starts[p]` of it and `offsets[p]` of its file."""
+class DividedTokens(NamedTuple):
+    """Training and validation data, and how many documents each has."""
 
-    files: tuple[TokenFile, ...]
-    starts: np.ndarray  # (P + 1,), the last one is the number of tokens
-    offsets: np.ndarray  # (P,)
-    owners: np.ndarray  # (P,), indices of `files`
-
-    @property
-    def num_tokens(self) -> int:
-        """The number of ids of all parts."""
-        return int(self.starts[-1])
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the ids from `start` to `stop` (stop - start,)."""
-        pieces = []
-        part = int(self.starts.searchsorted(start, side="right")) - 1
-        while start < stop:
-            end = min(stop, int(self.starts[part + 1]))
-            place = int(self.offsets[part]) + start - int(self.starts[part])
-            pieces.append(self.files[self.owners[part]].read(place, place + end - start))
-            start, part = end, part + 1
-        return np.concatenate(pieces) if pieces[1:] else pieces[0]
+    train: TokenParts
+    validation: TokenParts
+    num_documents: dict[str, int]
 
 
 class _Job(NamedTuple):
@@ -318,8 +301,9 @@ def join_documents(documents: Sequence[Documents], keep: Sequence[np.ndarray]) -
         offsets.append(borders[:, 0])
         sizes.append(borders[:, 1] - borders[:, 0])
         owners.append(np.full(len(borders), owner))
-    starts = np.concatenate([[0], np.cumsum(np.concatenate(sizes))])
-    return TokenParts(tuple(some.file for some in documents), starts, np.concatenate(offsets), np.concatenate(owners))
+    return token_parts(
+        [some.file for some in documents], np.concatenate(sizes), np.concatenate(offsets), np.concatenate(owners)
+    )
 
 
 def all_documents(documents: Sequence[Documents]) -> TokenParts:
@@ -327,13 +311,11 @@ def all_documents(documents: Sequence[Documents]) -> TokenParts:
     return join_documents(documents, [np.ones(len(some.ends), bool) for some in documents])
 
 
-def divide_documents(
-    documents: Sequence[Documents], fraction: float, held_out: Sequence[Documents]
-) -> tuple[TokenParts, TokenParts, dict[str, int]]:
-    """Return the training and validation data, and how many documents each has.
+def divide_documents(documents: Sequence[Documents], fraction: float, held_out: Sequence[Documents]) -> DividedTokens:
+    """Divide documents into training and validation data.
 
     Validation data are all of `held_out`, of which training sees no copy, or `fraction` of `documents`, by their hash:
-    one document at least, and not all of them, where two differ.
+    one document at least, and not all of them, where two differ and the fraction is not 0.
     """
     if held_out:
         seen = np.unique(np.concatenate([some.hashes for some in held_out]))
@@ -341,14 +323,19 @@ def divide_documents(
         validation = all_documents(held_out)
         count = sum(len(some.ends) for some in held_out)
     else:
-        # A hash is compared with fraction * 2^64, rounded up, which for integers is the same.
-        least, most = (int(of([of(some.hashes) for some in documents if len(some.hashes)])) for of in (np.min, np.max))
-        if least < most and (near := nearest_fraction(fraction, least, most)) != fraction:
-            log.info("data.validation_fraction is taken as %.3g: one document at least on either side", near)
-            fraction = near
-        limit = np.uint64(math.ceil(fraction * 2.0**64))
+        limit = _hash_limit(documents, fraction)
         keep = [some.hashes >= limit for some in documents]
         validation = join_documents(documents, [~mask for mask in keep])
         count = sum(int((~mask).sum()) for mask in keep)
-    train = join_documents(documents, keep)
-    return train, validation, {"train": sum(int(mask.sum()) for mask in keep), "validation": count}
+    num_documents = {"train": sum(int(mask.sum()) for mask in keep), "validation": count}
+    return DividedTokens(join_documents(documents, keep), validation, num_documents)
+
+
+def _hash_limit(documents: Sequence[Documents], fraction: float) -> np.uint64:
+    """Return the hash from which on documents are training data."""
+    hashes = [some.hashes for some in documents if len(some.hashes)]
+    least, most = min(int(some.min()) for some in hashes), max(int(some.max()) for some in hashes)
+    if fraction and least < most and (near := nearest_fraction(fraction, least, most)) != fraction:
+        log.info("data.validation_fraction is taken as %.3g: one document at least on either side", near)
+        fraction = near
+    return np.uint64(math.ceil(fraction * 2.0**64))  # rounding up changes nothing between integers

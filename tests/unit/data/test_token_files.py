@@ -17,9 +17,9 @@ import torch
 
 from titan_moe.data import token_files
 from titan_moe.data.build import Data, build_data, build_validation
+from titan_moe.data.cache import TokenParts
 from titan_moe.data.sources import find_files
 from titan_moe.data.token_files import (
-    TokenParts,
     all_documents,
     divide_documents,
     load_documents,
@@ -180,7 +180,8 @@ def test_a_fraction_is_held_out_by_document(tmp_path: Path) -> None:
     ]
     tokenizer = bytes_tokenizer()
     documents = load_documents([open_tokens(path, 257) for path in paths], tokenizer, str(tmp_path / "cache"))
-    train, validation, count = divide_documents(documents, 0.2, [])
+    train, validation, count = divided = divide_documents(documents, 0.2, [])
+    assert hash(divided.train) == hash(divide_documents(documents, 0.2, []).train)
     assert train.num_tokens + validation.num_tokens == all_documents(documents).num_tokens
     assert sum(count.values()) == 260
     assert 10 < count["validation"] < 90
