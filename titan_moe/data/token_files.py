@@ -28,13 +28,13 @@ from titan_moe.data.sources import kind_of
 from titan_moe.data.storage import is_usable, new_checked_file, storage_errors
 from titan_moe.data.tokenizer import Tokenizer
 
-VERSION = 1  # raise it when the same file gives other documents or hashes
 MAGIC, NUMPY_MAGIC = b"MMIDIDX\x00\x00", b"\x93NUMPY"
 HEADER_BYTES = 34
 DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron writes 8 and 4
 NO_IDS = {6: "float64", 7: "float32"}
 CHUNK_TOKENS = 1 << 22  # read at once
 SAMPLE_WORDS = 1 << 20  # of two bytes each, to tell uint16 from uint32
+EMPTY = np.uint64(2**64 - 1)  # in place of the last id of a document without any
 MIN_ENDS = 16  # documents that must all end with one id before it is taken for an end of text
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ def load_documents(sources: Sequence[TokenSource], tokenizer: Tokenizer, folder:
     jobs = []
     for source in sources:
         content = [contents[source.file.path], contents.get(source.index), source.file.dtype, source.file.offset]
-        name = digest([VERSION, content, tokenizer.vocab_size, tokenizer.eot_id])
+        name = digest([content, tokenizer.vocab_size, tokenizer.eot_id])
         jobs.append(_Job(source, tokenizer.vocab_size, tokenizer.eot_id, str(Path(folder) / f"documents-{name}.npy")))
 
     # As many at once as there are cores; copies of a file are read once.
@@ -238,9 +238,9 @@ def index_documents(job: _Job) -> Iterator[int]:
 
 
 def _hash_documents(file: TokenFile, ends: np.ndarray, eot: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the hashes and last ids of documents, (D,) uint64 each; the last id of an empty one is the end of text."""
+    """Return the hashes and last ids of documents, (D,) uint64 each; the last id of an empty one is `EMPTY`."""
     # The same for every type of ids, and with or without an end of text, so that copies show in any pair of files.
-    hashes, last = np.empty(len(ends), np.uint64), np.full(len(ends), eot, np.uint64)
+    hashes, last = np.empty(len(ends), np.uint64), np.full(len(ends), EMPTY)
     starts = np.concatenate([[0], ends[:-1]])
     first = 0
     while first < len(ends):
@@ -262,7 +262,8 @@ def _hash_documents(file: TokenFile, ends: np.ndarray, eot: int) -> tuple[np.nda
 def _check_last(source: TokenSource, ends: np.ndarray, last: np.ndarray, tokenizer: Tokenizer) -> None:
     """Hold the ends of documents against the tokenizer's end of text."""
     file, eot = source.file, tokenizer.eot_id
-    if (last == eot).any() or not file.num_tokens:
+    ends, last = ends[last != EMPTY], last[last != EMPTY]
+    if (last == eot).any() or not len(last):
         return
     name = tokenizer.backend.id_to_token(eot)
     advice = "name the tokenizer that made the file with --data.tokenizer, or its end of text with --data.eot_token"

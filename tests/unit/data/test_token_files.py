@@ -17,11 +17,13 @@ import torch
 
 from titan_moe.data import token_files
 from titan_moe.data.build import Data, build_data, build_validation
-from titan_moe.data.cache import TokenParts
+from titan_moe.data.cache import TokenFile, TokenParts
 from titan_moe.data.sources import find_files
 from titan_moe.data.token_files import (
+    Documents,
     all_documents,
     divide_documents,
+    join_documents,
     load_documents,
     open_tokens,
 )
@@ -204,6 +206,26 @@ def test_a_fraction_is_held_out_by_document(tmp_path: Path) -> None:
     assert not held_out & trained
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_any_choice_of_documents_reads_as_they_follow_each_other(tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    documents, keep, expected = [], [], []
+    for number, dtype in enumerate(rng.choice(["uint8", "uint16", "int32"], 4)):
+        sizes = rng.integers(0, 6, int(rng.integers(0, 12)))
+        ids, mask = rng.integers(0, 250, int(sizes.sum())), rng.random(len(sizes)) < 0.5
+        ids.astype(dtype).tofile(tmp_path / f"{number}")
+        file = TokenFile(str(tmp_path / f"{number}"), dtype, len(ids))
+        documents.append(Documents(file, "", np.cumsum(sizes), np.zeros(len(sizes), np.uint64)))
+        keep.append(mask)
+        expected += [
+            id_ for part, kept in zip(np.split(ids, np.cumsum(sizes))[:-1], mask, strict=True) if kept for id_ in part
+        ]
+    parts = join_documents(documents, keep)
+    assert parts.num_tokens == len(expected)
+    for start, stop in itertools.combinations(range(len(expected) + 1), 2):
+        assert parts.read(start, stop).tolist() == expected[start:stop]
+
+
 @pytest.mark.parametrize("kinds", ["tokens tokens", "tokens text", "text tokens"])
 def test_validation_files_are_not_trained_on(tmp_path: Path, kinds: str) -> None:
     """Whichever of the two is text."""
@@ -375,6 +397,13 @@ BAD: dict[str, tuple[dict[str, bytes], str]] = {
         {".bin": raw("uint16", [0 if id_ == EOT else id_ for id_ in FLAT]), ".idx": PAIR[1]},
         r"a.bin: every document ends with id 0 \(.*\), and the tokenizer's end of text is .* \(id 256\): .*eot_token",
     ),
+    "another end of text, and an empty document": (
+        {
+            ".bin": raw("uint16", [0 if id_ == EOT else id_ for id_ in FLAT]),
+            ".idx": index_bytes([*LENGTHS, 0], list(range(202))),
+        },
+        r"a.bin: every document ends with id 0 ",
+    ),
     "id of the npy": (
         {".npy": npy(np.array([*FLAT, 9999]))},
         r"a.npy: id 9999 \(token .*\) is not one of the tokenizer",
@@ -411,7 +440,7 @@ def test_files_that_cannot_be_read_are_one_line(tmp_path: Path, name: str) -> No
     with pytest.raises((ValueError, OSError), match=message) as caught:
         make(tmp_path, path)
     assert "\n" not in str(caught.value)
-    assert not [*tmp_path.rglob("documents-*")] or name in ("another end of text", "npy without an end of text")
+    assert not [*tmp_path.rglob("documents-*")] or "end of text" in name
 
 
 def test_settings_that_do_not_go_with_token_files(tmp_path: Path) -> None:
