@@ -265,16 +265,24 @@ def strip_layout(max_dim: int, beta2: float, *, one_sided: bool, dtype: torch.dt
                 add_product(factor, torch.stack(products, dim=1), state, beta2, tick)
 
     def precondition(x: Tensor, direction: Tensor, state: State, graft: bool) -> Tensor:
+        # read before `direction` is written over: its memory takes the last product, since fresh memory costs more
+        cells = regions(x.shape[1:], max_dim) if graft else []
+        lengths = [block_norms(direction, region) for region in cells]  # (R, rows of blocks, columns of blocks) each
+
         # from one buffer into another, so that no product writes over what the next strip reads
         result, sides = x.to(dtype), by_side(x.shape[1:])
         for side in reversed(sides):  # the left one last: its strips are whole rows, which lie in one piece
-            source, result = result, torch.empty_like(result)  # (R, M, N)
+            is_free = side == next(iter(sides)) and result.dtype == direction.dtype and result is not direction
+            source, result = result, direction if is_free else torch.empty_like(result)  # (R, M, N)
             for span, factor in sides[side]:
-                strips = (strips_of(y, side, span, factor) for y in (source, result, direction))
-                for root, old, new, grafted in zip(root_of(factor, state).unbind(1), *strips, strict=True):
+                strips = (strips_of(y, side, span, factor) for y in (source, result))
+                for root, old, new in zip(root_of(factor, state).unbind(1), *strips, strict=True):
                     torch.bmm(*((root, old) if side == "left" else (old, root)), out=new)
-                    if graft and side == next(iter(sides)):
-                        take_norms(new, grafted, max_dim)  # after the last root, while the strip is in the cache
+
+        # each block takes the length that it had in `direction`
+        for region, length in zip(cells, lengths, strict=True):
+            scale = quotient(length, block_norms(result, region))
+            grid(result, region).mul_(scale[:, :, None, :, None])
         return result.float()
 
     return Layout(factors, observe, precondition)
@@ -296,13 +304,6 @@ def factors_by_region(
         sides = kept_sides(region.height, region.width, one_sided=one_sided)
         factors.append((region, {side: Factor(f"{side}_{index}", region.num_blocks, sizes[side]) for side in sides}))
     return factors
-
-
-def take_norms(x: Tensor, other: Tensor, max_dim: int) -> None:
-    """Scale each block of x (R, M, N) to the norm that it has in `other`."""
-    for region in regions(x.shape[1:], max_dim):
-        scale = quotient(block_norms(other, region), block_norms(x, region))  # (R, rows of blocks, columns of blocks)
-        grid(x, region).mul_(scale[:, :, None, :, None])
 
 
 def block_norms(x: Tensor, region: Region) -> Tensor:
