@@ -98,5 +98,5 @@ def dtype_on(device: torch.device, matmul_dtype: RootDtype) -> torch.dtype:
     """The type of this name; "auto" is bfloat16 on GPUs and on CPUs with instructions for it, float32 on others."""
     if matmul_dtype != "auto":
         return DTYPES[matmul_dtype]
-    is_fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    is_fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
     return torch.bfloat16 if is_fast else torch.float32

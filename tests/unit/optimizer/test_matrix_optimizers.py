@@ -609,7 +609,7 @@ def test_reduced_precision_is_close(share_factors: bool) -> None:
 @pytest.mark.parametrize(("has_bf16", "like"), [(True, "bfloat16"), (False, "float32")])
 def test_products_in_a_fast_type(has_bf16: bool, like: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The preset multiplies in bfloat16 where a CPU has instructions for it; its state is float32 on every machine."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
     weights = [nn.Parameter(torch.ones(2, 16, 12)) for _ in range(3)]
     optimizers = [
         OPTIMIZERS["shampoo_fast"]([{"params": [p]}], start_preconditioning_step=1, stagger_roots=False, **dtype)
