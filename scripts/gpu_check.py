@@ -230,6 +230,13 @@ def train_eager(results: Results) -> None:
     train(results, "eager", compile__enable="false", **({} if results.tiny else {"training__steps": 45}))
 
 
+def train_launched(results: Results) -> None:
+    """Train without a CUDA graph: the host launches each kernel."""
+    steps = {} if results.tiny else {"training__steps": 45}
+    compiled = "false" if results.tiny else "auto"
+    train(results, "kernel by kernel", compile__cuda_graph="false", compile__enable=compiled, **steps)
+
+
 def train_accumulated(results: Results) -> None:
     """Train in several micro-batches, as smaller GPUs need it."""
     steps = {} if results.tiny else {"training__steps": 30}
@@ -254,7 +261,8 @@ def profile(results: Results) -> None:
     biases = job.model.expert_biases()
 
     def step() -> None:
-        train_step(job.model, micro_batches, job.optimizer, job.balancers, biases, max_norm=1.0)
+        options = {"max_norm": 1.0, "gradients": job.gradients}
+        train_step(job.model, micro_batches, job.optimizer, job.balancers, biases, **options)
 
     # The launch time tells whether host or device sets the pace: it is measured without waiting for the device.
     results["ms a step"] = round(milliseconds(step, 6.0), 1)
@@ -294,7 +302,8 @@ def report_kernels(results: Results, trace: torch.profiler.profile) -> None:
 
 def report_gaps(results: Results, trace: torch.profiler.profile) -> None:
     """When the device had nothing to do in a trace, in all and the longest times, with the kernels on both sides."""
-    rows = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events = trace.events() or []
+    rows = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     rows = [e for e in rows if not e.name.startswith(("Optimizer.step", "FSDP::", "## Call", "Torch-Compiled"))]
     rows.sort(key=lambda e: e.time_range.start)
     gaps, end, before = [], rows[0].time_range.start, rows[0].name
@@ -503,6 +512,7 @@ PARTS: dict[str, tuple[Callable[[Results], None], int]] = {
     "train_balanced": (train_balanced, 60),
     "optimizers": (optimizers, 60),
     "head": (head, 40),
+    "train_launched": (train_launched, 60),
     "train_accumulated": (train_accumulated, 60),
     "train_eager": (train_eager, 60),
     "float8": (float8, 40),

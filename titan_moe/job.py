@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from titan_moe import __version__
+from titan_moe.balancer.common import compiled
 from titan_moe.build import (
     build_balancers,
     build_optimizer,
@@ -19,9 +20,12 @@ from titan_moe.build import (
     with_vocab_size,
 )
 from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
-from titan_moe.config import Config, cautions
+from titan_moe.config import Config, cautions, to_toml
 from titan_moe.config.differences import flatten
+from titan_moe.config.layers import tomllib
+from titan_moe.config.saved import outside_components
 from titan_moe.config.sections import Training
+from titan_moe.cuda_graph import GraphedGradients
 from titan_moe.data.build import Data, resolve_batch_sizes
 from titan_moe.dry_run import check_parts
 from titan_moe.model.experts_backend import check_experts_backend
@@ -38,7 +42,7 @@ from titan_moe.runtime.dtypes import DTYPES
 from titan_moe.runtime.watch import connecting
 from titan_moe.runtime.world import Runtime
 from titan_moe.sinks.trackers import check_wandb
-from titan_moe.step import Balancers
+from titan_moe.step import Balancers, Gradients, compute_gradients
 
 
 class Job(NamedTuple):
@@ -55,6 +59,7 @@ class Job(NamedTuple):
     saver: Saver
     accumulation: int  # micro-batches of a step on each rank
     sequence_group: dist.ProcessGroup | None  # ranks that have parts of the same sequences
+    gradients: Gradients  # forward and backward of a step
     folder: Path
 
 
@@ -63,6 +68,7 @@ def start_processes(config: Config, rt: Runtime) -> None:
     # Each process by itself sees whether the layout, the device and the folder can do what is asked for.
     training = config.training
     check_gpu(rt, training)
+    uses_cuda_graph(config, rt.device, rt.world_size)
     degrees = degrees_of(config, rt.world_size)
     resolve_batch_sizes(training.global_batch_size, training.local_batch_size, degrees.data)
     in_float8, param_dtype = config.quantize, DTYPES[training.mixed_precision_param]
@@ -79,8 +85,8 @@ def start_processes(config: Config, rt: Runtime) -> None:
     if config.metrics.enable_wandb:
         check_wandb()
 
-    # One process that needs no mesh has nobody to talk to: without a process group it starts sooner.
-    if needs_mesh(config, rt):
+    # One process has nobody to talk to: without a process group it starts sooner.
+    if rt.world_size > 1:
         with connecting(f"connecting {rt.world_size} processes"):
             world.init_process_group(rt, config.comm.init_timeout_seconds)
         world.caution_restarts()
@@ -91,11 +97,6 @@ def start_processes(config: Config, rt: Runtime) -> None:
     check_same_on_all_ranks(config)
     check_own_gpu(rt)
     world.seed_everything(training.seed, deterministic=training.deterministic)
-
-
-def needs_mesh(config: Config, rt: Runtime) -> bool:
-    """Whether FSDP2 wraps the model: it shards it, and it keeps masters of another precision, also in one process."""
-    return rt.world_size > 1 or config.training.mixed_precision_param != config.training.dtype
 
 
 def build_job(config: Config, rt: Runtime) -> Job:
@@ -114,8 +115,9 @@ def build_job(config: Config, rt: Runtime) -> Job:
     # The model gets its memory once it is cut into shards: no rank ever holds the whole. Weights are drawn from the
     # seed alone, so they are the same in every layout.
     with connecting("connecting the groups of the meshes"):
-        mesh = build_mesh(device=rt.device, **degrees._asdict()) if needs_mesh(config, rt) else None
-    model = build_sharded(config, mesh, compile_blocks=compiles(config, rt.device) and can_compile(rt))
+        mesh = build_mesh(device=rt.device, **degrees._asdict()) if rt.world_size > 1 else None
+    is_compiled = compiles(config, rt.device) and can_compile(rt)
+    model = build_sharded(config, mesh, compile_blocks=is_compiled)
     model.to_empty(device=rt.device)
     model.init_weights(training.seed)
     model.eot_id = data.tokenizer.eot_id
@@ -126,6 +128,11 @@ def build_job(config: Config, rt: Runtime) -> Job:
     log_parameters(config, model, optimizer)
     for caution in cautions(config) if rt.is_main else []:
         logger.warning(caution)
+
+    # On a CPU the losses' few kernels are not worth the seconds that C++ takes.
+    balancers = build_balancers(config)
+    if is_compiled and rt.device.type == "cuda":
+        balancers = {name: (coeff, compiled(balancer)) for name, (coeff, balancer) in balancers.items()}
 
     # Rates are kept as they are before the schedule, which multiplies them anew at each step. A schedule by group has
     # to know the groups of this model, which a look at its first step shows.
@@ -139,10 +146,11 @@ def build_job(config: Config, rt: Runtime) -> Job:
         optimizer=optimizer,
         base_lrs=[group["lr"] for group in optimizer.param_groups],
         schedule=schedule,
-        balancers=build_balancers(config),
+        balancers=balancers,
         saver=background_saver() if config.checkpoint.async_mode == "async" else foreground_saver(),
         accumulation=step_sequences // (micro_batch_size * degrees.data),
         sequence_group=None if mesh is None else mesh.sequence_group,
+        gradients=GraphedGradients() if uses_cuda_graph(config, rt.device, rt.world_size) else compute_gradients,
         folder=Path(config.job.dump_folder),
     )
 
@@ -151,6 +159,23 @@ def compiles(config: Config, device: torch.device) -> bool:
     """Whether decoder layers are compiled on this device."""
     enable = config.compile.enable
     return device.type == "cuda" if enable == "auto" else enable
+
+
+def uses_cuda_graph(config: Config, device: torch.device, world_size: int) -> bool:
+    """Whether forward and backward of a step are replayed as a CUDA graph; ValueError where they can't be.
+
+    In a graph nothing waits for the device. Grouped products in fp32 do, and an own router or balancer may: with those
+    it is used only where it is asked for.
+    """
+    enable = config.compile.cuda_graph
+    lacks = "one process" if world_size > 1 else "a GPU" if device.type != "cuda" else None
+    if lacks is None and config.training.mixed_precision_param == "float32":
+        lacks = "training.mixed_precision_param = 'bfloat16'"
+    if enable is True and lacks is not None:
+        raise ValueError(f"compile.cuda_graph = true needs {lacks}: set it to 'auto'")
+    outside = outside_components(tomllib.loads(to_toml(config)))
+    is_ours = all(key.startswith("optimizer") for key, _ in outside)  # which works outside of the graph
+    return lacks is None and (enable is True or (enable == "auto" and is_ours))
 
 
 def check_gpu(rt: Runtime, training: Training) -> None:

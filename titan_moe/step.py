@@ -37,6 +37,7 @@ MicroBatches = Sequence[tuple[Tensor, Tensor]]  # tokens and labels, (B, S) each
 Loads = Mapping[Scope, Sequence[Tensor]]  # of every layer, as `Balancer.loss` wants them
 States = Mapping[str, Mapping[str, Sequence[Tensor]]]  # of balancers that keep any: name -> key -> of each layer
 Sums = dict[str, Tensor]  # what adds up over micro-batches and ranks, by name
+Gradients = Callable[..., tuple[Sums, Tensor, list[Tensor]]]  # as `compute_gradients`
 
 
 def train_step(
@@ -54,6 +55,7 @@ def train_step(
     measure_experts: bool = False,
     gradient_moments: GradientMoments | None = None,
     sequence_group: dist.ProcessGroup | None = None,
+    gradients: Gradients | None = None,
 ) -> StepOutput:
     """Update the model once from all micro-batches of tokens and labels (B, S) that this rank holds.
 
@@ -65,31 +67,14 @@ def train_step(
     the optimizer keeps no moments of Adam's, their gradient_snr is of `gradient_moments`: an empty dictionary that is
     given to every step, and comes to hold as much as this rank's experts. With `qk_clip` above 0 heads of attention are
     clipped to it (`clip_heads`). `sequence_group` are the ranks that hold parts of the same sequences, where a rank has
-    not all of them. A step with a loss, gradient norm or router logit that is NaN or infinite is `skipped`: weights,
-    optimizer states, selection biases and what balancers keep stay as they are.
+    not all of them. `gradients` is `compute_gradients` (None) or does the same. A step with a loss, gradient norm or
+    router logit that is NaN or infinite is `skipped`: weights, optimizer states, selection biases and what balancers
+    keep stay as they are.
     """
-    # The loss is divided by the tokens of the whole step, which the first backward has to know already.
-    num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
-    count_loads = load_counter(balancers, model, micro_batches, sequence_group)
-    sums: Sums = {}
-    max_logits: list[Tensor] = []  # (N, H) of each micro-batch, for QK-clip alone
-    for number, (tokens, labels) in enumerate(micro_batches, start=1):
-        # Replicas need the sum of their gradients once a step: all but the last backward leave it out.
-        set_last_micro_batch(model, number == len(micro_batches))
-
-        # No state is written in forward: balance is a function of the routings that the model returns.
-        ce_sum, routings, largest = forward(model, tokens, labels, want_max_logits=qk_clip > 0)
-        max_logits += largest
-        ce = ce_sum / num_tokens
-        balance = balance_losses(balancers, routings, count_loads(routings, len(tokens)), num_tokens)
-
-        # Reported at coefficient 1, so that runs can be compared whatever their coefficients; trained on with them.
-        trained = [coeff * balance[name] for name, (coeff, b) in balancers.items() if name in balance and b.train]
-        loss = sum_tensors([ce, *trained])
-        loss.backward()
-        routed = routed_sums(routings, balancers, expert_biases, balance, device=tokens.device)
-        sums = add(sums, {"total_loss": loss, "loss": ce, **routed})
-
+    gradients = gradients or compute_gradients
+    sums, num_tokens, max_logits = gradients(
+        model, micro_batches, balancers, expert_biases, with_max_logits=qk_clip > 0, sequence_group=sequence_group
+    )
     sums = all_reduce_sums(sums)  # the ranks meet here: from now on every number is the same on all of them
 
     # The norm is of all gradients, so a NaN or an infinity in any of them shows in it.
@@ -127,6 +112,44 @@ def train_step(
         nonfinite_gradients=squares.nonfinite,
         qk_clip=clipped,
     )
+
+
+def compute_gradients(
+    model: nn.Module,
+    micro_batches: MicroBatches,
+    balancers: Balancers,
+    expert_biases: Sequence[Tensor],
+    *,
+    with_max_logits: bool = False,
+    sequence_group: dist.ProcessGroup | None = None,
+) -> tuple[Sums, Tensor, list[Tensor]]:
+    """Add the gradients of all micro-batches to the parameters'; arguments are as those of `train_step`.
+
+    Return what adds up over micro-batches and over ranks, of this rank; the number of the step's tokens, of all ranks;
+    and the heads' largest logits (N, H) of each micro-batch, where they are wanted.
+    """
+    # The loss is divided by the tokens of the whole step, which the first backward has to know already.
+    num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
+    count_loads = load_counter(balancers, model, micro_batches, sequence_group)
+    sums: Sums = {}
+    max_logits: list[Tensor] = []  # (N, H) of each micro-batch, for QK-clip alone
+    for number, (tokens, labels) in enumerate(micro_batches, start=1):
+        # Replicas need the sum of their gradients once a step: all but the last backward leave it out.
+        set_last_micro_batch(model, number == len(micro_batches))
+
+        # No state is written in forward: balance is a function of the routings that the model returns.
+        ce_sum, routings, largest = forward(model, tokens, labels, want_max_logits=with_max_logits)
+        max_logits += largest
+        ce = ce_sum / num_tokens
+        balance = balance_losses(balancers, routings, count_loads(routings, len(tokens)), num_tokens)
+
+        # Reported at coefficient 1, so that runs can be compared whatever their coefficients; trained on with them.
+        trained = [coeff * balance[name] for name, (coeff, b) in balancers.items() if name in balance and b.train]
+        loss = sum_tensors([ce, *trained])
+        loss.backward()
+        routed = routed_sums(routings, balancers, expert_biases, balance, device=tokens.device)
+        sums = add(sums, {"total_loss": loss, "loss": ce, **routed})
+    return sums, num_tokens, max_logits
 
 
 def forward(
@@ -380,11 +403,12 @@ def routing_sums(routings: Sequence[Routing]) -> Sums:
     # Sums and not means, as they add up over micro-batches and ranks. The flag is a sum as well: a single NaN shows.
     if not routings:
         return {}
+    logit_norm_L = torch.stack([torch.linalg.vector_norm(r.router_logits, dim=-1).sum() for r in routings])
     sums = {
-        "router_logit_norm": torch.stack([torch.linalg.vector_norm(r.router_logits, dim=-1).sum() for r in routings]),
+        "router_logit_norm": logit_norm_L,
         "router_confidence": torch.stack([r.scores.amax(-1).sum() for r in routings]),
         "tokens": routings[0].scores.new_full((), float(routings[0].scores.shape[0])),  # every layer has all of them
-        "nonfinite": (~torch.stack([r.router_logits.isfinite().all() for r in routings])).float(),
+        "nonfinite": (~logit_norm_L.isfinite()).float(),  # as is the norm of such a logit, and of one above 1e19
     }
 
     # Counts become fp32 to travel with the other sums: exact up to 2^24.

@@ -277,6 +277,7 @@ def take_step(
         measure_experts=is_due(step, job.config.metrics.expert_stats_freq),
         gradient_moments=gradient_moments,
         sequence_group=job.sequence_group,
+        gradients=job.gradients,
     )
 
 

@@ -19,7 +19,8 @@ from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.float8 import quantize
 from titan_moe.parallelize.mesh import Degrees, Meshes
 from titan_moe.parallelize.parallelize import parallelize
-from titan_moe.step import train_step
+from titan_moe.runtime.world import seed_step
+from titan_moe.step import Gradients, train_step
 
 DEVICE = "cuda"  # "cpu" tries out the tests themselves
 GPUS = torch.cuda.device_count() if DEVICE == "cuda" else 4
@@ -41,6 +42,7 @@ hopper = pytest.mark.skipif(not is_hopper(), reason="needs an H100 or H200: floa
 def build(
     mesh: Meshes | None,
     *,
+    router: Any = "topk_softmax",
     device: str = DEVICE,
     dtype: torch.dtype = torch.float32,
     converters: tuple[str, ...] = (),
@@ -48,7 +50,7 @@ def build(
     **options: Any,
 ) -> Transformer:
     """The model, parallelized; its weights depend on the device (generators do), and on nothing else."""
-    model = tiny_model(device="meta", **SIZES)
+    model = tiny_model(router, device="meta", **SIZES)
     quantize(model, converters=converters, recipe_name="rowwise", emulate=emulate)
     defaults = {"reduce_dtype": torch.float32, "checkpoint_mode": "none", "compile_blocks": False, "seq_len": SEQ}
     parallelize(model, mesh=mesh, param_dtype=dtype, **{**defaults, **options})
@@ -66,6 +68,7 @@ def train(
     micro_batches: int = 1,
     degrees: Degrees | None = None,
     mesh: Meshes | None = None,
+    gradients: Gradients | None = None,
 ) -> list[StepOutput]:
     """Some steps on this rank's part of each batch, cut into micro-batches."""
     device, optimizer = next(model.parameters()).device, adamw(model)
@@ -74,7 +77,10 @@ def train(
         tokens, labels = (part.to(device) for part in own_part(batch(step), rank, world, degrees))
         micro = list(zip(tokens.chunk(micro_batches), labels.chunk(micro_batches), strict=True))
         options = {"max_norm": 0.1, "sequence_group": None if mesh is None else mesh.sequence_group}
-        output = train_step(model, micro, optimizer, balancers(), model.expert_biases(), **options)
+        seed_step(0, step, rank)
+        output = train_step(
+            model, micro, optimizer, balancers(), model.expert_biases(), gradients=gradients, step=step + 1, **options
+        )
         outputs.append(output)
     return outputs
 

@@ -10,17 +10,19 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cases import Case
 from tests.e2e.conftest import Arguments, _process_as_before, arguments, shared  # noqa: F401 (fixtures)
 from tests.e2e.harness import command
 from tests.gpu.harness import DEVICE, build, hopper, no_waits, numbers, one_gpu, one_process, train
 from tests.tiny import adamw, balancers, batch, tiny_model
+from titan_moe.cuda_graph import GraphedGradients
 from titan_moe.model.experts import float8_grouped_mm, grouped_mm
 from titan_moe.model.moe import MoE, expert_swiglu
 from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.optimizer import divide
 from titan_moe.parallelize.grad import total_norm
 from titan_moe.parallelize.mesh import build_mesh
-from titan_moe.step import evaluate, train_step
+from titan_moe.step import compute_gradients, evaluate, train_step
 
 pytestmark = one_gpu
 COUNTS = [3, 0, 37, 1, 0, 23]  # nothing that hardware likes
@@ -203,6 +205,40 @@ def test_accumulation_changes_nothing(policy: str) -> None:
         plain = numbers(train(build(None), micro_batches=4))
         got = numbers(train(sharded(reshard_after_forward=policy), micro_batches=4))
     torch.testing.assert_close(got, plain, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="graphs are CUDA's")
+@pytest.mark.parametrize("checkpoint_mode", ["none", "full"])
+@pytest.mark.parametrize("compile_blocks", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.filterwarnings("ignore")  # of dynamo and inductor
+def test_replayed_steps_are_the_same_steps(micro_batches: int, compile_blocks: bool, checkpoint_mode: str) -> None:
+    """Of eight steps the last five are replayed; the router's noise is that of the step."""
+    route = Case("topk_softmax", {"noise_std": 0.1})
+    options = {"dtype": torch.bfloat16, "compile_blocks": compile_blocks, "checkpoint_mode": checkpoint_mode}
+    results = []
+    for gradients in (compute_gradients, GraphedGradients()):
+        model = build(None, router=route, **options)
+        results.append(numbers(train(model, 8, micro_batches=micro_batches, gradients=gradients)))
+        assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert isinstance(gradients, GraphedGradients)
+    assert gradients.graph is not None
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="graphs are CUDA's")
+def test_a_step_that_reads_a_value_on_the_host_is_no_graph() -> None:
+    """And what was computed before goes on."""
+
+    def reading(model: Any, micro_batches: Any, *rest: Any, **options: Any) -> Any:
+        sums, *others = compute_gradients(model, micro_batches, *rest, **options)
+        sums["loss"].item()
+        return sums, *others
+
+    told = r"compile.cuda_graph: this step can't be recorded \(.*set compile.cuda_graph = false"
+    with pytest.raises(ValueError, match=told):
+        train(build(None, dtype=torch.bfloat16), 8, gradients=GraphedGradients(reading))
+    assert numbers(train(build(None, dtype=torch.bfloat16), 2))["loss"].isfinite().all()
 
 
 @pytest.mark.parametrize("policy", ["position", "score"])

@@ -116,6 +116,16 @@ class Balancer(NamedTuple):
         return moved if factor == 1 else torch.lerp(expert_bias, moved, factor), new_state
 
 
+def compiled(balancer: Balancer) -> Balancer:
+    """The same balancer, its loss compiled: some thirty small kernels a layer become a few.
+
+    One that asks for other layers or for its layer's number stays as it is: it would be compiled once for each layer.
+    """
+    if not balancer.has_loss or asked_for(balancer.loss, SEEN, 3):
+        return balancer
+    return balancer._replace(loss=torch.compile(balancer.loss, dynamic=False))
+
+
 def keep_bias(load: Tensor, expert_bias: Tensor) -> Tensor:
     """Post step of a balancer that has no bias."""
     return expert_bias

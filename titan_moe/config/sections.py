@@ -198,9 +198,13 @@ class ActivationCheckpoint:
 
 @dataclass(frozen=True)
 class Compile:
-    """torch.compile."""
+    """torch.compile, and CUDA graphs."""
 
     enable: Annotated[Literal["auto"] | bool, "compile the decoder layers (auto: on a GPU)"] = "auto"
+    cuda_graph: Annotated[
+        Literal["auto"] | bool,
+        "replay forward and backward as a CUDA graph (auto: on one GPU, in bfloat16, without own routers or balancers)",
+    ] = "auto"
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from titan_moe.config import Config, load_config
 from titan_moe.config.sections import ActivationCheckpoint, Training
 from titan_moe.data.build import resolve_batch_sizes
 from titan_moe.estimate.simulate import Simulation, fake_world, simulate
-from titan_moe.estimate.step_time import MEASURED_ON, StepTime, step_time
-from titan_moe.job import compiles
+from titan_moe.estimate.step_time import COMPARED_ON, MEASURED_ON, StepTime, step_time
+from titan_moe.job import compiles, uses_cuda_graph
 from titan_moe.metrics import flops_per_token
 from titan_moe.parallelize.mesh import Degrees
 from titan_moe.records import count_active
@@ -231,7 +231,8 @@ def is_compiled(config: Config) -> bool:
 
 def predict(case: Case, result: Simulation, gpu: str) -> StepTime:
     """Time of a step on a GPU."""
-    return step_time(result.work, result.groups, GPUS[gpu], compiled=is_compiled(case.config))
+    graphed = uses_cuda_graph(case.config, torch.device("cuda"), case.ranks)
+    return step_time(result.work, result.groups, GPUS[gpu], compiled=is_compiled(case.config), graphed=graphed)
 
 
 def describe_time(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
@@ -255,8 +256,8 @@ def describe_time(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
         f"{'compiled' if is_compiled(config) else 'eager'}, without validation and checkpoints"
     )
 
-    # A prediction says what it does not rest on: one GPU was measured, without a network and with AdamW.
-    if gpu != MEASURED_ON:
+    # A prediction says what it does not rest on: one process was measured, without a network and with AdamW.
+    if gpu not in (MEASURED_ON, COMPARED_ON):
         yield (
             f"note: nothing was measured on {article(gpu)} {gpu}: scaled from an {MEASURED_ON} by the data sheets' "
             "peak and bandwidth"

@@ -191,6 +191,8 @@ class Meter(TorchDispatchMode):
         result = args[0] if func is torch.ops._c10d_functional.wait_tensor.default else func(*args, **kwargs)
         if self.paused:
             return result
+        if func is aten._foreach_copy_.default and not self.step:
+            self._note_precision(*args[:2])
         if func in collective_ops - sync_ops:
             self._note_traffic(func, result, args, kwargs)
         elif self.counts_work:
@@ -209,6 +211,11 @@ class Meter(TorchDispatchMode):
             if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.fake:
                 self.track(tensor, kind)
         return result
+
+    def _note_precision(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        # One process copies its parameters to what it computes with, and the gradients of that to those that it keeps.
+        for target, source in zip(targets, sources, strict=True):
+            self.retag(target, "gathered" if target.itemsize < source.itemsize else "gradients")
 
     def _note_work(self, func: Any, result: Any, args: Any, kwargs: Any) -> None:
         size = bytes_moved(func, result, args, kwargs)
@@ -426,6 +433,11 @@ def _mark_phases(meter: Meter, model: torch.nn.Module, optimizer: Optimizer) -> 
             if parameter.grad is not None:
                 meter.retag(local(parameter.grad), "gradients")
 
+    # On one process autograd makes them, where it computes in the parameters' own type.
+    def tell_gradient(parameter: Tensor) -> None:
+        if isinstance(parameter.grad, FakeTensor):
+            meter.retag(parameter.grad, "gradients")
+
     # The first update makes the optimizer's state. Its memory has a peak of its own; its work is not counted, as it is
     # not that of most steps.
     def start_update(*_: Any) -> None:
@@ -441,6 +453,11 @@ def _mark_phases(meter: Meter, model: torch.nn.Module, optimizer: Optimizer) -> 
             optimizer.step(finite=finite)
 
     handles = [
+        *(
+            p.register_post_accumulate_grad_hook(tell_gradient)
+            for p in model.parameters()
+            if not isinstance(p, DTensor)
+        ),
         model.register_forward_pre_hook(start_forward),
         optimizer.register_step_pre_hook(start_update),
         optimizer.register_step_post_hook(update_again),
@@ -471,18 +488,18 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
     """
     # In a real step the host reads the split sizes of dispatch. Fake tensors have no values, so they are set.
     training, simulated = config.training, min(micro_batches, 3)
-    mesh = build_mesh(device=torch.device("cpu"), **degrees._asdict())
+    alone = dist.get_world_size() == 1
+    mesh = None if alone else build_mesh(device=torch.device("cpu"), **degrees._asdict())
     model = build_sharded(config, mesh, compile_blocks=False)
     local_length = training.seq_len // degrees.per_sequence
     rows = rows_sent(config, training.local_batch_size, local_length)
     received = -(-int(rows * (1 + excess)) // degrees.expert) * degrees.expert
-    if mesh.ep is not None:
-        fix_split_sizes(model, mesh.ep, rows, received)
+    ep = None if mesh is None else mesh.ep
+    if ep is not None:
+        fix_split_sizes(model, ep, rows, received)
 
     # On one rank there is memory for a row of each choice, of which those of identity experts are not computed.
-    share = (
-        1.0 if mesh.ep is not None or not config.moe.num_experts else config.moe.num_experts / config.moe.router_width
-    )
+    share = 1.0 if ep is not None or not config.moe.num_experts else config.moe.num_experts / config.moe.router_width
 
     # Under the fake mode nothing is allocated; what is built before the step is not work, so the meter starts later.
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -508,7 +525,7 @@ def simulate(config: Config, degrees: Degrees, *, micro_batches: int = 1, excess
                 max_norm=training.max_norm,
                 qk_clip=training.qk_clip,
                 balancer_states=model.balancer_states(),
-                sequence_group=mesh.sequence_group,
+                sequence_group=None if mesh is None else mesh.sequence_group,
             )
     states = [leaf for s in optimizer.state.values() for leaf in tree_leaves(s) if isinstance(leaf, Tensor)]
     state = largest_state(states)

@@ -13,6 +13,7 @@ from titan_moe.runtime.machine import GPU
 # The one GPU that was measured, by two profiles of moe8x with 20,480 tokens a micro-batch on torch 2.11, 2026-11-27:
 # (1) eager, before the code was changed for GPUs, (2) compiled, after it. docs/estimate.md says how the numbers follow.
 MEASURED_ON = "H100"
+COMPARED_ON = "H200"  # a step of moe8x, predicted from the H100's shares: 122 ms for 124
 PRODUCTS = {  # shares of the peak in bf16
     "dense": 0.61,  # (2) projections of attention: 7.0 TFLOP in 11.5 ms
     "head": 0.79,  # (2) 4.7 TFLOP in 6.0 ms
@@ -31,6 +32,7 @@ COMPILED_BYTES = {  # what torch.compile leaves of the passes
     "loss": 0.14,  # (2) 3 ms where they would be 22
 }
 GAPS = 0.10  # of the kernels' time, between kernels: (1) 244 ms of 223, (2) 157 ms of 142
+GAPS_OF_GRAPHS = 0.02  # where the step is a CUDA graph: 2.1 ms of 125 on an H200 (2026-11-28)
 HOST_SECONDS = 38e-6  # an eager operator: 210 ms to launch 5,258 of them, and 1,554 ms for 41,878 with 8 micro-batches
 COMPILED_OPERATORS = 0.15  # of the layers' launches: 23 of 149 a layer, counted in inductor's code
 LINK = 0.8  # share of NVLink's and the network's rate: a rule of thumb, not measured
@@ -43,7 +45,7 @@ NAMES = {
     "fp32": "products: in fp32",
     "layers": "passes: layers",
     "loss": "passes: loss",
-    "copies": "passes: FSDP's copies",
+    "copies": "passes: weights, gradients",
     "update": "passes: clipping, optimizer",
 }
 
@@ -61,9 +63,12 @@ class StepTime(NamedTuple):
         return max(sum(self.device.values()), self.host)
 
 
-def step_time(work: Work, groups: dict[str, tuple[int, ...]], gpu: GPU, *, compiled: bool) -> StepTime:
+def step_time(
+    work: Work, groups: dict[str, tuple[int, ...]], gpu: GPU, *, compiled: bool, graphed: bool = False
+) -> StepTime:
     """Seconds of a step that does `work`, its collectives over `groups` of ranks, on GPUs of one kind.
 
+    With `graphed` forward and backward are a CUDA graph, of which the host launches none but the update's operators.
     Gathers and reductions of FSDP hide behind what is computed, as far as that lasts. What is left of them comes on
     top, and so do all collectives that activations wait for. Latencies and waiting for slower ranks are not counted.
     """
@@ -75,7 +80,7 @@ def step_time(work: Work, groups: dict[str, tuple[int, ...]], gpu: GPU, *, compi
     for kind, share in PASSES.items():
         left = COMPILED_BYTES.get(kind, 1.0) if compiled else 1.0
         device[NAMES[kind]] = left * work["bytes", kind] / (share * gpu.bandwidth)
-    device["gaps between kernels"] = GAPS * sum(device.values())
+    device["gaps between kernels"] = (GAPS_OF_GRAPHS if graphed else GAPS) * sum(device.values())
 
     # The update starts when the last gradient has arrived, so no communication hides behind it.
     computing = sum(device.values()) - device[NAMES["update"]]
@@ -90,7 +95,7 @@ def step_time(work: Work, groups: dict[str, tuple[int, ...]], gpu: GPU, *, compi
     operators = {key[1]: count for key, count in work.items() if key[0] == "operators"}
     if compiled:
         operators["layers"] = round(COMPILED_OPERATORS * operators.get("layers", 0))
-    launched = sum(operators.values())
+    launched = operators.get("update", 0) if graphed else sum(operators.values())
     return StepTime({name: s for name, s in device.items() if s}, HOST_SECONDS * launched, launched)
 
 

@@ -67,11 +67,11 @@ def rope_cos_sin(seq_len: int, head_dim: int, theta: float, device: torch.device
     return angle.cos(), angle.sin()
 
 
-def apply_rope(x_BHSC: Tensor, rope: Rope) -> Tensor:
+def apply_rope(x_BSHC: Tensor, rope: Rope) -> Tensor:
     """Rotate channel i together with channel i + C / 2 (the half-split layout of Hugging Face), in fp32."""
-    cos, sin = rope
-    left, right = x_BHSC.float().chunk(2, dim=-1)  # (B, H, S, C) -> 2 x (B, H, S, C / 2)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x_BHSC)
+    cos, sin = (of_position.unsqueeze(-2) for of_position in rope)  # (S, C / 2) -> (S, 1, C / 2)
+    left, right = x_BSHC.float().chunk(2, dim=-1)  # (B, S, H, C) -> 2 x (B, S, H, C / 2)
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x_BSHC)
 
 
 def attend_to_past(
@@ -153,6 +153,7 @@ class Attention(nn.Module):
             q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
         q_BSHC = times(q_BSHC, self.logits_multiplier)
 
-        # Heads go before the sequence, as attention takes them.
-        q_BHSC, k_BGSC = apply_rope(q_BSHC.transpose(1, 2), rope), apply_rope(k_BSGC.transpose(1, 2), rope)
-        return q_BHSC, k_BGSC, v_BSGC.transpose(1, 2)
+        # Heads go before the sequence, as attention takes them, by strides alone: in memory they stay behind it, where
+        # the products before and after have them, and nothing is copied for the change, nor its gradient.
+        q_BSHC, k_BSGC = apply_rope(q_BSHC, rope), apply_rope(k_BSGC, rope)
+        return q_BSHC.transpose(1, 2), k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2)

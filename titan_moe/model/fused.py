@@ -1,7 +1,8 @@
 """SwiGLU, and the ways of rows between tokens and experts, in one pass over memory where torch takes several.
 
 Each is an operator of ours: on a GPU one Triton kernel, elsewhere torch's operators. A compiled layer gets torch's
-operators on a GPU too, because inductor fuses them with their neighbours, which it can't do with an operator of ours.
+operators on a GPU too, because inductor fuses them with their neighbours, which it can't do with an operator of ours;
+but for SwiGLU's backward, which inductor makes a kernel of its own that reads its inputs twice.
 None is differentiable: the autograd functions of `dispatch` and `moe` are made of them.
 
 Shapes: T tokens, D dim, F hidden width, K top_k, N rows.
@@ -17,20 +18,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 @functools.cache
 def kernels() -> Any:
     """The Triton kernels; None where Triton is not installed (it comes with torch for GPUs on Linux)."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return None
     return importlib.import_module("titan_moe.model.triton_kernels")
 
 
-def _define(schema: str, formula: Callable[..., Any], eager: Callable[..., Any], shapes: Callable[..., Any]) -> Any:
+def _define(
+    schema: str,
+    formula: Callable[..., Any],
+    eager: Callable[..., Any],
+    shapes: Callable[..., Any],
+    *,
+    compiles: bool = True,
+) -> Any:
     """Define the operator `titan_moe::NAME`, NAME being the schema's, and return the function to call it by.
 
     It is `formula` where torch compiles, else a kernel on a GPU and `eager` on a CPU. `shapes` makes empty results for
-    fake tensors.
+    fake tensors. With `compiles` false the kernel is taken where torch compiles for a GPU, too.
     """
     name = schema.partition("(")[0]
     torch.library.define(f"titan_moe::{name}", schema.removeprefix(name))
@@ -47,7 +57,8 @@ def _define(schema: str, formula: Callable[..., Any], eager: Callable[..., Any],
 
     # Inductor sees the formula instead of the operator, and can fuse it.
     def call(*arguments: Any) -> Any:
-        return formula(*arguments) if torch.compiler.is_compiling() else operator(*arguments)
+        has_kernel = not compiles and HAS_TRITON and arguments[0].is_cuda
+        return formula(*arguments) if torch.compiler.is_compiling() and not has_kernel else operator(*arguments)
 
     return call
 
@@ -96,6 +107,7 @@ swiglu_backward = _define(
     _swiglu_backward,
     _swiglu_backward_on_cpu,
     lambda grad_h, h13: (torch.empty_like(grad_h), torch.empty_like(h13)),
+    compiles=False,
 )
 
 

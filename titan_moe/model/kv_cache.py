@@ -47,7 +47,7 @@ def extend(model: Transformer, cache: Cache, tokens_BT: Tensor, start_B: Tensor,
     # A token sees the places up to its own; those after it hold nothing of its text yet.
     T = tokens_BT.shape[1]
     position_BT = start_B.unsqueeze(1) + torch.arange(T, device=tokens_BT.device)
-    cos, sin = (angle[position_BT].unsqueeze(1) for angle in cache.rope)  # (S, C / 2) -> (B, 1, T, C / 2)
+    cos, sin = (angle[position_BT] for angle in cache.rope)  # (S, C / 2) -> (B, T, C / 2)
     places_S = torch.arange(cache.rope[0].shape[0], device=tokens_BT.device)
     visible = (places_S <= position_BT.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S)
 

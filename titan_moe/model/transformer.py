@@ -6,7 +6,7 @@ Shapes: B batch, S sequence, D dim, V vocabulary.
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +115,7 @@ class Transformer(nn.Module):
         self.rope: Callable[..., Rope] = rope_cos_sin  # local angles where a process has a part of each sequence
         self.places: Callable[[Tensor, int], Places] = places_of  # local ones there, too
         self.keeps_gathered = False  # true where sharded parameters stay gathered over the micro-batches of a step
+        self.low_precision: Any = None  # what computes with copies of the parameters in another type, on one process
         self.loss_chunk_tokens = loss_chunk_tokens
         self.softmax_ = softmax_  # or the same function compiled
         self.eot_id: int | None = None

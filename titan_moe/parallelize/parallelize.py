@@ -1,14 +1,13 @@
 """Parallelism, applied from outside, in one order: CP, TP, EP, activation checkpointing, compile, FSDP2."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._triton import has_triton
@@ -19,6 +18,7 @@ from titan_moe.parallelize.activation_checkpoint import checkpoint_block
 from titan_moe.parallelize.context_parallel import apply_cp, local_places, local_rope
 from titan_moe.parallelize.expert_parallel import apply_ep
 from titan_moe.parallelize.mesh import Meshes
+from titan_moe.parallelize.mixed_precision import LowPrecision
 from titan_moe.parallelize.tensor_parallel import apply_tp
 from titan_moe.runtime.compat import MESH_BY_PARAMETER, ShardPlacementResult
 from titan_moe.runtime.machine import c_compiler
@@ -52,8 +52,11 @@ def parallelize(
     if compile_blocks:
         apply_compile(model, mesh)
 
-    # FSDP2 comes last, so that its hooks stay outside of the graphs.
-    if mesh is not None:
+    # What casts parameters comes last, so that its hooks stay outside of the graphs.
+    if mesh is None:
+        if any(parameter.dtype != param_dtype for parameter in model.parameters()):
+            model.low_precision = LowPrecision(model, param_dtype)
+    else:
         policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
         apply_fsdp(model, mesh, policy, reshard_after_forward)
 
@@ -129,9 +132,7 @@ def apply_fsdp(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, r
             if isinstance(layer, MoE):
                 fully_shard(layer.experts, mesh=mesh.efsdp, mp_policy=block_policy, reshard_after_forward=frees_blocks)
     placement = placements(model, mesh) if MESH_BY_PARAMETER else None
-    # One rank that keeps all has nothing to send while it computes: one unit, whose hooks run once, spares the host.
-    blocks = [] if mesh.dense.size() == 1 and model.keeps_gathered else model.layers.children()
-    for block in blocks:
+    for block in model.layers.children():
         fully_shard(
             block,
             mesh=mesh.dense,
@@ -141,39 +142,11 @@ def apply_fsdp(model: Transformer, mesh: Meshes, policy: MixedPrecisionPolicy, r
         )
     fully_shard(model, mesh=mesh.dense, mp_policy=policy, reshard_after_forward=reshard_after_forward == "always")
 
-    # Sums, not averages. The plain sum is forced because gloo has none that multiplies first. A rank that is alone
-    # divides by nothing anyway, and with a factor it would take a pass for it.
+    # Sums, not averages. The plain sum is forced because gloo has none that multiplies first.
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
-            if mesh.dense.size() > 1:
-                module.set_gradient_divide_factor(1.0)
-            else:
-                module.set_custom_reduce_scatter(NothingToReduce())
-
-
-class NothingToReduce(ReduceScatter):
-    """What FSDP2 uses to reduce the gradients of one process: its result is what it is given, in the same memory.
-
-    FSDP2 asks for memory twice a reduction, for the input and then for the output, and on one process copies the one
-    into the other. A copy of a tensor into itself is nothing, which spares a pass over all gradients, and their memory.
-    """
-
-    def __init__(self) -> None:
-        self.given: Tensor | None = None
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """New memory for the input, and the same for the output, which is asked for next."""
-        if self.given is None:
-            self.given = torch.empty(*size, dtype=dtype, device=device)
-            return self.given
-        given, self.given = self.given, None
-        assert (given.shape, given.dtype) == (torch.Size(size), dtype)
-        return given
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Not called on one process."""
-        raise NotImplementedError
+            module.set_gradient_divide_factor(1.0)
 
 
 def set_last_micro_batch(model: nn.Module, last: bool) -> None:
@@ -183,6 +156,8 @@ def set_last_micro_batch(model: nn.Module, last: bool) -> None:
     them from one micro-batch to the next, adds up whole gradients, in the type of their reduction, and reduces them
     once. That takes as much memory as all gradients do on one rank, so by default each micro-batch's are reduced.
     """
+    if getattr(model, "low_precision", None) is not None:
+        cast(Any, model).low_precision.is_last = last
     if not isinstance(model, FSDPModule):
         return
     if cast(Any, model).keeps_gathered:

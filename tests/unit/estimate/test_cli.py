@@ -96,7 +96,7 @@ def test_parts_of_sequences_and_matrices() -> None:
         assert result.parameters == pytest.approx(one.parameters / 4, rel=0.01)
         assert result.expert_rows == one.expert_rows / 2
         assert 0.4 < result.flops / one.flops <= 0.5  # a causal chunk sees less than all
-        assert result.activations < 0.6 * one.activations
+        assert result.activations < 0.7 * one.activations  # with what FSDP2 copies, which one process has not
         tokens_or_keys = 4 * 2 * 64 * 32  # fp32, sequences, tokens, width: K and V of half of them are as large
         calls = 3 if axis == "cp (2)" else 2 * 3
         assert result.traffic["all_gather", axis] == (calls, calls * tokens_or_keys // (2 if calls == 6 else 1))
