@@ -13,7 +13,7 @@ from titan_moe.config import Config, find_component
 from titan_moe.config.checks import parametrization_of
 from titan_moe.config.sections import Optimizer as OptimizerTables
 from titan_moe.config.sections import balancer_tables
-from titan_moe.data.build import Data, build_data
+from titan_moe.data.build import Data, SourceFiles, build_data
 from titan_moe.model.attention import attention_heads
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
 from titan_moe.model.moe import MEASURED, WEIGHTS, InitState, Measure
@@ -290,6 +290,8 @@ def data_arguments(config: Config) -> dict[str, Any]:
     return {
         "dataset": data.dataset,
         "path": data.path,
+        "sources": [SourceFiles(name, **dataclasses.asdict(source)) for name, source in data.sources.items()],
+        "steps": training.steps,
         "seq_len": training.seq_len,
         "seed": training.seed,
         "validation_fraction": data.validation_fraction,

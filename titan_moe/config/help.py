@@ -9,7 +9,7 @@ import tomli_w
 
 from titan_moe.balancer import Balancer
 from titan_moe.config.schema import REQUIRED, Kind, Parameter, document, parameters_of, type_text
-from titan_moe.config.sections import GROUP_KEYS, KINDS, LOAD_LR, SECTIONS, Config
+from titan_moe.config.sections import GROUP_KEYS, KINDS, LOAD_LR, NAMED_TABLES, SECTIONS, Config
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 from titan_moe.optimizer.load_lr import load_lr
 
@@ -55,10 +55,24 @@ def help_text() -> str:
         else:
             lines = [f"[{section}]  {inspect.getdoc(hint)}"]
             for key, annotation in get_type_hints(hint, include_extras=True).items():
-                about = f"{document(annotation)} {_type(annotation)}"
-                lines += _entry(f"  {key}", getattr(getattr(default, section), key), about)
+                if f"{section}.{key}" not in NAMED_TABLES:
+                    about = f"{document(annotation)} {_type(annotation)}"
+                    lines += _entry(f"  {key}", getattr(getattr(default, section), key), about)
             blocks.append("\n".join(lines))
+            blocks += [
+                _table_block(path, table) for path, table in NAMED_TABLES.items() if path.startswith(f"{section}.")
+            ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _table_block(path: str, table: type) -> str:
+    """Describe the tables [SECTION.KEY.NAME]."""
+    about = " ".join((inspect.getdoc(table) or "").split())
+    lines = textwrap.wrap(f"[{path}.NAME]  {about}", WIDTH, subsequent_indent="  ")
+    default = table()
+    for key, annotation in get_type_hints(table, include_extras=True).items():
+        lines += _entry(f"  {key}", getattr(default, key), f"{document(annotation)} {_type(annotation)}")
+    return "\n".join(lines)
 
 
 def _component_block(section: str, kind: Kind, intro: str, default: Any) -> str:

@@ -32,6 +32,7 @@ from titan_moe.config.sections import (
     KINDS,
     LOAD_LR,
     METRIC_NAMES,
+    NAMED_TABLES,
     REMOVED,
     SECTIONS,
     Component,
@@ -124,9 +125,13 @@ def _split(section: str, content: dict[str, Any], origin: str, earlier: Tables) 
 
     `earlier` are the tables so far: instances of balancers that are among them may go without a name here.
     """
-    # Other sections have no tables within.
+    # Sections of one's own fields have tables of one kind at most.
     if section not in ("balancer", "optimizer"):
-        return {section: content}
+        named = {path: path.partition(".")[2] for path in NAMED_TABLES if path.partition(".")[0] == section}
+        inner = {}
+        for path in [path for path, key in named.items() if key in content]:
+            inner |= _named_tables(path, content[named[path]], origin)
+        return {section: {key: value for key, value in content.items() if key not in named.values()}, **inner}
     names = [name for name in (content if section == "balancer" else GROUP_PATTERNS) if name in content]
     inner = {f"{section}.{name}": content[name] for name in names}
     plain = {key: value for key, value in content.items() if key not in names}
@@ -143,6 +148,19 @@ def _split(section: str, content: dict[str, Any], origin: str, earlier: Tables) 
         on = isinstance(table, dict) or check_value(bool, table, origin, path)
         tables[path] = None if not on else table if isinstance(table, dict) else {}
     return tables
+
+
+def _named_tables(path: str, content: Any, origin: str) -> dict[str, dict[str, Any] | None]:
+    """The tables of [SECTION.KEY.NAME] by their paths; NAME = false takes one away. ValueError for another name."""
+    if not isinstance(content, dict):
+        raise key_error(origin, path, f"must have tables: [{path}.NAME]", content)
+    for name, table in content.items():
+        if not name.isidentifier():
+            message = "a name is of letters, digits and _, and does not begin with a digit"
+            raise key_error(origin, f"{path}.{name}", message)
+        if table is not False and not isinstance(table, dict):
+            raise key_error(origin, f"{path}.{name}", f"must be a table: [{path}.{name}]", table)
+    return {f"{path}.{name}": table or None if table is False else table for name, table in content.items()}
 
 
 def _own_groups(content: Any, origin: str) -> dict[str, Any]:
@@ -189,6 +207,8 @@ def _annotations(path: str, tables: Tables) -> dict[str, Any]:
     """The types of the keys that a table may have: those of a section's fields, or of a builder's parameters."""
     if path in SECTIONS and path not in KINDS:
         return get_type_hints(SECTIONS[path], include_extras=True)
+    if (kind := path.rpartition(".")[0]) in NAMED_TABLES:
+        return get_type_hints(NAMED_TABLES[kind], include_extras=True)
     annotations = {key: parameter.annotation for key, parameter in _parameters(path, tables).items()}
     return {**annotations, "name": str} if _has_name(path) else annotations
 
@@ -269,7 +289,7 @@ def _make_config(tables: Tables) -> Config:
     sections: dict[str, Any] = {}
     for section, hint in SECTIONS.items():
         if section not in KINDS:
-            sections[section] = hint(**_values(section, tables))
+            sections[section] = hint(**_values(section, tables), **_made_tables(section, tables))
         elif section == "balancer":
             paths = [path for path in tables if path.startswith("balancer.")]
             sections[section] = {path.partition(".")[2]: _arguments(path, tables) for path in paths}
@@ -289,6 +309,16 @@ def _make_config(tables: Tables) -> Config:
                 raise key_error(origin, f"{path}.match", "is missing: give globs on names of parameters")
     sections["optimizer"] = dataclasses.replace(sections["optimizer"], groups=groups)
     return Config(**sections)
+
+
+def _made_tables(section: str, tables: Tables) -> dict[str, dict[str, Any]]:
+    """The tables within a section, by their key, then by their name."""
+    by_key: dict[str, dict[str, Any]] = {}
+    for kind, hint in NAMED_TABLES.items():
+        if kind.startswith(f"{section}."):
+            paths = [path for path in tables if path.startswith(f"{kind}.")]
+            by_key[kind.partition(".")[2]] = {path.rpartition(".")[2]: hint(**_values(path, tables)) for path in paths}
+    return by_key
 
 
 def _values(path: str, tables: Tables) -> dict[str, Any]:
@@ -347,6 +377,9 @@ def to_document(config: Config) -> dict[str, Any]:
             table = dataclasses.asdict(value)
             for name in ("config_file", "allow_config_change"):  # of one start, not of the run
                 table.pop(name, None)
+            for kind in NAMED_TABLES:
+                if kind.startswith(f"{section}.") and not table[kind.partition(".")[2]]:
+                    del table[kind.partition(".")[2]]
         document[section] = table
 
     # A dense model has no balancer, and an empty table would say no more than none.

@@ -2,7 +2,8 @@
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -11,13 +12,14 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data import hub
-from titan_moe.data.cache import TokenCache, TokenFile, Tokens, build_cache
+from titan_moe.data.cache import TokenCache, Tokens, build_cache
 from titan_moe.data.corpus import (
     Corpus,
     Split,
     corpus_tokenizer,
     digest,
     fraction_for_both,
+    joined,
     make_corpus,
     make_split,
 )
@@ -31,9 +33,11 @@ from titan_moe.data.loader import (
     validation_batches,
     window_loader,
 )
+from titan_moe.data.mixture import MANY_EPOCHS, MixedBatches, Source, epochs
 from titan_moe.data.sources import are_tokens, find_files, stdlib_files
 from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
 from titan_moe.data.token_files import (
+    DividedTokens,
     Documents,
     TokenSource,
     all_documents,
@@ -51,6 +55,17 @@ BYTES_PER_TOKEN = 6  # more than English has, so that a sample of a stream has e
 Batches = Iterator[tuple[Tensor, Tensor]]
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+class SourceFiles(NamedTuple):
+    """One of several sources of training data, as [data.sources.NAME] has it."""
+
+    name: str
+    dataset: str
+    path: str | Sequence[str]
+    weight: float
+    from_step: int = 1
+    until_step: int = 0
 
 
 class Data(NamedTuple):
@@ -75,6 +90,7 @@ class _Wanted(NamedTuple):
     folder: str
     endpoint: str
     progress: bool
+    sources: Sequence[SourceFiles] = ()
 
 
 class _Stream(NamedTuple):
@@ -89,14 +105,24 @@ class _Prepared(NamedTuple):
 
     tokenizer: Tokenizer
     fingerprint: str
-    train: Tokens | _Stream
-    validation: Tokens | None
+    train: Tokens | _Stream | list[Source]
+    validation: Sequence[Tokens]
+
+
+class _Tokenized(NamedTuple):
+    """The tokens of several sources, divided, and what each was made of."""
+
+    fingerprints: list[str]
+    tokenizer: Tokenizer
+    caches: Sequence[TokenCache | DividedTokens]
 
 
 def build_data(
     *,
     dataset: str,
     path: str | Sequence[str] = (),
+    sources: Sequence[SourceFiles] = (),
+    steps: int = 0,
     tokenizer: str,
     eot_token: str = "",
     seq_len: int,
@@ -120,7 +146,8 @@ def build_data(
 ) -> Data:
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
-    `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`; `eot_token` ends every
+    `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`. With `sources` training
+    data are theirs instead; `steps`, the length of the run, tells how often it reads them. `eot_token` ends every
     document (empty: the one that the tokenizer's files name). Validation data are the files of `validation_path`, else
     `validation_fraction` of the documents, chosen by the hash of their content, and one at least. On every node the one
     process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size` of -1 is that of
@@ -139,14 +166,23 @@ def build_data(
     tokens = validation_steps * validation_local_batch_size * seq_len + 1
     tokens = STREAM_VALIDATION_TOKENS if validation_steps < 0 else tokens
     show = progress and is_main
-    want = _Wanted(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show)
-    prepare = partial(_prepare_stream if is_streamed(dataset) else _prepare_files, want)
+    want = _Wanted(
+        dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show, sources
+    )
+    kind = _prepare_sources if sources else _prepare_stream if is_streamed(dataset) else _prepare_files
+    prepare = partial(kind, want)
     data = main_process_first(prepare, is_main, barrier)
 
     # A loader is made anew for every position from which training goes on.
     rank = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     batch = {**rank, "seed": seed, "local_batch_size": local_batch_size}
-    if isinstance(data.train, _Stream):
+    if isinstance(data.train, list):
+        for source in data.train:
+            _check_length(source.file, seq_len, f"data.sources.{source.name}")
+        make = partial(window_loader, MixedBatches(data.train, global_batch_size=size, **batch), num_workers, device)
+        if is_main:
+            tell_epochs(epochs(data.train, steps, size, seq_len))
+    elif isinstance(data.train, _Stream):
         make = partial(_stream_loader, data, batch, size, num_workers, device)
     else:
         _check_length(data.train, seq_len, "data.path")
@@ -155,9 +191,9 @@ def build_data(
 
     # Validation begins at the start of its set each time.
     validation = None
-    if data.validation is not None:
+    if data.validation:
         key = "data.validation_path" if validation_path else f"data.validation_fraction ({fraction})"
-        _check_length(data.validation, seq_len, key)
+        _check_length(max(data.validation, key=lambda file: file.num_tokens), seq_len, key)
         batches = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
         held_out = partial(validation_batches, data.validation, **rank, **batches)
         validation = partial(_batches_on, device, positions, held_out)
@@ -189,13 +225,14 @@ def build_validation(
     def build() -> Tokens:
         files, loaded = find_files(path), load_tokenizer(tokenizer, endpoint)
         if are_tokens(files):
-            return all_documents(_documents(files, loaded, cache_folder, progress=False))
-        return _tokenize_all(files, loaded, cache_folder, progress=progress and is_main)
+            return all_documents(_documents(files, tokenizer=loaded, folder=cache_folder, progress=False))
+        corpus = make_corpus([], files, fraction=0.0, folder=cache_folder)
+        return build_cache(corpus, loaded, cache_folder, progress=progress and is_main).validation
 
     file = main_process_first(build, is_main, barrier)
     _check_length(file, seq_len, "data.path")
     rank = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
-    batches = partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **rank)
+    batches = partial(validation_batches, [file], steps=steps, local_batch_size=local_batch_size, **rank)
     return partial(_batches_on, device, None, batches)
 
 
@@ -255,6 +292,14 @@ def _check_length(file: Tokens, seq_len: int, key: str) -> None:
         )
 
 
+def tell_epochs(passes: Mapping[str, float]) -> None:
+    """Say how often a run reads its sources, and warn of those that it reads very often."""
+    log.info("the run reads %s", ", ".join(f"data.sources.{name} {count:.2f} times" for name, count in passes.items()))
+    often = [f"data.sources.{name} {count:.1f} times" for name, count in passes.items() if count > MANY_EPOCHS]
+    if often:
+        log.warning("the run reads %s: text is worth less each time; lower the weight or give more", ", ".join(often))
+
+
 def _stream_loader(
     data: _Prepared, batch: dict[str, Any], size: int, num_workers: int, device: torch.device, state: dict[str, Any]
 ) -> StatefulDataLoader:
@@ -268,76 +313,113 @@ def _stream_loader(
 
 def _prepare_files(want: _Wanted) -> _Prepared:
     """Tokenize files into the cache: training data, and validation data of their own or a fraction."""
-    files, kind = (stdlib_files(), "source") if want.dataset == "stdlib" else (find_files(want.path), "")
-    held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
-    if are_tokens(files) or are_tokens(held_out):
-        return _prepare_tokens(want, files, held_out)
+    one = SourceFiles("", want.dataset, want.path, 1.0)
+    (fingerprint,), tokenizer, (cache,) = _tokenize(want, [one])
+    return _Prepared(tokenizer, fingerprint, cache.train, [cache.validation] if _is_split(want) else [])
 
-    def tokenize(fraction: float) -> tuple[Corpus, Tokenizer, TokenCache]:
-        corpus = make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
-        tokenizer = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
-        return corpus, tokenizer, build_cache(corpus, tokenizer, want.folder, progress=want.progress)
+
+def _prepare_sources(want: _Wanted) -> _Prepared:
+    """Prepare the files of several sources, each for itself, with one tokenizer."""
+    fingerprints, tokenizer, caches = _tokenize(want, want.sources)
+    sources = [
+        Source(source.name, cache.train, Fraction(str(source.weight)), source.from_step, source.until_step)
+        for source, cache in zip(want.sources, caches, strict=True)
+    ]
+
+    # Validation data are the files of validation_path, which are in each cache, or what is held out of each source;
+    # where two are the same, once.
+    held_out = caches[:1] if want.validation_path else caches if want.fraction else []
+    files = list(dict.fromkeys(cache.validation for cache in held_out if cache.validation.num_tokens))
+    return _Prepared(tokenizer, digest(fingerprints), sources, files)
+
+
+def _is_split(want: _Wanted) -> bool:
+    return bool(want.validation_path or want.fraction)
+
+
+def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> _Tokenized:
+    """Tokenize the files of each source into a cache; files of token ids are read where they are."""
+    held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
+    places = [_files_of(source) for source in sources]
+    has_tokens = any(are_tokens(files) for files in (held_out, *(files for files, _ in places)))
+    done = (_divide_tokens if has_tokens else _tokenize_texts)(want, places, held_out)
+
+    # One document can't be on both sides, and files may turn out to hold none.
+    for source, count in zip(sources, (cache.num_documents for cache in done.caches), strict=True):
+        if _is_split(want) and not all(count.values()):
+            of_source = f" of data.sources.{source.name}" if source.name else ""
+            raise ValueError(
+                f"data.validation_fraction ({want.fraction}) divides the documents{of_source} into {count['train']} "
+                f"for training and {count['validation']} for validation: choose another fraction, or files with "
+                "--data.validation_path"
+            )
+    return done
+
+
+def _files_of(source: SourceFiles) -> tuple[list[str], str]:
+    """The files of a source, and their kind where their names don't tell."""
+    key = f"data.sources.{source.name}.path" if source.name else "data.path"
+    return (stdlib_files(), "source") if source.dataset == "stdlib" else (find_files(source.path, key), "")
+
+
+def _tokenize_texts(want: _Wanted, places: Sequence[tuple[list[str], str]], held_out: list[str]) -> _Tokenized:
+    """Tokenize text by one tokenizer, which may be trained on all of it."""
+
+    def tokenize(fractions: Sequence[float]) -> tuple[list[Corpus], Tokenizer, list[TokenCache]]:
+        corpora = [
+            make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
+            for (files, kind), fraction in zip(places, fractions, strict=True)
+        ]
+        tokenizer = corpus_tokenizer(want.tokenizer, joined(corpora), want.folder, want.endpoint, want.eot_token)
+        caches = [build_cache(corpus, tokenizer, want.folder, progress=want.progress) for corpus in corpora]
+        return corpora, tokenizer, caches
 
     # Of few documents a small fraction may be none, or a large one all. Tokenizing them twice costs less than reading
     # every corpus once more to know before.
-    corpus, tokenizer, cache = tokenize(want.fraction)
-    if want.fraction and not all(cache.num_documents.values()):
-        fraction = fraction_for_both(corpus, want.folder)
-        log.info("data.validation_fraction is taken as %.3g: one document at least on either side", fraction)
-        corpus, tokenizer, cache = tokenize(fraction)
-
-    # One document can't be on both sides, and files may turn out to hold none.
-    return _with_both_sides(
-        want, _Prepared(tokenizer, corpus.fingerprint, cache.train, cache.validation), cache.num_documents
-    )
-
-
-def _with_both_sides(want: _Wanted, data: _Prepared, count: dict[str, int]) -> _Prepared:
-    """Return data, without validation data where none are wanted; ValueError where one of two sides has no document."""
-    if not (want.validation_path or want.fraction):
-        return data._replace(validation=None)
-    if not all(count.values()):
-        raise ValueError(
-            f"data.validation_fraction ({want.fraction}) divides the documents into {count['train']} for training and "
-            f"{count['validation']} for validation: choose another fraction, or files with --data.validation_path"
-        )
-    return data
+    fractions = [want.fraction] * len(places)
+    corpora, tokenizer, caches = tokenize(fractions)
+    lacking = [number for number, cache in enumerate(caches) if not all(cache.num_documents.values())]
+    if want.fraction and lacking:
+        for number in lacking:
+            fractions[number] = fraction_for_both(corpora[number], want.folder)
+            log.info(
+                "data.validation_fraction is taken as %.3g: one document at least on either side", fractions[number]
+            )
+        corpora, tokenizer, caches = tokenize(fractions)
+    return _Tokenized([corpus.fingerprint for corpus in corpora], tokenizer, caches)
 
 
-def _prepare_tokens(want: _Wanted, files: list[str], held_out: list[str]) -> _Prepared:
-    """Open token files where they are: training data, and validation data of their own or a fraction.
+def _divide_tokens(want: _Wanted, places: Sequence[tuple[list[str], str]], held_out: list[str]) -> _Tokenized:
+    """Divide files of token ids where they are; what is text among them is tokenized whole, and then one of them.
 
-    One of the two may be text, which is tokenized into the cache and is a token file from there on.
+    So sides go by the ids of a document in all of them, and no copy of one is on two sides.
     """
     if bpe_vocab_size(want.tokenizer):
-        path = (files if are_tokens(files) else held_out)[0]
+        path = next(files[0] for files in (*(files for files, _ in places), held_out) if are_tokens(files))
         raise ValueError(
             f"data.tokenizer ({want.tokenizer}) is trained on text, and {path} holds token ids: name the tokenizer "
             "that made the file with --data.tokenizer"
         )
     tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
-    documents = _documents(files, tokenizer, want.folder, progress=want.progress)
-    others = _documents(held_out, tokenizer, want.folder, progress=want.progress) if held_out else []
-    divided = divide_documents(documents, want.fraction, others)
-    fingerprint = digest([*([some.fingerprint for some in side] for side in (documents, others)), want.fraction])
-    data = _Prepared(tokenizer, fingerprint, divided.train, divided.validation)
-    return _with_both_sides(want, data, divided.num_documents)
+    documents = partial(_documents, tokenizer=tokenizer, folder=want.folder, progress=want.progress)
+    others = documents(held_out) if held_out else []
+    trained = [documents(files, kind) for files, kind in places]
+    caches = [divide_documents(some, want.fraction, others) for some in trained]
+    rest = [want.fraction, [other.fingerprint for other in others]]
+    fingerprints = [digest([[one.fingerprint for one in some], *rest]) for some in trained]
+    return _Tokenized(fingerprints, tokenizer, caches)
 
 
-def _documents(files: list[str], tokenizer: Tokenizer, folder: str, *, progress: bool) -> list[Documents]:
-    """Return the documents of token files, or those of text files once they are tokenized."""
+def _documents(
+    files: list[str], kind: str = "", *, tokenizer: Tokenizer, folder: str, progress: bool
+) -> list[Documents]:
+    """Return the documents of token files, or of text files once they are tokenized."""
     if are_tokens(files):
         sources = [open_tokens(path, tokenizer.vocab_size) for path in files]
     else:
-        sources = [TokenSource(_tokenize_all(files, tokenizer, folder, progress=progress))]
+        corpus = make_corpus(files, fraction=0.0, folder=folder, kind=kind)
+        sources = [TokenSource(build_cache(corpus, tokenizer, folder, progress=progress).train)]
     return load_documents(sources, tokenizer, folder)
-
-
-def _tokenize_all(files: list[str], tokenizer: Tokenizer, folder: str, *, progress: bool) -> TokenFile:
-    """Return the tokens of all documents of text files, from the cache."""
-    return build_cache(
-        make_corpus([], files, fraction=0.0, folder=folder), tokenizer, folder, progress=progress
-    ).validation
 
 
 def _prepare_stream(want: _Wanted) -> _Prepared:
@@ -369,9 +451,9 @@ def _prepare_stream(want: _Wanted) -> _Prepared:
 
     # Documents of validation files are left out of the stream by their hashes. Those of a sample need none: the
     # fraction leaves them out.
-    split, file = Split(want.fraction), None
+    split, files = Split(want.fraction), []
     if held_out:
         corpus = make_corpus([], held_out, fraction=0.0, folder=want.folder)
-        file = build_cache(corpus, tokenizer, want.folder, progress=want.progress).validation
+        files = [build_cache(corpus, tokenizer, want.folder, progress=want.progress).validation]
         split = make_split(corpus, want.folder) if want.validation_path else split
-    return _Prepared(tokenizer, f"{source.path}:{source.config or ''}@{source.revision}", _Stream(source, split), file)
+    return _Prepared(tokenizer, f"{source.path}:{source.config or ''}@{source.revision}", _Stream(source, split), files)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from titan_moe.data import token_files
-from titan_moe.data.build import Data, build_data, build_validation
+from titan_moe.data.build import Data, SourceFiles, build_data, build_validation
 from titan_moe.data.cache import TokenFile, TokenParts
 from titan_moe.data.sources import find_files
 from titan_moe.data.token_files import (
@@ -467,3 +467,27 @@ def test_in_folders_text_goes_before_tokens(tmp_path: Path) -> None:
     assert find_files(str(tmp_path)) == [text]
     os.remove(text)
     assert find_files(str(tmp_path)) == [str(tmp_path / "b.npy")]
+
+
+@pytest.mark.parametrize("held_out", ["fraction", "text", "tokens"])
+def test_sources_of_text_and_of_tokens(tmp_path: Path, held_out: str) -> None:
+    """Each with its share, and no document of one is validation data of the other."""
+    first = write_jsonl(tmp_path / "a.jsonl", TEXTS[:150])
+    second = write_pair(tmp_path / "b.bin", DOCUMENTS[50:])
+    settings: dict[str, Any] = {"validation_fraction": 0.3}
+    if held_out == "text":
+        settings = {"validation_path": write_jsonl(tmp_path / "c.jsonl", TEXTS[60:90])}
+    elif held_out == "tokens":
+        settings = {"validation_path": write_pair(tmp_path / "c.bin", DOCUMENTS[60:90])}
+    sources = [SourceFiles("text", "text", first, 3), SourceFiles("tokens", "text", second, 1)]
+    data = make(tmp_path, (), sources=sources, steps=50, seq_len=400, **settings)
+    assert data.validation is not None
+    held = ids_of(data.validation())
+    trained = ids_of(itertools.islice(iter(data.train), 100))
+    numbers = {int(bytes(ids[:-1]).decode().split(":")[0].removeprefix("document ")) for ids in trained}
+    assert len(held) > 10
+    assert not held & trained
+    assert min(numbers) < 50
+    assert max(numbers) >= 150
+    assert dict(data.train.tokens_by_source(400)) == {"text": 400 * 300, "tokens": 400 * 100}
+    assert (held_out == "fraction") == bool(numbers & set(range(60, 90)))
