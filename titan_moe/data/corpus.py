@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -126,9 +126,12 @@ def hash_files(files: Sequence[str], folder: str) -> list[str]:
     return hashes
 
 
-def document_hash(data: bytes) -> int:
-    """Return the 64-bit hash that decides a document's side: exact copies are on the same side."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+def document_hash(data: bytes, more: Iterable[bytes] = ()) -> int:
+    """Return the 64-bit hash that decides a document's side, of `data` and then `more`: copies are on the same side."""
+    content = hashlib.blake2b(data, digest_size=8)
+    for piece in more:
+        content.update(piece)
+    return int.from_bytes(content.digest(), "little")
 
 
 def load_held_out(split: Split) -> frozenset[int]:

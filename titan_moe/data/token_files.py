@@ -244,11 +244,17 @@ def _hash_documents(file: TokenFile, ends: np.ndarray, eot: int) -> tuple[np.nda
     starts = np.concatenate([[0], ends[:-1]])
     first = 0
     while first < len(ends):
-        # As many documents at once as a chunk holds, and one at least.
-        stop = max(first + 1, int(np.searchsorted(ends, starts[first] + CHUNK_TOKENS, side="right")))
+        # As many documents at once as a chunk holds. A longer one, which may be all of a file, is read by chunks.
         begin = int(starts[first])
-        ids = file.read(begin, int(ends[stop - 1]))
-        data = ids.astype("<u4").tobytes()
+        stop = int(np.searchsorted(ends, begin + CHUNK_TOKENS, side="right"))
+        if stop <= first:
+            last[first] = file.read(int(ends[first]) - 1, int(ends[first]))[0]
+            end = int(ends[first]) - bool(last[first] == eot)
+            hashes[first] = document_hash(b"", _chunks(file, begin, end))
+            first += 1
+            continue
+        data = b"".join(_chunks(file, begin, int(ends[stop - 1])))
+        ids = np.frombuffer(data, "<u4")
         for index in range(first, stop):
             start, end = int(starts[index]) - begin, int(ends[index]) - begin
             if end > start:
@@ -257,6 +263,11 @@ def _hash_documents(file: TokenFile, ends: np.ndarray, eot: int) -> tuple[np.nda
             hashes[index] = document_hash(data[4 * start : 4 * end])
         first = stop
     return hashes, last
+
+
+def _chunks(file: TokenFile, start: int, stop: int) -> Iterator[bytes]:
+    for first in range(start, stop, CHUNK_TOKENS):
+        yield file.read(first, min(first + CHUNK_TOKENS, stop)).astype("<u4").tobytes()
 
 
 def _check_last(source: TokenSource, ends: np.ndarray, last: np.ndarray, tokenizer: Tokenizer) -> None:
