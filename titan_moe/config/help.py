@@ -9,7 +9,7 @@ import tomli_w
 
 from titan_moe.balancer import Balancer
 from titan_moe.config.schema import REQUIRED, Kind, Parameter, document, parameters_of, type_text
-from titan_moe.config.sections import GROUP_KEYS, KINDS, LOAD_LR, SECTIONS, Config
+from titan_moe.config.sections import GROUP_KEYS, KINDS, LOAD_LR, NAMED_TABLES, SECTIONS, Config
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 from titan_moe.optimizer.load_lr import load_lr
 
@@ -54,10 +54,12 @@ def help_text() -> str:
                 blocks += [_group_block(), _load_lr_block()]
         else:
             lines = [f"[{section}]  {inspect.getdoc(hint)}"]
-            for key, annotation in get_type_hints(hint, include_extras=True).items():
-                about = f"{document(annotation)} {_type(annotation)}"
+            annotations = get_type_hints(hint, include_extras=True)
+            named = [key for key in annotations if f"{section}.{key}" in NAMED_TABLES]
+            for key in [key for key in annotations if key not in named]:
+                about = f"{document(annotations[key])} {_type(annotations[key])}"
                 lines += _entry(f"  {key}", getattr(getattr(default, section), key), about)
-            blocks.append("\n".join(lines))
+            blocks += ["\n".join(lines), *(_named_block(f"{section}.{key}") for key in named)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -87,6 +89,16 @@ def _state_of(builder: Callable[..., Balancer]) -> list[str]:
     """The names of the tensors that a balancer keeps, as it is by default."""
     init = builder().init
     return [] if init is None else list(init(1))
+
+
+def _named_block(path: str) -> str:
+    """Describe the tables that users name under a key of a section."""
+    fields = NAMED_TABLES[path]
+    about, default = " ".join((inspect.getdoc(fields) or "").split()), fields()
+    keys = get_type_hints(fields, include_extras=True).items()
+    return _keys_block(
+        f"[{path}.NAME]: {about}", {key: Parameter(annotation, getattr(default, key)) for key, annotation in keys}
+    )
 
 
 def _group_block() -> str:

@@ -32,6 +32,7 @@ from titan_moe.config.sections import (
     KINDS,
     LOAD_LR,
     METRIC_NAMES,
+    NAMED_TABLES,
     REMOVED,
     SECTIONS,
     Component,
@@ -124,9 +125,9 @@ def _split(section: str, content: dict[str, Any], origin: str, earlier: Tables) 
 
     `earlier` are the tables so far: instances of balancers that are among them may go without a name here.
     """
-    # Other sections have no tables within.
+    # Other sections have no tables within, but for those that users name.
     if section not in ("balancer", "optimizer"):
-        return {section: content}
+        return _split_named(section, content, origin)
     names = [name for name in (content if section == "balancer" else GROUP_PATTERNS) if name in content]
     inner = {f"{section}.{name}": content[name] for name in names}
     plain = {key: value for key, value in content.items() if key not in names}
@@ -142,6 +143,27 @@ def _split(section: str, content: dict[str, Any], origin: str, earlier: Tables) 
             parameters_of(KINDS[section], name, origin, path)
         on = isinstance(table, dict) or check_value(bool, table, origin, path)
         tables[path] = None if not on else table if isinstance(table, dict) else {}
+    return tables
+
+
+def _split_named(section: str, content: dict[str, Any], origin: str) -> dict[str, dict[str, Any] | None]:
+    """A section's own keys and the tables [SECTION.KEY.NAME] within it, as `_split`; ValueError for a wrong name."""
+    plain = {key: value for key, value in content.items() if f"{section}.{key}" not in NAMED_TABLES}
+    tables: dict[str, dict[str, Any] | None] = {section: plain}
+    for key in content.keys() - plain.keys():
+        path, named = f"{section}.{key}", content[key]
+        if not isinstance(named, dict):
+            raise key_error(origin, path, f"must have tables: [{path}.NAME]", named)
+
+        # A name becomes a part of names of metrics, in which `/` separates.
+        for name, table in named.items():
+            if not (name.isascii() and name.isidentifier()):
+                message = "a name here is of letters, digits and _, and does not begin with a digit"
+                raise key_error(origin, f"{path}.{name}", message)
+            is_off = table in (False, Words(("false",)))
+            if not (isinstance(table, dict) or is_off):
+                raise key_error(origin, f"{path}.{name}", f"must be a table, [{path}.{name}], or false", table)
+            tables[f"{path}.{name}"] = None if is_off else table
     return tables
 
 
@@ -187,8 +209,9 @@ def _check(path: str, tables: Tables, before: Tables) -> Table:
 
 def _annotations(path: str, tables: Tables) -> dict[str, Any]:
     """The types of the keys that a table may have: those of a section's fields, or of a builder's parameters."""
-    if path in SECTIONS and path not in KINDS:
-        return get_type_hints(SECTIONS[path], include_extras=True)
+    fields = NAMED_TABLES.get(path.rpartition(".")[0], SECTIONS.get(path))
+    if fields is not None and path not in KINDS:
+        return get_type_hints(fields, include_extras=True)
     annotations = {key: parameter.annotation for key, parameter in _parameters(path, tables).items()}
     return {**annotations, "name": str} if _has_name(path) else annotations
 
@@ -269,7 +292,7 @@ def _make_config(tables: Tables) -> Config:
     sections: dict[str, Any] = {}
     for section, hint in SECTIONS.items():
         if section not in KINDS:
-            sections[section] = hint(**_values(section, tables))
+            sections[section] = hint(**_values(section, tables), **_named_tables(section, tables))
         elif section == "balancer":
             paths = [path for path in tables if path.startswith("balancer.")]
             sections[section] = {path.partition(".")[2]: _arguments(path, tables) for path in paths}
@@ -289,6 +312,18 @@ def _make_config(tables: Tables) -> Config:
                 raise key_error(origin, f"{path}.match", "is missing: give globs on names of parameters")
     sections["optimizer"] = dataclasses.replace(sections["optimizer"], groups=groups)
     return Config(**sections)
+
+
+def _named_tables(section: str, tables: Tables) -> dict[str, dict[str, Any]]:
+    """The fields of a section that hold tables which users name, each with what it holds, by their names."""
+    fields: dict[str, dict[str, Any]] = {}
+    for parent, of_table in NAMED_TABLES.items():
+        if parent.partition(".")[0] == section:
+            paths = [path for path in tables if path.rpartition(".")[0] == parent]
+            fields[parent.partition(".")[2]] = {
+                path.rpartition(".")[2]: of_table(**_values(path, tables)) for path in paths
+            }
+    return fields
 
 
 def _values(path: str, tables: Tables) -> dict[str, Any]:
@@ -347,6 +382,7 @@ def to_document(config: Config) -> dict[str, Any]:
             table = dataclasses.asdict(value)
             for name in ("config_file", "allow_config_change"):  # of one start, not of the run
                 table.pop(name, None)
+            table = {key: held for key, held in table.items() if f"{section}.{key}" not in NAMED_TABLES or held}
         document[section] = table
 
     # A dense model has no balancer, and an empty table would say no more than none.

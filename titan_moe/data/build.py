@@ -2,7 +2,7 @@
 
 import difflib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +12,15 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data import hub
 from titan_moe.data.cache import TokenCache, TokenFile, build_cache
-from titan_moe.data.corpus import Corpus, Split, corpus_tokenizer, fraction_for_both, make_corpus, make_split
+from titan_moe.data.corpus import (
+    Corpus,
+    Split,
+    corpus_tokenizer,
+    fraction_for_both,
+    make_corpus,
+    make_split,
+    same_files,
+)
 from titan_moe.data.loader import (
     CPU,
     TrainLoader,
@@ -37,13 +45,24 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+class ValidationSet(NamedTuple):
+    """Data to evaluate on: `batches()` returns a new iterator over the set."""
+
+    batches: Callable[[], Batches]
+    fingerprint: str
+
+
 class Data(NamedTuple):
-    """The data of a run. `validation()` returns a new iterator over the validation set; None where there is no set."""
+    """The data of a run. `validation()` returns a new iterator over the validation set; None where there is no set.
+
+    `validation_sets` are more of them, by their names.
+    """
 
     tokenizer: Tokenizer
     train: TrainLoader
     validation: Callable[[], Batches] | None
     fingerprints: dict[str, str]
+    validation_sets: Mapping[str, ValidationSet] = {}
 
 
 class _Wanted(NamedTuple):
@@ -120,8 +139,7 @@ def build_data(
 
     # Whatever the layout, the same things are prepared: the cache is shared, and so is the split.
     fraction = 0.0 if validation_path else validation_fraction
-    tokens = validation_steps * validation_local_batch_size * seq_len + 1
-    tokens = STREAM_VALIDATION_TOKENS if validation_steps < 0 else tokens
+    tokens = _stream_tokens(validation_steps, validation_local_batch_size, seq_len)
     show = progress and is_main
     want = _Wanted(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show)
     prepare = partial(_prepare_stream if is_streamed(dataset) else _prepare_files, want)
@@ -150,8 +168,10 @@ def build_data(
 
 def build_validation(
     *,
-    path: str | Sequence[str],
-    tokenizer: str,
+    dataset: str = "text",
+    path: str | Sequence[str] = (),
+    key: str = "data.path",
+    tokenizer: str | Tokenizer,
     seq_len: int,
     steps: int = -1,
     local_batch_size: int,
@@ -162,23 +182,53 @@ def build_validation(
     barrier: Callable[[], object] | None = None,
     progress: bool = True,
     endpoint: str = hub.HUB_ENDPOINT,
+    positions: Tensor | None = None,
     device: torch.device = CPU,
-) -> Callable[[], Batches]:
-    """Return a function that gives an iterator over all documents of some files, to evaluate a model on them.
+) -> ValidationSet:
+    """Return all documents of a data set, or the first ones of a stream, to evaluate a model on them.
 
-    Arguments and errors are those of `build_data`; the batches (b, S) are those of `validation_batches`, on `device`.
+    Arguments and errors are those of `build_data`, with `key` in place of data.path; the batches (b, S) are those of
+    `validation_batches`, on `device`.
     """
+    show = progress and is_main
 
-    # All of the files are validation data, so that no document is left out and none needs a hash.
-    def build() -> TokenCache:
-        corpus = make_corpus([], find_files(path), fraction=0.0, folder=cache_folder)
-        return build_cache(corpus, load_tokenizer(tokenizer, endpoint), cache_folder, progress=progress and is_main)
+    # All of it is validation data, so that no document is left out. Of a stream as much is read as a run's own
+    # validation would.
+    def build() -> tuple[str, TokenFile]:
+        if is_streamed(dataset):
+            num_bytes = _stream_tokens(steps, local_batch_size, seq_len) * BYTES_PER_TOKEN
+            source = _find_stream(dataset, path, endpoint)
+            sample = {"fraction": 1.0, "num_bytes": num_bytes, "folder": cache_folder, "progress": show}
+            files = [sample_stream(source, "validation", **sample)]
+        else:
+            files = validation_files(dataset, path, key)
+        if dataset == "stdlib":
+            corpus = make_corpus(files, fraction=1.0, folder=cache_folder, kind="source", key=key)
+        else:
+            corpus = make_corpus([], files, fraction=0.0, folder=cache_folder, key=key)
+        words = load_tokenizer(tokenizer, endpoint) if isinstance(tokenizer, str) else tokenizer
+        return corpus.fingerprint, build_cache(corpus, words, cache_folder, progress=show).validation
 
-    file = main_process_first(build, is_main, barrier).validation
-    _check_length(file, seq_len, "data.path")
+    fingerprint, file = main_process_first(build, is_main, barrier)
+    _check_length(file, seq_len, key)
     rank = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     batches = partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **rank)
-    return partial(_batches_on, device, None, batches)
+    return ValidationSet(partial(_batches_on, device, positions, batches), fingerprint)
+
+
+def validation_files(dataset: str, path: str | Sequence[str], key: str = "data.path") -> list[str]:
+    """Return the files of a data set that is not streamed; `key` names `path` in errors, which are of one line."""
+    return stdlib_files() if dataset == "stdlib" else find_files(path, key)
+
+
+def trained_on(dataset: str, path: Sequence[str], train: tuple[str, Sequence[str]], folder: str) -> list[str]:
+    """Return what of a validation set is trained on as well: its files that are also files of `train`, or its stream.
+
+    Sets are a dataset and a path; `folder` is the cache's. Single documents are not looked for.
+    """
+    if is_streamed(dataset) or is_streamed(train[0]):
+        return [f"{dataset} {' '.join(path)}".strip()] if (dataset, [*path]) == (train[0], [*train[1]]) else []
+    return same_files(validation_files(dataset, path), validation_files(*train), folder)
 
 
 def _batches_on(device: torch.device, positions: Tensor | None, make: Callable[[], Batches]) -> Batches:
@@ -229,6 +279,11 @@ def is_streamed(dataset: str) -> bool:
     return dataset in ("fineweb_edu", "hf")
 
 
+def _stream_tokens(steps: int, local_batch_size: int, seq_len: int) -> int:
+    """How many tokens of a stream a validation of `steps` batches takes."""
+    return STREAM_VALIDATION_TOKENS if steps < 0 else steps * local_batch_size * seq_len + 1
+
+
 def _check_length(file: TokenFile, seq_len: int, key: str) -> None:
     if not num_windows(file, seq_len):
         raise ValueError(
@@ -277,12 +332,17 @@ def _prepare_files(want: _Wanted) -> _Prepared:
     return _Prepared(tokenizer, corpus.fingerprint, cache.train, cache.validation if is_split else None)
 
 
+def _find_stream(dataset: str, path: str | Sequence[str], endpoint: str) -> hub.HubDataset:
+    """Find the data set on the hub that `dataset` and `path` name."""
+    name = path if isinstance(path, str) else ",".join(path)
+    if dataset == "hf" and not name:
+        raise ValueError(f"data.path is empty: data.dataset hf needs the name of a data set, e.g. {hub.FINEWEB_EDU}")
+    return hub.find_dataset(hub.FINEWEB_EDU if dataset == "fineweb_edu" else name, endpoint)
+
+
 def _prepare_stream(want: _Wanted) -> _Prepared:
     """Find a stream, and write what is needed of it before training: text for a BPE and the validation data."""
-    path = want.path if isinstance(want.path, str) else ",".join(want.path)
-    if want.dataset == "hf" and not path:
-        raise ValueError(f"data.path is empty: data.dataset hf needs the name of a data set, e.g. {hub.FINEWEB_EDU}")
-    source = hub.find_dataset(hub.FINEWEB_EDU if want.dataset == "fineweb_edu" else path, want.endpoint)
+    source = _find_stream(want.dataset, want.path, want.endpoint)
     sample = partial(sample_stream, source, fraction=want.fraction, folder=want.folder, progress=want.progress)
 
     # A BPE is trained on the beginning of the stream, on training documents alone.
