@@ -310,8 +310,8 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
         if both := trained_on(of_set.dataset, of_set.path, train, cache_folder(config)):
             shown = both[0] + (f" and {len(both) - 1} more" if both[1:] else "")
             logger.warning(
-                "validation.sets.%s: %s is trained on as well (data.path): its numbers are not of text that is new to "
-                "the model",
+                "validation.sets.%s has text that is trained on, too: %s (data.path): its numbers are not those of "
+                "text that is new to the model",
                 *(name, shown),
             )
     return prepared

@@ -64,7 +64,7 @@ def main(args: list[str]) -> int:
 
     # The configuration first: what the command line can't ask for is refused before gigabytes are read.
     step_folder = resolve_checkpoint(options.checkpoint)
-    config, files = evaluation_config(step_folder, overrides, options.trust_components)
+    config, files = evaluation_config(step_folder, overrides, options.trust_components, with_sets=True)
     model, _ = load_model(step_folder, options.trust_components)
 
     # The tokenizer of the checkpoint, for others have other words at the same ids.
@@ -96,10 +96,10 @@ def evaluate_texts(
         (numbers,) = to_numbers([eval_metrics(evaluate(model, batches, bytes_V))])
         return Row(name, paths, numbers)
 
-    # Of the run each set by its name, as in its own validations.
+    # Of the run each set by its name, as in its own validations. All are there before the first is computed.
+    sets = {} if files else load_validation_sets(config, tokenizer, device=device)
     batches = validation_batches(config, tokenizer, files, device)
     if not files:
-        sets = load_validation_sets(config, tokenizer, device=device)
         return [row("validation", [], batches), *(row(name, [], one.batches()) for name, one in sets.items())]
 
     # A text is cut into sequences by itself, and may be too short for one although all of them together are not.
@@ -153,18 +153,20 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "--data.path FILE ...: files to evaluate on, all of them together, then each by itself in a table (a glob in "
         "quotes, or a folder, is one text); without it: the validation data of the run, then each of its "
         "[validation.sets]. "
-        f"--section.key value, instead of the run's: {', '.join(OVERRIDES)}. "
+        f"--section.key value, instead of the run's: {', '.join(OVERRIDES)}, validation.sets.NAME.path and .dataset "
+        "(validation.sets.NAME false: without it). "
         "Text is cut into sequences of training.seq_len tokens; a rest of less than one is left out."
     )
     return parser.parse_known_args(args)
 
 
 def evaluation_config(
-    step_folder: Path, overrides: list[str], trust_components: Sequence[str] = ()
+    step_folder: Path, overrides: list[str], trust_components: Sequence[str] = (), *, with_sets: bool = False
 ) -> tuple[Config, list[str]]:
     """Give the run's configuration with the overrides, and the files of --data.path: of these all is evaluated.
 
-    `trust_components` as in `load_model`.
+    `trust_components` as in `load_model`. `with_sets`: validation sets are evaluated, where no files are given, and may
+    be overridden.
     """
     # Who gives files wants all of them evaluated, not as many batches as the run looked at between steps.
     given = {arg[2:].partition("=")[0] for arg in overrides if arg.startswith("--")}
@@ -173,7 +175,8 @@ def evaluation_config(
     config = load_saved(step_folder / "config.toml", words, trust_components=trust_components)
 
     # Checked last: a key that does not exist at all has a better message by then.
-    if useless := sorted(given.difference(OVERRIDES)):
+    sets = {key for key in given if key.startswith("validation.sets.") and with_sets and "data.path" not in given}
+    if useless := sorted(given.difference(OVERRIDES, sets)):
         raise ValueError(f"--{useless[0]} changes nothing here: an evaluation takes {', '.join(OVERRIDES)}")
     return config, config.data.path if "data.path" in given else []
 

@@ -111,6 +111,15 @@ def test_evaluate_has_a_row_for_each_text(train: Train, sets: dict[str, Any], tm
         assert measured == pytest.approx({key: numbers[key] for key in measured}, rel=1e-6)
     assert [result["name"] for result in document["results"]] == ["validation", *sets]
 
+    # a set of the command line in place of one of the run
+    words = ["--validation.sets.code", "false", "--validation.sets.more.path", str(tmp_path / "code.txt")]
+    changed = json.loads(command("evaluate", ["--checkpoint", str(run), "--json", *words]).out)["results"]
+    assert [result["name"] for result in changed] == ["validation", "digits", "more"]
+    assert {**changed[2], "name": "code"} == document["results"][1]
+    ended = command("evaluate", ["--checkpoint", str(run), *words, "--data.path", str(tmp_path / "code.txt")])
+    assert ended.code == 2
+    assert "--validation.sets.code changes nothing here" in ended.err
+
     # files: all together as ever, then each by itself; one that is too short for a sequence is told
     (tmp_path / "short.txt").write_text("few")
     files = [str(tmp_path / f"{name}.txt") for name in ("code", "digits", "short")]
@@ -165,8 +174,8 @@ def test_a_set_that_is_trained_on_is_told(train: Train, sets: dict[str, Any], sh
     ended = train("run", validation__sets=sets, training__steps=1)
     assert ended.code == 0
     (warning,) = [line for line in ended.err.splitlines() if line.startswith("warning: validation.sets.")]
-    assert warning.startswith("warning: validation.sets.same: ")
-    assert "text.jsonl is trained on as well" in warning
+    assert warning.startswith("warning: validation.sets.same has text that is trained on, too: ")
+    assert "text.jsonl (data.path)" in warning
 
 
 def test_bad_sets_end_in_a_line(train: Train, tmp_path: Path) -> None:

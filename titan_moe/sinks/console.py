@@ -82,7 +82,9 @@ def summary(
     lines = []
     if validation is not None:
         lines += [f"validation   {_short(validation)}  (step {validation['step']})"]
-        lines += [f"  {name:<10} {_short(numbers)}" for name, numbers in of_sets(validation).items()]
+        sets = of_sets(validation)
+        width = max([10, *map(len, sets)])
+        lines += [f"  {name:<{width}} {_short(numbers)}" for name, numbers in sets.items()]
     if tensorboard is not None:
         lines += [
             f"curves       {tensorboard}",
