@@ -57,7 +57,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "shampoo, statistics every 10": ("shampoo", {"statistics_every": 10}),
     "shampoo, one side": ("shampoo", {"one_sided": True}),
     "shampoo_fast": ("shampoo_fast", {}),
-    "shampoo_fast, bf16": ("shampoo_fast", {"matmul_dtype": "bfloat16"}),
+    "shampoo_fast, fp32": ("shampoo_fast", {"matmul_dtype": "float32"}),
     "distributed_shampoo (Meta)": ("distributed_shampoo", {}),
     "soap": ("soap", {}),
     "soap, one side, statistics every 10": ("soap", {"one_sided": True, "statistics_every": 10}),

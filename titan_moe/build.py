@@ -15,12 +15,13 @@ from titan_moe.config.sections import Optimizer as OptimizerTables
 from titan_moe.config.sections import balancer_tables
 from titan_moe.data.build import (
     Data,
+    SourceFiles,
     ValidationSet,
     build_data,
     build_validation,
+    dataset_files,
     is_streamed,
     trained_on,
-    validation_files,
 )
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.attention import attention_heads
@@ -279,7 +280,7 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     sets = config.validation.sets if config.validation.enable else {}
     for name, of_set in sets.items():
         if not is_streamed(of_set.dataset):
-            validation_files(of_set.dataset, of_set.path, f"validation.sets.{name}.path")
+            dataset_files(of_set.dataset, of_set.path, f"validation.sets.{name}.path")
 
     # Ranks that share sequences are neighbours, and read the same ones at different positions. One process of each node
     # fills the cache, for nodes need not have a disk in common.
@@ -305,13 +306,13 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     prepared = prepared._replace(validation_sets=load_validation_sets(config, prepared.tokenizer, **share))
 
     # It may be meant, and the run goes on: but the numbers of such a set look better than they are.
+    train = [(source.dataset, source.path) for source in data.sources.values()] or [(data.dataset, data.path)]
     for name, of_set in sets.items() if rt.is_main else ():
-        train = data.dataset, data.path
         if both := trained_on(of_set.dataset, of_set.path, train, cache_folder(config)):
             shown = both[0] + (f" and {len(both) - 1} more" if both[1:] else "")
             logger.warning(
-                "validation.sets.%s has text that is trained on, too: %s (data.path): its numbers are not those of "
-                "text that is new to the model",
+                "validation.sets.%s has text that is trained on, too: %s: its numbers are not those of text that is "
+                "new to the model",
                 *(name, shown),
             )
     return prepared
@@ -343,6 +344,8 @@ def data_arguments(config: Config) -> dict[str, Any]:
     return {
         "dataset": data.dataset,
         "path": data.path,
+        "sources": [SourceFiles(name, **dataclasses.asdict(source)) for name, source in data.sources.items()],
+        "steps": training.steps,
         "seq_len": training.seq_len,
         "seed": training.seed,
         "validation_fraction": data.validation_fraction,

@@ -291,6 +291,7 @@ def record_step(
     is_shown = is_due(step, config.metrics.log_freq) or step in (1, config.training.steps)
     with_param_norm = is_shown or rt.device.type == "cpu"
     record = train_record(job.model, output, lrs, with_param_norm=with_param_norm)
+    record |= {f"tokens/{name}": tokens for name, tokens in job.data.train.tokens_by_source(config.training.seq_len)}
     return record | speed_record(config, job.model, rt, step_tokens, seconds)
 
 

@@ -1,14 +1,21 @@
 """Measures of balance in torchtitan's own metrics, under the names that they have in titan_moe's metrics.jsonl."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.logging import logger
 
-from titan_moe.metrics import expert_lr_range, load_metrics, maxvio, per_layer, to_numbers
+from titan_moe.metrics import expert_lr_range, identity_means, load_metrics, maxvio, per_layer, to_numbers
 from torchtitan_patches.monitor import Monitor, monitor_of
+
+
+def by_layer(values_L: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`per_layer` of several measures, (L,) each."""
+    return {key: value for name, of_layers in values_L.items() for key, value in per_layer(name, of_layers).items()}
 
 
 class BalanceMetrics(MetricsProcessor):
@@ -44,8 +51,10 @@ class BalanceMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         """Log a training step; all ranks take part."""
-        load = self.monitor.load
-        (numbers,) = to_numbers([{**load_metrics(load), **self.monitor.balance_losses(), **self.rates()}])
+        monitor = self.monitor
+        identity = identity_means(monitor.load, monitor.identity_load, monitor.num_tokens)
+        losses = monitor.balance_losses()
+        (numbers,) = to_numbers([{**load_metrics(monitor.load), **by_layer(identity), **losses, **self.rates()}])
         extra = {**(extra_metrics or {}), **numbers}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=extra)
         logger.info(f"step: {step:2}  maxvio_batch: {numbers['maxvio_batch']:.4f}")
@@ -57,6 +66,8 @@ class BalanceMetrics(MetricsProcessor):
 
     def log_validation(self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None) -> None:
         """Log a validation; all ranks take part."""
-        (numbers,) = to_numbers([per_layer("maxvio_global", maxvio(self.monitor.take_eval_load()))])
+        load, identity_load, num_tokens = self.monitor.take_eval_loads()
+        means_L = {"maxvio_global": maxvio(load), **identity_means(load, identity_load, num_tokens)}
+        (numbers,) = to_numbers([by_layer(means_L)])
         super().log_validation(loss, step, extra_metrics={**(extra_metrics or {}), **numbers})
         logger.info(f"validate step: {step:2}  maxvio_global: {numbers['maxvio_global']:.4f}")

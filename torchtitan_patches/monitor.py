@@ -7,11 +7,12 @@ balance losses enters there, too, at the scale of the step's loss.
 Losses that look at several layers are computed in the last one, where all routings are known, and those that look at
 the experts' outputs behind the experts: of layers that are `DispatchedMoE`.
 
-Shapes: B sequences, S their length, T tokens, D dim, E experts, K top_k, L MoE layers.
+Shapes: B sequences, S their length, T tokens, D dim, E experts, Z identity experts, K top_k, L MoE layers.
 """
 
+import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,10 +24,10 @@ from torchtitan.components.checkpointer.utils import canonical_fqn
 from titan_moe.balancer import OFFERED, SEEN, Balancer, Scope
 from titan_moe.model.moe import MEASURED, all_experts_here, local_weight
 from titan_moe.model.routing import Places, Routing
-from titan_moe.model.routing.common import asked_for, make_routing, normalized
+from titan_moe.model.routing.common import asked_for, make_routing, normalized, with_identity_experts
 from titan_moe.parallelize.expert_parallel import gather_over
 from titan_moe.runtime.dtensor import local
-from titan_moe.runtime.world import all_reduce_sum
+from titan_moe.runtime.world import all_reduce_sum, rank, seed_step, world_size
 from titan_moe.step import (
     Balancers,
     States,
@@ -36,7 +37,7 @@ from titan_moe.step import (
     sum_tensors,
     update_balancers,
 )
-from torchtitan_patches.moe import DispatchedMoE, OwnRouter, layer_number
+from torchtitan_patches.moe import DispatchedMoE, DroppedExperts, OwnRouter, layer_number
 
 # Layers by number: an operator takes tensors and numbers, but no objects.
 _LAYERS: weakref.WeakValueDictionary[int, "Layer"] = weakref.WeakValueDictionary()
@@ -48,10 +49,24 @@ WEIGHTS = {"w1": "w1_EFD", "w2": "w2_EDF", "w3": "w3_EFD"}
 # place that both see. One for the process, which has one trainer.
 _step_tokens: list[Tensor] = []
 
+# On how many ranks each sequence of the job is, for the same reason; empty where no recipe of `enable` has told it.
+_context_degree: list[int] = []
+
 
 def note_tokens(global_valid_tokens: Tensor) -> None:
     """Keep the number of tokens by which this step's loss is divided, a scalar on the device."""
     _step_tokens[:] = [global_valid_tokens]
+
+
+def tell_context_degree(parallelize: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """torchtitan's function that parallelizes a model, which tells the monitor on how many ranks a sequence is."""
+
+    @functools.wraps(parallelize)
+    def parallelize_and_tell(model: nn.Module, *, parallel_dims: Any, **settings: Any) -> nn.Module:
+        _context_degree[:] = [parallel_dims.cp]
+        return parallelize(model, parallel_dims=parallel_dims, **settings)
+
+    return parallelize_and_tell
 
 
 class Layer:
@@ -67,6 +82,7 @@ class Layer:
         self.losses = {name: pair for name, pair in balancers.items() if pair[1].has_loss}
         self.load = torch.zeros(router.num_experts, dtype=torch.int64, device=device)
         self.eval_load = torch.zeros_like(self.load)
+        self.tokens, self.eval_tokens = torch.zeros_like(self.load[0]), torch.zeros_like(self.load[0])
         self.values = torch.zeros(len(self.losses), device=device)  # sums over tokens, at coefficient 1
         self.observed: dict[str, Tensor] = {}
         self.layers, self.name, self.layer = layers, name, layer_number(name)  # as in torchtitan's checkpoints
@@ -78,9 +94,11 @@ class Layer:
 
         # The experts of this rank; with expert parallelism all ranks have as many.
         mesh = getattr(moe.routed_experts.token_dispatcher, "ep_mesh", None)
-        rank, size = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
+        place, size = (0, 1) if mesh is None else (mesh.get_local_rank(), mesh.size())
         self.gather_experts = all_experts_here if mesh is None else gather_over(mesh)
-        self.expert_ids = torch.arange(router.num_experts, device=device).chunk(size)[rank]
+        self.num_identity_experts: int = getattr(moe, "num_identity_experts", 0)  # the last of `load`
+        self.num_experts: int = router.num_experts - self.num_identity_experts
+        self.expert_ids = torch.arange(self.num_experts, device=device).chunk(size)[place]
         self.measures = {
             key: (b.measure, asked_for(b.measure, MEASURED, 0))
             for key, (_, b) in balancers.items()
@@ -127,6 +145,12 @@ class Layer:
         return of_router or not self.measured_names.isdisjoint(Places._fields)
 
     @property
+    def draws(self) -> bool:
+        """Whether the layer may draw random numbers in training."""
+        is_ours = isinstance(self.router, OwnRouter)
+        return is_ours or bool(self.measures) or isinstance(self.moe.routed_experts.inner_experts, DroppedExperts)
+
+    @property
     def bias(self) -> Tensor:
         """The bias (E,) that takes part in the choice of experts; it shares the layer's memory."""
         return local(self.moe.expert_bias_E)
@@ -139,11 +163,13 @@ class Layer:
         """Count in validation; in training put the losses and the counting into the backward of `topk_scores`."""
         logits, self.logits = self.logits, None
         routing = output if isinstance(output, Routing) else self.routing(logits, *output)
+        routing = with_identity_experts(routing, self.num_identity_experts)
 
         # A validation has no backward, and is counted at once. A training pass without gradients has none, either, and
         # is no micro-batch of a step.
         if not router.training:
             self.eval_load += routing.tokens_per_expert
+            self.eval_tokens += routing.scores.shape[0]
             return output
         if not torch.is_grad_enabled():
             return output
@@ -234,10 +260,11 @@ class Layer:
         return sum_tensors([balancer.loss_of(routings, i, loads, 1, name) for i, (_, loads) in enumerate(passed)])
 
     @torch.no_grad()
-    def arrive(self, values: Tensor, load: Tensor, observed: Sequence[Tensor]) -> Tensor:
+    def arrive(self, num_tokens: int, values: Tensor, load: Tensor, observed: Sequence[Tensor]) -> Tensor:
         """Add up one micro-batch; the factor of the gradients of its losses, a scalar."""
         # In place: a CUDA graph replays nothing else.
         self.load += load
+        self.tokens += num_tokens
         self.values += values
         names = [name for name, (_, balancer) in self.balancers.items() if balancer.observe is not None]
         for name, value in zip(names, observed, strict=True):
@@ -265,7 +292,8 @@ torch.library.define(
 
 @torch.library.impl("torchtitan_patches::arrive", ("cpu", "cuda"))
 def _(grad: Tensor, values: Tensor, load: Tensor, observed: Sequence[Tensor], layer: int) -> tuple[Tensor, Tensor]:
-    return grad.clone(), _LAYERS[layer].arrive(values, load, observed)
+    num_tokens = grad.numel() // grad.shape[-1]
+    return grad.clone(), _LAYERS[layer].arrive(num_tokens, values, load, observed)
 
 
 @torch.library.register_fake("torchtitan_patches::arrive")
@@ -297,8 +325,9 @@ class _Inject(torch.autograd.Function):
 class Monitor:
     """All MoE layers of a model, and their loads and losses in the last optimizer step.
 
-    `load` (L, E) is over all ranks. Raises ValueError for a model without MoE layers, and for one under pipeline or
-    tensor parallelism: there no rank sees the loads of all layers and tokens.
+    `load` (L, E), `identity_load` (L, Z) and `num_tokens` (L,) are over all ranks. Raises ValueError for a model
+    without MoE layers, for one under pipeline or tensor parallelism, where no rank sees the loads of all layers and
+    tokens, and where something looks at whole sequences and ranks have parts of them.
     """
 
     def __init__(self, model_parts: Sequence[nn.Module], balancers: Balancers) -> None:
@@ -316,6 +345,7 @@ class Monitor:
                 self.layers.append(Layer(moe, balancers, canonical_fqn(name), self.layers))
         if not self.layers:
             raise ValueError("torchtitan_patches is for Mixtures of Experts, but this model has no MoE layer")
+        self.check_whole_sequences(model)
         if any(layer.asks_places for layer in self.layers):
             model.register_forward_pre_hook(self.on_tokens, with_kwargs=True)
 
@@ -328,16 +358,52 @@ class Monitor:
             )
         asked = {name for _, b in balancers.values() for name in asked_for(b.post_step, OFFERED)}
         self.asks_length = next((name for name, (_, b) in balancers.items() if asks_length(b)), None)
-        self.asks_step = "step" in asked or self.asks_length is not None
+        self.draws, self.seed = any(layer.draws for layer in self.layers), torch.initial_seed()
+        self.asks_step = "step" in asked or self.asks_length is not None or self.draws
         self.step = 0  # optimizer steps that are done
+        self.seed_next_step()
         self.num_steps: int | None = None  # of the run, where torchtitan has told it
-        self.load = torch.zeros(0)
+        self.load = self.identity_load = self.num_tokens = torch.zeros(0)
         self._values, self._tokens = torch.zeros(0), torch.ones(())
 
     @property
     def top_k(self) -> int:
         """How many experts a token has."""
         return self.layers[0].router.top_k
+
+    def check_whole_sequences(self, model: nn.Module) -> None:
+        """Raise ValueError where something looks at whole sequences, and ranks have parts of them or may have."""
+        router, measures = self.layers[0].router, self.layers[0].measures
+        at_places = [f"balancer.{key}" for key, (_, asked) in measures.items() if {*asked} & {*Places._fields}]
+        if isinstance(router, OwnRouter) and router.asks_places:
+            at_places.insert(0, f"router {router.name}")
+        at_loads = [f"balancer.{key}" for key, (_, b) in self.layers[0].losses.items() if "sequence" in b.scopes]
+        asking = [f"{what} looks at whole sequences" for what in (*at_places, *at_loads)]
+
+        # What was told is of this job alone.
+        degree = _context_degree.pop() if _context_degree else None
+        if asking and degree is not None and degree > 1:
+            raise ValueError(
+                f"torchtitan_patches: {asking[0]}, of which ranks have parts with "
+                f"parallelism.context_parallel_degree = {degree}: set it to 1"
+            )
+        if at_places and degree is None and world_size() > 1:
+            raise ValueError(
+                f"torchtitan_patches: {asking[0]}, and only recipes are told whether ranks have them: turn it on with "
+                "`enable`"
+            )
+
+        # Overrides of the command line learn it from the first tokens.
+        def check_length(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens_BS = args[0] if args else kwargs["tokens"]
+            if model.training and tokens_BS.shape[1] != model.config.max_seq_len:
+                raise ValueError(
+                    f"torchtitan_patches: {asking[0]}, of which ranks have parts: set "
+                    "parallelism.context_parallel_degree to 1"
+                )
+
+        if asking and degree is None:
+            model.register_forward_pre_hook(check_length, with_kwargs=True)
 
     @torch.no_grad()
     def on_tokens(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -346,11 +412,6 @@ class Monitor:
         torchtitan's positions begin anew with each document; without them a sequence is one.
         """
         tokens_BS = args[0] if args else kwargs["tokens"]
-        if tokens_BS.shape[1] != model.config.max_seq_len:
-            raise ValueError(
-                "torchtitan_patches: a router or balancer asks for places, and ranks have parts of sequences: set "
-                "parallelism.context_parallel_degree to 1"
-            )
         positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
         given = args[1] if len(args) > 1 else kwargs.get("positions")
         starts_BS = (positions_BS if given is None else given) == 0
@@ -362,17 +423,22 @@ class Monitor:
     def finish_step(self) -> None:
         """Take the counts of this optimizer step, and set the bias for the next one; before torchtitan's own rule."""
         # One collective a dtype for all sums. The metrics ask later, when the layers' own have begun anew.
-        sums = {"load": torch.stack([layer.load for layer in self.layers])}  # (L, E)
+        sums = {
+            "router_load": torch.stack([layer.load for layer in self.layers]),  # (L, E + Z)
+            "tokens": torch.stack([layer.tokens for layer in self.layers]),
+        }
         if self.own_bias_rule:
             for name in self.layers[0].observed:
                 sums[f"observed/{name}"] = torch.stack([layer.observed[name] for layer in self.layers])
         sums = all_reduce_sums(sums)
-        self.load = sums["load"]
+        sums |= self.split_load(sums.pop("router_load"))
+        self.load, self.identity_load, self.num_tokens = sums["load"], sums["identity_load"], sums["tokens"]
         self._values = torch.stack([layer.values for layer in self.layers]).sum(0)
         if _step_tokens:
             self._tokens = _step_tokens.pop()
 
         self.step += 1
+        self.seed_next_step()
         if self.own_bias_rule:
             biases = [layer.bias for layer in self.layers]
             update_balancers(self.balancers, biases, sums, self.states(), step=self.step, progress=self.progress())
@@ -380,11 +446,25 @@ class Monitor:
         # torchtitan's own rule runs after this, and re-centres the bias: without counts it has nothing to move.
         for layer in self.layers:
             layer.load.zero_()
+            layer.tokens.zero_()
             layer.values.zero_()
             for observed in layer.observed.values():
                 observed.zero_()
             if self.own_bias_rule:
                 layer.moe.tokens_per_expert_E.zero_()
+
+    def split_load(self, router_load: Tensor) -> dict[str, Tensor]:
+        """(L, E + Z) -> the `load` (L, E) of experts with weights and the `identity_load` (L, Z)."""
+        num_experts = self.layers[0].num_experts
+        return {"load": router_load[:, :num_experts], "identity_load": router_load[:, num_experts:]}
+
+    def seed_next_step(self) -> None:
+        """Seed what layers draw in the next step by the run's seed, the step and the rank, as titan_moe does.
+
+        torchtitan seeds its ranks alike and at the start alone: they would draw the same, and a resumed run others.
+        """
+        if self.draws:
+            seed_step(self.seed, self.step + 1, rank())
 
     def progress(self) -> float:
         """The part of the run that is done with this step; 0 where no balancer goes by it."""
@@ -424,6 +504,7 @@ class Monitor:
         """Take what `state_dict` gave, from among other entries."""
         if self.asks_step:
             self.step = state_dict["balancers.step"]
+            self.seed_next_step()
         for key, value in self.state_dict().items():
             if isinstance(value, Tensor):
                 value.copy_(state_dict[key])
@@ -433,12 +514,15 @@ class Monitor:
         values = all_reduce_sum(self._values.clone()) / self._tokens / len(self.layers)
         return dict(zip(self.layers[0].losses, values.unbind(), strict=True))
 
-    def take_eval_load(self) -> Tensor:
-        """The load (L, E) of the last validation over all ranks, which is then zero again."""
-        load = all_reduce_sum(torch.stack([layer.eval_load for layer in self.layers]))
+    def take_eval_loads(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`load`, `identity_load` and `num_tokens` of the last validation, of which nothing is kept."""
+        router_load = all_reduce_sum(torch.stack([layer.eval_load for layer in self.layers]))
+        num_tokens = all_reduce_sum(torch.stack([layer.eval_tokens for layer in self.layers]))
         for layer in self.layers:
             layer.eval_load.zero_()
-        return load
+            layer.eval_tokens.zero_()
+        loads = self.split_load(router_load)
+        return loads["load"], loads["identity_load"], num_tokens
 
 
 def asks_length(balancer: Balancer) -> bool:

@@ -93,8 +93,10 @@ def base_table(config: OptimizersContainer.Config) -> Table:
 
 
 def _build(config: BalancedOptimizers.Config, model: nn.Module, monitor: Monitor) -> Optimizer:
-    experts = {"num_experts": int(monitor.layers[0].router.num_experts), "top_k": int(monitor.top_k)}
-    tables = read_tables({"moe": experts}, base_table(config), {"optimizer": config.optimizer})
+    layer = monitor.layers[0]
+    experts = {"num_experts": layer.num_experts, "num_identity_experts": layer.num_identity_experts}
+    sizes = {"moe": {**experts, "top_k": int(monitor.top_k)}}
+    tables = read_tables(sizes, base_table(config), {"optimizer": config.optimizer})
     optimizer = build_optimizer(tables, model, patterns=GROUP_PATTERNS)
     for group, rule in zip(optimizer.param_groups, optimizer.rules, strict=True):
         if averaging(rule, group) is not None:

@@ -1,6 +1,6 @@
 """For recipes, functions that return a torchtitan configuration: `enable`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchtitan_patches.version import check_version
@@ -11,6 +11,7 @@ def enable(
     *,
     balancers: Mapping[str, Any] | None = None,
     metrics: bool = False,
+    moe: Mapping[str, Any] | None = None,
     optimizer: Mapping[str, Any] | None = None,
     router: Mapping[str, Any] | None = None,
 ) -> Any:
@@ -18,31 +19,32 @@ def enable(
 
     `balancers` are the tables [balancer.NAME] of titan_moe by name, {"aux_loss": {"coeff": 0.01}}; `optimizer` is the
     table [optimizer] with its groups, {"expert": {"name": "shampoo", "lr": 3e-4}}, which inherits lr, betas, eps and
-    weight_decay from the recipe's AdamW; `metrics` logs MaxVio and the other measures of balance; `router` is the table
+    weight_decay from the recipe's AdamW; `metrics` logs MaxVio and the other measures of balance; `moe` is what the
+    layers can have of the table [moe], {"num_identity_experts": 4, "expert_dropout": 0.1}; `router` is the table
     [router], {"name": "cosine"}, in place of the settings of the recipe's routers but for their sizes. Raises
     RuntimeError for another torchtitan than the supported one, ValueError for what is wrong in the tables or does not
-    fit the recipe. Only nodes that a piece needs are replaced: `optimizer`, `loss`, `lr_scheduler`, `metrics`, and the
-    MoE layers of the model for a router and for balancers that look at outputs; `loss_free` also turns the layers'
-    bias on.
+    fit the recipe. Only nodes that a piece needs are replaced: `optimizer`, `loss`, `lr_scheduler`, `metrics`, the
+    model's experts for dropout, and its MoE layers for a router, for identity experts and for balancers that look at
+    outputs; `loss_free` also turns the layers' bias on.
     """
     # The version is checked before the imports: another torchtitan may lack what they name.
     check_version()
     from torchtitan.models.common.moe import MoE
 
     from torchtitan_patches import overrides
-    from torchtitan_patches.balancers import asked_of_layer, make_balancers
-    from torchtitan_patches.moe import check_tables, use_dispatch
+    from torchtitan_patches.balancers import make_balancers
+    from torchtitan_patches.moe import check_tables, read_moe
     from torchtitan_patches.monitor import asks_length
 
     layers = [moe for _, moe, _, _ in config.model_spec.model.traverse(MoE.Config)]
     if not layers:
         raise ValueError("torchtitan_patches is for Mixtures of Experts, but the model of this recipe has no MoE layer")
     chosen = [balancer for _, balancer in make_balancers(balancers or {}).values()]
-    if balancers or router:
-        check_tables(layers[0], router or {}, balancers or {})
+    if balancers or router or moe:
+        check_tables(layers[0], router or {}, balancers or {}, optimizer or {}, read_moe(moe or {}))
 
-    # Only these know where the model's tokens are, and keep what balancers do between steps.
-    if balancers or optimizer or router:
+    # Only these know where the model's tokens are, keep what balancers do between steps, and seed what is drawn in one.
+    if balancers or optimizer or router or moe:
         config.optimizer = overrides.optimizers(
             config.optimizer, balancers=dict(balancers or {}), optimizer=dict(optimizer or {})
         )
@@ -56,13 +58,29 @@ def enable(
 
     # Without a coefficient torchtitan's layers have no bias to move.
     if any(balancer.moves_bias for balancer in chosen):
-        for moe in layers:
-            moe.load_balance_coeff = moe.load_balance_coeff or 1e-3  # makes the bias; the value is not used
-    if router or any("outputs" in asked_of_layer(balancer) for balancer in chosen):
-        use_dispatch(config.model_spec, router or {})
+        for layer in layers:
+            layer.load_balance_coeff = layer.load_balance_coeff or 1e-3  # makes the bias; the value is not used
+    _change_model(config.model_spec, chosen, read_moe(moe or {}), router or {})
     if metrics:
         config.metrics = overrides.metrics(config.metrics)
     return config
+
+
+def _change_model(spec: Any, balancers: Sequence[Any], moe: Any, router: Mapping[str, Any]) -> None:
+    """Replace what these need of a model, in place; `moe` is titan_moe's section."""
+    from torchtitan_patches.balancers import asked_of_layer
+    from torchtitan_patches.moe import use_dispatch, use_dropout
+    from torchtitan_patches.monitor import tell_context_degree
+
+    if moe.expert_dropout:
+        use_dropout(spec, moe.expert_dropout)
+    looks_at_outputs = any("outputs" in asked_of_layer(balancer) for balancer in balancers)
+    if router or moe.num_identity_experts or looks_at_outputs:
+        use_dispatch(spec, router, moe.num_identity_experts)
+
+    # The degree of context parallelism may still change on the command line, so that only the job knows it.
+    if balancers or router:
+        spec.parallelize_fn = tell_context_degree(spec.parallelize_fn)
 
 
 def _count_tokens(config: Any) -> None:

@@ -51,7 +51,7 @@ CASES = [
     ),
     Setting(
         {"expert": "shampoo_fast", "dense": "shampoo"},
-        {"expert": {**ROOTS, "statistics_every": 2, **BY_LOAD}, "dense": ROOTS},
+        {"expert": {**ROOTS, **EXACT, "statistics_every": 2, **BY_LOAD}, "dense": ROOTS},
         num_experts=3,  # uneven shards
     ),
     Setting(

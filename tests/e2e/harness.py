@@ -75,7 +75,7 @@ def tiny_config(path: Path, changes: Mapping[str, Any] | None = None) -> Path:
         for name in tables:
             table = table.setdefault(name, {})
         if value is None:
-            del table[last]
+            table.pop(last, None)
         else:
             table[last] = value
     path.write_text(tomli_w.dumps(document), encoding="utf-8")

@@ -171,18 +171,20 @@ def test_a_run_may_take_up_sets_and_resumes_with_them(train: Train, sets: dict[s
 
 def test_a_set_that_is_trained_on_is_told(train: Train, sets: dict[str, Any], shared: Path, tmp_path: Path) -> None:
     sets["same"] = {"path": str(shared / "text.jsonl")}
-    ended = train("run", validation__sets=sets, training__steps=1)
-    assert ended.code == 0
-    (warning,) = [line for line in ended.err.splitlines() if line.startswith("warning: validation.sets.")]
-    assert warning.startswith("warning: validation.sets.same has text that is trained on, too: ")
-    assert "text.jsonl (data.path)" in warning
+    sources = {"data.path": [], "data.sources": {"all": {"path": str(shared / "text.jsonl")}}}
+    for name, changes in (("run", {}), ("of-sources", sources)):
+        ended = train(name, validation__sets=sets, training__steps=1, **changes)
+        assert ended.code == 0, ended.err
+        (warning,) = [line for line in ended.err.splitlines() if line.startswith("warning: validation.sets.")]
+        assert warning.startswith("warning: validation.sets.same has text that is trained on, too: ")
+        assert "text.jsonl: its numbers are not" in warning
 
 
 def test_bad_sets_end_in_a_line(train: Train, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("few")
     (tmp_path / "empty.txt").touch()
     cases = {
-        "a/b": ({"path": "x.txt"}, "validation.sets.a/b: a name here is of letters"),
+        "a/b": ({"path": "x.txt"}, "validation.sets.a/b: a name is of letters"),
         "code": ({}, "validation.sets.code has no data: set validation.sets.code.path"),
         "none": ({"path": str(tmp_path / "none*.txt")}, "validation.sets.none.path: "),
         "empty": ({"path": str(tmp_path / "empty.txt")}, "validation.sets.empty.path: no data: "),

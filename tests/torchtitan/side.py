@@ -1,6 +1,6 @@
 """torchtitan on the CPU in processes of its own: `python -m tests.torchtitan.side CASES RESULT`, once for each rank.
 
-CASES and RESULT are files of torch.save: {name: keyword arguments of `train` or `gradients`}, and {name: what it gave}.
+CASES and RESULT are files of torch.save: {name: arguments of `train`, or of what `do` names}, and {name: what it gave}.
 """
 
 import copy
@@ -12,6 +12,7 @@ import time
 import types
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,13 +31,14 @@ from torchtitan.components.metrics import BaseLogger
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 from torchtitan.config.override import derive
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
-from torchtitan.models.common.moe import GroupedExperts, TokenChoiceTopKRouter
+from torchtitan.models.common.moe import GroupedExperts, MoE, TokenChoiceTopKRouter
 
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.command import end_process
 from titan_moe.runtime.dtensor import gathered
 from torchtitan_patches import enable
 from torchtitan_patches.debug import LibraryText, debug_moe, small_model
+from torchtitan_patches.moe import DroppedExperts
 
 SIZES = {"dim": 32, "num_layers": 2, "num_experts": 8, "top_k": 2, "expert_dim": 32}
 
@@ -55,6 +57,20 @@ class Float32Experts(GroupedExperts):
         return F.grouped_mm(h, w2.transpose(1, 2), offs=offs)
 
 
+class Float32DroppedExperts(DroppedExperts):
+    """The same of the experts with dropout."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(DroppedExperts.Config):
+        pass
+
+    dtype = torch.float32
+
+    def _grouped_mm(self, *, A: Tensor, B_t: Tensor, offs: Tensor) -> Tensor:
+        return F.grouped_mm(A, B_t, offs=offs)
+
+
+FLOAT32 = {GroupedExperts.Config: Float32Experts.Config, DroppedExperts.Config: Float32DroppedExperts.Config}
 NEWLINE = 10
 
 
@@ -92,10 +108,14 @@ def recipe(
     local_batch_size: int = 4,
     global_batch_size: int = 8,
     ep: int = 1,
+    cp: int = 1,
     checkpointing: str = "none",
     folder: str = "",
     interval: int = 0,
     load_step: int = -1,
+    start: str = "",
+    bias: bool = True,
+    overrides: tuple[Any, ...] = (),
     validate: bool = False,
     compiled: str = "",
     documents: bool = False,
@@ -105,10 +125,8 @@ def recipe(
     config.model_spec = small_model(**SIZES)
     for _, router, _, _ in config.model_spec.model.traverse(TokenChoiceTopKRouter.Config):
         router.score_func = score_func
-    for _, experts, parent, name in config.model_spec.model.traverse(GroupedExperts.Config):
-        if compiled:
-            break  # torch's grouped product in fp32 cannot be compiled
-        setattr(parent, name, derive(experts, Float32Experts.Config))
+    for _, moe, _, _ in config.model_spec.model.traverse(MoE.Config):
+        moe.load_balance_coeff = moe.load_balance_coeff if bias else None
     if documents:
         config.dataloader = derive(config.dataloader, Lines.Config)
         config.validator.dataloader = derive(config.validator.dataloader, Lines.Config)
@@ -117,7 +135,7 @@ def recipe(
     training = config.training
     training.steps, training.seq_len = steps, 32
     training.local_batch_size, training.global_batch_size = local_batch_size, global_batch_size
-    config.parallelism.expert_parallel_degree = ep
+    config.parallelism.expert_parallel_degree, config.parallelism.context_parallel_degree = ep, cp
     config.activation_checkpoint = {"none": None, "full": FullAC.Config(), "selective": SelectiveAC.Config()}[
         checkpointing
     ]
@@ -128,10 +146,16 @@ def recipe(
         config.dump_folder = folder
         config.checkpoint.enable, config.checkpoint.interval = True, interval
         config.checkpoint.load_step = load_step
+        config.checkpoint.initial_load_path = str((Path(folder) / start).resolve()) if start else None
     if compiled:
         config.compile.enable, config.compile.backend = True, compiled
-    config.override.imports = ["tests.torchtitan.cpu_overrides.attention"]
-    return enable(config, **copy.deepcopy(pieces)) if pieces else config
+    config.override.imports = ["tests.torchtitan.cpu_overrides.attention", *overrides]
+    if pieces:
+        enable(config, **copy.deepcopy(pieces))
+    for _, experts, parent, name in config.model_spec.model.traverse(GroupedExperts.Config):
+        if not compiled:  # torch's grouped product in fp32 cannot be compiled
+            setattr(parent, name, derive(experts, FLOAT32[type(experts)]))
+    return config
 
 
 @torch.no_grad()
@@ -170,6 +194,7 @@ def build(weights: dict[str, Tensor] | None, **arguments: Any) -> Any:
 def close(trainer: Any) -> None:
     trainer.close()
     dist.destroy_process_group()
+    torch._dynamo.reset()  # graphs count by the code of the layers, which all cases have
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1)  # a fresh store
 
 
@@ -201,9 +226,10 @@ def train(weights: dict[str, Tensor] | None = None, **arguments: Any) -> dict[st
     return result
 
 
-def gradients(weights: dict[str, Tensor], **arguments: Any) -> dict[str, Any]:
+def gradients(weights: dict[str, Tensor] | None = None, **arguments: Any) -> dict[str, Any]:
     """The gradients of one step's micro-batches, before the optimizer's step."""
     trainer = build(weights, **arguments)
+    first = state_of(trainer.model_parts[0])
     batches = trainer.batch_generator(trainer.dataloader)
     micro_batches = [next(batches) for _ in range(trainer.gradient_accumulation_steps)]
     tokens = torch.tensor(sum(labels.numel() for _, labels in micro_batches))
@@ -213,7 +239,20 @@ def gradients(weights: dict[str, Tensor], **arguments: Any) -> dict[str, Any]:
         trainer.forward_backward_step(input_dict=dict(inputs), labels=labels, global_valid_tokens=tokens)
     grads = {plain_name(name): full(parameter.grad) for name, parameter in trainer.model_parts[0].named_parameters()}
     close(trainer)
-    return {"gradients": grads, "batches": [(inputs["input"], labels) for inputs, labels in micro_batches]}
+    return {
+        "first": first,
+        "gradients": grads,
+        "batches": [(inputs["input"], labels) for inputs, labels in micro_batches],
+    }
+
+
+def refused(weights: dict[str, Tensor] | None = None, **arguments: Any) -> str:
+    """What a job says that does not start, before it has data."""
+    try:
+        build(weights, **arguments)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("the job started")
 
 
 def main(cases: str, result: str) -> None:
@@ -223,10 +262,11 @@ def main(cases: str, result: str) -> None:
     faulthandler.dump_traceback_later(500, exit=True)  # a hang says where
     results = {}
     for name, arguments in torch.load(cases, weights_only=False).items():
-        function = gradients if arguments.pop("gradients", False) else train
+        function = {"train": train, "gradients": gradients, "refused": refused}[arguments.pop("do", "train")]
         weights = arguments.get("weights")
         if isinstance(weights, str):
-            arguments["weights"] = results[weights]["first"]
+            name_of, _, which = weights.partition("/")
+            arguments["weights"] = results[name_of][which or "first"]
         results[name] = function(**arguments)
     if os.environ["RANK"] == "0":
         torch.save(results, result)

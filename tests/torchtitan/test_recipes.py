@@ -34,7 +34,7 @@ def test_each_piece_replaces_its_own_nodes_only(debug: Any) -> None:
     def kinds(config: Any) -> dict[str, str]:
         _, layer, _, _ = next(iter(config.model_spec.model.traverse(MoE.Config)))
         nodes = {name: getattr(config, name) for name in ("optimizer", "loss", "metrics", "lr_scheduler")}
-        nodes |= {"moe": layer, "router": layer.router}
+        nodes |= {"moe": layer, "router": layer.router, "experts": layer.routed_experts.inner_experts}
         return {name: type(node).__qualname__ for name, node in nodes.items()}
 
     stock = kinds(debug.debug_moe())
@@ -46,6 +46,8 @@ def test_each_piece_replaces_its_own_nodes_only(debug: Any) -> None:
         "length": ({"balancers": {"loss_free": {"decay_ratio": 0.1}}}, {"optimizer", "lr_scheduler"}),
         "outputs": ({"balancers": {"specialization": {}}}, {"optimizer", "loss", "moe"}),
         "router": ({"router": {"name": "cosine"}}, {"optimizer", "moe", "router"}),
+        "identity": ({"moe": {"num_identity_experts": 2}}, {"optimizer", "moe"}),
+        "dropout": ({"moe": {"expert_dropout": 0.1}}, {"optimizer", "experts"}),
         "nothing": ({}, set()),
     }
     for pieces, names in changed.values():
@@ -74,6 +76,22 @@ def test_each_piece_replaces_its_own_nodes_only(debug: Any) -> None:
         ),
         ({"router": {"name": "mlp"}, "balancers": {"simbal": {}}}, r"balancer.simbal needs a router with a matrix"),
         ({"balancers": {PARTS + "spike": {}}}, "spike: its schedule is for a post_step, and it has none"),
+        ({"moe": {"num_identity_expert": 2}}, "moe.num_identity_expert: unknown key; did you mean moe.num_id"),
+        ({"moe": {"num_identity_experts": -1}}, "moe.num_identity_experts"),
+        ({"moe": {"expert_dropout": 1.5}}, "moe.expert_dropout"),
+        ({"moe": {"top_k": 4}}, "moe.top_k = 4 cannot be set here.*set it in the recipe's model"),
+        (
+            {"moe": {"num_identity_experts": 2}, "router": {"name": "expert_choice"}},
+            "num_identity_experts = 2 does not go with router.name = 'expert_choice'",
+        ),
+        (
+            {"moe": {"num_identity_experts": 2}, "router": {"name": "sigmoid", "num_groups": 2}},
+            "num_identity_experts = 2 does not go with router.num_groups = 2",
+        ),
+        (
+            {"moe": {"num_identity_experts": 2}, "optimizer": {"expert": {"load_lr": "batch_fraction"}}},
+            "num_identity_experts = 2 does not go with .*optimizer.expert.*load_lr = 'batch_fraction'",
+        ),
         ({"optimizer": {"name": "shampo"}}, "did you mean 'shampoo'"),
         ({"optimizer": {"router": {"load_lr": "batch_fraction"}}}, "only experts have a load"),
     ],
@@ -175,17 +193,51 @@ def test_missing_overrides_are_named(debug: Any) -> None:
         monitor.finish_step()
 
 
-def test_parts_of_sequences_are_refused_where_places_are_asked(debug: Any) -> None:
-    import torch
+@pytest.mark.parametrize(
+    ("router", "balancers", "what"),
+    [
+        ("emo", {}, "router emo"),
+        ("causal_bias", {"aux_loss": {"scope": "sequence"}}, "router causal_bias"),
+        ("", {f"{PARTS}of_places": {}}, f"balancer.{PARTS}of_places"),
+        ("", {"simbal": {}, "seq": {"name": "aux_loss", "scope": "sequence"}}, "balancer.seq"),
+        ("mlp", {"aux_loss": {}}, None),
+    ],
+)
+def test_what_looks_at_sequences_is_refused_where_ranks_have_parts(
+    debug: Any, router: str, balancers: Any, what: str | None
+) -> None:
+    """By what the job's function tells that parallelizes the model."""
+    from types import SimpleNamespace
 
     from torchtitan_patches import enable
+    from torchtitan_patches.balancers import make_balancers
     from torchtitan_patches.monitor import Monitor
 
-    model = enable(debug.debug_moe(), router={"name": "emo"}).model_spec.model.build()
-    Monitor([model], {})
-    with pytest.raises(
-        ValueError, match=r"ranks have parts of sequences: set parallelism.context_parallel_degree to 1"
-    ):
+    config = debug.debug_moe()
+    config.model_spec.parallelize_fn = lambda model, **_: model
+    enable(config, router={"name": router} if router else {}, balancers=balancers)
+    spec = config.model_spec
+    for degree in (1, 2):
+        model = spec.parallelize_fn(spec.model.build(), parallel_dims=SimpleNamespace(cp=degree), training=None)
+        if degree == 1 or what is None:
+            Monitor([model], make_balancers(balancers))
+            continue
+        with pytest.raises(ValueError, match=f"^torchtitan_patches: {what} looks at whole sequences, of which ranks"):
+            Monitor([model], make_balancers(balancers))
+
+
+@pytest.mark.parametrize("balancer", ["aux_loss", f"{PARTS}of_places"])
+def test_parts_of_sequences_without_a_recipe(debug: Any, balancer: str) -> None:
+    """Overrides of the command line learn of them by the first tokens of training."""
+    import torch
+
+    from torchtitan_patches.balancers import make_balancers
+    from torchtitan_patches.monitor import Monitor
+
+    model = debug.debug_moe().model_spec.model.build()
+    table = {"scope": "sequence"} if balancer == "aux_loss" else {}
+    Monitor([model], make_balancers({balancer: table}))
+    with pytest.raises(ValueError, match="looks at whole sequences, of which ranks have parts: set parallelism"):
         model(torch.zeros(2, model.config.max_seq_len // 2, dtype=torch.int64))
 
 
@@ -222,6 +274,44 @@ def test_a_router_of_ours_needs_torchtitans_own_layer(debug: Any) -> None:
     config.model_spec = qwen3.model_registry("debugmodel_moe", moe_comm_backend="deepep")
     with pytest.raises(ValueError, match=r"need torchtitan's dispatcher 'standard', found DeepEPTokenDispatcher\.Conf"):
         enable(config, balancers={"orthogonality": {}})
+
+
+def test_identity_experts_and_dropout_need_torchtitans_own_parts(debug: Any) -> None:
+    from torchtitan.models import gpt_oss, qwen3
+    from torchtitan.models.common.moe import TokenChoiceTopKRouter
+
+    from torchtitan_patches import enable
+
+    config = debug.debug_moe()
+    config.model_spec = gpt_oss.model_registry("debugmodel")
+    with pytest.raises(
+        ValueError, match=r"dropout = 0\.1 needs torchtitan's GroupedExperts, found GptOssGroupedExperts"
+    ):
+        enable(config, moe={"expert_dropout": 0.1})
+    config.model_spec = qwen3.model_registry("debugmodel_moe", moe_comm_backend="deepep")
+    with pytest.raises(ValueError, match=r"need torchtitan's dispatcher 'standard', found DeepEPTokenDispatcher\.Conf"):
+        enable(config, moe={"num_identity_experts": 2})
+    config = debug.debug_moe()
+    for _, router, _, _ in config.model_spec.model.traverse(TokenChoiceTopKRouter.Config):
+        router.num_expert_groups, router.num_limited_groups = 4, 2
+    with pytest.raises(ValueError, match=r"num_identity_experts = 2 does not go with groups .* set num_expert_groups"):
+        enable(config, moe={"num_identity_experts": 2})
+
+
+@pytest.mark.parametrize("router", [{}, {"name": "sigmoid"}])
+def test_identity_experts_again(debug: Any, router: dict[str, Any]) -> None:
+    """A second `enable` neither adds to them nor takes them away; converters for Hugging Face don't know them."""
+    from torchtitan.models.common.moe import MoE
+
+    from torchtitan_patches import enable
+
+    config = enable(enable(debug.debug_moe(), moe={"num_identity_experts": 2}), router=router)
+    enable(config, moe={"num_identity_experts": 2}, balancers={"pid": {"real_share": 0.5}})
+    _, layer, _, _ = next(iter(config.model_spec.model.traverse(MoE.Config)))
+    assert (layer.num_experts, layer.num_identity_experts, layer.router.num_experts) == (10, 2, 10)
+    assert layer.routed_experts.inner_experts.num_experts == 8
+    assert layer.router.gate.out_features == 10
+    assert config.model_spec.state_dict_adapter is None
 
 
 @pytest.mark.parametrize(("name", "exported"), [("cosine", False), ("sigmoid", True)])

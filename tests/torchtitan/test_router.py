@@ -66,13 +66,21 @@ def their_config(side: Any, top_k: int, *, bias: bool, shared: bool) -> Any:
     return config
 
 
-def their_layer(side: Any, name: str, top_k: int, arguments: dict[str, Any], *, bias: bool, shared: bool) -> Any:
-    from torchtitan_patches.moe import DispatchedMoE, OwnRouter
+def their_layer(
+    side: Any, name: str, top_k: int, arguments: dict[str, Any], *, bias: bool, shared: bool, moe: Any = None
+) -> Any:
+    """Without a name it has torchtitan's own router."""
+    from torchtitan_patches.moe import DispatchedMoE, OwnRouter, add_identity_experts
 
     config = their_config(side, top_k, bias=bias, shared=shared)
     config = side.derive(config, DispatchedMoE.Config)
-    table = {"name": name, **arguments}
-    config.router = side.derive(config.router, OwnRouter.Config, table=table, layer_name="layers.3.moe")
+    if name:
+        table = {"name": name, **arguments}
+        config.router = side.derive(config.router, OwnRouter.Config, table=table, layer_name="layers.3.moe")
+    if moe:
+        add_identity_experts(config, moe["num_identity_experts"])
+        experts, dropped = config.routed_experts, side.Float32DroppedExperts.Config
+        experts.inner_experts = side.derive(experts.inner_experts, dropped, dropout=moe["expert_dropout"])
     return config.build()
 
 
@@ -91,10 +99,12 @@ def our_name(name: str) -> str:
     return name
 
 
-def pair(side: Any, name: str, top_k: int, arguments: dict[str, Any]) -> tuple[MoE, Any]:
-    """Our layer and torchtitan's with the same router, weights and bias."""
+def pair(side: Any, name: str, top_k: int, arguments: dict[str, Any], moe: Any = None) -> tuple[MoE, Any]:
+    """Our layer and torchtitan's with the same router, weights and bias; without a name torchtitan's own."""
     bias, shared = name not in NO_BIAS, name == "sigmoid"
-    theirs = their_layer(side, name, top_k, arguments, bias=bias, shared=shared)
+    theirs = their_layer(side, name, top_k, arguments, bias=bias, shared=shared, moe=moe)
+    if not name:
+        name, arguments = "sigmoid", {"norm_topk": False}
     ours = MoE(
         dim=D,
         num_experts=E,
@@ -103,6 +113,7 @@ def pair(side: Any, name: str, top_k: int, arguments: dict[str, Any]) -> tuple[M
         layer=3,
         num_shared_experts=int(shared),
         expert_bias=bias,
+        **(moe or {}),
     )
     own = dict(ours.named_parameters())
     assert {our_name(key) for key, _ in theirs.named_parameters()} == own.keys()
@@ -111,7 +122,7 @@ def pair(side: Any, name: str, top_k: int, arguments: dict[str, Any]) -> tuple[M
             fill(parameter, 0.5 if "router" in key else 0.2, key, 0)
             own[our_name(key)].copy_(parameter)
         if bias:
-            theirs.expert_bias_E.copy_(torch.linspace(-0.1, 0.1, E))
+            theirs.expert_bias_E.copy_(torch.linspace(-0.1, 0.1, len(theirs.expert_bias_E)))
             ours.expert_bias.copy_(theirs.expert_bias_E)
     return ours, theirs
 
@@ -129,6 +140,30 @@ def test_every_router_is_here() -> None:
 def test_the_layer_is_ours(side: Any, name: str, top_k: int, arguments: dict[str, Any]) -> None:
     ours, theirs = pair(side, name, top_k, arguments)
     theirs.router.places = places()
+    check_layers(ours, theirs)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(("name", "top_k"), [("", 2), ("softmax_topk", 4), ("threshold", 2), ("base", 1), ("mlp", 2)])
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+def test_the_layer_with_identity_experts_and_dropout_is_ours(side: Any, name: str, top_k: int, dropout: float) -> None:
+    """Evaluation drops nothing."""
+    moe = {"num_identity_experts": 3, "expert_dropout": dropout}
+    ours, theirs = pair(side, name, top_k, {"latent_dim": 8} if name == "mlp" else {}, moe)
+    check_layers(ours, theirs)
+    assert theirs.tokens_per_expert_E.shape == (E + 3,)
+    assert theirs.tokens_per_expert_E[E:].sum() > 0
+    with torch.device("meta"):
+        made = their_layer(
+            side, name, top_k, {"latent_dim": 8} if name == "mlp" else {}, bias=True, shared=False, moe=moe
+        )
+    made.to_empty(device="cpu")
+    made._init_self_buffers()
+    assert torch.equal(made.expert_bias_E, torch.zeros(E + 3))
+    assert torch.equal(made.tokens_per_expert_E, torch.zeros(E + 3))
+
+
+def check_layers(ours: MoE, theirs: Any) -> None:
     x = torch.randn(B, S, D)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     torch.manual_seed(1)  # of noise

@@ -56,7 +56,7 @@ def test_a_rank_without_experts_has_no_squares():
 
 def test_a_grafted_step_has_the_norm_of_its_direction():
     torch.manual_seed(0)
-    layout = block_layout(1024, 0.95, one_sided=False, dtype=torch.float32)
+    layout = block_layout(1024, 0.95, one_sided=False)
     direction = torch.randn(1, 1024, 1024)
     state = {}
     for factor in layout.factors(direction.shape[1:]):

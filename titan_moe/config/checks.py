@@ -4,7 +4,7 @@ import torch
 
 from titan_moe.balancer import BALANCERS, SEEN
 from titan_moe.config.schema import find_component
-from titan_moe.config.sections import BalancerTable, Config, balancer_tables
+from titan_moe.config.sections import BalancerTable, Config, Data, balancer_tables
 from titan_moe.model.attention import check_attention
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS, Places
@@ -211,7 +211,8 @@ def _check_batches(config: Config) -> None:
             "validation.enable = true needs data to validate on: set data.validation_fraction above 0 or "
             "data.validation_path, or turn it off with validation.enable = false"
         )
-    if data.dataset in ("text", "hf") and not data.path:
+    _check_sources(data)
+    if data.dataset in ("text", "hf") and not data.path and not data.sources:
         raise ValueError(f"data.dataset = {data.dataset!r} needs data.path: the files to read or the name on the hub")
     _check_validation_sets(config)
 
@@ -480,3 +481,19 @@ def _cautions_of_router(config: Config) -> list[str]:
             'thresholds: set balancer.loss_free.rule = "quantile"'
         )
     return said
+
+
+def _check_sources(data: Data) -> None:
+    """Check [data.sources.NAME] by itself and beside [data]."""
+    if data.sources and data.path:
+        raise ValueError(f"data.path ({data.path}) has no use beside data.sources: make it one of them")
+    for name, source in data.sources.items():
+        key = f"data.sources.{name}"
+        if source.dataset == "text" and not source.path:
+            raise ValueError(f"{key}.path is missing: give the files to read, or dataset = 'stdlib'")
+        if source.dataset == "stdlib" and source.path:
+            raise ValueError(f"{key}.path ({source.path}) has no use with dataset = 'stdlib': leave one out")
+        if 0 < source.until_step < source.from_step:
+            raise ValueError(
+                f"{key}.until_step ({source.until_step}) is before its from_step ({source.from_step}): no step has it"
+            )

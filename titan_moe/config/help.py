@@ -54,13 +54,25 @@ def help_text() -> str:
                 blocks += [_group_block(), _load_lr_block()]
         else:
             lines = [f"[{section}]  {inspect.getdoc(hint)}"]
-            annotations = get_type_hints(hint, include_extras=True)
-            named = [key for key in annotations if f"{section}.{key}" in NAMED_TABLES]
-            for key in [key for key in annotations if key not in named]:
-                about = f"{document(annotations[key])} {_type(annotations[key])}"
-                lines += _entry(f"  {key}", getattr(getattr(default, section), key), about)
-            blocks += ["\n".join(lines), *(_named_block(f"{section}.{key}") for key in named)]
+            for key, annotation in get_type_hints(hint, include_extras=True).items():
+                if f"{section}.{key}" not in NAMED_TABLES:
+                    about = f"{document(annotation)} {_type(annotation)}"
+                    lines += _entry(f"  {key}", getattr(getattr(default, section), key), about)
+            blocks.append("\n".join(lines))
+            blocks += [
+                _table_block(path, table) for path, table in NAMED_TABLES.items() if path.startswith(f"{section}.")
+            ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _table_block(path: str, table: type) -> str:
+    """Describe the tables [SECTION.KEY.NAME]."""
+    about = " ".join((inspect.getdoc(table) or "").split())
+    lines = textwrap.wrap(f"[{path}.NAME]  {about}", WIDTH, subsequent_indent="  ")
+    default = table()
+    for key, annotation in get_type_hints(table, include_extras=True).items():
+        lines += _entry(f"  {key}", getattr(default, key), f"{document(annotation)} {_type(annotation)}")
+    return "\n".join(lines)
 
 
 def _component_block(section: str, kind: Kind, intro: str, default: Any) -> str:
@@ -89,16 +101,6 @@ def _state_of(builder: Callable[..., Balancer]) -> list[str]:
     """The names of the tensors that a balancer keeps, as it is by default."""
     init = builder().init
     return [] if init is None else list(init(1))
-
-
-def _named_block(path: str) -> str:
-    """Describe the tables that users name under a key of a section."""
-    fields = NAMED_TABLES[path]
-    about, default = " ".join((inspect.getdoc(fields) or "").split()), fields()
-    keys = get_type_hints(fields, include_extras=True).items()
-    return _keys_block(
-        f"[{path}.NAME]: {about}", {key: Parameter(annotation, getattr(default, key)) for key, annotation in keys}
-    )
 
 
 def _group_block() -> str:

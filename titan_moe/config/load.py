@@ -52,6 +52,7 @@ class Given(NamedTuple):
 
 
 GROUPS = "optimizer.groups"  # the path of groups by pattern
+OFF = (False, Words(("false",)))  # in a file, on the command line
 Table = dict[str, Given]
 Tables = dict[str, Table]  # by path: "training", "optimizer", "optimizer.expert", "balancer.aux_loss" ...
 
@@ -125,9 +126,13 @@ def _split(section: str, content: dict[str, Any], origin: str, earlier: Tables) 
 
     `earlier` are the tables so far: instances of balancers that are among them may go without a name here.
     """
-    # Other sections have no tables within, but for those that users name.
+    # Sections of one's own fields have tables of one kind at most.
     if section not in ("balancer", "optimizer"):
-        return _split_named(section, content, origin)
+        named = {path: path.partition(".")[2] for path in NAMED_TABLES if path.partition(".")[0] == section}
+        inner = {}
+        for path in [path for path, key in named.items() if key in content]:
+            inner |= _named_tables(path, content[named[path]], origin)
+        return {section: {key: value for key, value in content.items() if key not in named.values()}, **inner}
     names = [name for name in (content if section == "balancer" else GROUP_PATTERNS) if name in content]
     inner = {f"{section}.{name}": content[name] for name in names}
     plain = {key: value for key, value in content.items() if key not in names}
@@ -146,25 +151,17 @@ def _split(section: str, content: dict[str, Any], origin: str, earlier: Tables) 
     return tables
 
 
-def _split_named(section: str, content: dict[str, Any], origin: str) -> dict[str, dict[str, Any] | None]:
-    """A section's own keys and the tables [SECTION.KEY.NAME] within it, as `_split`; ValueError for a wrong name."""
-    plain = {key: value for key, value in content.items() if f"{section}.{key}" not in NAMED_TABLES}
-    tables: dict[str, dict[str, Any] | None] = {section: plain}
-    for key in content.keys() - plain.keys():
-        path, named = f"{section}.{key}", content[key]
-        if not isinstance(named, dict):
-            raise key_error(origin, path, f"must have tables: [{path}.NAME]", named)
-
-        # A name becomes a part of names of metrics, in which `/` separates.
-        for name, table in named.items():
-            if not (name.isascii() and name.isidentifier()):
-                message = "a name here is of letters, digits and _, and does not begin with a digit"
-                raise key_error(origin, f"{path}.{name}", message)
-            is_off = table in (False, Words(("false",)))
-            if not (isinstance(table, dict) or is_off):
-                raise key_error(origin, f"{path}.{name}", f"must be a table, [{path}.{name}], or false", table)
-            tables[f"{path}.{name}"] = None if is_off else table
-    return tables
+def _named_tables(path: str, content: Any, origin: str) -> dict[str, dict[str, Any] | None]:
+    """The tables of [SECTION.KEY.NAME] by their paths; NAME = false takes one away. ValueError for another name."""
+    if not isinstance(content, dict):
+        raise key_error(origin, path, f"must have tables: [{path}.NAME]", content)
+    for name, table in content.items():
+        if not (name.isascii() and name.isidentifier()):
+            message = "a name is of letters, digits and _, and does not begin with a digit"
+            raise key_error(origin, f"{path}.{name}", message)
+        if table not in OFF and not isinstance(table, dict):
+            raise key_error(origin, f"{path}.{name}", f"must be a table: [{path}.{name}]", table)
+    return {f"{path}.{name}": None if table in OFF else table for name, table in content.items()}
 
 
 def _own_groups(content: Any, origin: str) -> dict[str, Any]:
@@ -209,9 +206,10 @@ def _check(path: str, tables: Tables, before: Tables) -> Table:
 
 def _annotations(path: str, tables: Tables) -> dict[str, Any]:
     """The types of the keys that a table may have: those of a section's fields, or of a builder's parameters."""
-    fields = NAMED_TABLES.get(path.rpartition(".")[0], SECTIONS.get(path))
-    if fields is not None and path not in KINDS:
-        return get_type_hints(fields, include_extras=True)
+    if path in SECTIONS and path not in KINDS:
+        return get_type_hints(SECTIONS[path], include_extras=True)
+    if (kind := path.rpartition(".")[0]) in NAMED_TABLES:
+        return get_type_hints(NAMED_TABLES[kind], include_extras=True)
     annotations = {key: parameter.annotation for key, parameter in _parameters(path, tables).items()}
     return {**annotations, "name": str} if _has_name(path) else annotations
 
@@ -292,7 +290,7 @@ def _make_config(tables: Tables) -> Config:
     sections: dict[str, Any] = {}
     for section, hint in SECTIONS.items():
         if section not in KINDS:
-            sections[section] = hint(**_values(section, tables), **_named_tables(section, tables))
+            sections[section] = hint(**_values(section, tables), **_made_tables(section, tables))
         elif section == "balancer":
             paths = [path for path in tables if path.startswith("balancer.")]
             sections[section] = {path.partition(".")[2]: _arguments(path, tables) for path in paths}
@@ -314,16 +312,14 @@ def _make_config(tables: Tables) -> Config:
     return Config(**sections)
 
 
-def _named_tables(section: str, tables: Tables) -> dict[str, dict[str, Any]]:
-    """The fields of a section that hold tables which users name, each with what it holds, by their names."""
-    fields: dict[str, dict[str, Any]] = {}
-    for parent, of_table in NAMED_TABLES.items():
-        if parent.partition(".")[0] == section:
-            paths = [path for path in tables if path.rpartition(".")[0] == parent]
-            fields[parent.partition(".")[2]] = {
-                path.rpartition(".")[2]: of_table(**_values(path, tables)) for path in paths
-            }
-    return fields
+def _made_tables(section: str, tables: Tables) -> dict[str, dict[str, Any]]:
+    """The tables within a section, by their key, then by their name."""
+    by_key: dict[str, dict[str, Any]] = {}
+    for kind, hint in NAMED_TABLES.items():
+        if kind.startswith(f"{section}."):
+            paths = [path for path in tables if path.startswith(f"{kind}.")]
+            by_key[kind.partition(".")[2]] = {path.rpartition(".")[2]: hint(**_values(path, tables)) for path in paths}
+    return by_key
 
 
 def _values(path: str, tables: Tables) -> dict[str, Any]:
@@ -382,7 +378,9 @@ def to_document(config: Config) -> dict[str, Any]:
             table = dataclasses.asdict(value)
             for name in ("config_file", "allow_config_change"):  # of one start, not of the run
                 table.pop(name, None)
-            table = {key: held for key, held in table.items() if f"{section}.{key}" not in NAMED_TABLES or held}
+            for kind in NAMED_TABLES:
+                if kind.startswith(f"{section}.") and not table[kind.partition(".")[2]]:
+                    del table[kind.partition(".")[2]]
         document[section] = table
 
     # A dense model has no balancer, and an empty table would say no more than none.

@@ -148,6 +148,20 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A part of the training data, [data.sources.NAME]: its share of the tokens is its weight over all weights.
+
+    Sources of the same files share their sequences: a second one, from another step on, changes their weight.
+    """
+
+    path: Annotated[Texts, "files, globs or folders, as data.path"] = field(default_factory=list)
+    dataset: Annotated[Literal["stdlib", "text"], "where its documents come from"] = "text"
+    weight: Annotated[Positive, "its share, relative to those of the other sources"] = 1.0
+    from_step: Annotated[PositiveInt, "the first step that has it"] = 1
+    until_step: Annotated[NonNegativeInt, "the last step that has it (0: the run's last)"] = 0
+
+
+@dataclass(frozen=True)
 class Data:
     """What the model reads."""
 
@@ -163,6 +177,9 @@ class Data:
     validation_fraction: Annotated[Fraction, "part of the documents that is held out of training"] = 0.01
     validation_path: Annotated[Texts, "files to validate on instead of a held-out part"] = field(default_factory=list)
     cache_folder: Annotated[str, "folder of tokenized data (empty: the user's cache folder)"] = ""
+    sources: Annotated[dict[str, Source], "tables [data.sources.NAME] instead of path: several sources by weight"] = (
+        field(default_factory=dict)
+    )
 
 
 @dataclass(frozen=True)
@@ -185,7 +202,9 @@ class Validation:
     freq: Annotated[PositiveInt, "optimizer steps between validations"] = 500
     steps: Annotated[PositiveOrMinusOne, "batches of a validation (-1: the whole set)"] = -1
     local_batch_size: Annotated[PositiveInt, "sequences of a rank in one forward pass; results do not depend on it"] = 8
-    sets: dict[str, ValidationSet] = field(default_factory=dict)  # by name
+    sets: Annotated[dict[str, ValidationSet], "tables [validation.sets.NAME]: data sets beside the run's own"] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True)
@@ -357,8 +376,8 @@ METRIC_NAMES = (
 
 SECTIONS = get_type_hints(Config)
 
-# Keys that hold tables which users name, [SECTION.KEY.NAME], each with the dataclass of such a table.
-NAMED_TABLES = {"validation.sets": ValidationSet}
+# Tables of one kind within a section, [SECTION.KEY.NAME].
+NAMED_TABLES = {"data.sources": Source, "validation.sets": ValidationSet}
 
 # The sections whose keys are the arguments of builders. The ranges are for builders of the registries alone: what is
 # from outside may mean something else by `momentum`.

@@ -3,6 +3,7 @@
 import difflib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +17,9 @@ from titan_moe.data.corpus import (
     Corpus,
     Split,
     corpus_tokenizer,
+    digest,
     fraction_for_both,
+    joined,
     make_corpus,
     make_split,
     same_files,
@@ -31,6 +34,7 @@ from titan_moe.data.loader import (
     validation_batches,
     window_loader,
 )
+from titan_moe.data.mixture import MANY_EPOCHS, MixedBatches, Source, epochs
 from titan_moe.data.sources import find_files, stdlib_files
 from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
 from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, token_contents
@@ -50,6 +54,17 @@ class ValidationSet(NamedTuple):
 
     batches: Callable[[], Batches]
     fingerprint: str
+
+
+class SourceFiles(NamedTuple):
+    """One of several sources of training data, as [data.sources.NAME] has it."""
+
+    name: str
+    dataset: str
+    path: str | Sequence[str]
+    weight: float
+    from_step: int = 1
+    until_step: int = 0
 
 
 class Data(NamedTuple):
@@ -78,6 +93,7 @@ class _Wanted(NamedTuple):
     folder: str
     endpoint: str
     progress: bool
+    sources: Sequence[SourceFiles] = ()
 
 
 class _Stream(NamedTuple):
@@ -92,14 +108,16 @@ class _Prepared(NamedTuple):
 
     tokenizer: Tokenizer
     fingerprint: str
-    train: TokenFile | _Stream
-    validation: TokenFile | None
+    train: TokenFile | _Stream | list[Source]
+    validation: list[TokenFile]
 
 
 def build_data(
     *,
     dataset: str,
     path: str | Sequence[str] = (),
+    sources: Sequence[SourceFiles] = (),
+    steps: int = 0,
     tokenizer: str,
     eot_token: str = "",
     seq_len: int,
@@ -123,7 +141,8 @@ def build_data(
 ) -> Data:
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
-    `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`; `eot_token` ends every
+    `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`. With `sources` training
+    data are theirs instead; `steps`, the length of the run, tells how often it reads them. `eot_token` ends every
     document (empty: the one that the tokenizer's files name). Validation data are the files of `validation_path`, else
     `validation_fraction` of the documents, chosen by the hash of their content, and one at least. On every node the one
     process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size` of -1 is that of
@@ -141,14 +160,23 @@ def build_data(
     fraction = 0.0 if validation_path else validation_fraction
     tokens = _stream_tokens(validation_steps, validation_local_batch_size, seq_len)
     show = progress and is_main
-    want = _Wanted(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show)
-    prepare = partial(_prepare_stream if is_streamed(dataset) else _prepare_files, want)
+    want = _Wanted(
+        dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show, sources
+    )
+    kind = _prepare_sources if sources else _prepare_stream if is_streamed(dataset) else _prepare_files
+    prepare = partial(kind, want)
     data = main_process_first(prepare, is_main, barrier)
 
     # A loader is made anew for every position from which training goes on.
     rank = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     batch = {**rank, "seed": seed, "local_batch_size": local_batch_size}
-    if isinstance(data.train, _Stream):
+    if isinstance(data.train, list):
+        for source in data.train:
+            _check_length(source.file, seq_len, f"data.sources.{source.name}")
+        make = partial(window_loader, MixedBatches(data.train, global_batch_size=size, **batch), num_workers, device)
+        if is_main:
+            tell_epochs(epochs(data.train, steps, size, seq_len))
+    elif isinstance(data.train, _Stream):
         make = partial(_stream_loader, data, batch, size, num_workers, device)
     else:
         _check_length(data.train, seq_len, "data.path")
@@ -157,9 +185,9 @@ def build_data(
 
     # Validation begins at the start of its set each time.
     validation = None
-    if data.validation is not None:
+    if data.validation:
         key = "data.validation_path" if validation_path else f"data.validation_fraction ({fraction})"
-        _check_length(data.validation, seq_len, key)
+        _check_length(max(data.validation, key=lambda file: file.num_tokens), seq_len, key)
         batches = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
         held_out = partial(validation_batches, data.validation, **rank, **batches)
         validation = partial(_batches_on, device, positions, held_out)
@@ -199,11 +227,11 @@ def build_validation(
             num_bytes = _stream_tokens(steps, local_batch_size, seq_len) * BYTES_PER_TOKEN
             source = _find_stream(dataset, path, endpoint)
             sample = {"fraction": 1.0, "num_bytes": num_bytes, "folder": cache_folder, "progress": show}
-            files = [sample_stream(source, "validation", **sample)]
+            files, kind = [sample_stream(source, "validation", **sample)], ""
         else:
-            files = validation_files(dataset, path, key)
-        if dataset == "stdlib":
-            corpus = make_corpus(files, fraction=1.0, folder=cache_folder, kind="source", key=key)
+            files, kind = dataset_files(dataset, path, key)
+        if kind:
+            corpus = make_corpus(files, fraction=1.0, folder=cache_folder, kind=kind, key=key)
         else:
             corpus = make_corpus([], files, fraction=0.0, folder=cache_folder, key=key)
         words = load_tokenizer(tokenizer, endpoint) if isinstance(tokenizer, str) else tokenizer
@@ -212,23 +240,27 @@ def build_validation(
     fingerprint, file = main_process_first(build, is_main, barrier)
     _check_length(file, seq_len, key)
     rank = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
-    batches = partial(validation_batches, file, steps=steps, local_batch_size=local_batch_size, **rank)
+    batches = partial(validation_batches, [file], steps=steps, local_batch_size=local_batch_size, **rank)
     return ValidationSet(partial(_batches_on, device, positions, batches), fingerprint)
 
 
-def validation_files(dataset: str, path: str | Sequence[str], key: str = "data.path") -> list[str]:
-    """Return the files of a data set that is not streamed; `key` names `path` in errors, which are of one line."""
-    return stdlib_files() if dataset == "stdlib" else find_files(path, key)
+def dataset_files(dataset: str, path: str | Sequence[str], key: str = "data.path") -> tuple[list[str], str]:
+    """Return the files of a data set that is not streamed, and their kind where their names don't tell.
+
+    `key` names `path` in errors, which are of one line.
+    """
+    return (stdlib_files(), "source") if dataset == "stdlib" else (find_files(path, key), "")
 
 
-def trained_on(dataset: str, path: Sequence[str], train: tuple[str, Sequence[str]], folder: str) -> list[str]:
+def trained_on(dataset: str, path: Sequence[str], train: Sequence[tuple[str, Sequence[str]]], folder: str) -> list[str]:
     """Return what of a validation set is trained on as well: its files that are also files of `train`, or its stream.
 
-    Sets are a dataset and a path; `folder` is the cache's. Single documents are not looked for.
+    Data sets are a dataset and a path; `folder` is the cache's. Single documents are not looked for.
     """
-    if is_streamed(dataset) or is_streamed(train[0]):
-        return [f"{dataset} {' '.join(path)}".strip()] if (dataset, [*path]) == (train[0], [*train[1]]) else []
-    return same_files(validation_files(dataset, path), validation_files(*train), folder)
+    if is_streamed(dataset):
+        return [f"{dataset} {' '.join(path)}".strip()] if (dataset, [*path]) in [(d, [*p]) for d, p in train] else []
+    others = [file for d, p in train if not is_streamed(d) for file in dataset_files(d, p)[0]]
+    return same_files(dataset_files(dataset, path)[0], others, folder)
 
 
 def _batches_on(device: torch.device, positions: Tensor | None, make: Callable[[], Batches]) -> Batches:
@@ -292,6 +324,14 @@ def _check_length(file: TokenFile, seq_len: int, key: str) -> None:
         )
 
 
+def tell_epochs(passes: Mapping[str, float]) -> None:
+    """Say how often a run reads its sources, and warn of those that it reads very often."""
+    log.info("the run reads %s", ", ".join(f"data.sources.{name} {count:.2f} times" for name, count in passes.items()))
+    often = [f"data.sources.{name} {count:.1f} times" for name, count in passes.items() if count > MANY_EPOCHS]
+    if often:
+        log.warning("the run reads %s: text is worth less each time; lower the weight or give more", ", ".join(often))
+
+
 def _stream_loader(
     data: _Prepared, batch: dict[str, Any], size: int, num_workers: int, device: torch.device, state: dict[str, Any]
 ) -> StatefulDataLoader:
@@ -305,31 +345,68 @@ def _stream_loader(
 
 def _prepare_files(want: _Wanted) -> _Prepared:
     """Tokenize files into the cache: training data, and validation data of their own or a fraction."""
-    files, kind = (stdlib_files(), "source") if want.dataset == "stdlib" else (find_files(want.path), "")
-    held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
+    one = SourceFiles("", want.dataset, want.path, 1.0)
+    (corpus,), tokenizer, (cache,) = _tokenize(want, [one])
+    return _Prepared(tokenizer, corpus.fingerprint, cache.train, [cache.validation] if _is_split(want) else [])
 
-    def tokenize(fraction: float) -> tuple[Corpus, Tokenizer, TokenCache]:
-        corpus = make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
-        tokenizer = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
-        return corpus, tokenizer, build_cache(corpus, tokenizer, want.folder, progress=want.progress)
+
+def _prepare_sources(want: _Wanted) -> _Prepared:
+    """Tokenize the files of several sources into a cache for each, by one tokenizer."""
+    corpora, tokenizer, caches = _tokenize(want, want.sources)
+    sources = [
+        Source(source.name, cache.train, Fraction(str(source.weight)), source.from_step, source.until_step)
+        for source, cache in zip(want.sources, caches, strict=True)
+    ]
+
+    # Validation data are the files of validation_path, which are in each cache, or what is held out of each source;
+    # where two are the same, once.
+    held_out = caches[:1] if want.validation_path else caches if want.fraction else []
+    files = list(dict.fromkeys(cache.validation for cache in held_out if cache.validation.num_tokens))
+    return _Prepared(tokenizer, digest([corpus.fingerprint for corpus in corpora]), sources, files)
+
+
+def _is_split(want: _Wanted) -> bool:
+    return bool(want.validation_path or want.fraction)
+
+
+def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> tuple[list[Corpus], Tokenizer, list[TokenCache]]:
+    """The corpus and the cache of each source, and the tokenizer of all, which may be trained on all of them."""
+    held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
+    keys = [f"data.sources.{source.name}.path" if source.name else "data.path" for source in sources]
+    places = [dataset_files(source.dataset, source.path, key) for source, key in zip(sources, keys, strict=True)]
+
+    def tokenize(fractions: Sequence[float]) -> tuple[list[Corpus], Tokenizer, list[TokenCache]]:
+        corpora = [
+            make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
+            for (files, kind), fraction in zip(places, fractions, strict=True)
+        ]
+        tokenizer = corpus_tokenizer(want.tokenizer, joined(corpora), want.folder, want.endpoint, want.eot_token)
+        caches = [build_cache(corpus, tokenizer, want.folder, progress=want.progress) for corpus in corpora]
+        return corpora, tokenizer, caches
 
     # Of few documents a small fraction may be none, or a large one all. Tokenizing them twice costs less than reading
     # every corpus once more to know before.
-    corpus, tokenizer, cache = tokenize(want.fraction)
-    if want.fraction and not all(cache.num_documents.values()):
-        fraction = fraction_for_both(corpus, want.folder)
-        log.info("data.validation_fraction is taken as %.3g: one document at least on either side", fraction)
-        corpus, tokenizer, cache = tokenize(fraction)
+    fractions = [want.fraction] * len(sources)
+    corpora, tokenizer, caches = tokenize(fractions)
+    lacking = [number for number, cache in enumerate(caches) if not all(cache.num_documents.values())]
+    if want.fraction and lacking:
+        for number in lacking:
+            fractions[number] = fraction_for_both(corpora[number], want.folder)
+            log.info(
+                "data.validation_fraction is taken as %.3g: one document at least on either side", fractions[number]
+            )
+        corpora, tokenizer, caches = tokenize(fractions)
 
     # One document can't be on both sides, and files may turn out to hold none.
-    is_split = bool(held_out or want.fraction)
-    count = cache.num_documents
-    if is_split and not all(count.values()):
-        raise ValueError(
-            f"data.validation_fraction ({want.fraction}) divides the documents into {count['train']} for training and "
-            f"{count['validation']} for validation: choose another fraction, or files with --data.validation_path"
-        )
-    return _Prepared(tokenizer, corpus.fingerprint, cache.train, cache.validation if is_split else None)
+    for source, count in zip(sources, (cache.num_documents for cache in caches), strict=True):
+        if _is_split(want) and not all(count.values()):
+            of_source = f" of data.sources.{source.name}" if source.name else ""
+            raise ValueError(
+                f"data.validation_fraction ({want.fraction}) divides the documents{of_source} into {count['train']} "
+                f"for training and {count['validation']} for validation: choose another fraction, or files with "
+                "--data.validation_path"
+            )
+    return corpora, tokenizer, caches
 
 
 def _find_stream(dataset: str, path: str | Sequence[str], endpoint: str) -> hub.HubDataset:
@@ -361,9 +438,9 @@ def _prepare_stream(want: _Wanted) -> _Prepared:
 
     # Documents of validation files are left out of the stream by their hashes. Those of a sample need none: the
     # fraction leaves them out.
-    split, file = Split(want.fraction), None
+    split, files = Split(want.fraction), []
     if held_out:
         corpus = make_corpus([], held_out, fraction=0.0, folder=want.folder)
-        file = build_cache(corpus, tokenizer, want.folder, progress=want.progress).validation
+        files = [build_cache(corpus, tokenizer, want.folder, progress=want.progress).validation]
         split = make_split(corpus, want.folder) if want.validation_path else split
-    return _Prepared(tokenizer, f"{source.path}:{source.config or ''}@{source.revision}", _Stream(source, split), file)
+    return _Prepared(tokenizer, f"{source.path}:{source.config or ''}@{source.revision}", _Stream(source, split), files)

@@ -92,6 +92,15 @@ def same_files(files: Sequence[str], others: Sequence[str], folder: str) -> list
     return [path for path, content in zip(candidates, _hash_files(candidates, folder), strict=True) if content in known]
 
 
+def joined(corpora: Sequence[Corpus]) -> Corpus:
+    """All of some corpora, which have the same files to validate on, if any; by each one's own fingerprint."""
+    if len(corpora) == 1:
+        return corpora[0]
+    train = tuple(shard for corpus in corpora for shard in corpus.train)
+    fraction = max(corpus.fraction for corpus in corpora)
+    return Corpus(train, corpora[0].validation, fraction, digest([corpus.fingerprint for corpus in corpora]))
+
+
 def digest(content: object) -> str:
     """Return a short hash of something JSON can hold, and of the version of this code's files."""
     return hashlib.sha256(json.dumps([VERSION, content]).encode()).hexdigest()[:16]

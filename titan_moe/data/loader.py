@@ -13,9 +13,9 @@ import hashlib
 import itertools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ ORDER_CHUNK = 1024  # positions permuted at once: a call costs as much as a hund
 log = logging.getLogger(__name__)
 
 
-def permute(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
+def permute(positions: np.ndarray, size: int, key: tuple[int | str, ...]) -> np.ndarray:
     """Return where `positions` go in the permutation of range(size) that `key` names, without a table.
 
     A Feistel network over the bits of `size - 1`, its round function splitmix64's finalizer, walked until the result is
@@ -65,16 +65,16 @@ def permute(positions: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarra
 
 # A batch's sequences are neighbours in the permutation, and so are those of the next: chunks are used many times over.
 @functools.lru_cache(maxsize=64)
-def _order(size: int, key: tuple[int, ...], chunk: int) -> np.ndarray:
+def _order(size: int, key: tuple[int | str, ...], chunk: int) -> np.ndarray:
     start = chunk * ORDER_CHUNK
     return permute(np.arange(start, min(start + ORDER_CHUNK, size)), size, key)
 
 
-def window_of(sequence: int, size: int, seed: int) -> int:
-    """Return the window, of `size`, that is the run's sequence of this number."""
+def window_of(sequence: int, size: int, *key: int | str) -> int:
+    """Return the window, of `size`, that is the sequence of this number in the order that `key` names."""
     epoch, position = divmod(sequence, size)
     chunk, place = divmod(position, ORDER_CHUNK)
-    return int(_order(size, (seed, epoch), chunk)[place])
+    return int(_order(size, (*key, epoch), chunk)[place])
 
 
 def num_windows(file: TokenFile, seq_len: int) -> int:
@@ -100,8 +100,23 @@ def split_labels(rows: np.ndarray) -> tuple[Tensor, Tensor]:
     return pairs[:, :-1].contiguous(), pairs[:, 1:].contiguous()
 
 
-class WindowBatches(Dataset):
+class LocalBatches(Protocol):
     """The local batches of one rank by their number; every batch comes with the state from which to go on after it."""
+
+    dp_degree: int
+    local_batch_size: int
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Return tokens and labels (B, S), int64, of local batch `index`, and the state after it."""
+        ...
+
+    def from_state(self, state: Mapping[str, Any]) -> "LocalBatches":
+        """Return those of a run that goes on from a state."""
+        ...
+
+
+class WindowBatches(Dataset):
+    """Batches of one token file."""
 
     def __init__(
         self, file: TokenFile, *, seq_len: int, seed: int, local_batch_size: int, dp_rank: int, dp_degree: int
@@ -118,9 +133,13 @@ class WindowBatches(Dataset):
         consumed = (index + 1) * self.dp_degree * self.local_batch_size
         return *read_windows(self.file, windows, self.seq_len), {"sequences": consumed}
 
+    def from_state(self, state: Mapping[str, Any]) -> "WindowBatches":
+        """Return itself: a sequence's number says all."""
+        return self
+
 
 def window_loader(
-    batches: WindowBatches, num_workers: int, device: torch.device, state: dict[str, Any]
+    batches: LocalBatches, num_workers: int, device: torch.device, state: dict[str, Any]
 ) -> StatefulDataLoader:
     """Make the loader that goes on after `state["sequences"]` sequences; what lies before them is not read.
 
@@ -134,7 +153,7 @@ def window_loader(
             f"data-parallel ranks ({sequences_per_pass}): resume with the batch size and number of processes of the "
             "saved run"
         )
-    return make_loader(batches, num_workers, device, sampler=itertools.count(first))
+    return make_loader(batches.from_state(state), num_workers, device, sampler=itertools.count(first))
 
 
 def make_loader(dataset: Any, num_workers: int, device: torch.device, sampler: Any = None) -> StatefulDataLoader:
@@ -221,6 +240,10 @@ class TrainLoader:
             self._state = {**after, "lanes": lanes} if lanes else after
             yield tokens, labels
 
+    def tokens_by_source(self, seq_len: int) -> list[tuple[str, int]]:
+        """Return the tokens that each source has given so far, of sequences of `seq_len`; none without sources."""
+        return [(name, source["given"] * seq_len) for name, source in self._state.get("sources", {}).items()]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position after the last batch handed out: plain numbers, strings, lists and dicts."""
         return {**copy.deepcopy(self._state), "fingerprint": self._fingerprint}
@@ -247,17 +270,21 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def validation_batches(
-    file: TokenFile, *, seq_len: int, steps: int, local_batch_size: int, dp_rank: int, dp_degree: int
+    files: Sequence[TokenFile], *, seq_len: int, steps: int, local_batch_size: int, dp_rank: int, dp_degree: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's validation batches (b, S), b <= local_batch_size; every rank gets the same number of batches.
 
-    The set is all windows (steps -1) or `steps * local_batch_size` of them in total over all ranks. It is always the
-    same, whatever the seed, world size and batch size. A rank with no window left gets one row with all labels -100.
+    The set is all windows of the files (steps -1) or `steps * local_batch_size` of them in total over all ranks, of
+    each file as many as it has of all. It is always the same, whatever the seed, world size and batch size. A rank with
+    no window left gets one row with all labels -100.
     """
-    size = num_windows(file, seq_len)
-    total = size if steps < 0 else min(size, steps * local_batch_size)
-    for first in range(0, total, local_batch_size * dp_degree):
-        start = first + dp_rank * local_batch_size
-        windows = [window_of(index, size, 0) for index in range(start, min(start + local_batch_size, total))]
-        tokens, labels = read_windows(file, windows or [0], seq_len)
-        yield tokens, labels if windows else torch.full_like(labels, IGNORE)
+    sizes = [num_windows(file, seq_len) for file in files]
+    every = sum(sizes)
+    total = every if steps < 0 else min(every, steps * local_batch_size)
+    ends = [total * sum(sizes[: number + 1]) // every for number in range(len(sizes))]
+    for file, size, start, end in zip(files, sizes, [0, *ends], ends, strict=False):
+        for first in range(0, end - start, local_batch_size * dp_degree):
+            begin = first + dp_rank * local_batch_size
+            windows = [window_of(index, size, 0) for index in range(begin, min(begin + local_batch_size, end - start))]
+            tokens, labels = read_windows(file, windows or [0], seq_len)
+            yield tokens, labels if windows else torch.full_like(labels, IGNORE)

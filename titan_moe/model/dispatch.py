@@ -120,6 +120,20 @@ def combine_rows(y_ND: Tensor, topk_scores_TK: Tensor, permutation: Permutation)
     return _Combine.apply(y_ND, topk_scores_TK, *permutation)
 
 
+def combine_choices(y_ND: Tensor, routing: Routing, permutation: Permutation, x_TD: Tensor) -> Tensor:
+    """The weighted sum of what each token's experts gave, identity experts included: (N, D) -> (T, D)."""
+    if not routing.num_identity_experts:
+        return combine_rows(y_ND, routing.topk_scores, permutation)
+
+    # What no expert computes and has a weight is an identity expert's. All of them give the same, so one product with
+    # the sum of their weights is enough.
+    computed_TK = computed_choices(routing)
+    assert computed_TK is not None
+    of_experts_TK = torch.where(computed_TK, routing.topk_scores, 0)
+    identity_T1 = torch.where(computed_TK, 0, routing.topk_scores).sum(-1, keepdim=True)  # (T, K) -> (T, 1)
+    return (combine_rows(y_ND, of_experts_TK, permutation) + x_TD * identity_T1).to(y_ND.dtype)
+
+
 def rows_of_choices(y_ND: Tensor, permutation: Permutation, computed_TK: Tensor | None) -> Tensor:
     """The row of each choice, 0 where none was computed: (N, D) -> (T, K, D)."""
     T, K = permutation.row.shape

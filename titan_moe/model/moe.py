@@ -18,7 +18,7 @@ from titan_moe.model import fused
 from titan_moe.model.dispatch import (
     Dispatcher,
     Permutation,
-    combine_rows,
+    combine_choices,
     computed_choices,
     local,
     rows_of_choices,
@@ -26,7 +26,7 @@ from titan_moe.model.dispatch import (
 from titan_moe.model.experts import PRODUCTS, Precision, grouped_mm
 from titan_moe.model.multipliers import times
 from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
-from titan_moe.model.routing.common import OFFERED, asked_for, parametric
+from titan_moe.model.routing.common import OFFERED, asked_for, parametric, with_identity_experts
 
 # num_experts -> tensors that a balancer keeps of a layer, by name
 InitState = Callable[[int], Mapping[str, Tensor]]
@@ -288,34 +288,20 @@ class MoE(nn.Module):
         x_TD = x_BSD.flatten(0, 1)  # (B, S, D) -> (T, D)
         values = {"x": x_TD} | ({} if places is None else places._asdict())
         routing = self.route(self.router_logits(x_TD), self.expert_bias, **self.take(self.asked, values))
-        if self.num_identity_experts:
-            routing = Routing(*routing[:-2], self.num_identity_experts)
+        routing = with_identity_experts(routing, self.num_identity_experts)
         x_ND, tokens_per_expert_E, permutation, state = self.dispatcher.dispatch(x_TD, routing)  # (T, D) -> (N, D)
 
         # The shared experts need no rows from elsewhere: they are computed while these travel.
         shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
         y_ND = self.experts(self.dispatcher.receive(x_ND, state), tokens_per_expert_E)
         y_ND = self.dispatcher.send_back(y_ND, state)
-        y_BSD = self.combine(y_ND, routing, permutation, x_TD).view_as(x_BSD)  # (N, D) -> (B, S, D)
+        y_BSD = combine_choices(y_ND, routing, permutation, x_TD).view_as(x_BSD)  # (N, D) -> (B, S, D)
         y_BSD = times(y_BSD, self.output_multiplier)
 
         # Evaluation has no losses to measure for.
         if self.measures and torch.is_grad_enabled():
             routing = self.measured(routing, y_ND, permutation, values)
         return (y_BSD if shared_BSD is None else y_BSD + shared_BSD), routing
-
-    def combine(self, y_ND: Tensor, routing: Routing, permutation: Permutation, x_TD: Tensor) -> Tensor:
-        """The weighted sum of what each token's experts gave, identity experts included: (N, D) -> (T, D)."""
-        if not self.num_identity_experts:
-            return combine_rows(y_ND, routing.topk_scores, permutation)
-
-        # What no expert computes and has a weight is an identity expert's. All of them give the same, so one product
-        # with the sum of their weights is enough.
-        computed_TK = computed_choices(routing)
-        assert computed_TK is not None
-        of_experts_TK = torch.where(computed_TK, routing.topk_scores, 0)
-        identity_T1 = torch.where(computed_TK, 0, routing.topk_scores).sum(-1, keepdim=True)  # (T, K) -> (T, 1)
-        return (combine_rows(y_ND, of_experts_TK, permutation) + x_TD * identity_T1).to(y_ND.dtype)
 
     def take(self, names: tuple[str, ...], values: Mapping[str, Any]) -> dict[str, Any]:
         """What a function asks for by name: of `values`, else of the layer.

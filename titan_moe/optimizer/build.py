@@ -100,11 +100,13 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "shampoo_fast": optimizer_of(
         shampoo,
         "shampoo_fast",
-        "The preset of shampoo that we recommend: shared factors of 128, statistics every 10 steps, roots staggered.",
+        "The preset of shampoo that we recommend: shared factors of 128, statistics every 10 steps, roots staggered, "
+        "products in bfloat16 where that is fast.",
         statistics_every=10,
         max_preconditioner_dim=128,
         share_factors=True,
         stagger_roots=True,
+        matmul_dtype="auto",
     ),
     "distributed_shampoo": optimizer_of(distributed_shampoo),
     "soap": optimizer_of(soap),

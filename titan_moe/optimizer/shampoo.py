@@ -17,13 +17,15 @@ Shapes: R rows (experts), M x N a matrix.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from titan_moe.optimizer.kronecker import block_layout, init_factor, init_root, refresh_root, strip_layout
-from titan_moe.optimizer.transform import MatmulDtype, State, Tick, Transform, adamw, momentum
+from titan_moe.optimizer.transform import State, Tick, Transform, adamw, momentum
 from titan_moe.runtime.dtypes import DTYPES
 
 Grafting = Literal["adamw", "none"]
+RootDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def shampoo(
@@ -41,7 +43,7 @@ def shampoo(
     adamw_above: int = 8192,
     share_factors: bool = False,
     one_sided: bool = False,
-    matmul_dtype: MatmulDtype = "float32",
+    matmul_dtype: RootDtype = "float32",
     stagger_roots: bool = False,
 ) -> Transform:
     """Shampoo with AdamW's step size, each expert by itself; the paper's section 3.5 (Shi et al., 2023).
@@ -52,18 +54,19 @@ def shampoo(
     X_L m' X_R itself, with identities for roots until the first are computed. Factors see the gradients of steps 1,
     1 + statistics_every, ... Matrices are cut into blocks of at most `max_preconditioner_dim`. Each block has factors
     of its own, or with `share_factors` each row and each column of blocks has one. A matrix with a dimension above
-    `adamw_above` is AdamW's. `stagger_roots` spreads the roots of different tensors evenly over the steps.
+    `adamw_above` is AdamW's. `stagger_roots` spreads the roots of different tensors evenly over the steps. Roots are
+    kept and multiplied in `matmul_dtype`; with "auto" they are kept in float32 and multiplied as `dtype_on` says.
+    Factors are made in float32 whatever it is, because a root lives by small eigenvalues, which bfloat16 rounds away.
     """
-    dtype = DTYPES[matmul_dtype]
     make_layout = strip_layout if share_factors else block_layout
-    layout = make_layout(max_preconditioner_dim, beta2, one_sided=one_sided, dtype=dtype)
+    layout = make_layout(max_preconditioner_dim, beta2, one_sided=one_sided)
     grafted = grafting == "adamw"
     base = adamw(beta1=beta1, beta2=beta2, eps=eps) if grafted else momentum(beta1)
     start = precondition_frequency if start_preconditioning_step == -1 else start_preconditioning_step
     power = exponent or (0.5 if one_sided else 0.25)
 
     def init(weight: Tensor) -> State:
-        state = base.init(weight)
+        state, dtype = base.init(weight), DTYPES.get(matmul_dtype, torch.float32)
         for factor in layout.factors(weight.shape[1:]):
             state |= init_factor(factor, weight) | init_root(factor, weight, dtype)
         return state
@@ -84,7 +87,16 @@ def shampoo(
         direction = base.update(gradient, state, tick)  # (R, M, N)
         if since_start < 0:
             return direction
-        return layout.precondition(state["exp_avg"] if grafted else direction, direction, state, grafted)
+        x = state["exp_avg"] if grafted else direction
+        return layout.precondition(x.to(dtype_on(x.device, matmul_dtype)), direction, state, grafted)
 
     period = precondition_frequency if stagger_roots else 0
     return Transform(init, update, max_dim=adamw_above, period=period, reads_weight=False)
+
+
+def dtype_on(device: torch.device, matmul_dtype: RootDtype) -> torch.dtype:
+    """The type of this name; "auto" is bfloat16 on GPUs and on CPUs with instructions for it, float32 on others."""
+    if matmul_dtype != "auto":
+        return DTYPES[matmul_dtype]
+    is_fast = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.bfloat16 if is_fast else torch.float32

@@ -58,7 +58,7 @@ def soap(
     """
     dtype = DTYPES[matmul_dtype]
     floor = max(EVIDENT, torch.finfo(dtype).eps / 8)
-    layout = block_layout(max_preconditioner_dim, beta2, one_sided=one_sided, dtype=dtype)
+    layout = block_layout(max_preconditioner_dim, beta2, one_sided=one_sided)
     base = adamw(beta1=beta1, beta2=beta2, eps=eps)
 
     def init(weight: Tensor) -> State:
@@ -73,7 +73,7 @@ def soap(
         # the first gradient only makes the bases: in its own eigenbasis it is diagonal, and the rest is round-off
         parts = factors_by_region(gradient.shape[1:], max_preconditioner_dim, one_sided=one_sided)
         if tick.step == 1:
-            layout.observe(gradient, state, tick)
+            layout.observe(gradient.to(dtype), state, tick)
             for region, factors in parts:
                 for side, factor in factors.items():
                     first_basis(side, factor, to_blocks(gradient, region), state)
@@ -93,7 +93,7 @@ def soap(
 
         # the factors see this gradient after it was used, so that a step depends on the ones before it alone
         if (tick.step - 1) % statistics_every == 0:
-            layout.observe(gradient, state, tick)
+            layout.observe(gradient.to(dtype), state, tick)
         if (tick.step - tick.offset) % precondition_frequency == 0:
             for region, factors in parts:
                 for side, factor in factors.items():

@@ -4,7 +4,7 @@ On several processes FSDP2 does this while it gathers. One process has nothing t
 parameters before a step's first forward, and one over each gradient as it comes, while it is still in the cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -32,11 +32,10 @@ class LowPrecision:
         self.masters: list[nn.Parameter] = []
         self.copies: list[nn.Parameter] = []
         self.slots: list[Slot] = []
-        self.are_in, self.are_current = False, False  # the copies: in the model's place; as the parameters are
-        self.is_last, self.is_queued = (
-            True,
-            False,
-        )  # the step's last micro-batch; the end of this backward is waited for
+        self.are_in = False  # the copies stand in for the parameters
+        self.are_current = False  # and hold what these do
+        self.is_last = True  # the micro-batch is the step's last
+        self.is_queued = False  # `_after_backward` will be called
         model.register_forward_pre_hook(self._before_forward)
         model.register_forward_hook(self._after_forward, always_call=True)
 
@@ -64,8 +63,8 @@ class LowPrecision:
                 copy.register_post_accumulate_grad_hook(self._gradient_taker(number))
             self.copies.append(copy)
 
-    def _gradient_taker(self, number: int) -> Any:
-        """What is done with the gradient of a copy, once it is there."""
+    def _gradient_taker(self, number: int) -> Callable[[Tensor], None]:
+        """Make what takes the gradient of a copy, once it is there."""
 
         def take(copy: Tensor) -> None:
             # the parameter's own type first: bf16 would lose most of what later micro-batches add

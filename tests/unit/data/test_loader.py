@@ -280,7 +280,7 @@ def validate(file: TokenFile, degree: int, local: int, steps: int) -> list[list[
     return [
         list(
             validation_batches(
-                file, seq_len=SEQ_LEN, steps=steps, local_batch_size=local, dp_rank=rank, dp_degree=degree
+                [file], seq_len=SEQ_LEN, steps=steps, local_batch_size=local, dp_rank=rank, dp_degree=degree
             )
         )
         for rank in range(degree)

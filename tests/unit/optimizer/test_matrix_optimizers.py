@@ -434,7 +434,7 @@ def moved_by(name: str, shape: tuple[int, ...], gradients: list[Tensor]) -> Tens
     """How far weights are after these gradients, without decay, from where they began."""
     start = start_of(name, shape)
     weight = nn.Parameter(start.clone())
-    exact = taken(name, statistics_every=1) or taken(name, matmul_dtype="float32")
+    exact = taken(name, statistics_every=1) | taken(name, matmul_dtype="float32")
     optimizer = optimizer_of(name, weight, weight_decay=0.0, **exact)
     for gradient in gradients:
         weight.grad = gradient.clone()
@@ -584,10 +584,12 @@ def test_roots_of_different_tensors_come_on_different_steps() -> None:
     assert changed == [(8, 0), (10, 1), (12, 2), (14, 3), (16, 0), (18, 1), (20, 2), (22, 3), (24, 0)]
 
 
-def test_reduced_precision_is_close() -> None:
+@pytest.mark.parametrize("share_factors", [False, True])
+def test_reduced_precision_is_close(share_factors: bool) -> None:
+    """Products are in bfloat16, factors those of float32 to the bit, and so are roots until they are rounded."""
     weights = [nn.Parameter(torch.ones(2, 16, 12)) for _ in range(2)]
     optimizers = [
-        optimizer_of("shampoo", p, matmul_dtype=dtype, epsilon=1e-6)
+        optimizer_of("shampoo", p, matmul_dtype=dtype, epsilon=1e-6, share_factors=share_factors)
         for p, dtype in zip(weights, ("float32", "bfloat16"), strict=True)
     ]
     for _ in range(8):
@@ -598,7 +600,31 @@ def test_reduced_precision_is_close() -> None:
     moved, other = (p.detach() - 1 for p in weights)
     assert (moved - other).norm() < 0.05 * moved.norm()
     assert not torch.equal(moved, other)
-    assert optimizers[1].state[weights[1]]["root_left_0"].dtype == torch.bfloat16
+    exact, rounded = (optimizer.state[p] for p, optimizer in zip(weights, optimizers, strict=True))
+    for side in ("left_0", "right_0"):
+        assert torch.equal(exact[side], rounded[side])
+        assert torch.equal(exact[f"root_{side}"].bfloat16(), rounded[f"root_{side}"])
+
+
+@pytest.mark.parametrize(("has_bf16", "like"), [(True, "bfloat16"), (False, "float32")])
+def test_products_in_a_fast_type(has_bf16: bool, like: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preset multiplies in bfloat16 where a CPU has instructions for it; its state is float32 on every machine."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": has_bf16})
+    weights = [nn.Parameter(torch.ones(2, 16, 12)) for _ in range(3)]
+    optimizers = [
+        OPTIMIZERS["shampoo_fast"]([{"params": [p]}], start_preconditioning_step=1, stagger_roots=False, **dtype)
+        for p, dtype in zip(weights, ({}, {"matmul_dtype": "float32"}, {"matmul_dtype": "bfloat16"}), strict=True)
+    ]
+    gradient = torch.randn(2, 16, 12)
+    for p, optimizer in zip(weights, optimizers, strict=True):
+        p.grad = gradient.clone()
+        optimizer.step()
+    auto, float32, bfloat16 = weights
+
+    # the roots of "bfloat16" are rounded as they are kept, those of "auto" as they are multiplied: the same numbers
+    assert torch.equal(auto, {"float32": float32, "bfloat16": bfloat16}[like])
+    assert not torch.equal(float32, bfloat16)
+    assert {value.dtype for value in optimizers[0].state[auto].values()} == {torch.float32}
 
 
 SMALL = """
@@ -671,7 +697,7 @@ def test_groups_name_their_optimizers(tmp_path: Any) -> None:
         (["--optimizer.expert.start_preconditioning_step=0"], "must be -1 or greater than 0"),
         (["--optimizer.expert.epsilon=0"], "must be greater than 0"),
         (["--optimizer.expert.grafting=sgd"], "must be 'adamw' or 'none'"),
-        (["--optimizer.expert.matmul_dtype=float16"], "must be 'float32' or 'bfloat16'"),
+        (["--optimizer.expert.matmul_dtype=float16"], "must be 'auto', 'float32' or 'bfloat16'"),
         (["--optimizer.router.precondition_frequency=5"], "unknown argument here; it belongs to shampoo"),
         (
             ["--optimizer.embedding.name=muon"],

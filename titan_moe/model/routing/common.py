@@ -261,6 +261,12 @@ def make_routing(
     )
 
 
+def with_identity_experts(routing: Routing, num_identity_experts: int) -> Routing:
+    """The routing of a layer whose last experts are identity experts, so many; it has nothing measured yet."""
+    # Not _replace, which torch.compile can't give out in torch 2.11.
+    return Routing(*routing[:-2], num_identity_experts) if num_identity_experts else routing
+
+
 def drop_over_capacity(routing: Routing, options: Options) -> Routing:
     """Drop the choices for which an expert has no room, when there is a capacity factor and gradients are recorded.
 
