@@ -127,9 +127,9 @@ def _history(path: Path, size: int, changed: int) -> History:
             for key in _curve_keys(kind):
                 if key in record:
                     curves.setdefault(f"{kind}/{key}", {})[step] = record[key]
-            for key in filter(set_of, record):
-                curves.setdefault(key, {})[step] = record[key]
             if kind == "validation":
+                for key in filter(set_of, record):
+                    curves.setdefault(key, {})[step] = record[key]
                 load = _load(record) or load
                 validations.append({key: value for key, value in record.items() if "/" not in key or _is_of_set(key)})
     points = {name: sorted(curve.items()) for name, curve in curves.items()}

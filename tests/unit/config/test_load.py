@@ -174,6 +174,7 @@ def test_validation_sets_merge_by_name_and_come_back_the_same(write: Write):
         ("[validation.sets.1st]\npath = 'x'", ["validation.sets.1st: ", "does not begin with a digit"]),
         ("[validation.sets.'ö']\npath = 'x'", ["validation.sets.ö: ", "letters, digits and _"]),
         ("[validation.sets]\ncode = 'x.txt'", ["sets.code = 'x.txt': ", "must be a table: [validation.sets.code]"]),
+        ("[validation.sets]\ncode = 0", ["validation.sets.code = 0: must be a table: [validation.sets.code]"]),
         ("[validation]\nsets = 3", ["validation.sets = 3: must have tables: [validation.sets.NAME]"]),
         ("[validation.sets.code]\npth = 'x'", ["validation.sets.code.pth", "did you mean validation.sets.code.path?"]),
         ("[validation.sets.code]\ndataset = 'txt'", ["validation.sets.code.dataset = 'txt'", "'stdlib'"]),
