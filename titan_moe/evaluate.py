@@ -106,9 +106,11 @@ def evaluate_texts(
     rows = [row(files[0] if len(files) == 1 else WHOLE, files, batches)]
     for path in files if len(files) > 1 else ():
         try:
-            rows.append(row(path, [path], validation_batches(config, tokenizer, [path], device)))
+            batches = validation_batches(config, tokenizer, [path], device)
         except ValueError as error:
             command.logger.warning("%s has no row of its own: %s", path, error)
+        else:
+            rows.append(row(path, [path], batches))
     return rows
 
 
