@@ -13,7 +13,17 @@ from titan_moe.config import Config, find_component
 from titan_moe.config.checks import parametrization_of
 from titan_moe.config.sections import Optimizer as OptimizerTables
 from titan_moe.config.sections import balancer_tables
-from titan_moe.data.build import Data, SourceFiles, build_data
+from titan_moe.data.build import (
+    Data,
+    SourceFiles,
+    ValidationSet,
+    build_data,
+    build_validation,
+    dataset_files,
+    is_streamed,
+    trained_on,
+)
+from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.attention import attention_heads
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
 from titan_moe.model.moe import MEASURED, WEIGHTS, InitState, Measure
@@ -31,6 +41,7 @@ from titan_moe.parallelize.float8 import quantize
 from titan_moe.parallelize.mesh import Degrees, Meshes, resolve_degrees
 from titan_moe.parallelize.parallelize import cast_parameters, parallelize
 from titan_moe.runtime import machine, world
+from titan_moe.runtime.command import logger
 from titan_moe.runtime.compat import MESH_BY_PARAMETER, check_tensor_parallel
 from titan_moe.runtime.dtypes import DTYPES
 from titan_moe.runtime.world import Runtime
@@ -264,23 +275,66 @@ def build_schedule(config: Config) -> Schedule:
 
 def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     """Prepare the tokenizer and this rank's batches, of each sequence its part."""
+    # A validation set that is not there is told now, and not when the training data have been tokenized.
+    data, training = config.data, config.training
+    sets = config.validation.sets if config.validation.enable else {}
+    for name, of_set in sets.items():
+        if not is_streamed(of_set.dataset):
+            dataset_files(of_set.dataset, of_set.path, f"validation.sets.{name}.path")
+
     # Ranks that share sequences are neighbours, and read the same ones at different positions. One process of each node
     # fills the cache, for nodes need not have a disk in common.
-    data, training = config.data, config.training
-    return build_data(
+    share = {
+        "dp_rank": rt.rank // degrees.per_sequence,
+        "dp_degree": degrees.data,
+        "positions": own_positions(training.seq_len, rt.rank, degrees),
+        "device": rt.device,
+        "is_main": rt.local_rank == 0,
+        "barrier": world.barrier,
+    }
+    prepared = build_data(
         **data_arguments(config),
+        **share,
         tokenizer=data.tokenizer,
         eot_token=data.eot_token,
         global_batch_size=training.global_batch_size,
         local_batch_size=training.local_batch_size,
-        dp_rank=rt.rank // degrees.per_sequence,
-        dp_degree=degrees.data,
-        positions=own_positions(training.seq_len, rt.rank, degrees),
-        device=rt.device,
         num_workers=data.num_workers,
-        is_main=rt.local_rank == 0,
-        barrier=world.barrier,
     )
+    if not sets:
+        return prepared
+    prepared = prepared._replace(validation_sets=load_validation_sets(config, prepared.tokenizer, **share))
+
+    # It may be meant, and the run goes on: but the numbers of such a set look better than they are.
+    train = [(source.dataset, source.path) for source in data.sources.values()] or [(data.dataset, data.path)]
+    for name, of_set in sets.items() if rt.is_main else ():
+        if both := trained_on(of_set.dataset, of_set.path, train, cache_folder(config)):
+            shown = both[0] + (f" and {len(both) - 1} more" if both[1:] else "")
+            logger.warning(
+                "validation.sets.%s has text that is trained on, too: %s: its numbers are not those of text that is "
+                "new to the model",
+                *(name, shown),
+            )
+    return prepared
+
+
+def load_validation_sets(config: Config, tokenizer: str | Tokenizer, **share: Any) -> dict[str, ValidationSet]:
+    """Prepare the sets of [validation.sets] by name; `share` are the arguments of `build_validation` that say whose."""
+    validation = config.validation
+    return {
+        name: build_validation(
+            dataset=of_set.dataset,
+            path=of_set.path,
+            key=f"validation.sets.{name}.path",
+            tokenizer=tokenizer,
+            seq_len=config.training.seq_len,
+            steps=validation.steps,
+            local_batch_size=validation.local_batch_size,
+            cache_folder=cache_folder(config),
+            **share,
+        )
+        for name, of_set in validation.sets.items()
+    }
 
 
 def data_arguments(config: Config) -> dict[str, Any]:
@@ -298,8 +352,13 @@ def data_arguments(config: Config) -> dict[str, Any]:
         "validation_path": data.validation_path,
         "validation_steps": validation.steps,
         "validation_local_batch_size": validation.local_batch_size,
-        "cache_folder": data.cache_folder or str(machine.user_cache_folder()),
+        "cache_folder": cache_folder(config),
     }
+
+
+def cache_folder(config: Config) -> str:
+    """The folder of tokenized data."""
+    return config.data.cache_folder or str(machine.user_cache_folder())
 
 
 def with_vocab_size(config: Config, tokens: int) -> Config:

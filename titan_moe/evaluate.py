@@ -1,14 +1,18 @@
 """Evaluate a checkpoint: `python -m titan_moe.evaluate --checkpoint DIR [--data.path FILE ...]`."""
 
 import argparse
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from titan_moe.build import data_arguments
+from titan_moe.build import data_arguments, load_validation_sets
 from titan_moe.checkpoint import load_model, resolve_checkpoint
+from titan_moe.checkpoint.folder import read_manifest
 from titan_moe.config import Config, load_saved
 from titan_moe.data.build import Batches, build_data, build_validation, token_bytes
 from titan_moe.data.loader import CPU
@@ -33,27 +37,107 @@ OVERRIDES = (  # what the command line may change: the rest belongs to the check
 )
 
 
+COLUMNS = {  # of the rows: numbers and their formats
+    "loss": ".4f",
+    "perplexity": ".2f",
+    "accuracy": ".2%",
+    "bits_per_byte": ".4f",
+    "maxvio_global": ".3f",
+    "num_tokens": ",",
+}
+WHOLE = "all"  # the name of all files together
+
+
+class Row(NamedTuple):
+    """What was measured on a text: some files, or a set of the run's, which has no files here."""
+
+    name: str
+    files: list[str]
+    numbers: dict[str, Any]
+
+
 def main(args: list[str]) -> int:
-    """Evaluate the checkpoint and print one line for each number; return the exit code."""
+    """Evaluate the checkpoint and print its numbers; return the exit code."""
     options, overrides = parse(args)
     rt = world.read_world()
     command.init_logging(rt)
 
     # The configuration first: what the command line can't ask for is refused before gigabytes are read.
     step_folder = resolve_checkpoint(options.checkpoint)
-    config, files = evaluation_config(step_folder, overrides, options.trust_components)
+    config, files = evaluation_config(step_folder, overrides, options.trust_components, with_sets=True)
     model, _ = load_model(step_folder, options.trust_components)
 
     # The tokenizer of the checkpoint, for others have other words at the same ids.
     tokenizer = str(step_folder / "tokenizer.json")
-    output = evaluate(
-        move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param]),
-        validation_batches(config, tokenizer, files, rt.device),
-        token_bytes(load_tokenizer(tokenizer)).to(rt.device),
-    )
-    for name, value in to_numbers([eval_metrics(output)])[0].items():
+    move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param])
+    rows = evaluate_texts(model, config, tokenizer, files, rt.device)
+    if options.json:
+        print(as_json(step_folder, rows))
+        return 0
+
+    # All numbers of the whole, a line each; of its parts those that people compare.
+    for name, value in rows[0].numbers.items():
         print(f"{name:24} {value:.8g}" if isinstance(value, float) else f"{name:24} {value}")
+    if rows[1:]:
+        print("", *table(rows[1:]), sep="\n")
     return 0
+
+
+def evaluate_texts(
+    model: nn.Module, config: Config, tokenizer: str, files: list[str], device: torch.device
+) -> list[Row]:
+    """Evaluate on `files` together, then on each by itself; without any, on the run's validation data and its sets.
+
+    A glob or folder among `files` is one text. `tokenizer` is a file.
+    """
+    bytes_V = token_bytes(load_tokenizer(tokenizer)).to(device)
+
+    def row(name: str, paths: list[str], batches: Batches) -> Row:
+        (numbers,) = to_numbers([eval_metrics(evaluate(model, batches, bytes_V))])
+        return Row(name, paths, numbers)
+
+    # Of the run each set by its name, as in its own validations. All are there before the first is computed.
+    sets = {} if files else load_validation_sets(config, tokenizer, device=device)
+    batches = validation_batches(config, tokenizer, files, device)
+    if not files:
+        return [row("validation", [], batches), *(row(name, [], one.batches()) for name, one in sets.items())]
+
+    # A text is cut into sequences by itself, and may be too short for one although all of them together are not.
+    rows = [row(files[0] if len(files) == 1 else WHOLE, files, batches)]
+    for path in files if len(files) > 1 else ():
+        try:
+            batches = validation_batches(config, tokenizer, [path], device)
+        except ValueError as error:
+            command.logger.warning("%s has no row of its own: %s", path, error)
+        else:
+            rows.append(row(path, [path], batches))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """The lines of a table with a row for each text."""
+    columns = [name for name in COLUMNS if name in rows[0].numbers]
+    texts = [["", *columns]]
+    texts += [[row.name, *(format(row.numbers[name], COLUMNS[name]) for name in columns)] for row in rows]
+    name_width, *widths = (max(map(len, column)) for column in zip(*texts, strict=True))
+    return [
+        f"{name:<{name_width}}" + "".join(f"  {text:>{width}}" for text, width in zip(numbers, widths, strict=True))
+        for name, *numbers in texts
+    ]
+
+
+def as_json(step_folder: Path, rows: Sequence[Row]) -> str:
+    """One JSON object: the checkpoint, its step, and for each text its name, its files and all numbers.
+
+    The first result is what is printed without --json. A number that is not finite is null.
+    """
+
+    def finite(numbers: dict[str, Any]) -> dict[str, Any]:
+        return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+
+    results = [{"name": row.name, "path": row.files, **finite(row.numbers)} for row in rows]
+    head = {"checkpoint": str(step_folder), "step": read_manifest(step_folder)["step"]}
+    return json.dumps({**head, "results": results}, indent=1, allow_nan=False)
 
 
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -63,23 +147,28 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser("python -m titan_moe.evaluate", about)
     place = "step folder, or dump folder (its latest complete step)"
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=place)
+    parser.add_argument("--json", action="store_true", help="print one JSON object: {checkpoint, step, results: [...]}")
     parser.add_trust()
 
     # Keys of the configuration are words that this parser does not know: it passes them on.
     parser.epilog = (
-        "--data.path FILE ...: files to evaluate on, all of them; without it: the validation data of the run. "
-        f"--section.key value, instead of the run's: {', '.join(OVERRIDES)}. "
+        "--data.path FILE ...: files to evaluate on, all of them together, then each by itself in a table (a glob in "
+        "quotes, or a folder, is one text); without it: the validation data of the run, then each of its "
+        "[validation.sets]. "
+        f"--section.key value, instead of the run's: {', '.join(OVERRIDES)}, validation.sets.NAME.path and .dataset "
+        "(validation.sets.NAME false: without it). "
         "Text is cut into sequences of training.seq_len tokens; a rest of less than one is left out."
     )
     return parser.parse_known_args(args)
 
 
 def evaluation_config(
-    step_folder: Path, overrides: list[str], trust_components: Sequence[str] = ()
+    step_folder: Path, overrides: list[str], trust_components: Sequence[str] = (), *, with_sets: bool = False
 ) -> tuple[Config, list[str]]:
     """Give the run's configuration with the overrides, and the files of --data.path: of these all is evaluated.
 
-    `trust_components` as in `load_model`.
+    `trust_components` as in `load_model`. `with_sets`: validation sets are evaluated, where no files are given, and may
+    be overridden.
     """
     # Who gives files wants all of them evaluated, not as many batches as the run looked at between steps.
     given = {arg[2:].partition("=")[0] for arg in overrides if arg.startswith("--")}
@@ -88,7 +177,8 @@ def evaluation_config(
     config = load_saved(step_folder / "config.toml", words, trust_components=trust_components)
 
     # Checked last: a key that does not exist at all has a better message by then.
-    if useless := sorted(given.difference(OVERRIDES)):
+    sets = {key for key in given if key.startswith("validation.sets.") and with_sets and "data.path" not in given}
+    if useless := sorted(given.difference(OVERRIDES, sets)):
         raise ValueError(f"--{useless[0]} changes nothing here: an evaluation takes {', '.join(OVERRIDES)}")
     return config, config.data.path if "data.path" in given else []
 
@@ -117,7 +207,7 @@ def validation_batches(
             cache_folder=arguments["cache_folder"],
             device=device,
             **share,
-        )()
+        ).batches()
 
     # The batches of training are not taken, so their size is any.
     sizes = {"global_batch_size": -1, "local_batch_size": 1}

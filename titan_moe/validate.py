@@ -15,7 +15,7 @@ from titan_moe.records import Record, write_record
 from titan_moe.resume import Progress
 from titan_moe.runtime import world
 from titan_moe.sinks.files import has_record
-from titan_moe.sinks.sink import Sink
+from titan_moe.sinks.sink import Sink, under_set
 from titan_moe.step import evaluate
 
 
@@ -31,11 +31,14 @@ def validate(job: Job, sinks: Sink, progress: Progress) -> Progress:
     with job.optimizer.evaluating():
         choices = probe(job)
         output = evaluate(job.model, job.data.validation(), bytes_V)
+        sets = {name: evaluate(job.model, one.batches(), bytes_V) for name, one in job.data.validation_sets.items()}
 
     # Choices of the validation before may be missing: this is the first one, or an older checkpoint did not have them.
     record: Record = {"step": progress.step, "kind": "validation", **eval_metrics(output)}
     if output.load.numel():
         record["load/experts"] = output.load  # each expert's, and a heatmap
+    for name, output_of_set in sets.items():
+        record |= under_set(name, eval_metrics(output_of_set))
     if progress.choices is not None and choices is not None and job.runtime.is_main:
         record["routing_drift"] = routing_drift(progress.choices, choices)
 

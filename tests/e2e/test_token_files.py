@@ -38,3 +38,18 @@ def test_bad_token_files(train: Train, tmp_path: Path, name: str) -> None:
         line = error_line(train(**{key: [path], "data__cache_folder": str(tmp_path / "cache")}))
         assert str(tmp_path / "a.") in line
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_sets_of_tokens_and_of_their_text(train: Train, tmp_path: Path) -> None:
+    texts = [f"def f{index}(x): return x + {index}" for index in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    pair = write_pair(tmp_path / "pair.bin", [[*text.encode(), EOT] for text in texts])
+    sets = {"pair": {"path": pair}, "text": {"path": str(tmp_path / "text.jsonl")}}
+    assert train(validation__sets=sets).code == 0
+    record = records(tmp_path / "run", "validation")[-1]
+    numbers = [
+        {key.removeprefix(f"validation/{name}/"): value for key, value in record.items() if f"/{name}/" in key}
+        for name in sets
+    ]
+    assert numbers[0] == numbers[1]
+    assert numbers[0]["loss"] > 0

@@ -43,8 +43,9 @@ def evaluate(run: Path, *words: str) -> Ended:
 
 
 def numbers(ended: Ended) -> dict[str, float]:
+    """The numbers of the whole, which stand above the table of its parts."""
     assert ended.code == 0, ended.err
-    return {name: float(value) for name, value in map(str.split, ended.out.splitlines())}
+    return {name: float(value) for name, value in map(str.split, ended.out.partition("\n\n")[0].splitlines())}
 
 
 @pytest.mark.parametrize("prompt", ["the cat", "", "our big red house ran far from the blue sky " * 3])

@@ -43,6 +43,10 @@ def records(config: dict, first: int, last: int) -> list[dict]:
         if step % config["validation"]["freq"] == 0 or step == steps:
             record = {"step": step, "kind": "validation", "loss": loss, "perplexity": math.exp(loss)}
             record |= {"accuracy": 0.5 - loss / 20, "maxvio_global": vio / 2, "aux_loss": 0.25, "z_loss": 2.0}
+            for name in config["validation"].get("sets", {}):
+                numbers = {"loss": loss + len(name), "bits_per_byte": loss / 2, "num_tokens": 640}
+                record |= {f"validation/{name}/{key}": value for key, value in numbers.items()}
+                record[f"validation/{name}/maxvio_global/layer_0"] = vio
             for layer in range(layers):
                 for expert in range(experts):
                     record[f"load/layer_{layer}/expert_{expert}"] = int(1000 * (1 + vio * draw.uniform(-0.7, 0.7)))

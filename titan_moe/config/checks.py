@@ -214,6 +214,22 @@ def _check_batches(config: Config) -> None:
     _check_sources(data)
     if data.dataset in ("text", "hf") and not data.path and not data.sources:
         raise ValueError(f"data.dataset = {data.dataset!r} needs data.path: the files to read or the name on the hub")
+    _check_validation_sets(config)
+
+
+def _check_validation_sets(config: Config) -> None:
+    """Refuse a set that says nothing of where its documents are, or too much."""
+    for name, held_out in config.validation.sets.items():
+        key = f"validation.sets.{name}"
+        if held_out.dataset in ("text", "hf") and not held_out.path:
+            raise ValueError(
+                f"{key} has no data: set {key}.path to the files to validate on (or to a name on the hub, with "
+                f"{key}.dataset = 'hf'), or {key}.dataset to 'stdlib' or 'fineweb_edu'"
+            )
+        if held_out.dataset not in ("text", "hf") and held_out.path:
+            raise ValueError(
+                f"{key}.path ({held_out.path[0]}) has no use with {key}.dataset = {held_out.dataset!r}: leave one out"
+            )
 
 
 def _check_parts(config: Config) -> None:

@@ -154,13 +154,14 @@ def _named_tables(path: str, content: Any, origin: str) -> dict[str, dict[str, A
     """The tables of [SECTION.KEY.NAME] by their paths; NAME = false takes one away. ValueError for another name."""
     if not isinstance(content, dict):
         raise key_error(origin, path, f"must have tables: [{path}.NAME]", content)
+    off = [name for name, table in content.items() if table is False or table == Words(("false",))]
     for name, table in content.items():
-        if not name.isidentifier():
+        if not (name.isascii() and name.isidentifier()):
             message = "a name is of letters, digits and _, and does not begin with a digit"
             raise key_error(origin, f"{path}.{name}", message)
-        if table is not False and not isinstance(table, dict):
+        if name not in off and not isinstance(table, dict):
             raise key_error(origin, f"{path}.{name}", f"must be a table: [{path}.{name}]", table)
-    return {f"{path}.{name}": table or None if table is False else table for name, table in content.items()}
+    return {f"{path}.{name}": None if name in off else table for name, table in content.items()}
 
 
 def _own_groups(content: Any, origin: str) -> dict[str, Any]:

@@ -38,6 +38,7 @@ Fraction = Annotated[float, _BETA]
 PositiveOrMinusOne = Annotated[int, AfterValidator(positive_or_minus_one)]
 Seconds = Annotated[int, Field(gt=0, le=10**8)]  # more, with what is added to it, is no time for a socket
 Texts = Annotated[list[str], BeforeValidator(_as_list)]  # one string stands for a list of one
+Dataset = Literal["stdlib", "text", "fineweb_edu", "hf"]
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class Source:
 class Data:
     """What the model reads."""
 
-    dataset: Annotated[Literal["stdlib", "text", "fineweb_edu", "hf"], "where documents come from"] = "stdlib"
+    dataset: Annotated[Dataset, "where documents come from"] = "stdlib"
     path: Annotated[
         Texts, "files, globs, folders (txt, jsonl, parquet ..., token ids of Megatron or numpy), or a hub name"
     ] = field(default_factory=list)
@@ -182,6 +183,18 @@ class Data:
 
 
 @dataclass(frozen=True)
+class ValidationSet:
+    """A data set of its own to validate on, beside the run's: its numbers are validation/NAME/... of each validation.
+
+    Any number of them, each of validation.steps batches. NAME is of letters, digits and _; NAME = false takes back what
+    a base file set.
+    """
+
+    path: Annotated[Texts, "files, globs, folders, or a hub name, as data.path"] = field(default_factory=list)
+    dataset: Annotated[Dataset, "where documents come from, as data.dataset"] = "text"
+
+
+@dataclass(frozen=True)
 class Validation:
     """Evaluation on held-out data during training."""
 
@@ -189,6 +202,9 @@ class Validation:
     freq: Annotated[PositiveInt, "optimizer steps between validations"] = 500
     steps: Annotated[PositiveOrMinusOne, "batches of a validation (-1: the whole set)"] = -1
     local_batch_size: Annotated[PositiveInt, "sequences of a rank in one forward pass; results do not depend on it"] = 8
+    sets: Annotated[dict[str, ValidationSet], "tables [validation.sets.NAME]: data sets beside the run's own"] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True)
@@ -361,7 +377,7 @@ METRIC_NAMES = (
 SECTIONS = get_type_hints(Config)
 
 # Tables of one kind within a section, [SECTION.KEY.NAME].
-NAMED_TABLES = {"data.sources": Source}
+NAMED_TABLES = {"data.sources": Source, "validation.sets": ValidationSet}
 
 # The sections whose keys are the arguments of builders. The ranges are for builders of the registries alone: what is
 # from outside may mean something else by `momentum`.

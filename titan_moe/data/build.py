@@ -22,6 +22,7 @@ from titan_moe.data.corpus import (
     joined,
     make_corpus,
     make_split,
+    same_files,
 )
 from titan_moe.data.loader import (
     CPU,
@@ -57,6 +58,13 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+class ValidationSet(NamedTuple):
+    """Data to evaluate on: `batches()` returns a new iterator over the set."""
+
+    batches: Callable[[], Batches]
+    fingerprint: str
+
+
 class SourceFiles(NamedTuple):
     """One of several sources of training data, as [data.sources.NAME] has it."""
 
@@ -69,12 +77,16 @@ class SourceFiles(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The data of a run. `validation()` returns a new iterator over the validation set; None where there is no set."""
+    """The data of a run. `validation()` returns a new iterator over the validation set; None where there is no set.
+
+    `validation_sets` are more of them, by their names.
+    """
 
     tokenizer: Tokenizer
     train: TrainLoader
     validation: Callable[[], Batches] | None
     fingerprints: dict[str, str]
+    validation_sets: Mapping[str, ValidationSet] = {}
 
 
 class _Wanted(NamedTuple):
@@ -163,8 +175,7 @@ def build_data(
 
     # Whatever the layout, the same things are prepared: the cache is shared, and so is the split.
     fraction = 0.0 if validation_path else validation_fraction
-    tokens = validation_steps * validation_local_batch_size * seq_len + 1
-    tokens = STREAM_VALIDATION_TOKENS if validation_steps < 0 else tokens
+    tokens = _stream_tokens(validation_steps, validation_local_batch_size, seq_len)
     show = progress and is_main
     want = _Wanted(
         dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show, sources
@@ -202,8 +213,10 @@ def build_data(
 
 def build_validation(
     *,
-    path: str | Sequence[str],
-    tokenizer: str,
+    dataset: str = "text",
+    path: str | Sequence[str] = (),
+    key: str = "data.path",
+    tokenizer: str | Tokenizer,
     seq_len: int,
     steps: int = -1,
     local_batch_size: int,
@@ -214,26 +227,60 @@ def build_validation(
     barrier: Callable[[], object] | None = None,
     progress: bool = True,
     endpoint: str = hub.HUB_ENDPOINT,
+    positions: Tensor | None = None,
     device: torch.device = CPU,
-) -> Callable[[], Batches]:
-    """Return a function that gives an iterator over all documents of some files, to evaluate a model on them.
+) -> ValidationSet:
+    """Return all documents of a data set, or the first ones of a stream, to evaluate a model on them.
 
-    Arguments and errors are those of `build_data`; the batches (b, S) are those of `validation_batches`, on `device`.
+    Arguments and errors are those of `build_data`, with `key` in place of data.path; the batches (b, S) are those of
+    `validation_batches`, on `device`.
     """
+    show = progress and is_main
 
-    # All of the files are validation data, so that no document is left out.
-    def build() -> Tokens:
-        files, loaded = find_files(path), load_tokenizer(tokenizer, endpoint)
+    # All of it is validation data, so that no document is left out. Of a stream as much is read as a run's own
+    # validation would.
+    def build() -> tuple[str, Tokens]:
+        words = load_tokenizer(tokenizer, endpoint) if isinstance(tokenizer, str) else tokenizer
+        if is_streamed(dataset):
+            num_bytes = _stream_tokens(steps, local_batch_size, seq_len) * BYTES_PER_TOKEN
+            source = _find_stream(dataset, path, endpoint)
+            sample = {"fraction": 1.0, "num_bytes": num_bytes, "folder": cache_folder, "progress": show}
+            files, kind = [sample_stream(source, "validation", **sample)], ""
+        else:
+            files, kind = dataset_files(dataset, path, key)
         if are_tokens(files):
-            return all_documents(_documents(files, tokenizer=loaded, folder=cache_folder, progress=False))
-        corpus = make_corpus([], files, fraction=0.0, folder=cache_folder)
-        return build_cache(corpus, loaded, cache_folder, progress=progress and is_main).validation
+            documents = _documents(files, tokenizer=words, folder=cache_folder, progress=show)
+            return digest([one.fingerprint for one in documents]), all_documents(documents)
+        if kind:
+            corpus = make_corpus(files, fraction=1.0, folder=cache_folder, kind=kind, key=key)
+        else:
+            corpus = make_corpus([], files, fraction=0.0, folder=cache_folder, key=key)
+        return corpus.fingerprint, build_cache(corpus, words, cache_folder, progress=show).validation
 
-    file = main_process_first(build, is_main, barrier)
-    _check_length(file, seq_len, "data.path")
+    fingerprint, file = main_process_first(build, is_main, barrier)
+    _check_length(file, seq_len, key)
     rank = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     batches = partial(validation_batches, [file], steps=steps, local_batch_size=local_batch_size, **rank)
-    return partial(_batches_on, device, None, batches)
+    return ValidationSet(partial(_batches_on, device, positions, batches), fingerprint)
+
+
+def dataset_files(dataset: str, path: str | Sequence[str], key: str = "data.path") -> tuple[list[str], str]:
+    """Return the files of a data set that is not streamed, and their kind where their names don't tell.
+
+    `key` names `path` in errors, which are of one line.
+    """
+    return (stdlib_files(), "source") if dataset == "stdlib" else (find_files(path, key), "")
+
+
+def trained_on(dataset: str, path: Sequence[str], train: Sequence[tuple[str, Sequence[str]]], folder: str) -> list[str]:
+    """Return what of a validation set is trained on as well: its files that are also files of `train`, or its stream.
+
+    Data sets are a dataset and a path; `folder` is the cache's. Single documents are not looked for.
+    """
+    if is_streamed(dataset):
+        return [f"{dataset} {' '.join(path)}".strip()] if (dataset, [*path]) in [(d, [*p]) for d, p in train] else []
+    others = [file for d, p in train if not is_streamed(d) for file in dataset_files(d, p)[0]]
+    return same_files(dataset_files(dataset, path)[0], others, folder)
 
 
 def _batches_on(device: torch.device, positions: Tensor | None, make: Callable[[], Batches]) -> Batches:
@@ -282,6 +329,11 @@ def is_streamed(dataset: str) -> bool:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"data.dataset ({dataset}): {hint}there are {', '.join(DATASETS)}")
     return dataset in ("fineweb_edu", "hf")
+
+
+def _stream_tokens(steps: int, local_batch_size: int, seq_len: int) -> int:
+    """How many tokens of a stream a validation of `steps` batches takes."""
+    return STREAM_VALIDATION_TOKENS if steps < 0 else steps * local_batch_size * seq_len + 1
 
 
 def _check_length(file: Tokens, seq_len: int, key: str) -> None:
@@ -340,7 +392,8 @@ def _is_split(want: _Wanted) -> bool:
 def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> _Tokenized:
     """Tokenize the files of each source into a cache; files of token ids are read where they are."""
     held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
-    places = [_files_of(source) for source in sources]
+    keys = [f"data.sources.{source.name}.path" if source.name else "data.path" for source in sources]
+    places = [dataset_files(source.dataset, source.path, key) for source, key in zip(sources, keys, strict=True)]
     has_tokens = any(are_tokens(files) for files in (held_out, *(files for files, _ in places)))
     done = (_divide_tokens if has_tokens else _tokenize_texts)(want, places, held_out)
 
@@ -354,12 +407,6 @@ def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> _Tokenized:
                 "--data.validation_path"
             )
     return done
-
-
-def _files_of(source: SourceFiles) -> tuple[list[str], str]:
-    """The files of a source, and their kind where their names don't tell."""
-    key = f"data.sources.{source.name}.path" if source.name else "data.path"
-    return (stdlib_files(), "source") if source.dataset == "stdlib" else (find_files(source.path, key), "")
 
 
 def _tokenize_texts(want: _Wanted, places: Sequence[tuple[list[str], str]], held_out: list[str]) -> _Tokenized:
@@ -422,12 +469,17 @@ def _documents(
     return load_documents(sources, tokenizer, folder)
 
 
+def _find_stream(dataset: str, path: str | Sequence[str], endpoint: str) -> hub.HubDataset:
+    """Find the data set on the hub that `dataset` and `path` name."""
+    name = path if isinstance(path, str) else ",".join(path)
+    if dataset == "hf" and not name:
+        raise ValueError(f"data.path is empty: data.dataset hf needs the name of a data set, e.g. {hub.FINEWEB_EDU}")
+    return hub.find_dataset(hub.FINEWEB_EDU if dataset == "fineweb_edu" else name, endpoint)
+
+
 def _prepare_stream(want: _Wanted) -> _Prepared:
     """Find a stream, and write what is needed of it before training: text for a BPE and the validation data."""
-    path = want.path if isinstance(want.path, str) else ",".join(want.path)
-    if want.dataset == "hf" and not path:
-        raise ValueError(f"data.path is empty: data.dataset hf needs the name of a data set, e.g. {hub.FINEWEB_EDU}")
-    source = hub.find_dataset(hub.FINEWEB_EDU if want.dataset == "fineweb_edu" else path, want.endpoint)
+    source = _find_stream(want.dataset, want.path, want.endpoint)
     sample = partial(sample_stream, source, fraction=want.fraction, folder=want.folder, progress=want.progress)
 
     # A BPE is trained on the beginning of the stream, on training documents alone.

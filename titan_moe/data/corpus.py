@@ -52,26 +52,44 @@ class Corpus(NamedTuple):
 
 
 def make_corpus(
-    files: Sequence[str], validation_files: Sequence[str] = (), *, fraction: float, folder: str, kind: str = ""
+    files: Sequence[str],
+    validation_files: Sequence[str] = (),
+    *,
+    fraction: float,
+    folder: str,
+    kind: str = "",
+    key: str = "data.path",
 ) -> Corpus:
     """Plan the shards of files and fingerprint their content: moved files keep their cache, edited ones do not.
 
-    `kind` overrides the format that the names tell. Errors: nothing in any of the files.
+    `kind` overrides the format that the names tell. Errors: nothing in any of the files, which `key` has named.
     """
     train, validation = tuple(sources.plan_shards(files, kind)), tuple(sources.plan_shards(validation_files))
     every = [*files, *validation_files]
 
     # Files without a byte would end in an error about fractions or lengths, far from its cause.
     if not any(piece.size for shard in (*train, *validation) for piece in shard):
-        raise ValueError(
-            f"data.path: no data: {every[0]} is empty{f', and {len(every) - 1} more' if every[1:] else ''}"
-        )
+        raise ValueError(f"{key}: no data: {every[0]} is empty{f', and {len(every) - 1} more' if every[1:] else ''}")
 
     # The fingerprint leaves out the names of files, except for the format, which decides how they are read.
     kinds = [kind or sources.kind_of(path) for path in files] + [sources.kind_of(path) for path in validation_files]
     content = list(zip(kinds, hash_files(every, folder), strict=True))
     fingerprint = digest([content, len(files), fraction])
     return Corpus(train, validation, fraction, fingerprint)
+
+
+def same_files(files: Sequence[str], others: Sequence[str], folder: str) -> list[str]:
+    """Return those of `files` whose content is that of one of `others`, under whatever name; empty files are left out.
+
+    Hashes of big files are remembered in `folder`. Copies of single documents in different files are not looked for.
+    """
+    # Only files of one size can be the same, so that of a large corpus hardly any is read.
+    sizes = {path: os.path.getsize(path) for path in {*files, *others}}
+    common = {sizes[path] for path in files} & {sizes[path] for path in others} - {0}
+    candidates = [path for path in files if sizes[path] in common]
+    rivals = [path for path in others if sizes[path] in common]
+    known = set(hash_files(rivals, folder))
+    return [path for path, content in zip(candidates, hash_files(candidates, folder), strict=True) if content in known]
 
 
 def joined(corpora: Sequence[Corpus]) -> Corpus:

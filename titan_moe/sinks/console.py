@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from titan_moe.runtime.command import TRUST
-from titan_moe.sinks.sink import Record, Sink
+from titan_moe.sinks.sink import Record, Sink, of_sets
 
 
 def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextIO | None = None) -> Sink:
     """Show progress on `stream` (standard output): a bar on a terminal, else a line for each `log_freq`-th step.
 
-    Give it every record; it also shows the first and the last step, and each validation as a line of its own.
+    Give it every record; it also shows the first and the last step, and each validation as a line of its own, with one
+    more for each validation set.
     """
     out = stream or sys.stdout
     bar: Any = None
@@ -40,7 +41,7 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
         # A validation is a line of its own, also above a bar; a step moves the bar, or is a line now and then.
         line = f"step {step:>{len(str(total_steps))}}/{total_steps}"
         if record["kind"] != "train":
-            line = f"{line}  {record['kind']}  {_columns(record)}"
+            line = _validation_lines(line, record)
         elif bar is not None:
             bar.set_description_str(_short(record), refresh=False)
             bar.update(step - bar.n)
@@ -81,6 +82,9 @@ def summary(
     lines = []
     if validation is not None:
         lines += [f"validation   {_short(validation)}  (step {validation['step']})"]
+        sets = of_sets(validation)
+        width = max([10, *map(len, sets)])
+        lines += [f"  {name:<{width}} {_short(numbers)}" for name, numbers in sets.items()]
     if tensorboard is not None:
         lines += [
             f"curves       {tensorboard}",
@@ -116,6 +120,14 @@ def _watched(record: Record) -> dict[str, float]:
 
 
 _WIDE = {"loss": "7.4f", "perplexity": "9.2f", "accuracy": "6.2%", "MaxVio": "6.3f", "tokens/s": "9,.0f"}
+
+
+def _validation_lines(step: str, record: Record) -> str:
+    """A validation behind its step, and below it a line for each validation set, with the same columns."""
+    lines = {record["kind"]: record, **of_sets(record)}
+    width = max(map(len, lines))
+    texts = [f"{name:<{width}}  {_columns(numbers)}" for name, numbers in lines.items()]
+    return f"{step}  " + f"\n{' ' * len(step)}  ".join(texts)
 
 
 def _columns(record: Record) -> str:

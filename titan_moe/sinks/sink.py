@@ -81,6 +81,21 @@ def last_validation() -> tuple[Sink, Callable[[], Record | None]]:
     return Sink(write, lambda: None, "the summary"), lambda: last[0] if last else None
 
 
+def under_set(name: str, numbers: Record) -> dict[str, Any]:
+    """The numbers of a validation set under their names in the record of a validation, `validation/NAME/KEY`."""
+    return {f"validation/{name}/{key}": value for key, value in numbers.items()}
+
+
+def of_sets(record: Record) -> dict[str, dict[str, Any]]:
+    """What `under_set` has put into a record: the numbers of each validation set, by its name."""
+    sets: dict[str, dict[str, Any]] = {}
+    for key, value in record.items():
+        if key.startswith("validation/"):
+            _, name, number = key.split("/", 2)
+            sets.setdefault(name, {})[number] = value
+    return sets
+
+
 def scalars(record: Record) -> dict[str, Any]:
     """The record's numbers and strings: arrays are left out, zero-dimensional ones become numbers."""
     plain = {key: value.item() if getattr(value, "ndim", None) == 0 else value for key, value in record.items()}
@@ -88,9 +103,12 @@ def scalars(record: Record) -> dict[str, Any]:
 
 
 def tagged(record: Record) -> dict[str, float]:
-    """The record's numbers by their names in TensorBoard and wandb: `KIND/KEY`, of one layer `KIND_per_layer/KEY`."""
+    """The record's numbers by their names in TensorBoard and wandb: `KIND/KEY`, of one layer `KIND_per_layer/KEY`.
+
+    Those of a validation set are `validation/NAME/KEY` as they are.
+    """
     kind = record["kind"]
-    numbers = {key: value for key, value in scalars(record).items() if key not in {"step", "kind"}}
+    numbers = {key.removeprefix(f"{kind}/"): v for key, v in scalars(record).items() if key not in {"step", "kind"}}
     return {
         f"{kind}{'_per_layer' if _PER_LAYER.fullmatch(key) else ''}/{key}": value
         for key, value in numbers.items()

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from titan_moe.config import Config, merge_layers
 from titan_moe.config.layers import Layer, insert
+from titan_moe.config.schema import key_error
 from titan_moe.config.sections import Job
+from titan_moe.study.report.measures import set_of
 from titan_moe.study.spec import Study
 
 Point = Mapping[str, Any]  # axis id -> value; of an axis with options the option's name
@@ -98,7 +100,22 @@ def runs_of(study: Study) -> list[Run]:
                 f"{study.path}: two points collide: {point_text(other)} and {point_text(point)} are the same "
                 "configuration: remove one, or let an axis make the difference"
             )
+    _check_sets(study, runs)
     return runs
+
+
+def _check_sets(study: Study, runs: Sequence[Run]) -> None:
+    """Raise ValueError for a number to draw of a validation set that no run has."""
+    names = sorted({name for run in runs for name in run.config.validation.sets})
+    for key in ("report", "curves"):
+        for shown in getattr(study.section, key):
+            if (name := set_of(shown)) is not None and name not in names:
+                raise key_error(
+                    study.path,
+                    f"study.{key}",
+                    f"{shown!r}: no run has a validation set {name}: there are {', '.join(names) or 'none'}; add "
+                    f"[config.validation.sets.{name}]",
+                )
 
 
 def resolve(study: Study, point: Point, seed: int, folder: Path) -> Config:

@@ -22,7 +22,7 @@ from titan_moe.runtime.files import write_atomic
 from titan_moe.runtime.lock import RUN_LOCK, is_locked
 from titan_moe.sinks.files import last_records, parse_record
 from titan_moe.study.grid import Run, point_text, without_job
-from titan_moe.study.report.measures import CURVES
+from titan_moe.study.report.measures import CURVES, OF_SETS, set_of
 
 POINT, LOG, EXIT_CODE, METRICS, LOCK = "point.toml", "log.txt", "exit_code", "metrics.jsonl", ".lock"
 ANALYSIS = "analysis"  # folder of an analysis of the last checkpoint
@@ -128,10 +128,17 @@ def _history(path: Path, size: int, changed: int) -> History:
                 if key in record:
                     curves.setdefault(f"{kind}/{key}", {})[step] = record[key]
             if kind == "validation":
+                for key in filter(set_of, record):
+                    curves.setdefault(key, {})[step] = record[key]
                 load = _load(record) or load
-                validations.append({key: value for key, value in record.items() if "/" not in key})
+                validations.append({key: value for key, value in record.items() if "/" not in key or _is_of_set(key)})
     points = {name: sorted(curve.items()) for name, curve in curves.items()}
     return History(points, validations, load)
+
+
+def _is_of_set(key: str) -> bool:
+    """Whether a number of a validation is one of a whole validation set, not of a layer."""
+    return key.startswith("validation/") and key.count("/") == 2
 
 
 def _curve_keys(kind: str) -> list[str]:
@@ -163,8 +170,7 @@ def measure(run_history: History) -> dict[str, float]:
     results: dict[str, float] = {}
     if run_history.validations:
         last = run_history.validations[-1]
-        keys = ("loss", "perplexity", "accuracy", "maxvio_global", "aux_loss", "z_loss")
-        results |= {key: last[key] for key in keys if key in last}
+        results |= {key: value for key, value in last.items() if key in OF_SETS or set_of(key)}
         for key, choose in (("loss", min), ("perplexity", min), ("accuracy", max)):
             values = [record[key] for record in run_history.validations if math.isfinite(record.get(key, math.nan))]
             results |= {f"best_{key}": choose(values)} if values else {}
@@ -310,11 +316,13 @@ def analysis_words(run: Run) -> list[str]:
 def reached(run_history: History) -> Record:
     """Steps and tokens that a run has come to, tokens that it is validated on, steps without a finite loss."""
     losses, tokens = run_history.curves.get("train/loss", []), run_history.curves.get(TOKENS, [])
+    last = run_history.validations[-1] if run_history.validations else {}
     return {
         "step": losses[-1][0] if losses else 0,
         "num_tokens": int(tokens[-1][1]) if tokens else None,
-        "validation_tokens": run_history.validations[-1].get("num_tokens") if run_history.validations else None,
+        "validation_tokens": last.get("num_tokens"),
         "nonfinite_steps": sum(not math.isfinite(value) for _, value in losses),
+        **{key: value for key, value in last.items() if _is_of_set(key) and key.endswith("/num_tokens")},
     }
 
 
@@ -332,6 +340,7 @@ def recorded(facts: Record) -> Record:
         "data_fingerprint": facts.get("data"),
         "tokenizer_fingerprint": facts.get("tokenizer"),
         "changed_keys": sorted(changed),
+        **({"validation_sets": facts["validation_sets"]} if "validation_sets" in facts else {}),
     }
 
 

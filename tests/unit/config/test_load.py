@@ -11,7 +11,7 @@ import pytest
 
 from titan_moe.config import cautions, find_component, help_text, load_config, to_toml
 from titan_moe.config.schema import check_value, document
-from titan_moe.config.sections import KINDS, NAMED_TABLES, SECTIONS, Config
+from titan_moe.config.sections import KINDS, NAMED_TABLES, SECTIONS, Config, ValidationSet
 
 TRAIN_CONFIGS = sorted(glob.glob(str(Path(__file__).parents[3] / "train_configs" / "*.toml")))
 Write = Callable[..., str]
@@ -152,6 +152,40 @@ def test_command_line_forms():
 
 def test_a_path_may_be_one_string(write: Write):
     assert load(file=write('[data]\ndataset = "text"\npath = "a.txt"\n')).data.path == ["a.txt"]
+
+
+def test_validation_sets_merge_by_name_and_come_back_the_same(write: Write):
+    write("[validation.sets.code]\npath = 'c/*.py.txt'\n[validation.sets.law]\npath = ['a', 'b']", "base.toml")
+    file = write("base = 'base.toml'\n[validation.sets]\nlaw = false\n[validation.sets.python]\ndataset = 'stdlib'")
+    config = load("--validation.sets.code.path", "x.txt", "y.txt", file=file)
+    code = ValidationSet(path=["x.txt", "y.txt"], dataset="text")
+    assert config.validation.sets == {"code": code, "python": ValidationSet(dataset="stdlib")}
+    assert load(file=write(to_toml(config), "again.toml")) == config
+    assert load("--validation.sets.python", "false", file=file).validation.sets.keys() == {"code"}
+
+    # without sets a configuration is written as it was before there were any
+    assert "sets" not in to_toml(load())
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("[validation.sets.'a/b']\npath = 'x'", ["x.toml: validation.sets.a/b: ", "letters, digits and _"]),
+        ("[validation.sets.1st]\npath = 'x'", ["validation.sets.1st: ", "does not begin with a digit"]),
+        ("[validation.sets.'ö']\npath = 'x'", ["validation.sets.ö: ", "letters, digits and _"]),
+        ("[validation.sets]\ncode = 'x.txt'", ["sets.code = 'x.txt': ", "must be a table: [validation.sets.code]"]),
+        ("[validation.sets]\ncode = 0", ["validation.sets.code = 0: must be a table: [validation.sets.code]"]),
+        ("[validation]\nsets = 3", ["validation.sets = 3: must have tables: [validation.sets.NAME]"]),
+        ("[validation.sets.code]\npth = 'x'", ["validation.sets.code.pth", "did you mean validation.sets.code.path?"]),
+        ("[validation.sets.code]\ndataset = 'txt'", ["validation.sets.code.dataset = 'txt'", "'stdlib'"]),
+        ("[validation.sets.code]", ["validation.sets.code has no data", "validation.sets.code.path"]),
+        ("[validation.sets.code]\ndataset = 'hf'", ["validation.sets.code has no data"]),
+        ("[validation.sets.code]\ndataset = 'stdlib'\npath = 'x'", ["path (x) has no use", "'stdlib'"]),
+    ],
+)
+def test_mistakes_in_validation_sets(write: Write, text: str, parts: list[str]):
+    message = error_of(file=write(text))
+    assert all(part in message for part in parts), message
 
 
 def test_integers_are_accepted_for_floats(write: Write):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from titan_moe.data import build
-from titan_moe.data.build import Data, build_data, build_validation, main_process_first, token_bytes
+from titan_moe.data.build import Data, build_data, build_validation, main_process_first, token_bytes, trained_on
 from titan_moe.data.corpus import document_hash
 
 TEXTS = [f"document {index}: {'some words ' * (index % 17)}" for index in range(200)]
@@ -134,15 +134,53 @@ def test_documents_that_cannot_be_divided_are_an_error(tmp_path: Path, texts: li
 def test_evaluation_on_other_files(tmp_path: Path, path: str) -> None:
     data = make(tmp_path, path=path)
     (tmp_path / "tokenizer.json").write_text(data.tokenizer.to_json(), encoding="utf-8")
-    batches = build_validation(
+    held_out = build_validation(
         path=write_jsonl(tmp_path / "other.jsonl", ["x" * 99]),
         tokenizer=str(tmp_path / "tokenizer.json"),
         seq_len=9,
         local_batch_size=4,
         cache_folder=str(tmp_path / "cache"),
     )
-    assert texts_in(data, batches()) == "x" * 99
-    assert [len(tokens) for tokens, _ in batches()] == [4, 4, 3]
+    assert texts_in(data, held_out.batches()) == "x" * 99
+    assert [len(tokens) for tokens, _ in held_out.batches()] == [4, 4, 3]
+
+
+def test_the_standard_library_as_a_set_to_evaluate_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module.py").write_text("x = 1\n" * 20)
+    monkeypatch.setattr(build, "stdlib_files", lambda: [str(tmp_path / "module.py")])
+    settings: dict[str, Any] = {"dataset": "stdlib", "seq_len": 9, "local_batch_size": 4, "tokenizer": "bytes"}
+    one, other = (build_validation(**settings, cache_folder=str(tmp_path / "cache")) for _ in range(2))
+    assert one.fingerprint == other.fingerprint
+    assert sum(tokens.numel() for tokens, _ in one.batches()) == 120 // 9 * 9
+
+
+def test_bad_data_to_evaluate_on(tmp_path: Path) -> None:
+    empty, short = tmp_path / "empty.txt", tmp_path / "short.txt"
+    empty.touch()
+    short.write_text("four")
+    settings: dict[str, Any] = {"seq_len": 9, "local_batch_size": 4, "tokenizer": "bytes", "key": "a.path"}
+    for path, text in (
+        (tmp_path / "none.txt", "a.path: no such file or folder: "),
+        (empty, "a.path: no data: "),
+        (short, "training.seq_len (9) is longer than the data of a.path (5 tokens)"),
+    ):
+        with pytest.raises((ValueError, OSError), match=re.escape(text)):
+            build_validation(path=str(path), cache_folder=str(tmp_path / "cache"), **settings)
+
+
+def test_what_of_a_set_is_trained_on(tmp_path: Path, path: str) -> None:
+    """By content: a copy under another name counts, a file of the same size does not."""
+    copy, other = tmp_path / "copy.jsonl", tmp_path / "other.jsonl"
+    copy.write_bytes(Path(path).read_bytes())
+    other.write_bytes(Path(path).read_bytes().replace(b"document", b"DOCUMENT"))
+    cache, files = str(tmp_path / "cache"), [str(copy), str(other)]
+    assert trained_on("text", files, [("text", [path])], cache) == [str(copy)]
+    assert trained_on("text", [str(other)], [("text", [path])], cache) == []
+    assert trained_on("text", [path], [("text", [path])], cache) == [path]
+    assert trained_on("hf", ["a/b"], [("hf", ["a/b"])], cache) == ["hf a/b"]
+    assert (
+        trained_on("hf", ["a/b"], [("hf", ["a/c"])], cache) == trained_on("text", [path], [("hf", ["a"])], cache) == []
+    )
 
 
 @pytest.mark.slow

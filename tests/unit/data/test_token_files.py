@@ -271,7 +271,9 @@ def test_evaluation_on_token_files(tmp_path: Path) -> None:
     }
     pair = write_pair(tmp_path / "a.bin", DOCUMENTS)
     text = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    rows = [torch.cat([tokens for tokens, _ in build_validation(path=path, **arguments)()]) for path in (pair, text)]
+    rows = [
+        torch.cat([tokens for tokens, _ in build_validation(path=path, **arguments).batches()]) for path in (pair, text)
+    ]
     assert torch.equal(*rows)
 
 

@@ -21,7 +21,7 @@ from titan_moe.runtime.files import appender, write_atomic
 from titan_moe.sinks.console import console, summary
 from titan_moe.sinks.files import jsonl
 from titan_moe.sinks.heatmap import load_figure
-from titan_moe.sinks.sink import Sink, fan_out, last_validation
+from titan_moe.sinks.sink import Sink, fan_out, last_validation, of_sets, tagged, under_set
 from titan_moe.sinks.trackers import tensorboard, wandb
 
 
@@ -314,6 +314,27 @@ def test_console_lines():
     )
     assert lines[3] == "step 20/25  validation  loss  2.0000  perplexity      7.39  accuracy 31.25%  MaxVio  0.125"
     assert lines[4].endswith("left 0:00:00")
+
+
+def test_validation_sets_on_the_console_and_by_their_names():
+    sets = {"code": {"loss": 3.0, "perplexity": math.exp(3.0), "accuracy": 0.5, "maxvio_global": 0.25}, "c2": {}}
+    sets["c2"] = {**sets["code"], "loss": 1.0, "maxvio_global/layer_0": 0.5}
+    record = validation(4, **under_set("code", sets["code"]), **under_set("c2", sets["c2"]))
+    assert of_sets(record) == sets
+    assert of_sets(validation(4)) == {}
+    tags = tagged(record)
+    assert (tags["validation/loss"], tags["validation/code/loss"]) == (2.0, 3.0)
+    assert tags["validation_per_layer/c2/maxvio_global/layer_0"] == 0.5
+    assert len(tags) == 4 + 4 + 5
+
+    # a line each, with the columns of the line above
+    stream = io.StringIO()
+    console(4, 1, is_terminal=False, stream=stream).write(record)
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[-8:-6] for line in lines] == [["loss", "2.0000"], ["loss", "3.0000"], ["loss", "1.0000"]]
+    assert [line.partition("loss")[0].split() for line in lines] == [["step", "4/4", "validation"], ["code"], ["c2"]]
+    assert len({line.index("loss") for line in lines}) == len({line.index("MaxVio") for line in lines}) == 1
+    assert "\n  code       loss 3.0000  ppl 20.09" in summary(record, checkpoint=None, tensorboard=None)
 
 
 def test_console_of_a_dense_model_that_diverged():

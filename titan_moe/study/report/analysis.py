@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from titan_moe.study.grid import Point, Run, point_text, value_text
 from titan_moe.study.report.likeness import lengths, unlike
-from titan_moe.study.report.measures import MEASURES
+from titan_moe.study.report.measures import MEASURES, is_measure, measure_of, set_of
 from titan_moe.study.runs import (
     METRICS,
     History,
@@ -164,7 +164,8 @@ def summary_of(group: Sequence[Entry], counted: Sequence[Entry], *, is_ranked: b
     """The summary of a point's runs, with the measures of those that are `counted`."""
     # A mean that left out the seeds that diverged would be a mean of those that were lucky.
     measures, nonfinite = {}, {}
-    for key in MEASURES:
+    of_sets = dict.fromkeys(key for entry in counted for key in entry.result if set_of(key))
+    for key in (*MEASURES, *of_sets):
         values = [entry.result[key] for entry in counted if key in entry.result]
         if bad := sum(not math.isfinite(value) for value in values):
             nonfinite[key] = bad
@@ -181,7 +182,7 @@ def standing(summaries: Sequence[Summary], measure: str) -> Standing | None:
     than the study's axes cannot be compared (`likeness.unlike`).
     """
     comparable = [summary for summary in summaries if summary.is_ranked and measure in summary.measures]
-    shown = MEASURES[measure]
+    shown = measure_of(measure)
     if len(comparable) < 2 or not shown.better or unlike(counted_results(comparable), measure):
         return None
 
@@ -246,7 +247,7 @@ def at_common_length(summaries: Sequence[Summary]) -> tuple[int, list[Summary]] 
 def cut(entry: Entry, tokens: int) -> Entry:
     """A run as it was after `tokens` tokens."""
     shortened = until(entry.history, tokens)
-    facts = {key: value for key, value in entry.result.items() if key not in MEASURES}
+    facts = {key: value for key, value in entry.result.items() if not is_measure(key)}
     return entry._replace(result={**facts, **reached(shortened), **measure(shortened)}, history=shortened)
 
 
@@ -272,7 +273,7 @@ def short_name(point: Point, axes: Sequence[AxisInfo]) -> str:
 
 def number_text(measure: str, value: Interval) -> tuple[str, str]:
     """A mean and its half width as text, the second empty where there is none."""
-    digits = MEASURES[measure].digits
+    digits = measure_of(measure).digits
     if math.isnan(value.half):
         return format(value.mean, digits), ""
     return format(value.mean, digits), format(value.half, digits)

@@ -19,7 +19,7 @@ from titan_moe.runtime.command import Parser
 from titan_moe.runtime.files import write_atomic
 from titan_moe.study.report.analysis import LEVEL, Interval, interval
 from titan_moe.study.report.likeness import cautions, length_text, listed, unlike, values
-from titan_moe.study.report.measures import MEASURES
+from titan_moe.study.report.measures import MEASURES, is_measure, measure_of
 
 DOCUMENT = {"title": True, "introduction": True, "studies": True, "claims": True, "figures": False}  # key: needed
 CLAIM = {"claim": True, "where": True, "paper": True, "contrasts": True}
@@ -136,7 +136,7 @@ def check_document(path: Path, document: Mapping[str, Any]) -> None:
             _check_keys(f"{place}: contrasts", contrast, CONTRAST)
             if contrast["study"] not in document["studies"]:
                 raise ValueError(f"{place}: study {contrast['study']!r} is not among studies: add it there")
-            if contrast["measure"] not in MEASURES:
+            if not is_measure(contrast["measure"]):
                 raise ValueError(f"{place}: measure {contrast['measure']!r} is none of {', '.join(MEASURES)}")
             if contrast["expect"] not in EXPECTED:
                 raise ValueError(f"{place}: expect {contrast['expect']!r} is none of {', '.join(EXPECTED)}")
@@ -160,7 +160,7 @@ def judge(contrast: Mapping[str, Any], results: Results, count: int = 1) -> Find
     """
     # Without a seed that all points have there is no difference; with runs that differ in more than the points there
     # is one, but it would mean nothing.
-    measure = MEASURES[contrast["measure"]]
+    measure = measure_of(contrast["measure"])
     text = f"{contrast['says']} ({measure.label})"
     of_points = runs_of_points(contrast, results)
     values = by_seed(contrast, of_points)

@@ -10,7 +10,7 @@ import numpy as np
 from titan_moe.study.grid import value_text
 from titan_moe.study.report.analysis import AxisInfo, Entry, Summary, short_name
 from titan_moe.study.report.figures import Panel
-from titan_moe.study.report.measures import CURVES
+from titan_moe.study.report.measures import curve_of
 from titan_moe.study.runs import Curve
 from titan_moe.theme import GRID, WIDTH, colour, dashes, marker, new_figure
 
@@ -37,7 +37,7 @@ def curve_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], names: 
         figure = curves(shown, axes, name)
         if figure is not None:
             of = f"; the {MOST_LINES} points of lowest last loss" if len(summaries) > MOST_LINES else ""
-            text = f"{CURVES[name].label} over the steps: mean over seeds, shaded from lowest to highest{of}"
+            text = f"{curve_of(name).label} over the steps: mean over seeds, shaded from lowest to highest{of}"
             if any(_alone(summary, name) for summary in shown):
                 text += "; thin and dotted: single runs that failed, or are further than others of their point"
             text += _beginning(name)
@@ -56,7 +56,7 @@ def curves(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo], name: st
         of_seeds = [entry.history.curves[name] for entry in summary.counted if entry.history.curves.get(name)]
         if of_seeds:
             label = value_text(summary.point[axes_info[0].id]) if title else short_name(summary.point, axes_info)
-            lines.append((index, label, *_band(of_seeds, CURVES[name].smooth)))
+            lines.append((index, label, *_band(of_seeds, curve_of(name).smooth)))
     if not lines:
         return None
 
@@ -79,7 +79,7 @@ def curves(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo], name: st
     _cut_beginning(axes, [(steps, mean) for _, _, steps, mean, _, _ in lines], name)
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set_ylabel(CURVES[name].label)
+    axes.set_ylabel(curve_of(name).label)
     figure.legend(loc="outside lower center", ncols=columns, title=title)
     return figure
 

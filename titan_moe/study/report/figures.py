@@ -24,7 +24,7 @@ from titan_moe.study.report.analysis import (
     standing,
 )
 from titan_moe.study.report.likeness import unlike
-from titan_moe.study.report.measures import MEASURES
+from titan_moe.study.report.measures import measure_of
 from titan_moe.theme import INK, LIGHT, colour, dashes, marker, new_figure
 
 if TYPE_CHECKING:
@@ -57,26 +57,26 @@ def measure_panels(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measu
     if len(axes) <= 2 and x is not None and len(x.values) > 2:
         hue = next((axis for axis in axes if axis is not x), None)
         text = _caption(comparable, measure, x.label, "ringed")
-        panels.append(Panel(f"{measure}_by_{_in_a_name(x.id)}", text, u_curve(comparable, x, hue, measure)))
+        panels.append(Panel(f"{_in_a_name(measure)}_by_{_in_a_name(x.id)}", text, u_curve(comparable, x, hue, measure)))
     if len(axes) == 2 and len(numeric) == 2:
         figure = heatmap(comparable, axes[0], axes[1], measure)
-        text = f"{MEASURES[measure].label} by {axes[0].label} and {axes[1].label}: mean over {_seeds(comparable)}"
-        panels.append(Panel(f"{measure}_heatmap", text + _mark_text(comparable, measure, "framed"), figure))
+        text = f"{measure_of(measure).label} by {axes[0].label} and {axes[1].label}: mean over {_seeds(comparable)}"
+        panels.append(Panel(f"{_in_a_name(measure)}_heatmap", text + _mark_text(comparable, measure, "framed"), figure))
 
     # Names have no order, two values make no curve, and three axes need more than a plane.
     if not panels:
         text = _caption(comparable, measure, "point", "orange")
-        panels.append(Panel(f"{measure}_by_point", text, dots_in_rows(comparable, axes, measure)))
+        panels.append(Panel(f"{_in_a_name(measure)}_by_point", text, dots_in_rows(comparable, axes, measure)))
     return panels
 
 
-def _in_a_name(axis: str) -> str:
-    """The id of an axis as part of a file's name; in a comparison the id is a key of a configuration, with dots."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", axis)
+def _in_a_name(text: str) -> str:
+    """A measure or the id of an axis as part of a file's name: one may have slashes, the other dots."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text)
 
 
 def _caption(summaries: Sequence[Summary], measure: str, axis: str, mark: str) -> str:
-    text = f"{MEASURES[measure].label} by {axis}: mean over {_seeds(summaries)}"
+    text = f"{measure_of(measure).label} by {axis}: mean over {_seeds(summaries)}"
     if any(len(summary.counted) > 1 for summary in summaries):
         text += " with its 95 % interval; small dots are single seeds"
     return text + _mark_text(summaries, measure, mark)
@@ -113,7 +113,7 @@ def _title(summaries: Sequence[Summary], place: Standing | None, measure: str, p
     if place is None:
         return ""
     value = number_text(measure, place.lead.measures[measure])[0]
-    word = "lowest" if MEASURES[measure].better == "lower" else "highest"
+    word = "lowest" if measure_of(measure).better == "lower" else "highest"
     if place.is_clear:
         return f"best{place_text}: {value}"
     if len(place.level) == len(summaries) - 1:
@@ -124,7 +124,7 @@ def _title(summaries: Sequence[Summary], place: Standing | None, measure: str, p
 
 
 def _measure_label(measure: str) -> str:
-    shown = MEASURES[measure]
+    shown = measure_of(measure)
     return f"{shown.label} ({shown.unit})" if shown.unit else shown.label
 
 
@@ -206,7 +206,7 @@ def _numeric_scale(axes: "Axes", values: Sequence[float]) -> None:
 
 
 def _percent(axis: Any, measure: str) -> None:
-    if MEASURES[measure].digits.endswith("%"):
+    if measure_of(measure).digits.endswith("%"):
         from matplotlib.ticker import PercentFormatter
 
         axis.set_major_formatter(PercentFormatter(1.0))
@@ -223,7 +223,7 @@ def heatmap(summaries: Sequence[Summary], y: AxisInfo, x: AxisInfo, measure: str
     axes = figure.add_subplot()
 
     # The best value is the lightest whichever way is better, so that figures of different measures read alike.
-    lower = MEASURES[measure].better == "lower"
+    lower = measure_of(measure).better == "lower"
     low, high = float(np.nanmin(grid_YX)), float(np.nanmax(grid_YX))
     span = high - low or 1.0
     colours: dict[str, Any] = {"cmap": "cividis_r" if lower else "cividis", "vmin": low, "vmax": low + span}
@@ -235,7 +235,7 @@ def heatmap(summaries: Sequence[Summary], y: AxisInfo, x: AxisInfo, measure: str
         if math.isnan(value):
             continue
         share = (high - value if lower else value - low) / span
-        text = format(value, MEASURES[measure].digits)
+        text = format(value, measure_of(measure).digits)
         ink = "#000000" if share > 0.55 else "#ffffff"
         size = 8.5 if len(x.values) <= 6 else 7
         axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=ink, fontsize=size)
@@ -259,7 +259,7 @@ def heatmap(summaries: Sequence[Summary], y: AxisInfo, x: AxisInfo, measure: str
 def dots_in_rows(summaries: Sequence[Summary], axes_info: Sequence[AxisInfo], measure: str) -> "Figure":
     """A row for each point: a bar where the size counts from zero, else a dot, with its interval and its seeds."""
     # Names are wrapped to leave room for the data, so the figure's height counts their lines.
-    shown = MEASURES[measure]
+    shown = measure_of(measure)
     names = ["\n".join(textwrap.wrap(short_name(s.point, axes_info), 26)) for s in summaries]
     lines = sum(name.count("\n") + 1 for name in names)
     figure = new_figure(0.19 * lines + 0.16 * len(summaries) + 0.75)
@@ -321,14 +321,14 @@ def difference_panels(
     # The caption says how far to trust the intervals: how many seeds, and that they are not to be believed all at once.
     counts = sorted({len(values) for _, values in pairs})
     seeds = "one seed" if counts == [1] else f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} seeds"
-    text = f"{MEASURES[measure].label}, less that of the baseline ({short_name(baseline, axes)}) with the same seed: "
+    text = f"{measure_of(measure).label}, less that of the baseline ({short_name(baseline, axes)}) with the same seed: "
     if counts == [1]:
         text += "one seed, so that there is no interval"
     else:
         many = f"; each of the {len(pairs)} intervals is by itself, they do not hold all at once" if pairs[1:] else ""
         text += f"mean over {seeds} with its 95 % interval, grey where that contains 0 or there is none; "
         text += f"small dots are single seeds{many}"
-    return [Panel(f"{measure}_difference", text, differences(pairs, axes, measure))]
+    return [Panel(f"{_in_a_name(measure)}_difference", text, differences(pairs, axes, measure))]
 
 
 def differences(
@@ -357,7 +357,7 @@ def differences(
     axes.set_yticks(range(len(pairs)), names)
     axes.set_ylim(len(pairs) - 0.4, -0.6)
     axes.margins(x=0.08)
-    points = " (percentage points)" if MEASURES[measure].digits.endswith("%") else ""
+    points = " (percentage points)" if measure_of(measure).digits.endswith("%") else ""
     axes.set_xlabel(f"difference in {_measure_label(measure)}{points}")
     axes.grid(visible=False, axis="y")
     axes.locator_params(axis="x", nbins=5)

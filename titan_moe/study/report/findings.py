@@ -15,7 +15,7 @@ from titan_moe.study.report.analysis import (
     standing,
 )
 from titan_moe.study.report.likeness import cautions, listed, unlike
-from titan_moe.study.report.measures import MEASURES
+from titan_moe.study.report.measures import measure_of
 
 
 class Finding(NamedTuple):
@@ -34,7 +34,7 @@ class Finding(NamedTuple):
 def headline(summaries: Sequence[Summary], axes: Sequence[AxisInfo], measure: str = "loss") -> Finding | None:
     """A sentence on which point is best in a measure, or which are level; None where fewer than two can be compared."""
     # Where runs cannot be compared, the sentence says why, in place of a best point.
-    shown = MEASURES[measure]
+    shown = measure_of(measure)
     comparable = [summary for summary in compared(summaries) if measure in summary.measures]
     if len(comparable) < 2:
         return None
@@ -109,7 +109,7 @@ def notes(summaries: Sequence[Summary], axes: Sequence[AxisInfo]) -> list[str]:
             others = [state for state in dict.fromkeys(states) if state != "finished"]
             states_text = listed([f"{states.count(state)} {state}" for state in others])
             sentences.append(f"{name}: the means are of {len(summary.counted)} of {len(states)} runs ({states_text}).")
-        if bad := {MEASURES[key].label: count for key, count in summary.nonfinite.items()}:
+        if bad := {measure_of(key).label: count for key, count in summary.nonfinite.items()}:
             count = max(bad.values())
             sentences.append(
                 f"{name}: NaN or infinite in {count} of {len(summary.counted)} runs ({listed(list(bad))}): not ranked."

@@ -4,8 +4,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from titan_moe.study.report.measures import key_in_set, set_of
+
 Records = Sequence[Mapping[str, Any]]  # lines of results.jsonl
 PER_TOKEN = ("loss", "best_loss", "perplexity", "best_perplexity", "accuracy", "best_accuracy")  # of a validation
+PER_TEXT = (*PER_TOKEN, "bits_per_byte")
 COST = ("step_seconds", "train_seconds", "tokens_per_second", "peak_memory_gib")
 MACHINE = {"device": "device", "world_size": "processes", "threads": "threads of a process"}
 VERSIONS = {"torch": "torch", "git_commit": "commit"}
@@ -19,11 +22,12 @@ def unlike(records: Records, measure: str) -> str:
         return "the runs differ in length"
 
     # Numbers by token depend on what a token is, and on which ones are predicted; costs on the machine.
-    if measure in PER_TOKEN:
-        if len(values(records, "tokenizer_fingerprint")) > 1:
-            return "the runs have different tokenizers, so their tokens are not the same"
-        if differ_in_validation(records):
-            return "the runs are validated on different data"
+    name, key = set_of(measure), key_in_set(measure)
+    if key in PER_TEXT and len(values(records, "tokenizer_fingerprint")) > 1:
+        what = "their tokens are not the same" if key in PER_TOKEN else "they may have read different parts of the text"
+        return f"the runs have different tokenizers, so {what}"
+    if key in PER_TEXT and (differ_in_validation(records) if name is None else differ_in_set(records, name)):
+        return "the runs are validated on different data"
     if measure in COST:
         for key, name in MACHINE.items():
             if len(values(records, key)) > 1:
@@ -55,6 +59,12 @@ def differ_in_validation(records: Records) -> bool:
     """Whether runs are validated on different files, on what is held out of different data, or on more of it."""
     sets = {repr(r.get("validation_path") or r["data_fingerprint"]) for r in records if r.get("data_fingerprint")}
     return len(sets) > 1 or len(values(records, "validation_tokens")) > 1
+
+
+def differ_in_set(records: Records, name: str) -> bool:
+    """Whether runs have different data, or more of it, under one name of a validation set."""
+    sets = {r["validation_sets"].get(name) for r in records if r.get("validation_sets")} - {None}
+    return len(sets) > 1 or len(values(records, f"validation/{name}/num_tokens")) > 1
 
 
 def cautions(records: Records) -> list[str]:

@@ -1,5 +1,6 @@
 """The measures of a run: their keys in results.jsonl, and how a report names and formats them."""
 
+import re
 from typing import NamedTuple
 
 
@@ -21,6 +22,7 @@ MEASURES = {
     "best_perplexity": Measure("best perplexity", "lower", ".2f"),
     "accuracy": Measure("accuracy", "higher", ".2%"),
     "best_accuracy": Measure("best accuracy", "higher", ".2%"),
+    "bits_per_byte": Measure("bits per byte", "lower", ".4f"),
     "train_loss": Measure("training loss, last tenth", "lower", ".4f", unit="nats/token"),
     "maxvio_batch": Measure("MaxVio batch, mean", "lower", ".3f", True),
     "maxvio_batch_last": Measure("MaxVio batch, last tenth", "lower", ".3f", True),
@@ -45,6 +47,9 @@ ANALYZED = {
     "document_maxvio": Measure("MaxVio of documents", "lower", ".3f", True),
 }
 MEASURES |= ANALYZED
+# Those of a validation set, as `validation/NAME/KEY`.
+OF_SETS = ("loss", "perplexity", "accuracy", "bits_per_byte", "maxvio_global", "aux_loss", "z_loss")
+_OF_A_SET = re.compile(rf"validation/([A-Za-z_]\w*)/({'|'.join(OF_SETS)})", re.ASCII)
 # The columns of the report's table.
 COLUMNS = (
     *("loss", "best_loss", "perplexity", "accuracy", "maxvio_batch", "maxvio_global"),
@@ -76,5 +81,36 @@ CURVES = {
     "validation/perplexity": Curve("validation perplexity"),
     "validation/accuracy": Curve("validation accuracy"),
     "validation/maxvio_global": Curve("MaxVio global (validation)"),
+    "validation/bits_per_byte": Curve("bits per byte (validation)"),
     "validation/routing_drift": Curve("routing drift (validation)"),
 }
+
+
+def set_of(key: str) -> str | None:
+    """The name of the validation set that a measure or curve is of; None for any other."""
+    match = _OF_A_SET.fullmatch(key)
+    return match[1] if match else None
+
+
+def key_in_set(key: str) -> str:
+    """What a measure is of its validation set, as `loss`; any other as it is."""
+    return key.rpartition("/")[2] if set_of(key) else key
+
+
+def is_measure(key: str) -> bool:
+    """Whether a key of results.jsonl is a measure."""
+    return key in MEASURES or set_of(key) is not None
+
+
+def measure_of(key: str) -> Measure:
+    """How to show a measure, also one of a validation set."""
+    name, measure = set_of(key), MEASURES[key_in_set(key)]
+    return measure if name is None else measure._replace(label=f"{measure.label}, {name}")
+
+
+def curve_of(key: str) -> Curve:
+    """How to show a number over the steps, also one of a validation set."""
+    if set_of(key) is None:
+        return CURVES[key]
+    label, unit = measure_of(key).label, measure_of(key).unit
+    return Curve(f"{label} ({unit})" if unit else label)

@@ -33,7 +33,7 @@ from titan_moe.study.report.curves import curve_panels, load_panel
 from titan_moe.study.report.figures import difference_panels, measure_panels
 from titan_moe.study.report.findings import Finding, baseline_note, comparisons, headline, notes
 from titan_moe.study.report.likeness import lengths, short_version
-from titan_moe.study.report.measures import COLUMNS, MEASURES
+from titan_moe.study.report.measures import COLUMNS, measure_of, set_of
 from titan_moe.study.runs import write_results
 from titan_moe.study.spec import Study
 
@@ -134,9 +134,10 @@ def length_text(summaries: Sequence[Summary]) -> str:
 
 def block(title: str, summaries: Sequence[Summary], axes: Sequence[AxisInfo], report: Sequence[str]) -> Block:
     """The table of some points, with the sentence on the best one."""
-    columns = [
-        c for c in dict.fromkeys((*COLUMNS, *report)) if any(c in {*s.measures, *s.nonfinite} for s in summaries)
-    ]
+    # Whoever validates on a set wants its loss, without having to say so for the report.
+    measured = {key: None for s in summaries for key in (*s.measures, *s.nonfinite)}
+    of_sets = [key for key in measured if set_of(key) and key.endswith("/loss")]
+    columns = [key for key in dict.fromkeys((*COLUMNS, *report, *of_sets)) if key in measured]
     if all(s.measures.get("loss") == s.measures.get("best_loss") for s in summaries) and "best_loss" in columns:
         columns.remove("best_loss")
     places = {measure: standing(summaries, measure) for measure in columns}
@@ -214,7 +215,7 @@ def table(summaries: Sequence[Summary], axes: Sequence[AxisInfo], places: Mappin
     differ = len(lengths(counted_results([s for s in summaries if s.counted]))) > 1
     measured = [("seeds", ""), *([("steps", ""), ("tokens", "")] if differ else [])]
     for measure in places:
-        measured.append((MEASURES[measure].label, MEASURES[measure].unit))
+        measured.append((measure_of(measure).label, measure_of(measure).unit))
         measured += [("loss above the lowest", "paired by seed")] if lead and measure == "loss" else []
 
     # What was set and what came of it may have one name, as the steps that a study varies.
