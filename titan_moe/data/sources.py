@@ -128,9 +128,10 @@ def _saved_files(folder: Path) -> list[str]:
             names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
             if names[1:]:
                 raise ValueError(f"{folder}: a data set of several splits: name one, e.g. {folder / names[0]}")
-            folder, state = folder / names[0], folder / names[0] / "state.json"
+            folder = folder / Path(names[0]).name  # nothing outside, whatever it says
+            state = folder / "state.json"
         listed = json.loads(state.read_text(encoding="utf-8")).get("_data_files") if state.is_file() else []
-        files = [str(folder / file["filename"]) for file in listed or ()]
+        files = [str(folder / Path(file["filename"]).name) for file in listed or ()]
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"{folder}: its dataset_dict.json or state.json is damaged: save the data set again"

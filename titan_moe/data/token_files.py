@@ -8,7 +8,7 @@ Megatron's .idx, all little-endian: MMIDIDX and two zero bytes, a version (8 byt
 (1 byte), the numbers of sequences S and of document borders D (8 bytes each), S lengths in tokens (int32), S places in
 the .bin in bytes (int64), the D sequences at which a document begins or the last one ends (int64), and for multimodal
 data S modes (int8). A .npy as OLMo-core reads and Dolma writes it has only the name of numpy's format: it is the ids
-alone, uint16 or uint32, which its first million numbers tell. A .npy of numpy's says itself what it holds. In both a
+alone, uint16 or uint32, which its first numbers tell. A .npy of numpy's says itself what it holds. In both a
 document ends with each end-of-text token.
 """
 
@@ -33,7 +33,7 @@ HEADER_BYTES = 34
 DTYPES = {1: "|u1", 2: "|i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # Megatron writes 8 and 4
 NO_IDS = {6: "float64", 7: "float32"}
 CHUNK_TOKENS = 1 << 22  # read at once
-SAMPLE_WORDS = 1 << 20  # of two bytes each, to tell uint16 from uint32
+SAMPLE_WORDS = 1 << 16  # of two bytes each, to tell uint16 from uint32
 EMPTY = np.uint64(2**64 - 1)  # in place of the last id of a document without any
 MIN_ENDS = 16  # documents that must all end with one id before it is taken for an end of text
 log = logging.getLogger(__name__)

@@ -106,6 +106,11 @@ def test_folders_that_are_not_whole(tmp_path: Path) -> None:
         FileNotFoundError, match=r"data-00000-of-00001.arrow: no such file, but state.json beside it lists"
     ):
         find_files(str(tmp_path))
+    (tmp_path / "a.arrow").write_bytes(WHOLE)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "../a.arrow"}]}))
+    with pytest.raises(FileNotFoundError, match=r"inner/a.arrow: no such file"):
+        find_files(str(tmp_path / "inner"))
     (tmp_path / "state.json").write_text("[")
     with pytest.raises(ValueError, match=r"its dataset_dict.json or state.json is damaged: save the data set again"):
         find_files(str(tmp_path))
