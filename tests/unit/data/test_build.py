@@ -201,6 +201,15 @@ def test_a_streamed_folder(tmp_path: Path, path: str) -> None:
     assert len(trained) > 100
     assert min(trained) == 50
 
+    # a validation set is the stream's first documents, whatever training has held out
+    settings: dict[str, Any] = {"dataset": "hf", "path": [folder], "tokenizer": "bytes", "seq_len": 32}
+    first = build_validation(**settings, steps=3, local_batch_size=4, cache_folder=str(tmp_path / "cache"))
+    rows = [row for _, labels in first.batches() for row in labels.tolist()]
+    assert len(rows) == 12
+    found = numbers_in(own, first.batches())
+    assert found
+    assert max(found) < 100
+
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "no such data set": ({"dataset": "txt"}, r"data.dataset \(txt\): did you mean text\? there are stdlib, text, fine"),
