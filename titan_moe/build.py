@@ -303,7 +303,8 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     )
     if not sets:
         return prepared
-    prepared = prepared._replace(validation_sets=load_validation_sets(config, prepared.tokenizer, **share))
+    by_name = {**prepared.validation_sets, **load_validation_sets(config, prepared.tokenizer, **share)}
+    prepared = prepared._replace(validation_sets=by_name)
 
     # It may be meant, and the run goes on: but the numbers of such a set look better than they are.
     train = [(source.dataset, source.path) for source in data.sources.values()] or [(data.dataset, data.path)]

@@ -1,7 +1,6 @@
 """FSDP2 on two processes equals one process: losses, gradient norms, loads, biases and parameters."""
 
 import functools
-import itertools
 from typing import Any
 
 import pytest
@@ -117,29 +116,6 @@ def test_units_with_one_mesh_equal_one_process() -> None:
         for own in result.values():
             torch.testing.assert_close(own.pop("parameters"), alone["parameters"], rtol=1e-4, atol=5e-5)
             torch.testing.assert_close(own, {name: alone[name] for name in own}, rtol=1e-5, atol=1e-7)
-
-
-def alone_under_fsdp(rank: int, world: int) -> dict[str, Any]:
-    results = {}
-    for mode, policy in itertools.product(("none", "selective", "full"), ("default", "always")):
-        model = sharded(world, checkpoint_mode=mode, reshard_after_forward=policy)
-        units = sum(isinstance(module, FSDPModule) for module in model.modules())
-        assert units == (1 if policy == "default" else 3)  # the model alone, or with its two blocks
-        outputs = steps(model, 2, micro_batches=2)
-        evaluate(model, [batch(9)], torch.ones(64))
-        results[f"{mode}, {policy}"] = summarize(model, [*outputs, *steps(model, 2, micro_batches=2)])
-    return results
-
-
-@pytest.mark.dist
-def test_one_process_is_one_unit() -> None:
-    """As mixed precision on one GPU has it: micro-batches, a validation between steps, activations made again."""
-    model = tiny_model()
-    model.init_weights(0)
-    plain = summarize(model, [*steps(model, 2, micro_batches=2), *steps(model, 2, micro_batches=2)])
-    (results,) = run_ranks(1, alone_under_fsdp)
-    for name, own in results.items():
-        torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
 def mixed_precision(rank: int, world: int) -> dict[str, Any]:

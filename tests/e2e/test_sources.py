@@ -43,6 +43,14 @@ def test_a_run_on_sources(train: Train, tmp_path: Path, sources: dict[str, Any])
     validation = records(tmp_path / "run", "validation")[-1]
     assert math.isfinite(validation["loss"])
 
+    # what is held out of the sources, by the tokens that each has of it: no third one for files that are there already
+    by_source = {key.split("/")[1] for key in validation if key.startswith("validation/")}
+    assert by_source == {"words", "numbers"}
+    tokens = {name: validation[f"validation/{name}/num_tokens"] for name in by_source}
+    mean = sum(tokens[name] * validation[f"validation/{name}/loss"] for name in by_source) / sum(tokens.values())
+    assert validation["loss"] == pytest.approx(mean, rel=1e-6)
+    assert validation["validation/words/loss"] != validation["validation/numbers/loss"]
+
     # the same folder again is the same run, and a part of it that goes on too
     assert "nothing to do" in train(**options(sources), training__steps=6, training__global_batch_size=4).out
     short = {**options(sources), "training__global_batch_size": 4, "checkpoint__interval": 3}
@@ -111,5 +119,7 @@ def test_what_can_be_wrong(train: Train, tmp_path: Path, sources: dict[str, Any]
 def test_names_and_paths_beside_sources(train: Train, sources: dict[str, Any], tmp_path: Path) -> None:
     named = train(**options({"my words": sources["words"]}))
     assert (named.code, "a name is of letters, digits and _" in named.err) == (2, True)
+    as_a_source = train(**options(sources), validation__sets={"words": {"path": sources["words"]["path"]}})
+    assert (as_a_source.code, "held out of data.sources.words is called so" in as_a_source.err) == (2, True)
     beside = train(data__sources=sources)
     assert (beside.code, "has no use beside data.sources" in beside.err) == (2, True)

@@ -221,6 +221,8 @@ def _check_validation_sets(config: Config) -> None:
     """Refuse a set that says nothing of where its documents are, or too much."""
     for name, held_out in config.validation.sets.items():
         key = f"validation.sets.{name}"
+        if name in config.data.sources:
+            raise ValueError(f"{key}: what is held out of data.sources.{name} is called so: take another name")
         if held_out.dataset in ("text", "hf") and not held_out.path:
             raise ValueError(
                 f"{key} has no data: set {key}.path to the files to validate on (or to a name on the hub, with "

@@ -79,7 +79,7 @@ class SourceFiles(NamedTuple):
 class Data(NamedTuple):
     """The data of a run. `validation()` returns a new iterator over the validation set; None where there is no set.
 
-    `validation_sets` are more of them, by their names.
+    `validation_sets` are more of them, by their names: of several sources what is held out of each.
     """
 
     tokenizer: Tokenizer
@@ -119,6 +119,7 @@ class _Prepared(NamedTuple):
     fingerprint: str
     train: Tokens | _Stream | list[Source]
     validation: Sequence[Tokens]
+    by_source: dict[str, Tokens] | None = None  # the source that each of these is of, where there are several
 
 
 class _Tokenized(NamedTuple):
@@ -201,14 +202,22 @@ def build_data(
     loader = TrainLoader(make, f"{data.fingerprint}-{data.tokenizer.fingerprint}-{seq_len}", positions, device)
 
     # Validation begins at the start of its set each time.
+    batches = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
+    held_out = partial(validation_batches, **rank, **batches)
     validation = None
     if data.validation:
         key = "data.validation_path" if validation_path else f"data.validation_fraction ({fraction})"
         _check_length(max(data.validation, key=lambda file: file.num_tokens), seq_len, key)
-        batches = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
-        held_out = partial(validation_batches, data.validation, **rank, **batches)
-        validation = partial(_batches_on, device, positions, held_out)
-    return Data(data.tokenizer, loader, validation, {"data": data.fingerprint, "tokenizer": data.tokenizer.fingerprint})
+        validation = partial(_batches_on, device, positions, partial(held_out, data.validation))
+
+    # Of several sources each has its numbers, too; a file that is shorter than a sequence has none.
+    by_source = {
+        name: ValidationSet(partial(_batches_on, device, positions, partial(held_out, [file])), data.fingerprint)
+        for name, file in (data.by_source or {}).items()
+        if num_windows(file, seq_len)
+    }
+    fingerprints = {"data": data.fingerprint, "tokenizer": data.tokenizer.fingerprint}
+    return Data(data.tokenizer, loader, validation, fingerprints, by_source)
 
 
 def build_validation(
@@ -380,9 +389,13 @@ def _prepare_sources(want: _Wanted) -> _Prepared:
 
     # Validation data are the files of validation_path, which are in each cache, or what is held out of each source;
     # where two are the same, once.
-    held_out = caches[:1] if want.validation_path else caches if want.fraction else []
-    files = list(dict.fromkeys(cache.validation for cache in held_out if cache.validation.num_tokens))
-    return _Prepared(tokenizer, digest(fingerprints), sources, files)
+    if want.validation_path:
+        return _Prepared(tokenizer, digest(fingerprints), sources, [caches[0].validation])
+    by_source: dict[str, Tokens] = {}
+    for source, cache in zip(want.sources, caches, strict=True) if want.fraction else ():
+        if cache.validation not in by_source.values():
+            by_source[source.name] = cache.validation
+    return _Prepared(tokenizer, digest(fingerprints), sources, list(by_source.values()), by_source)
 
 
 def _is_split(want: _Wanted) -> bool:
