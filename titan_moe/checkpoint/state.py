@@ -323,10 +323,16 @@ def write_object(path: Path, value: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)
+
+    # What other packages of this process let torch read (Megatron's do) another process may not have.
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
     try:
         torch.load(buffer, weights_only=True)
     except UnpicklingError as error:
         raise TypeError(f"{path.name} may hold numbers, strings, lists, tuples, dicts and tensors only") from error
+    finally:
+        torch.serialization.add_safe_globals(allowed)
     write_synced(path, buffer.getvalue())
 
 

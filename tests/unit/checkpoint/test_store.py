@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -521,9 +521,13 @@ def test_unwritable_folder(tmp_path, trained):
         save(tmp_path / "file", 1, *trained)
 
 
-def test_what_could_not_be_read_back_is_refused(tmp_path, trained):
-    with pytest.raises(TypeError, match=r"common\.pt may hold numbers"):
-        save(tmp_path, 1, *trained, extra={"path": Path("x")})
+@pytest.mark.parametrize("allowed", [[], [PosixPath]])
+def test_what_could_not_be_read_back_is_refused(tmp_path, trained, allowed):
+    """Also where another package of this process lets torch read it."""
+    with torch.serialization.safe_globals(allowed):
+        with pytest.raises(TypeError, match=r"common\.pt may hold numbers"):
+            save(tmp_path, 1, *trained, extra={"path": PosixPath("x")})
+        assert {*allowed} <= {*torch.serialization.get_safe_globals()}
     assert list(tmp_path.iterdir()) == []
 
 
