@@ -74,7 +74,8 @@ class Allocation:
 
     Tijdeman's rule ("The chairman assignment problem", 1980): of the sources that owe at least e = 1 / (2 k - 2), k
     being their number, the next sequence is from the one that would be the first to owe 1 - e if it had none. So none
-    ever owes, or is ahead, by more than 1 - e sequences. In integers, so that every process comes to the same.
+    ever owes, or is ahead, by more than 1 - e sequences. What a source still owes when it ends, it may give later. In
+    integers, so that every process comes to the same.
     """
 
     def __init__(self, stages: Sequence[Stage], start: Position) -> None:
@@ -136,23 +137,32 @@ class MixedBatches(Dataset):
         local_batch_size: int,
         dp_rank: int,
         dp_degree: int,
-        start: Position | None = None,
     ) -> None:
         self.sources, self.seq_len, self.seed, self.global_batch_size = list(sources), seq_len, seed, global_batch_size
         self.local_batch_size, self.dp_rank, self.dp_degree = local_batch_size, dp_rank, dp_degree
         self.stages = stages_of(sources, global_batch_size)
-        self.start = start or Position(0, (0,) * len(sources), (Fraction(0),) * len(sources))
+        self.start = Position(0, (0,) * len(sources), (Fraction(0),) * len(sources))
         files = [source.file for source in sources]
         self.sharers = [[j for j, other in enumerate(files) if other == file] for file in files]
         self.allocation, self.step, self.plan = Allocation(self.stages, self.start), -1, []
 
     def from_state(self, state: Mapping[str, Any]) -> "MixedBatches":
-        """Return those of a run that goes on from a state, in which some sources may be missing."""
+        """Return those of a run that goes on from a state, in which some sources may be missing.
+
+        Errors: ValueError where the state is in the middle of a step.
+        """
+        # A step is planned as a whole, and stages begin with steps.
+        sequences = state.get("sequences", 0)
+        if sequences % self.global_batch_size:
+            raise ValueError(
+                f"the saved data position ({sequences} sequences) is no multiple of training.global_batch_size "
+                f"({self.global_batch_size}), as data.sources need: go on with the batch size of the saved run"
+            )
         saved = state.get("sources", {})
         given = tuple(int(saved.get(source.name, {}).get("given", 0)) for source in self.sources)
         owed = tuple(Fraction(saved.get(source.name, {}).get("owed", 0)) for source in self.sources)
         batches = copy.copy(self)
-        batches.start = Position(state.get("sequences", 0), given, owed)
+        batches.start = Position(sequences, given, owed)
         batches.allocation, batches.step = Allocation(self.stages, batches.start), -1
         return batches
 

@@ -38,8 +38,12 @@ def mixtures(draw: Any) -> tuple[list[Source], int]:
 @settings(max_examples=60, deadline=None)
 @given(mixtures(), st.integers(0, 200))
 def test_shares_are_exact_to_within_one_sequence_at_any_moment(mixture: tuple[list[Source], int], stop: int) -> None:
-    """Also over changes of weights, and where a run goes on from a saved position."""
+    """Also over changes of weights, and where a run goes on from a saved position.
+
+    None gives anything before its first step, and after its last one at most the sequence that it still owes.
+    """
     sources, per_step = mixture
+    late: Counter[int] = Counter()
     allocation = Allocation(stages_of(sources, per_step), start(len(sources)))
     due = [Fraction(0)] * len(sources)
     for number in range(40 * per_step):
@@ -47,7 +51,10 @@ def test_shares_are_exact_to_within_one_sequence_at_any_moment(mixture: tuple[li
             allocation = Allocation(stages_of(sources, per_step), allocation.position())
         weights = [source.weight_at(number // per_step + 1) for source in sources]
         due = [before + weight / sum(weights) for before, weight in zip(due, weights, strict=True)]
-        assert weights[allocation.take()] >= 0
+        chosen = allocation.take()
+        assert number // per_step + 1 >= sources[chosen].from_step
+        late[chosen] += not weights[chosen]
+        assert late[chosen] <= 1
         assert max(abs(d - g) for d, g in zip(due, allocation.given, strict=True)) < 1
 
 
@@ -146,6 +153,11 @@ def test_going_on_with_other_sources(sources: list[Source]) -> None:
     seen = [token for step in range(5, 10) for token in later[step][0][:, 0].tolist()]
     assert sum(token >= 2000 for token in seen) == 20
     assert not {token for token in seen if token < 1000} & set(firsts(batches(sources), range(5)))
+
+
+def test_going_on_in_the_middle_of_a_step(sources: list[Source]) -> None:
+    with pytest.raises(ValueError, match=r"\(12 sequences\) is no multiple of training.global_batch_size \(8\)"):
+        batches(sources).from_state({"sequences": 12})
 
 
 def test_the_seed_decides_the_order(sources: list[Source]) -> None:
