@@ -14,19 +14,20 @@ from torch import Tensor
 from tests import invariance, tiny
 from tests.cases import Case
 from tests.distributed.harness import run_ranks
-from tests.distributed.layouts import LAYOUTS, on_meta, place
+from tests.distributed.layouts import LAYOUTS, degrees_of, on_meta, place
+from tests.distributed.test_parts_dist import check_curve, free_curve
 from tests.invariance import assert_same, outcome, start
-from tests.tiny import adamw, own_part, tiny_model
+from tests.tiny import adamw, batch, own_part, tiny_model
 from titan_moe.model.transformer import Transformer
 from titan_moe.step import train_step
 
+MASKED: dict[str, Any] = {"document_mask": True, "restart_positions": True}
 KINDS: dict[str, Any] = {
     "num_heads": 4,
     "num_kv_heads": 2,
     "first_dense_layers": 1,
     "num_shared_experts": 1,
-    "document_mask": True,
-    "restart_positions": True,
+    **MASKED,
 }
 BALANCED = [Case("aux_loss", {"scope": "sequence"}), Case("z_loss", {}), Case("loss_free", {})]
 MODES: dict[str, dict[str, Any]] = {
@@ -34,12 +35,12 @@ MODES: dict[str, dict[str, Any]] = {
     "full": {"checkpoint_mode": "full"},
     "traced, selective": {"compile_blocks": True, "checkpoint_mode": "selective"},
 }
-FEW = {2: {"none": MODES["none"], "traced, selective": MODES["traced, selective"]}, 4: {"full": MODES["full"]}}
+CURVES = {2: ("fsdp2", "cp2"), 4: ("ep2_tp2", "cp2_tp2_ep4")}
 
 
 def with_ends(step: int, sequences: int = 8) -> tuple[Tensor, Tensor]:
     """`batch`, where a third of the sequences are one document, and others have as many as eight."""
-    tokens, labels = tiny.batch(step, sequences)
+    tokens, labels = batch(step, sequences)
     often = torch.arange(sequences).unsqueeze(1) % 3 * 5
     return tokens.where((tokens * 7 + step) % 16 >= often, torch.tensor(3)), labels
 
@@ -65,11 +66,14 @@ def clips(model: Transformer, **own: Any) -> Any:
 def all_layouts(rank: int, world: int) -> dict[str, dict[str, Any]]:
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     results: dict[str, dict[str, Any]] = {}
-    for layout in LAYOUTS[world]:
+    for layout, degrees in LAYOUTS[world].items():
         own = place(rank, world, layout)
+        modes = dict(MODES) if world == 2 else {"full": MODES["full"]}
+        if not degrees.keys() & {"tensor", "context"}:  # whose attention is that of one process
+            modes.pop("traced, selective", None)
         results[layout] = {
             mode: one(on_meta(tiny_model(device="meta", **KINDS), world, layout, **options), **own)
-            for mode, options in FEW[world].items()
+            for mode, options in modes.items()
         }
         results[layout]["clips"] = clips(on_meta(tiny_model(device="meta", **KINDS), world, layout), **own)
     return results
@@ -98,3 +102,22 @@ def test_ranks_equal_one_process(world: int) -> None:
                     assert_same(got, alone[data[layout]])
                 except AssertionError as error:
                     raise AssertionError(f"{layout}, {mode}: {error}") from None
+
+
+def curves(rank: int, world: int) -> dict[str, dict[str, Tensor]]:
+    results = {}
+    for layout in CURVES[world]:
+        model = on_meta(tiny_model(device="meta", num_kv_heads=2, **MASKED), world, layout)
+        with mock.patch.object(tiny, "batch", with_ends):
+            results[layout] = free_curve(model, 50, **place(rank, world, layout))
+    return results
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("world", [2, 4])
+def test_fifty_steps_are_those_of_one_process(world: int) -> None:
+    results = run_ranks(world, curves)
+    for layout in CURVES[world]:
+        with mock.patch.object(tiny, "batch", with_ends):
+            check_curve(layout, degrees_of(world, layout), [result[layout] for result in results], **MASKED)
