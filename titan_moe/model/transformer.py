@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_moe.model.attention import Attention, Rope, check_attention, rope_cos_sin
+from titan_moe.model.attention import Attention, QKNorm, Rope, check_attention, rope_cos_sin, rotary_channels
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
 from titan_moe.model.moe import FeedForward, InitState, Measure, MoE, initial_state
 from titan_moe.model.multipliers import Multipliers, times
+from titan_moe.model.rope import RopeScaling, Rotation
 from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
@@ -84,16 +85,22 @@ class Transformer(nn.Module):
         num_layers: int,
         num_heads: int,
         num_kv_heads: int | None = None,
+        head_dim: int = 0,
         ffn_dim: int = 0,
         rope_theta: float = 10000.0,
+        partial_rotary_factor: float = 1.0,
+        rope_scaling: RopeScaling | None = None,
         norm_eps: float = 1e-5,
-        qk_norm: bool = False,
+        qk_norm: QKNorm | bool = "none",
+        attention_bias: bool = False,
         tie_embeddings: bool = True,
         init_std: float = 0.02,
         num_experts: int = 0,
         num_identity_experts: int = 0,
         expert_dim: int = 0,
         num_shared_experts: int = 0,
+        shared_expert_dim: int = 0,
+        shared_expert_gate: bool = False,
         first_dense_layers: int = 0,
         layer_freq: int = 1,
         expert_dropout: float = 0.0,
@@ -107,9 +114,10 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_attention(dim, num_heads, num_kv_heads)
+        check_attention(dim, num_heads, num_kv_heads, head_dim, partial_rotary_factor)
+        head_dim = head_dim or dim // num_heads
         self.std_of = std_of or partial(standard_std, init_std=init_std, num_layers=num_layers)
-        self.head_dim, self.rope_theta = dim // num_heads, rope_theta
+        self.rotation = Rotation(rotary_channels(head_dim, partial_rotary_factor), rope_theta, rope_scaling)
 
         # What parallelism and compilation replace from outside: the model sees no mesh and no rank.
         self.rope: Callable[..., Rope] = rope_cos_sin  # local angles where a process has a part of each sequence
@@ -138,7 +146,8 @@ class Transformer(nn.Module):
                 num_experts=num_experts,
                 num_identity_experts=num_identity_experts,
                 expert_dim=expert_dim,
-                num_shared_experts=num_shared_experts,
+                shared_dim=num_shared_experts * (shared_expert_dim or expert_dim),
+                shared_gate=shared_expert_gate,
                 expert_dropout=expert_dropout,
                 route=router,
                 layer=layer,
@@ -149,7 +158,13 @@ class Transformer(nn.Module):
 
         def attention() -> Attention:
             return Attention(
-                dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm, norm_eps=norm_eps
+                dim=dim,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+                qk_norm=qk_norm,
+                bias=attention_bias,
+                norm_eps=norm_eps,
             )
 
         # The order of these lines is that of the parameters, in checkpoints and in the optimizer.
@@ -185,7 +200,7 @@ class Transformer(nn.Module):
         Score, without gradients; or `routings`: None, the output head is not computed. Labels of -100 do not count.
         """
         # Angles are those of all layers. They are computed here, once, and handed down.
-        rope = self.rope(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
+        rope = self.rope(tokens_BS.shape[1], self.rotation, tokens_BS.device)
         places = self._places(tokens_BS) if self.asks_places else None
         x_BSD = times(self.tok_embeddings(tokens_BS), self.multipliers.embedding)  # (B, S) -> (B, S, D)
 
