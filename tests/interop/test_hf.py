@@ -10,7 +10,9 @@ import torch
 from tests.interop.models import KINDS, make_checkpoint
 from tests.unit.data.test_tokenizer import SPECIAL, word_tokenizer
 from titan_moe.checkpoint import load_model
+from titan_moe.convert.hf.architectures import architecture_of
 from titan_moe.convert.hf.convert import from_hf, to_hf
+from titan_moe.convert.hf.tensor_map import tensor_map
 from titan_moe.convert.verify import compare, hf_forward, our_forward
 from titan_moe.data.tokenizer import load_tokenizer, tokenizer_from_files
 from titan_moe.generate import generate
@@ -199,6 +201,25 @@ def test_a_model_made_by_others(tmp_path: Path, kind: str) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_layer_that_predicts_further_tokens_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """GLM-4.5's files have it as a layer after the last; transformers ignores it as well."""
+    from safetensors.torch import save_file
+
+    source = foreign(tmp_path / "theirs", "real glm4_moe")
+    tensors = {"model.layers.2.eh_proj.weight": torch.ones(32, 64), "model.layers.2.enorm.weight": torch.ones(32)}
+    save_file(tensors, source / "model-further.safetensors")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-further.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"no place for: model\.layers\.2\."):
+        from_hf(source, tmp_path / "run", verify=False)
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "num_nextn_predict_layers": 1}))
+    from_hf(source, tmp_path / "run")
+    assert "left out: 1 layers after the last, which predict the tokens after the next" in caplog.text
+    assert load_model(tmp_path / "run")[1].model.num_layers == 2
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"sliding_window": 16}, "sliding_window = 16 cannot be represented"),
     ("llama", {"attention_bias": True}, "attention_bias = True cannot be represented: of qwen2"),
@@ -274,43 +295,39 @@ def test_other_architectures_and_broken_folders(tmp_path: Path) -> None:
     refuse("pytorch_model.bin is of another format")
 
 
-def test_gradients_of_a_mixtral_step(tmp_path: Path) -> None:
-    """One cross-entropy backward: every parameter's gradient as in transformers' Mixtral, to 1e-4."""
-    step = make_checkpoint(tmp_path / "run")
-    to_hf(step, tmp_path / "hf", verify=False)
-    (model, _), theirs = load_model(step), open_hf(tmp_path / "hf")
-    tokens = torch.randint(0, 257, (2, 33), generator=torch.Generator().manual_seed(3))
+def gradient_of(name: str, theirs: Any) -> torch.Tensor:
+    """The gradient of a tensor of the files; transformers has the experts of a layer in one parameter."""
+    grads = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    name = name.replace("block_sparse_moe", "mlp")
+    if ".experts." not in name:
+        return grads[name]
+    block, _, rest = name.partition(".experts.")
+    expert, matrix, _ = rest.split(".")
+    if matrix in ("down_proj", "w2"):
+        return grads[f"{block}.experts.down_proj"][int(expert)]
+    gate, up = grads[f"{block}.experts.gate_up_proj"][int(expert)].chunk(2)
+    return gate if matrix in ("gate_proj", "w1") else up
+
+
+@pytest.mark.parametrize("kind", ["mixtral", *(kind for kind in FOREIGN if kind.startswith("real "))])
+def test_gradients_of_a_step(tmp_path: Path, kind: str) -> None:
+    """One cross-entropy backward: every parameter's gradient as in transformers, to 1e-4."""
+    source = foreign(tmp_path / "theirs", kind)
+    from_hf(source, tmp_path / "run", verify=False)
+    (model, config), theirs = load_model(tmp_path / "run"), open_hf(source)
+    tokens = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(3))
     labels = tokens[:, 1:].flatten()
     torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), labels).backward()
     torch.nn.functional.cross_entropy(theirs(tokens[:, :-1]).logits.flatten(0, 1), labels).backward()
-    grads = {name: p.grad for name, p in theirs.named_parameters()}
-    compared = 0
+
+    table = tensor_map(config, architecture_of(config), has_bias=bool(model.expert_biases()))
+    pairs = {pair.ours: pair for pair in table.pairs}
     for name, parameter in model.named_parameters():
-        if ".experts." in name:
-            layer = name.split(".")[1]
-            fused = grads[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
-            down = grads[f"model.layers.{layer}.mlp.experts.down_proj"]
-            expected = {"w1": fused[:, :24], "w3": fused[:, 24:], "w2": down}[name[-2:]]
-        else:
-            expected = grads[renamed(name)]
-        assert parameter.grad is not None
-        assert expected.abs().max() > 1e-4
-        torch.testing.assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-4)
-        compared += 1
-    assert compared == len(list(model.parameters()))
-
-
-def renamed(name: str) -> str:
-    parts = {
-        **{"tok_embeddings": "model.embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm"},
-        **{"ffn_norm": "post_attention_layernorm", "moe.router": "mlp.gate", "attention.w": "self_attn.w"},
-        **{"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"},
-    }
-    if name.startswith("norm"):
-        return f"model.{name}"
-    for ours, theirs in parts.items():
-        name = name.replace(ours, theirs)
-    return f"model.{name}" if name.startswith("layers") else name
+        assert parameter.grad is not None, name
+        expected = [gradient_of(other, theirs) for other in pairs[name].theirs]
+        whole = torch.stack(expected) if pairs[name].by_row else expected[0]
+        assert whole.abs().max() > 1e-5, name
+        torch.testing.assert_close(parameter.grad, whole, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -7,7 +7,7 @@ import torch
 from titan_moe.balancer import BALANCERS, SEEN
 from titan_moe.config.schema import find_component
 from titan_moe.config.sections import BalancerTable, Config, Data, balancer_tables
-from titan_moe.model.attention import check_attention
+from titan_moe.model.attention import checked_head_dim
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS, Places
 from titan_moe.model.routing.common import OFFERED, asked_for, parametric
@@ -25,7 +25,7 @@ def check_config(config: Config) -> None:
     _check_size(config)
     model = config.model
     num_kv_heads = model.num_kv_heads or model.num_heads
-    check_attention(model.dim, model.num_heads, num_kv_heads, model.head_dim, model.partial_rotary_factor)
+    checked_head_dim(model.dim, model.num_heads, num_kv_heads, model.head_dim, model.partial_rotary_factor)
     _check_rope_scaling(config)
     if config.moe.num_experts:
         _check_experts(config)

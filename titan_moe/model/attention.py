@@ -22,10 +22,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 ROWS = 128  # queries whose logits `max_logits` has in memory at once
 
 
-def check_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_factor: float = 1.0) -> None:
-    """Raise ValueError for heads that do not divide the width, or each other, and for an odd number of channels.
+def checked_head_dim(dim: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_factor: float = 1.0) -> int:
+    """Return the channels of a head: `head_dim`, or dim / num_heads where that is 0.
 
-    A `head_dim` of 0 is dim / num_heads.
+    Raises ValueError for heads that do not divide the width, or each other, and for an odd number of channels.
     """
     # Each head gets the same number of channels, and rotary positions turn these by pairs.
     if num_heads < 1 or (dim % num_heads and not head_dim):
@@ -49,6 +49,7 @@ def check_attention(dim: int, num_heads: int, num_kv_heads: int, head_dim: int, 
         raise ValueError(
             f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({num_heads}), or be 0 for as many"
         )
+    return channels
 
 
 def rotary_channels(head_dim: int, factor: float) -> int:

@@ -230,11 +230,12 @@ def linear_router(dim: int, num_experts: int) -> nn.Module:
 class MoE(nn.Module):
     """Mixture of Experts: each token goes to the experts its router chose, and to the shared experts if there are any.
 
-    `route` and `dispatcher` are functions given from outside. The shared experts are one SwiGLU of their joint width
-    `shared_dim`, which is the same function as their sum; with `shared_gate` it is multiplied by the sigmoid of a
-    linear function of the token (Qwen1.5-MoE). `expert_bias` is an fp32 buffer (E,) that balancers write between steps,
-    and `balancer_state` holds those that they keep for themselves, made by `balancer_inits`. `measures` are taken, by
-    the names of their balancers, where gradients are recorded, and returned with the routing.
+    `route` and `dispatcher` are functions given from outside. The shared experts, each of width `shared_expert_dim` (0:
+    expert_dim), are one SwiGLU of their joint width, which is the same function as their sum; with `shared_expert_gate`
+    it is multiplied by the sigmoid of a linear function of the token (Qwen1.5-MoE). `expert_bias` is an fp32 buffer
+    (E,) that balancers write between steps, and `balancer_state` holds those that they keep for themselves, made by
+    `balancer_inits`. `measures` are taken, by the names of their balancers, where gradients are recorded, and returned
+    with the routing.
 
     The router chooses among `num_identity_experts` more, which have the last ids: their output is the token itself,
     times its weight like any other, and costs no rows. Source: LongCat-Flash (2025, arXiv 2509.01322), 2.1, its
@@ -253,8 +254,9 @@ class MoE(nn.Module):
         route: Router | ParametricRouter,
         layer: int = 0,
         num_identity_experts: int = 0,
-        shared_dim: int = 0,
-        shared_gate: bool = False,
+        num_shared_experts: int = 0,
+        shared_expert_dim: int = 0,
+        shared_expert_gate: bool = False,
         expert_dropout: float = 0.0,
         expert_bias: bool = False,
         balancer_inits: Mapping[str, InitState] | None = None,
@@ -275,8 +277,9 @@ class MoE(nn.Module):
         self.gather_experts: Callable[[Tensor], Tensor] = all_experts_here
         self.router = (router.init or linear_router)(dim, self.router_width)
         self.experts = Experts(num_experts, dim, expert_dim, expert_dropout)
+        shared_dim = num_shared_experts * (shared_expert_dim or expert_dim)
         self.shared_experts = FeedForward(dim, shared_dim) if shared_dim else None
-        self.shared_expert_gate = nn.Linear(dim, 1, bias=False) if shared_dim and shared_gate else None
+        self.shared_expert_gate = nn.Linear(dim, 1, bias=False) if shared_dim and shared_expert_gate else None
         self.expert_bias: Tensor | None
         bias_E = torch.zeros(self.router_width, dtype=torch.float32) if expert_bias else None
         self.register_buffer("expert_bias", bias_E)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_moe.model.attention import Attention, QKNorm, Rope, check_attention, rope_cos_sin, rotary_channels
+from titan_moe.model.attention import Attention, QKNorm, Rope, checked_head_dim, rope_cos_sin, rotary_channels
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
 from titan_moe.model.moe import FeedForward, InitState, Measure, MoE, initial_state
 from titan_moe.model.multipliers import Multipliers, times
@@ -113,9 +113,7 @@ class Transformer(nn.Module):
         std_of: Callable[[str], float] | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_attention(dim, num_heads, num_kv_heads, head_dim, partial_rotary_factor)
-        head_dim = head_dim or dim // num_heads
+        head_dim = checked_head_dim(dim, num_heads, num_kv_heads or num_heads, head_dim, partial_rotary_factor)
         self.std_of = std_of or partial(standard_std, init_std=init_std, num_layers=num_layers)
         self.rotation = Rotation(rotary_channels(head_dim, partial_rotary_factor), rope_theta, rope_scaling)
 
@@ -134,20 +132,16 @@ class Transformer(nn.Module):
             if layer not in moe_layers:
                 _check_positive("model.ffn_dim", ffn_dim, f"layer {layer} is dense")
                 return FeedForward(dim, ffn_dim)
-
-            # Grouped products want whole rows of 16 bytes, so widths are checked before experts are made of them.
-            _check_positive("moe.expert_dim", expert_dim, f"layer {layer} is a MoE layer")
-            _check_multiple_of_8("model.dim", dim)
-            _check_multiple_of_8("moe.expert_dim", expert_dim)
-            if router is None:
-                raise ValueError(f"a router must be given when num_experts ({num_experts}) is above 0")
+            _check_experts(layer, dim, expert_dim, router)
+            assert router is not None
             return MoE(
                 dim=dim,
                 num_experts=num_experts,
                 num_identity_experts=num_identity_experts,
                 expert_dim=expert_dim,
-                shared_dim=num_shared_experts * (shared_expert_dim or expert_dim),
-                shared_gate=shared_expert_gate,
+                num_shared_experts=num_shared_experts,
+                shared_expert_dim=shared_expert_dim,
+                shared_expert_gate=shared_expert_gate,
                 expert_dropout=expert_dropout,
                 route=router,
                 layer=layer,
@@ -160,7 +154,7 @@ class Transformer(nn.Module):
             return Attention(
                 dim=dim,
                 num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
+                num_kv_heads=num_kv_heads or num_heads,
                 head_dim=head_dim,
                 qk_norm=qk_norm,
                 bias=attention_bias,
@@ -314,14 +308,21 @@ def moe_layer_ids(num_layers: int, num_experts: int, first_dense_layers: int, la
     return range(first_dense_layers, num_layers, layer_freq)
 
 
+def _check_experts(layer: int, dim: int, expert_dim: int, router: object) -> None:
+    """Raise ValueError for widths that experts can't have, and where nothing chooses among them."""
+    if router is None:
+        raise ValueError(f"a router must be given when num_experts is above 0: layer {layer} is a MoE layer")
+
+    # Grouped products want whole rows of 16 bytes.
+    _check_positive("moe.expert_dim", expert_dim, f"layer {layer} is a MoE layer")
+    for name, value in (("model.dim", dim), ("moe.expert_dim", expert_dim)):
+        if value % 8:
+            raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
+
+
 def _check_positive(name: str, value: int, why: str) -> None:
     if value < 1:
         raise ValueError(f"{name} ({value}) must be at least 1: {why}")
-
-
-def _check_multiple_of_8(name: str, value: int) -> None:
-    if value % 8:
-        raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
 
 
 def fill(parameter: Tensor, std: float, name: str, seed: int) -> None:

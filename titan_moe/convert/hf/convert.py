@@ -18,7 +18,7 @@ from titan_moe.config import Config, load_config, load_saved, to_toml
 from titan_moe.convert.fold import check_without_factors, fold_tensors, without_factors
 from titan_moe.convert.hf.architectures import Architecture, architecture_of, head_dim, hf_config, shared_width
 from titan_moe.convert.hf.card import model_card
-from titan_moe.convert.hf.read_config import arguments_of, read_json
+from titan_moe.convert.hf.read_config import arguments_of, is_further, read_json
 from titan_moe.convert.hf.safetensors import read_folder, write_shards
 from titan_moe.convert.hf.tensor_map import FP32, Pair, TensorMap, tensor_map
 from titan_moe.convert.hf.tokenizer import exported_files, imported_files
@@ -115,8 +115,9 @@ def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: S
 
     # The architecture is derived from our configuration once more, not taken from config.json: so the map is the one
     # that an export of this model would use.
-    theirs = read_folder(source)
-    config = _config_of(source, read_json(source / "config.json"), theirs, trust_components)
+    theirs, values = read_folder(source), read_json(source / "config.json")
+    theirs = {name: tensor for name, tensor in theirs.items() if not is_further(name, values)}
+    config = _config_of(source, values, theirs, trust_components)
     check_without_factors(config)
     files = {"config.toml": to_toml(config), **imported_files(source)}
     architecture = architecture_of(config)
@@ -124,6 +125,9 @@ def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: S
     table = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in shapes))
     ours = imported(table, theirs, shapes, source)
     tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
+
+    if (further := values.get("num_nextn_predict_layers") or 0) > 0:
+        logger.warning("left out: %d layers after the last, which predict the tokens after the next", further)
 
     # The check is inside of the block: where it fails the checkpoint never gets its name.
     with new_checkpoint(out, 0, tensors, files=files) as step_folder:

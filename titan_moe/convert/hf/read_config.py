@@ -56,6 +56,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_further(name: str, values: dict[str, Any]) -> bool:
+    """Whether a tensor is of a layer that predicts the tokens after the next, which neither we nor transformers have.
+
+    GLM-4.5 has one; its files number it as a layer of the decoder, after the last.
+    """
+    further, first = values.get("num_nextn_predict_layers") or 0, values.get("num_hidden_layers") or 0
+    return any(name.startswith(f"model.layers.{layer}.") for layer in range(first, first + further))
+
+
 def arguments_of(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Our keys, dotted, for a config.json; ValueError names what cannot be represented."""
     # A key that is null is taken for absent: the architecture's default.
