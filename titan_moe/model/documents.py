@@ -170,19 +170,20 @@ class _Piece(NamedTuple):
 
 def _pieces(cu_queries: Tensor, cu_keys: Tensor, q: Tensor, k: Tensor) -> Iterator[_Piece]:
     S, K, heads = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    for (query, key), (end_query, end_key) in pairwise(zip(cu_queries.tolist(), cu_keys.tolist(), strict=True)):
+    borders = list(zip(cu_queries.tolist(), cu_keys.tolist(), strict=True))
+    for (query, key), (end_query, end_key) in pairwise(borders):
+        if query == borders[-1][0]:
+            return  # the places that are left
         if query == end_query:
-            continue
+            continue  # a document before the first query
 
         # A document that began before the first query: its queries are the last of its positions.
         size, keys, row = end_query - query, end_key - key, query // S
         mask = None
         if size != keys:
             mask = torch.full((size, keys), -torch.inf, dtype=q.dtype).triu_(keys - size + 1)
-        where = (slice(row, row + 1), slice(None))
-        places = (slice(first, first + length) for first, length in ((query - row * S, size), (key - row * K, keys)))
-        at_query, at_key = ((*where, place) for place in places)
-        yield _Piece(at_query, at_key, mask, heads)
+        sequence, query, key = (slice(row, row + 1), slice(None)), query - row * S, key - row * K
+        yield _Piece((*sequence, slice(query, query + size)), (*sequence, slice(key, key + keys)), mask, heads)
 
 
 def _of_heads(piece: _Piece, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

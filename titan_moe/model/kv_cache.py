@@ -34,11 +34,12 @@ def empty_cache(model: Transformer, batch_size: int, room: int) -> Cache:
     weight = model.tok_embeddings.weight
     layers: Any = model.layers
     for layer in layers:
-        heads = layer.attention.wk.weight.shape[0] // model.head_dim
-        keys.append(weight.new_zeros(batch_size, heads, room, model.head_dim))
+        head_dim = layer.attention.head_dim
+        heads = layer.attention.wk.weight.shape[0] // head_dim
+        keys.append(weight.new_zeros(batch_size, heads, room, head_dim))
         values.append(torch.zeros_like(keys[-1]))
     tokens = torch.zeros(batch_size, room, dtype=torch.int64, device=weight.device)
-    return Cache(keys, values, tokens, rope_cos_sin(room, model.head_dim, model.rope_theta, weight.device))
+    return Cache(keys, values, tokens, rope_cos_sin(room, model.rotation, weight.device))
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def extend(model: Transformer, cache: Cache, tokens_BT: Tensor, start_B: Tensor,
         positions_BS, documents_BS = places_of(cache.tokens[rows_B], model.eot_id, model.restart_positions)
         rotation_BT, document_BT = (place_BS.gather(1, position_BT) for place_BS in (positions_BS, documents_BS))
         visible = visible & (documents_BS.unsqueeze(1) == document_BT.unsqueeze(-1)).unsqueeze(1)
-    cos, sin = (angle[rotation_BT] for angle in cache.rope)  # (S, C / 2) -> (B, T, C / 2)
+    cos, sin = (angle[rotation_BT] for angle in cache.rope)  # (S, R / 2) -> (B, T, R / 2)
 
     # Each layer as `Block.forward`, but that attention looks at the cache, which has the new tokens as well by then.
     multipliers = model.multipliers

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_moe.model.attention import Attention, Rope, check_attention, rope_cos_sin
+from titan_moe.model.attention import Attention, QKNorm, Rope, checked_head_dim, rope_cos_sin, rotary_channels
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
 from titan_moe.model.documents import Documents, Sequences, documents_of, places_of, takes_varlen
 from titan_moe.model.moe import FeedForward, InitState, Measure, MoE, initial_state
 from titan_moe.model.multipliers import Multipliers, times
+from titan_moe.model.rope import RopeScaling, Rotation
 from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
@@ -92,16 +93,22 @@ class Transformer(nn.Module):
         num_layers: int,
         num_heads: int,
         num_kv_heads: int | None = None,
+        head_dim: int = 0,
         ffn_dim: int = 0,
         rope_theta: float = 10000.0,
+        partial_rotary_factor: float = 1.0,
+        rope_scaling: RopeScaling | None = None,
         norm_eps: float = 1e-5,
-        qk_norm: bool = False,
+        qk_norm: QKNorm | bool = "none",
+        attention_bias: bool = False,
         tie_embeddings: bool = True,
         init_std: float = 0.02,
         num_experts: int = 0,
         num_identity_experts: int = 0,
         expert_dim: int = 0,
         num_shared_experts: int = 0,
+        shared_expert_dim: int = 0,
+        shared_expert_gate: bool = False,
         first_dense_layers: int = 0,
         layer_freq: int = 1,
         expert_dropout: float = 0.0,
@@ -116,10 +123,9 @@ class Transformer(nn.Module):
         std_of: Callable[[str], float] | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_attention(dim, num_heads, num_kv_heads)
+        head_dim = checked_head_dim(dim, num_heads, num_kv_heads or num_heads, head_dim, partial_rotary_factor)
         self.std_of = std_of or partial(standard_std, init_std=init_std, num_layers=num_layers)
-        self.head_dim, self.rope_theta = dim // num_heads, rope_theta
+        self.rotation = Rotation(rotary_channels(head_dim, partial_rotary_factor), rope_theta, rope_scaling)
 
         # What parallelism and compilation replace from outside: the model sees no mesh and no rank.
         self.rope: Callable[..., Rope] = rope_cos_sin  # local angles where a process has a part of each sequence
@@ -129,7 +135,7 @@ class Transformer(nn.Module):
         self.loss_chunk_tokens = loss_chunk_tokens
         self.softmax_ = softmax_  # or the same function compiled
         self.eot_id: int | None = None
-        self.document_mask, self.restart_positions = document_mask, restart_positions
+        self.document_mask, self.restart_positions, self.channels_of_head = document_mask, restart_positions, head_dim
         moe_layers = moe_layer_ids(num_layers, num_experts, first_dense_layers, layer_freq)
 
         def feed_forward(layer: int) -> FeedForward | MoE:
@@ -137,19 +143,16 @@ class Transformer(nn.Module):
             if layer not in moe_layers:
                 _check_positive("model.ffn_dim", ffn_dim, f"layer {layer} is dense")
                 return FeedForward(dim, ffn_dim)
-
-            # Grouped products want whole rows of 16 bytes, so widths are checked before experts are made of them.
-            _check_positive("moe.expert_dim", expert_dim, f"layer {layer} is a MoE layer")
-            _check_multiple_of_8("model.dim", dim)
-            _check_multiple_of_8("moe.expert_dim", expert_dim)
-            if router is None:
-                raise ValueError(f"a router must be given when num_experts ({num_experts}) is above 0")
+            _check_experts(layer, dim, expert_dim, router)
+            assert router is not None
             return MoE(
                 dim=dim,
                 num_experts=num_experts,
                 num_identity_experts=num_identity_experts,
                 expert_dim=expert_dim,
                 num_shared_experts=num_shared_experts,
+                shared_expert_dim=shared_expert_dim,
+                shared_expert_gate=shared_expert_gate,
                 expert_dropout=expert_dropout,
                 route=router,
                 layer=layer,
@@ -160,7 +163,13 @@ class Transformer(nn.Module):
 
         def attention() -> Attention:
             return Attention(
-                dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm, norm_eps=norm_eps
+                dim=dim,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads or num_heads,
+                head_dim=head_dim,
+                qk_norm=qk_norm,
+                bias=attention_bias,
+                norm_eps=norm_eps,
             )
 
         # The order of these lines is that of the parameters, in checkpoints and in the optimizer.
@@ -197,7 +206,7 @@ class Transformer(nn.Module):
         """
         # Angles and documents are those of all layers. They are computed here, once, and handed down.
         x_BSD = times(self.tok_embeddings(tokens_BS), self.multipliers.embedding)  # (B, S) -> (B, S, D)
-        limited = takes_varlen(x_BSD.device, x_BSD.dtype, self.head_dim)
+        limited = takes_varlen(x_BSD.device, x_BSD.dtype, self.channels_of_head)
         rope, places, documents = self._locate(tokens_BS, limited)
         for run in documents if limited else ():
             x_BSD = x_BSD * run.fits
@@ -224,7 +233,7 @@ class Transformer(nn.Module):
         `limited` as `documents_of` has it.
         """
         seq_len, device = tokens_BS.shape[1], tokens_BS.device
-        rope = self.rope(seq_len, self.head_dim, self.rope_theta, device)
+        rope = self.rope(seq_len, self.rotation, device)
         if not (self.asks_places or self.document_mask):
             return rope, None, ()
         if self.eot_id is None:
@@ -239,9 +248,9 @@ class Transformer(nn.Module):
         runs = self.sequences.runs(ids_BS.shape[1])
         documents = tuple(documents_of(ids_BS, start, stop, limited=limited) for start, stop in runs)
         if self.restart_positions:
-            cos, sin = rope_cos_sin(ids_BS.shape[1], self.head_dim, self.rope_theta, device)
+            cos, sin = rope_cos_sin(ids_BS.shape[1], self.rotation, device)
             positions_BS = self.sequences.attended_part(whole.positions)
-            rope = cos[positions_BS], sin[positions_BS]  # (B, S, C / 2) each
+            rope = cos[positions_BS], sin[positions_BS]  # (B, S, R / 2) each
         return rope, places, documents
 
     def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score:
@@ -326,14 +335,21 @@ def moe_layer_ids(num_layers: int, num_experts: int, first_dense_layers: int, la
     return range(first_dense_layers, num_layers, layer_freq)
 
 
+def _check_experts(layer: int, dim: int, expert_dim: int, router: object) -> None:
+    """Raise ValueError for widths that experts can't have, and where nothing chooses among them."""
+    if router is None:
+        raise ValueError(f"a router must be given when num_experts is above 0: layer {layer} is a MoE layer")
+
+    # Grouped products want whole rows of 16 bytes.
+    _check_positive("moe.expert_dim", expert_dim, f"layer {layer} is a MoE layer")
+    for name, value in (("model.dim", dim), ("moe.expert_dim", expert_dim)):
+        if value % 8:
+            raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
+
+
 def _check_positive(name: str, value: int, why: str) -> None:
     if value < 1:
         raise ValueError(f"{name} ({value}) must be at least 1: {why}")
-
-
-def _check_multiple_of_8(name: str, value: int) -> None:
-    if value % 8:
-        raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
 
 
 def fill(parameter: Tensor, std: float, name: str, seed: int) -> None:
