@@ -182,8 +182,9 @@ def _pieces(cu_queries: Tensor, cu_keys: Tensor, q: Tensor, k: Tensor) -> Iterat
         mask = None
         if size != keys:
             mask = torch.full((size, keys), -torch.inf, dtype=q.dtype).triu_(keys - size + 1)
-        sequence, query, key = (slice(row, row + 1), slice(None)), query - row * S, key - row * K
-        yield _Piece((*sequence, slice(query, query + size)), (*sequence, slice(key, key + keys)), mask, heads)
+        sequence = (slice(row, row + 1), slice(None))
+        at_query, at_key = slice(query - row * S, end_query - row * S), slice(key - row * K, end_key - row * K)
+        yield _Piece((*sequence, at_query), (*sequence, at_key), mask, heads)
 
 
 def _of_heads(piece: _Piece, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,6 +85,8 @@ class Transformer(nn.Module):
     undefined until `init_weights`. Raises ValueError for sizes that do not fit together.
     """
 
+    eot_id: int | None = None
+
     def __init__(
         self,
         *,
@@ -134,7 +136,6 @@ class Transformer(nn.Module):
         self.low_precision: Any = None  # what computes with copies of the parameters in another type, on one process
         self.loss_chunk_tokens = loss_chunk_tokens
         self.softmax_ = softmax_  # or the same function compiled
-        self.eot_id: int | None = None
         self.document_mask, self.restart_positions, self.channels_of_head = document_mask, restart_positions, head_dim
         moe_layers = moe_layer_ids(num_layers, num_experts, first_dense_layers, layer_freq)
 
