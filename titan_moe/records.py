@@ -63,7 +63,7 @@ def speed_record(
         flops = flops_per_token(
             count_active(config, model),
             num_layers=config.model.num_layers,
-            dim=config.model.dim,
+            attention_dim=config.model.num_heads * config.model.channels,
             seq_len=config.training.seq_len,
         )
         record["mfu"] = lambda: step_tokens * flops / (seconds() * peak * rt.world_size)

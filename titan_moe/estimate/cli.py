@@ -247,7 +247,10 @@ def describe_time(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
     # Operations as training's own MFU counts them, not those of the simulation, which has recomputation in it.
     model, speed = config.model, step_tokens(case) / time.seconds
     flops = flops_per_token(
-        active_parameters(config), num_layers=model.num_layers, dim=model.dim, seq_len=config.training.seq_len
+        active_parameters(config),
+        num_layers=model.num_layers,
+        attention_dim=model.num_heads * model.channels,
+        seq_len=config.training.seq_len,
     )
     mfu, steps = speed * flops / (GPUS[gpu].bf16 * case.ranks), config.training.steps
     yield (
