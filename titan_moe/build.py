@@ -82,6 +82,8 @@ def build_model(config: Config) -> Transformer:
         expert_dropout=moe.expert_dropout,
         router=build_router(config) if moe.num_experts else None,
         loss_chunk_tokens=config.training.loss_chunk_tokens,
+        document_mask=config.data.document_mask,
+        restart_positions=config.data.restart_positions,
         expert_bias=has_expert_bias(config),
         balancer_inits=balancer_inits(config),
         measures=measures(config),
@@ -346,6 +348,7 @@ def load_validation_sets(config: Config, tokenizer: str | Tokenizer, **share: An
             steps=validation.steps,
             local_batch_size=validation.local_batch_size,
             cache_folder=cache_folder(config),
+            document_mask=config.data.document_mask,
             **share,
         )
         for name, of_set in validation.sets.items()
@@ -368,6 +371,7 @@ def data_arguments(config: Config) -> dict[str, Any]:
         "validation_steps": validation.steps,
         "validation_local_batch_size": validation.local_batch_size,
         "cache_folder": cache_folder(config),
+        "document_mask": data.document_mask,
     }
 
 

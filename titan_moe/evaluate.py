@@ -205,6 +205,7 @@ def validation_batches(
             steps=arguments["validation_steps"],
             local_batch_size=arguments["validation_local_batch_size"],
             cache_folder=arguments["cache_folder"],
+            document_mask=arguments["document_mask"],
             device=device,
             **share,
         ).batches()

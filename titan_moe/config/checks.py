@@ -251,6 +251,11 @@ def _check_batches(config: Config) -> None:
             "data.validation_path, or turn it off with validation.enable = false"
         )
     _check_sources(data)
+    if data.restart_positions and not data.document_mask:
+        raise ValueError(
+            "data.restart_positions = true needs data.document_mask = true: tokens that see other documents would take "
+            "these to be near: turn it off, or the mask on"
+        )
     if data.dataset in ("text", "hf") and not data.path and not data.sources:
         raise ValueError(f"data.dataset = {data.dataset!r} needs data.path: the files to read or the name on the hub")
     _check_validation_sets(config)
@@ -515,6 +520,17 @@ def _cautions_of_router(config: Config) -> list[str]:
         said.append(
             "router.drop_policy = 'score' drops a token in favour of later ones in training: a causal model sees the "
             "future there; drop_policy = 'position' does not"
+        )
+
+    # A mask of attention does not hide tokens from a router.
+    seen = {"causal_bias": "those before in their sequence", "expert_choice": "all of a forward pass"}
+    seen |= dict.fromkeys(("base", "sinkhorn", "token_rounding"), "all of a forward pass in training")
+    has_capacity = arguments.get("capacity_factor") and name in ROUTERS
+    if config.data.document_mask and (name in seen or has_capacity):
+        key = f"router.name = {name!r}" if name in seen else "router.capacity_factor"
+        said.append(
+            f"data.document_mask = true hides other documents from attention alone: {key} chooses the experts of "
+            f"tokens by {seen.get(name, seen['base'])}, whatever documents they are of"
         )
 
     # Nothing of a threshold router is wrong alone, but the model would cost what nobody has chosen.

@@ -103,6 +103,7 @@ class _Wanted(NamedTuple):
     endpoint: str
     progress: bool
     sources: Sequence[SourceFiles] = ()
+    document_mask: bool = False
 
 
 class _Stream(NamedTuple):
@@ -156,16 +157,18 @@ def build_data(
     endpoint: str = hub.HUB_ENDPOINT,
     positions: Tensor | None = None,
     device: torch.device = CPU,
+    document_mask: bool = False,
 ) -> Data:
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
     `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`. With `sources` training
     data are theirs instead; `steps`, the length of the run, tells how often it reads them. `eot_token` ends every
-    document (empty: the one that the tokenizer's files name). Validation data are the files of `validation_path`, else
-    `validation_fraction` of the documents, chosen by the hash of their content, and one at least. On every node the one
-    process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size` of -1 is that of
-    one micro-batch a step. Where ranks share sequences, `positions` (S',) are those of this rank, and batches are
-    (B, S'). Batches are on `device`. Errors: ValueError and OSError of one line.
+    document (empty: the one that the tokenizer's files name), and with `document_mask` some document of each file of
+    ids must end with it. Validation data are the files of `validation_path`, else `validation_fraction` of the
+    documents, chosen by the hash of their content, and one at least. On every node the one process with `is_main` fills
+    the cache while the others wait at `barrier`. A `global_batch_size` of -1 is that of one micro-batch a step. Where
+    ranks share sequences, `positions` (S',) are those of this rank, and batches are (B, S'). Batches are on `device`.
+    Errors: ValueError and OSError of one line.
     """
     # Mistakes in the settings are told before anything is read or written.
     size, local_batch_size = resolve_batch_sizes(global_batch_size, local_batch_size, dp_degree)
@@ -179,7 +182,9 @@ def build_data(
     tokens = _stream_tokens(validation_steps, validation_local_batch_size, seq_len)
     show = progress and is_main
     want = _Wanted(
-        dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show, sources
+        *(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show),
+        sources=sources,
+        document_mask=document_mask,
     )
     kind = _prepare_sources if sources else _prepare_stream if is_streamed(dataset) else _prepare_files
     prepare = partial(kind, want)
@@ -238,6 +243,7 @@ def build_validation(
     endpoint: str = hub.HUB_ENDPOINT,
     positions: Tensor | None = None,
     device: torch.device = CPU,
+    document_mask: bool = False,
 ) -> ValidationSet:
     """Return all documents of a data set, or the first ones of a stream, to evaluate a model on them.
 
@@ -258,7 +264,8 @@ def build_validation(
         else:
             files, kind = dataset_files(dataset, path, key)
         if are_tokens(files):
-            documents = _documents(files, tokenizer=words, folder=cache_folder, progress=show)
+            options = {"tokenizer": words, "folder": cache_folder, "progress": show}
+            documents = _documents(files, **options, document_mask=document_mask)
             return digest([one.fingerprint for one in documents]), all_documents(documents)
         if kind:
             corpus = make_corpus(files, fraction=1.0, folder=cache_folder, kind=kind, key=key)
@@ -461,7 +468,8 @@ def _divide_tokens(want: _Wanted, places: Sequence[tuple[list[str], str]], held_
             "that made the file with --data.tokenizer"
         )
     tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
-    documents = partial(_documents, tokenizer=tokenizer, folder=want.folder, progress=want.progress)
+    options = {"folder": want.folder, "progress": want.progress, "document_mask": want.document_mask}
+    documents = partial(_documents, tokenizer=tokenizer, **options)
     others = documents(held_out) if held_out else []
     trained = [documents(files, kind) for files, kind in places]
     caches = [divide_documents(some, want.fraction, others) for some in trained]
@@ -471,7 +479,7 @@ def _divide_tokens(want: _Wanted, places: Sequence[tuple[list[str], str]], held_
 
 
 def _documents(
-    files: list[str], kind: str = "", *, tokenizer: Tokenizer, folder: str, progress: bool
+    files: list[str], kind: str = "", *, tokenizer: Tokenizer, folder: str, progress: bool, document_mask: bool
 ) -> list[Documents]:
     """Return the documents of token files, or of text files once they are tokenized."""
     if are_tokens(files):
@@ -479,7 +487,7 @@ def _documents(
     else:
         corpus = make_corpus(files, fraction=0.0, folder=folder, kind=kind)
         sources = [TokenSource(build_cache(corpus, tokenizer, folder, progress=progress).train)]
-    return load_documents(sources, tokenizer, folder)
+    return load_documents(sources, tokenizer, folder, must_end=document_mask)
 
 
 def _find_stream(dataset: str, path: str | Sequence[str], endpoint: str) -> hub.HubDataset:

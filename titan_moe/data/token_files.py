@@ -172,10 +172,13 @@ def _told_dtype(path: str, vocab_size: int) -> str:
     return "<u4" if share > 0.9 else "<u2"
 
 
-def load_documents(sources: Sequence[TokenSource], tokenizer: Tokenizer, folder: str) -> list[Documents]:
+def load_documents(
+    sources: Sequence[TokenSource], tokenizer: Tokenizer, folder: str, *, must_end: bool = False
+) -> list[Documents]:
     """Return the documents of token files, whose ids are checked once; what is found is kept in `folder`.
 
-    Errors: ids that the tokenizer lacks, documents that end with another token than the tokenizer's end of text.
+    Errors: ids that the tokenizer lacks, documents that end with another token than the tokenizer's end of text, and
+    with `must_end` those of a file of which none ends with it.
     """
     # Named by all that decides what is in it. Content hashes of files that have not changed are remembered.
     paths = dict.fromkeys(path for source in sources for path in (source.file.path, source.index) if path)
@@ -200,7 +203,7 @@ def load_documents(sources: Sequence[TokenSource], tokenizer: Tokenizer, folder:
     documents = []
     for job in jobs:
         ends, hashes, last = np.load(job.output, mmap_mode="r")
-        _check_last(job.source, ends, last, tokenizer)
+        _check_last(job.source, ends, last, tokenizer, must_end)
         fingerprint = Path(job.output).stem.removeprefix("documents-")
         documents.append(Documents(job.source.file, fingerprint, ends.view(np.int64), hashes))
     if sources and not any(len(some.ends) for some in documents):
@@ -270,13 +273,19 @@ def _chunks(file: TokenFile, start: int, stop: int) -> Iterator[bytes]:
         yield file.read(first, min(first + CHUNK_TOKENS, stop)).astype("<u4").tobytes()
 
 
-def _check_last(source: TokenSource, ends: np.ndarray, last: np.ndarray, tokenizer: Tokenizer) -> None:
+def _check_last(source: TokenSource, ends: np.ndarray, last: np.ndarray, tokenizer: Tokenizer, must_end: bool) -> None:
     """Hold the ends of documents against the tokenizer's end of text."""
     file, eot = source.file, tokenizer.eot_id
     ends, last = ends[last != EMPTY], last[last != EMPTY]
-    if (last == eot).any() or not len(last):
-        return
     name = tokenizer.backend.id_to_token(eot)
+    if (last == eot).any() or not len(last):
+        if must_end and source.index and (count := int((last != eot).sum())):
+            log.warning(
+                "%s: %s of its %s documents do not end with the end of text, %s (id %d): data.document_mask takes "
+                "each of them together with the next",
+                *(file.path, f"{count:,}", f"{len(last):,}", name, eot),
+            )
+        return
     advice = "name the tokenizer that made the file with --data.tokenizer, or its end of text with --data.eot_token"
     if not source.index:
         raise ValueError(
@@ -293,6 +302,11 @@ def _check_last(source: TokenSource, ends: np.ndarray, last: np.ndarray, tokeniz
                 f"{file.path}: every document ends with id {other} ({tokenizer.backend.id_to_token(other)}), and the "
                 f"tokenizer's end of text is {name} (id {eot}): {advice}"
             )
+    if must_end:
+        raise ValueError(
+            f"{file.path}: none of its {len(last):,} documents ends with the end of text, {name} (id {eot}), by which "
+            "data.document_mask = true tells them apart: make the file anew with --append-eod, or turn the mask off"
+        )
     log.warning(
         "%s: none of its %s documents ends with the end of text, %s (id %d): a model will not learn where texts end",
         file.path,

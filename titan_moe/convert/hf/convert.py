@@ -23,7 +23,7 @@ from titan_moe.convert.hf.safetensors import read_folder, write_shards
 from titan_moe.convert.hf.tensor_map import FP32, Pair, TensorMap, tensor_map
 from titan_moe.convert.hf.tokenizer import exported_files, imported_files
 from titan_moe.convert.new_folder import new_checkpoint, new_folder
-from titan_moe.convert.verify import check_against_transformers
+from titan_moe.convert.verify import check_against_transformers, warn_of_mask
 from titan_moe.data.tokenizer_files import to_text
 from titan_moe.model.wrappers import is_balancer_state
 from titan_moe.runtime.dtypes import DTYPES
@@ -64,6 +64,7 @@ def to_hf(
     # What can't be represented is refused before the folder is made.
     step_folder = resolve_checkpoint(checkpoint)
     config = read_config(step_folder, trust_components)
+    warn_of_mask(config)
     architecture = architecture_of(config)
     ours = fold_tensors(config, model_tensors(step_folder))
     table = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in ours))

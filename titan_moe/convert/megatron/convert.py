@@ -36,7 +36,7 @@ from titan_moe.convert.fold import check_without_factors, fold_tensors, without_
 from titan_moe.convert.hf.architectures import moe_layers, shared_width
 from titan_moe.convert.hf.convert import OUR_CONFIG, model_tensors, shapes_of
 from titan_moe.convert.new_folder import new_checkpoint, new_folder
-from titan_moe.convert.verify import check_against_megatron
+from titan_moe.convert.verify import check_against_megatron, warn_of_mask
 
 logger = logging.getLogger(__name__)
 MOE_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "te": "pre_mlp_layernorm.weight"}
@@ -64,6 +64,7 @@ def to_megatron(
     # What Megatron can't compute is refused before the folder is made.
     step_folder = resolve_checkpoint(checkpoint)
     config = read_config(step_folder, trust_components)
+    warn_of_mask(config)
     arguments = transformer_config(config)
 
     # Without sigmoid Megatron has no bias, and it never has a temperature: a bias of 0 may go, and the temperature is
