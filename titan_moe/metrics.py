@@ -251,10 +251,10 @@ def active_parameters(named_parameters: Iterable[tuple[str, Tensor]], num_expert
     )
 
 
-def flops_per_token(active_parameters: int, *, num_layers: int, dim: int, seq_len: int) -> float:
-    """Training FLOPs of a token: 6 per active parameter plus 6 * L * dim * seq_len for causal attention's products.
+def flops_per_token(active_parameters: int, *, num_layers: int, attention_dim: int, seq_len: int) -> float:
+    """Training FLOPs of a token: 6 per active parameter plus 6 * L * H * C * seq_len for causal attention's products.
 
     As PaLM's appendix B counts them (12 * L * dim * seq_len), with the half that a causal mask leaves. The embedding
     look-up is no product: with an untied embedding leave its parameters out.
     """
-    return 6.0 * active_parameters + 6.0 * num_layers * dim * seq_len
+    return 6.0 * active_parameters + 6.0 * num_layers * attention_dim * seq_len

@@ -73,7 +73,7 @@ def flops_of_token(config: Config, active_parameters: int) -> float:
     return flops_per_token(
         active_parameters,
         num_layers=config.model.num_layers,
-        dim=config.model.dim,
+        attention_dim=config.model.num_heads * config.model.channels,
         seq_len=0 if config.data.document_mask else config.training.seq_len,
     )
 

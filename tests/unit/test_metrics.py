@@ -139,4 +139,4 @@ def test_flops_count_active_parameters_only():
     named = [("layers.0.moe.experts.w1", torch.zeros(8, 3, 5)), ("layers.0.attention.wq.weight", torch.zeros(4, 4))]
     active = active_parameters(named, num_experts=8, top_k=2)
     assert active == 2 * 15 + 16
-    assert flops_per_token(active, num_layers=2, dim=4, seq_len=10) == 6 * active + 6 * 2 * 4 * 10
+    assert flops_per_token(active, num_layers=2, attention_dim=4, seq_len=10) == 6 * active + 6 * 2 * 4 * 10

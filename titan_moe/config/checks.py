@@ -353,7 +353,7 @@ def parametrization_of(config: Config) -> Parametrization:
         num_layers=model.num_layers,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads or model.num_heads,
-        head_dim=model.head_dim or model.dim // model.num_heads,
+        head_dim=model.channels,
         ffn_dim=model.ffn_dim,
         init_std=model.init_std,
         num_experts=moe.num_experts,

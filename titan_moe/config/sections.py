@@ -104,6 +104,11 @@ class Model:
     tie_embeddings: Annotated[bool, "the output head shares the embedding's weight"] = True
     init_std: Annotated[Positive, "standard deviation of the initial weights"] = 0.02
 
+    @property
+    def channels(self) -> int:
+        """Those of a head."""
+        return self.head_dim or self.dim // self.num_heads
+
 
 @dataclass(frozen=True)
 class Moe:
@@ -477,7 +482,7 @@ KINDS = {
     "lr_scheduler": Kind(
         SCHEDULES,
         {"steps": "training.steps"},
-        {"warmup_steps": _NOT_NEGATIVE, "min_lr_factor": _FACTOR, "decay_ratio": _FACTOR},
+        {"warmup_steps": _NOT_NEGATIVE, **dict.fromkeys(("min_lr_factor", "decay_ratio", "factor"), _FACTOR)},
     ),
 }
 

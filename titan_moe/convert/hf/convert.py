@@ -16,7 +16,7 @@ from titan_moe.checkpoint.lazy import Lazy, LazyTensors, cast, read_lazily, stac
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, load_saved, to_toml
 from titan_moe.convert.fold import check_without_factors, fold_tensors, without_factors
-from titan_moe.convert.hf.architectures import Architecture, architecture_of, head_dim, hf_config, shared_width
+from titan_moe.convert.hf.architectures import Architecture, architecture_of, hf_config, shared_width
 from titan_moe.convert.hf.card import model_card
 from titan_moe.convert.hf.read_config import arguments_of, is_further, read_json
 from titan_moe.convert.hf.safetensors import read_folder, write_shards
@@ -190,7 +190,7 @@ def _like_the_run(arguments: dict[str, Any], run: Config, model_type: str) -> di
         del remaining["model.num_kv_heads"]
     if model_type in ("mixtral", "olmoe"):  # have no dense width
         del remaining["model.ffn_dim"]
-    if head_dim(run) == _head_dim(arguments):
+    if run.model.channels == _head_dim(arguments):
         del remaining["model.head_dim"]
     if (width := _shared_width(arguments)) and width == shared_width(run):
         del remaining["moe.num_shared_experts"], remaining["moe.shared_expert_dim"]
