@@ -88,16 +88,18 @@ def memory() -> str:
 
 def start(name: str, settings: dict[str, Any]) -> None:
     """Start, read batches, and print a line; runs in a process of its own."""
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     data = build_data(dataset="text", tokenizer="bytes", progress=False, **BATCH, **settings)
     batches = iter(data.train)
     next(batches)
-    seconds, before, times = time.perf_counter() - begin, memory(), []
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu_begin
+    before, times = memory(), []
     for _ in range(BATCHES):
         begin = time.perf_counter()
         next(batches)
         times.append(time.perf_counter() - begin)
-    print(f"{name}: start {seconds:.2f} s, {before}; batch {statistics.median(times) * 1e3:.3f} ms, then {memory()}")
+    print(f"{name}: start {seconds:.2f} s ({cpu_seconds:.2f} of a core), {before};", end=" ")
+    print(f"batch {statistics.median(times) * 1e3:.3f} ms, then {memory()}")
 
 
 def main(args: list[str]) -> None:
