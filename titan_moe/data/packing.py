@@ -5,10 +5,11 @@ tokens and one more label has room for S + 1 tokens. A longer document is cut in
 fills a sequence; they overlap by one token, as windows do, so that every token is predicted from the one before it, and
 once: at the beginning of a piece that goes on it is no label. What is left of it and all other documents are placed
 from the largest to the smallest, each where the least room is left that holds it (best-fit decreasing). The room that
-remains is padding: end-of-text tokens that are not predicted.
+remains is padding: the sequence from its beginning once more, which is not predicted, but routed as text is. (All of
+it end-of-text tokens would go to the same few experts, and would be as many documents.)
 
 Borders of documents show in the tokens alone: only what fills a sequence ends without an end of text, since a document
-that has none of its own is followed by one token of padding.
+that has none of its own is followed by one, which is not predicted either.
 
 A plan says which pieces make which sequence. It follows from the documents and S alone, is made once, and is kept in
 the cache folder: 16 bytes a piece and 8 a sequence, of which a process maps what it reads.
@@ -70,12 +71,18 @@ class PackedTokens(NamedTuple):
         bounds, starts, places = _map_plan(self.plan)
         shape = (len(numbers), self.seq_len + 1)
         rows, is_label = np.full(shape, self.eot_id, np.int64), np.zeros(shape, bool)
+        place = size = 0
         for row, number in enumerate(numbers):
             pieces = slice(bounds[number], bounds[number + 1])
             for start, packed in zip(starts[pieces].tolist(), places[pieces].tolist(), strict=True):
                 place, size = packed >> PLACE_BITS, packed >> 1 & SIZE_MASK
                 rows[row, place : place + size] = self.tokens.read(start, start + size)
                 is_label[row, place + (packed & GOES_ON) : place + size] = True
+
+            # A piece that lacks an end of text has one behind it already.
+            if (end := place + size) < shape[1]:
+                end += int(rows[row, end - 1] != self.eot_id)
+                rows[row, end:] = np.resize(rows[row, :end], shape[1] - end)
         return rows, is_label
 
 

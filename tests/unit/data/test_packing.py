@@ -240,9 +240,21 @@ def texts_in(batches: Any) -> list[str]:
     """What is between ends of text in each sequence of batches of bytes."""
     texts = []
     for tokens, labels in batches:
-        for ids, last in zip(tokens.tolist(), labels[:, -1].tolist(), strict=True):
-            texts += "".join("|" if id_ in (EOT, IGNORE) else chr(id_) for id_ in [*ids, last]).split("|")
+        for ids, of_row in zip(tokens.tolist(), labels.tolist(), strict=True):
+            # without the padding, which begins after the last label, and with the last label as a token
+            size = max(place for place, label in enumerate(of_row) if label != IGNORE) + 2
+            texts += "".join("|" if id_ == EOT else chr(id_) for id_ in [*ids, of_row[-1]][:size]).split("|")
     return texts
+
+
+def test_padding_is_the_sequence_once_more(packed: PackedTokens) -> None:
+    tokens, labels = read_windows(packed, list(range(packed.waste.sequences)), 16)
+    padded = 0
+    for ids, of_row in zip(tokens.tolist(), labels.tolist(), strict=True):
+        size = max(place for place, label in enumerate(of_row) if label != IGNORE) + 2
+        assert ids[size:] == list(itertools.islice(itertools.cycle(ids[:size]), max(0, 16 - size)))
+        padded += max(0, 17 - size)
+    assert padded == packed.waste.padding > 0
 
 
 @pytest.mark.parametrize("kind", ["text", "tokens", "tokens without an end of text"])
