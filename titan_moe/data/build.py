@@ -12,7 +12,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data import hub
-from titan_moe.data.cache import TokenCache, Tokens, build_cache
+from titan_moe.data.cache import TokenCache, build_cache
 from titan_moe.data.corpus import (
     Corpus,
     Split,
@@ -127,19 +127,20 @@ class _Prepared(NamedTuple):
     by_source: dict[str, Windows] | None = None  # the source that each of these is of, where there are several
 
 
+class _Packed(NamedTuple):
+    """The training and validation data of a source, packed, and how many documents each has."""
+
+    train: Windows
+    validation: Windows
+    num_documents: dict[str, int]
+
+
 class _Tokenized(NamedTuple):
     """The tokens of several sources, divided, and what each was made of."""
 
     fingerprints: list[str]
     tokenizer: Tokenizer
-    caches: Sequence[TokenCache | DividedTokens]
-
-
-class _Sides(NamedTuple):
-    """Training and validation data as batches are read from them."""
-
-    train: Windows
-    validation: Windows
+    caches: Sequence[TokenCache | DividedTokens | _Packed]
 
 
 def build_data(
@@ -379,24 +380,25 @@ def _pack_to(packing: str, seq_len: int, datasets: Sequence[str] = ()) -> int:
 
 
 def _packed(
-    tokenizer: Tokenizer, pack_to: int, folder: str, fingerprint: str, tokens: Tokens, borders: Borders | None = None
+    tokenizer: Tokenizer, pack_to: int, folder: str, fingerprint: str, tokens: Windows, borders: Borders | None = None
 ) -> Windows:
     """Pack tokens of the data of `fingerprint` into sequences of `pack_to` (0: leave them as they are)."""
-    if not pack_to:
+    if not pack_to or isinstance(tokens, PackedTokens):
         return tokens
     of_tokens = f"{fingerprint}-{tokenizer.fingerprint}"
     return pack(tokens, borders, eot_id=tokenizer.eot_id, seq_len=pack_to, fingerprint=of_tokens, folder=folder)
 
 
-def _sides(want: _Wanted, done: _Tokenized) -> list[_Sides]:
-    """Return both sides of each cache, packed where that is wanted."""
+def _pack_caches(done: _Tokenized, want: _Wanted) -> _Tokenized:
+    """Pack both sides of each cache."""
     packed = partial(_packed, done.tokenizer, want.pack_to, want.folder)
-    sides = []
+    both = []
     for fingerprint, cache in zip(done.fingerprints, done.caches, strict=True):
         borders = cache.borders if isinstance(cache, DividedTokens) else {}
         train = packed(f"{fingerprint}-train", cache.train, borders.get("train"))
-        sides.append(_Sides(train, packed(f"{fingerprint}-validation", cache.validation, borders.get("validation"))))
-    return sides
+        validation = packed(f"{fingerprint}-validation", cache.validation, borders.get("validation"))
+        both.append(_Packed(train, validation, cache.num_documents))
+    return done._replace(caches=both)
 
 
 def _tell_packing(train: Windows | _Stream | list[Source], seq_len: int, is_main: bool) -> dict[str, dict[str, Any]]:
@@ -439,30 +441,27 @@ def _stream_loader(
 def _prepare_files(want: _Wanted) -> _Prepared:
     """Tokenize files into the cache: training data, and validation data of their own or a fraction."""
     one = SourceFiles("", want.dataset, want.path, 1.0)
-    done = _tokenize(want, [one])
-    (sides,) = _sides(want, done)
-    validation = [sides.validation] if _is_split(want) else []
-    return _Prepared(done.tokenizer, done.fingerprints[0], sides.train, validation)
+    (fingerprint,), tokenizer, (cache,) = _tokenize(want, [one])
+    return _Prepared(tokenizer, fingerprint, cache.train, [cache.validation] if _is_split(want) else [])
 
 
 def _prepare_sources(want: _Wanted) -> _Prepared:
     """Prepare the files of several sources, each for itself, with one tokenizer."""
-    done = _tokenize(want, want.sources)
-    fingerprint, sides = digest(done.fingerprints), _sides(want, done)
+    fingerprints, tokenizer, caches = _tokenize(want, want.sources)
     sources = [
-        Source(source.name, train, Fraction(str(source.weight)), source.from_step, source.until_step)
-        for source, (train, _) in zip(want.sources, sides, strict=True)
+        Source(source.name, cache.train, Fraction(str(source.weight)), source.from_step, source.until_step)
+        for source, cache in zip(want.sources, caches, strict=True)
     ]
 
     # Validation data are the files of validation_path, which are in each cache, or what is held out of each source;
     # where two are the same, once.
     if want.validation_path:
-        return _Prepared(done.tokenizer, fingerprint, sources, [sides[0].validation])
+        return _Prepared(tokenizer, digest(fingerprints), sources, [caches[0].validation])
     by_source: dict[str, Windows] = {}
-    for source, (_, validation) in zip(want.sources, sides, strict=True) if want.fraction else ():
-        if validation not in by_source.values():
-            by_source[source.name] = validation
-    return _Prepared(done.tokenizer, fingerprint, sources, list(by_source.values()), by_source)
+    for source, cache in zip(want.sources, caches, strict=True) if want.fraction else ():
+        if cache.validation not in by_source.values():
+            by_source[source.name] = cache.validation
+    return _Prepared(tokenizer, digest(fingerprints), sources, list(by_source.values()), by_source)
 
 
 def _is_split(want: _Wanted) -> bool:
@@ -470,7 +469,7 @@ def _is_split(want: _Wanted) -> bool:
 
 
 def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> _Tokenized:
-    """Tokenize the files of each source into a cache; files of token ids are read where they are."""
+    """Tokenize the files of each source into a cache; files of token ids are read where they are. Packed if wanted."""
     held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
     keys = [f"data.sources.{source.name}.path" if source.name else "data.path" for source in sources]
     places = [dataset_files(source.dataset, source.path, key) for source, key in zip(sources, keys, strict=True)]
@@ -486,7 +485,7 @@ def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> _Tokenized:
                 f"for training and {count['validation']} for validation: choose another fraction, or files with "
                 "--data.validation_path"
             )
-    return done
+    return _pack_caches(done, want) if want.pack_to else done
 
 
 def _tokenize_texts(want: _Wanted, places: Sequence[tuple[list[str], str]], held_out: list[str]) -> _Tokenized:
