@@ -217,6 +217,9 @@ class Data:
     eot_token: Annotated[str, "token that ends every document (empty: as the tokenizer's own files say)"] = ""
     document_mask: Annotated[bool, "attention stays inside documents, which end with that token"] = False
     restart_positions: Annotated[bool, "with document_mask: positions begin at 0 in each document"] = False
+    packing: Annotated[
+        Literal["concat", "best_fit"], "documents end to end in windows, or in sequences that cut as few as can be"
+    ] = "concat"
     num_workers: Annotated[int, Field(ge=0, le=256), "processes that prepare batches (0: none beside the trainer)"] = 0
     validation_fraction: Annotated[Fraction, "part of the documents that is held out of training"] = 0.01
     validation_path: Annotated[Texts, "files to validate on instead of a held-out part"] = field(default_factory=list)
