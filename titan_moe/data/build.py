@@ -37,6 +37,7 @@ from titan_moe.data.loader import (
 from titan_moe.data.mixture import MANY_EPOCHS, MixedBatches, Source, epochs
 from titan_moe.data.sources import are_tokens, find_files, stdlib_files
 from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
+from titan_moe.data.tasks import Task
 from titan_moe.data.token_files import (
     DividedTokens,
     Documents,
@@ -79,7 +80,8 @@ class SourceFiles(NamedTuple):
 class Data(NamedTuple):
     """The data of a run. `validation()` returns a new iterator over the validation set; None where there is no set.
 
-    `validation_sets` are more of them, by their names: of several sources what is held out of each.
+    `validation_sets` are more of them, by their names: of several sources what is held out of each. `tasks` are
+    questions to ask at validations.
     """
 
     tokenizer: Tokenizer
@@ -87,6 +89,7 @@ class Data(NamedTuple):
     validation: Callable[[], Batches] | None
     fingerprints: dict[str, str]
     validation_sets: Mapping[str, ValidationSet] = {}
+    tasks: Mapping[str, Task] = {}
 
 
 class _Wanted(NamedTuple):

@@ -14,14 +14,21 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_moe.model.attention import Attention, Rope, check_attention, rope_cos_sin
-from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
+from titan_moe.model.cross_entropy import (
+    Score,
+    TokenScores,
+    linear_cross_entropy,
+    score,
+    softmax_,
+    token_scores,
+)
 from titan_moe.model.moe import FeedForward, InitState, Measure, MoE, initial_state
 from titan_moe.model.multipliers import Multipliers, times
 from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
 
-Want = Literal["logits", "loss", "loss_and_max_logits", "score", "routings"]
+Want = Literal["logits", "loss", "loss_and_max_logits", "score", "token_scores", "routings"]
 
 
 class LossAndMaxLogits(NamedTuple):
@@ -177,12 +184,13 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens_BS: Tensor, labels_BS: Tensor | None = None, want: Want | None = None
-    ) -> tuple[Tensor | LossAndMaxLogits | Score | None, tuple[Routing, ...]]:
+    ) -> tuple[Tensor | LossAndMaxLogits | Score | TokenScores | None, tuple[Routing, ...]]:
         """(B, S) int64 token ids -> the output that `want` names, and one Routing per MoE layer.
 
         `want` is `logits`: (B, S, V) in the parameters' dtype, the default without labels (B, S); `loss`: the summed
         cross-entropy in nats, () fp32, the default with labels; `loss_and_max_logits`: a LossAndMaxLogits; `score`: a
-        Score, without gradients; or `routings`: None, the output head is not computed. Labels of -100 do not count.
+        Score, without gradients; `token_scores`: TokenScores of the T = B * S tokens, without gradients; or `routings`:
+        None, the output head is not computed. Labels of -100 do not count.
         """
         # Angles are those of all layers. They are computed here, once, and handed down.
         rope = self.rope(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
@@ -210,7 +218,7 @@ class Transformer(nn.Module):
             raise ValueError("model.eot_id must be the token that ends documents: the router asks for places")
         return self.places(tokens_BS, self.eot_id)
 
-    def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score:
+    def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score | TokenScores:
         """Return the logits (B, S, V) of what the layers give, or the loss or score that is computed from them.
 
         The head's matrix is the embedding where they are tied.
@@ -221,7 +229,7 @@ class Transformer(nn.Module):
         if want == "logits":
             return F.linear(x_BSD, weight_VD)  # (B, S, D) -> (B, S, V)
         assert labels_BS is not None
-        reduce = score if want == "score" else linear_cross_entropy
+        reduce = {"score": score, "token_scores": token_scores}.get(want, linear_cross_entropy)
         x_TD, labels_T = x_BSD.flatten(0, 1), labels_BS.flatten()
         return reduce(x_TD, weight_VD, labels_T, chunk_tokens=self.loss_chunk_tokens, softmax_=self.softmax_)
 
