@@ -25,7 +25,7 @@ from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.cross_entropy import IGNORE
 
 FEWSHOT_DELIMITER = "\n\n"  # between examples, as the harness has it
-WIDTH_STEP = 16  # widths of batches are multiples of it: fewer shapes, for which a GPU or compiler chooses kernels
+WIDTH_STEP = 8  # widths of batches are multiples of it: fewer shapes, for which a GPU or compiler chooses kernels
 log = logging.getLogger(__name__)
 
 
