@@ -16,7 +16,7 @@ from tests.e2e.conftest import _process_as_before  # noqa: F401
 from tests.e2e.harness import command
 from tests.interop.models import make_checkpoint
 from titan_moe.checkpoint import load_model
-from titan_moe.convert.hf.convert import to_hf
+from titan_moe.convert.hf.convert import from_hf, to_hf
 from titan_moe.data.tasks import Templates, make_task, read_questions
 from titan_moe.data.tokenizer import bytes_tokenizer
 from titan_moe.tasks import score_items
@@ -167,19 +167,36 @@ def question_rows() -> dict[str, list[dict[str, Any]]]:
     return {"arc": arc, "arc_shots": arc, "pairs": pairs, "cloze": [{"text": text(6) + " e"} for _ in range(20)]}
 
 
+def asked(step: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """The numbers of `evaluate` on TASKS, by task."""
+    words: list[str] = []
+    for name, table in TASKS.items():
+        for key, value in {**table, "path": str(folder / f"{name}.jsonl")}.items():
+            words += [f"--validation.tasks.{name}.{key}", *(value if isinstance(value, list) else [str(value)])]
+    ended = command("evaluate", ["--checkpoint", str(step), "--json", *words, "--tasks"])
+    assert ended.code == 0, ended.err
+    return {result.pop("name"): {**result, "path": 0} for result in json.loads(ended.out)["results"]}
+
+
+def test_a_hugging_face_model_is_asked_once_it_is_imported(tmp_path: Path) -> None:
+    step = make_checkpoint(tmp_path / "run")
+    for name, rows in question_rows().items():
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    to_hf(step, tmp_path / "hf", verify=False)
+    from_hf(tmp_path / "hf", tmp_path / "imported", verify=False)
+    ours, imported = asked(step, tmp_path), asked(tmp_path / "imported", tmp_path)
+    assert ours.keys() == TASKS.keys()
+    for name, numbers in ours.items():
+        assert imported[name] == pytest.approx(numbers, rel=1e-5)
+
+
 @installed
 @pytest.mark.timeout(600)
 def test_tasks_have_the_numbers_of_the_harness(tmp_path: Path) -> None:
     """Also few-shot, without a context, cut at the left, and with spaces and characters of several bytes."""
     step = make_checkpoint(tmp_path / "run")
     files = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in question_rows().items()}
-    words: list[str] = []
-    for name, table in TASKS.items():
-        for key, value in {**table, "path": str(files[name])}.items():
-            words += [f"--validation.tasks.{name}.{key}", *(value if isinstance(value, list) else [str(value)])]
-    ended = command("evaluate", ["--checkpoint", str(step), "--json", *words, "--tasks"])
-    assert ended.code == 0, ended.err
-    ours = {result["name"]: result for result in json.loads(ended.out)["results"]}
+    ours = asked(step, tmp_path)
     assert ours.keys() == TASKS.keys()
 
     to_hf(step, tmp_path / "hf", verify=False)

@@ -2,15 +2,18 @@
 
 In the manner of LAMBADA (Paperno et al., 2016, arXiv 1606.06031), but without its selection by people: the last word of
 a sentence is asked for, after some sentences that have it already. The choices are other words of the passage, as in
-the Children's Book Test (Hill et al., 2016, arXiv 1511.02301), so that to repeat any word is not enough.
+the Children's Book Test (Hill et al., 2016, arXiv 1511.02301), so that to repeat any word is not enough; of these the
+ones that are about as frequent, so that to know how frequent words are is not enough either.
 """
 
 import json
+import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from titan_moe.data.sources import documents, find_files, plan_shards
 from titan_moe.runtime import command, world
@@ -48,7 +51,9 @@ def make_cloze(args: list[str]) -> int:
 
     # All passages first: which are taken must not depend on where in the text they are.
     shape, draw = Shape(options.words, options.choices), random.Random(options.seed)
-    rows = [row for shard in plan_shards(find_files(options.path, "path")) for row in questions(shard, shape, draw)]
+    shards = plan_shards(find_files(options.path, "path"))
+    counts = Counter(word for shard in shards for text in documents(shard) for word in WORD.findall(text))
+    rows = [row for shard in shards for text in documents(shard) for row in questions(text, shape, counts, draw)]
     if not rows:
         raise ValueError("no passage ends with a word that it has already: give more text, or lower --words")
     taken = sorted(draw.sample(range(len(rows)), min(options.count, len(rows))))
@@ -57,38 +62,40 @@ def make_cloze(args: list[str]) -> int:
     return 0
 
 
-def questions(shard: Sequence, shape: Shape, draw: random.Random) -> Iterator[dict]:
-    """Yield the questions of a shard's documents; passages have no text in common."""
-    for document in documents(tuple(shard)):
-        passage: list[str] = []
-        for sentence in SENTENCE_END.split(" ".join(document.split())):
-            passage.append(sentence)
-            if sum(len(one.split()) for one in passage) < shape.least_words:
-                continue
+def questions(text: str, shape: Shape, counts: Mapping[str, int], draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Yield the questions of a document; passages have no text in common. `counts` are of all words."""
+    passage: list[str] = []
+    for sentence in SENTENCE_END.split(" ".join(text.split())):
+        passage.append(sentence)
+        if sum(len(one.split()) for one in passage) < shape.least_words:
+            continue
 
-            # One that can't be asked about grows by the next sentence, but not without end.
-            question = question_of(passage, shape, draw)
-            if question is not None:
-                yield question
-            if question is not None or len(passage) > shape.least_words:
-                passage = []
+        # One that can't be asked about grows by the next sentence, but not without end.
+        question = question_of(passage, shape, counts, draw)
+        if question is not None:
+            yield question
+        if question is not None or len(passage) > shape.least_words:
+            passage = []
 
 
-def question_of(sentences: Sequence[str], shape: Shape, draw: random.Random) -> dict | None:
+def question_of(
+    sentences: Sequence[str], shape: Shape, counts: Mapping[str, int], draw: random.Random
+) -> dict[str, Any] | None:
     """The question after the last word of some sentences; None where an earlier one does not have it."""
     match = LAST_WORD.fullmatch(sentences[-1])
     if match is None or len(match[2]) < SHORTEST:
         return None
     earlier = " ".join(sentences[:-1])
     offered = {word for word in WORD.findall(earlier) if len(word) >= SHORTEST and word.islower()}
-    if match[2] not in offered or len(offered) < shape.choices:
+    if match[2] not in offered:
         return None
 
     # A word that the last sentence has as well is no likely end of it, and would be an easy choice to leave out.
-    others = sorted(offered - {match[2]} - set(WORD.findall(match[1])))
+    others = offered - {match[2]} - set(WORD.findall(match[1]))
     if len(others) < shape.choices - 1:
         return None
-    choices = [match[2], *draw.sample(others, shape.choices - 1)]
+    near = sorted(others, key=lambda word: (abs(math.log(counts[word] / counts[match[2]])), word))
+    choices = [match[2], *near[: shape.choices - 1]]
     draw.shuffle(choices)
     context = f"{earlier} {match[1]}"
     return {

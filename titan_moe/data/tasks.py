@@ -175,13 +175,13 @@ def _choices(row: Mapping[str, Any], place: str, templates: Templates, key: str)
 
 def _answer(row: Mapping[str, Any], choices: Sequence[str], place: str, templates: Templates, key: str) -> int:
     """Return which choice is right: by its label where there are labels, else by its number or by its text."""
-    value, key = _value(templates.answer, row, place, f"{key}.answer"), f"{key}.answer"
-    options: Any = range(len(choices))
+    value = _value(templates.answer, row, place, f"{key}.answer")
+    known = f"a number from 0 to {len(choices) - 1} or the text of a choice"
     if templates.labels:
-        options = _value(templates.labels, row, place, key.replace("answer", "labels"))
-        if not isinstance(options, list) or len(options) != len(choices):
-            raise ValueError(f"{place}: {key}: labels must be a list of {len(choices)}, are {_shown(options)}")
-        number = options.index(value) if value in options else -1
+        labels = _value(templates.labels, row, place, f"{key}.labels")
+        if not isinstance(labels, list) or len(labels) != len(choices):
+            raise ValueError(f"{place}: {key}.labels must be a list of {len(choices)}, is {_shown(labels)}")
+        number, known = labels.index(value) if value in labels else -1, f"one of {_shown(labels)}"
     elif isinstance(value, int) and not isinstance(value, bool):
         number = value
     elif isinstance(value, str) and value.isdecimal():
@@ -189,8 +189,7 @@ def _answer(row: Mapping[str, Any], choices: Sequence[str], place: str, template
     else:
         number = choices.index(value) if value in choices else -1
     if not 0 <= number < len(choices):
-        known = options if templates.labels else f"a number from 0 to {len(choices) - 1} or the text of a choice"
-        raise ValueError(f"{place}: {key} is {_shown(value)}, which is no choice: it must be {known}")
+        raise ValueError(f"{place}: {key}.answer is {_shown(value)}, which is no choice: it must be {known}")
     return number
 
 

@@ -51,6 +51,13 @@ def test_the_last_word_is_in_the_passage_and_so_are_the_choices(tmp_path: Path) 
     assert [q.choices[q.answer] for q in choices] == [q.choices[0] for q in cloze]
 
 
+def test_the_other_choices_are_about_as_frequent(tmp_path: Path) -> None:
+    common, rare = "Then tree and tree and bush and bush and bush. " * 5, "A mouse met a snail near that bush. "
+    (row,) = rows_of(tmp_path, "--words", "50", "--choices", "3", text=common + rare + "They all liked this mouse.")
+    assert row["target"] == "mouse"
+    assert {*row["choices"]} == {"mouse", "snail", "near"}  # by the alphabet before `that`, as rare as it
+
+
 def test_what_is_taken_follows_from_the_seed(tmp_path: Path) -> None:
     first, same, other = (rows_of(tmp_path, "--words", "20", "--count", "2", "--seed", seed) for seed in "112")
     assert len(first) == 2

@@ -129,8 +129,8 @@ def test_bad_lines_are_told_with_their_place(tmp_path: Path) -> None:
         ({**good, "answer": "9" * 20}, {}, "which is no choice"),
         ({**good, "answer": "c"}, {}, 't.answer is "c", which is no choice'),
         ({**good, "answer": True}, {}, "t.answer is true, which is no choice"),
-        (ARC | {"answerKey": "D"}, ASKED, "t.answer is \"D\", which is no choice: it must be ['A', 'B', 'C']"),
-        (ARC, {**ASKED, "labels": "{question}"}, "t.answer: labels must be a list of 3, are "),
+        (ARC | {"answerKey": "D"}, ASKED, 't.answer is "D", which is no choice: it must be one of ["A", "B", "C"]'),
+        (ARC, {**ASKED, "labels": "{question}"}, "t.labels must be a list of 3, is "),
         ({"context": "oneword"}, {"kind": "last_word"}, "t: the target is empty"),
         ({"context": "a", "target": ""}, {"kind": "cloze"}, "t: the target is empty"),
     ]
