@@ -197,7 +197,7 @@ def as_json(step_folder: Path, rows: Sequence[Row]) -> str:
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line: its own arguments, and `--section.key value` words for the configuration."""
     # The arguments of this command. Keys of the configuration keep the names that they have in training.
-    about = "Evaluate a checkpoint: loss, perplexity, accuracy, bits per byte, routing losses and MaxVio."
+    about = "Evaluate a checkpoint: loss, perplexity, accuracy, bits per byte, routing losses and MaxVio; its tasks."
     parser = Parser("python -m titan_moe.evaluate", about)
     place = "step folder, or dump folder (its latest complete step)"
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=place)

@@ -164,6 +164,8 @@ def test_bad_tasks_end_in_a_line(train: Train, tasks: dict[str, Any], tmp_path: 
         ({"validation__tasks": {"w": {"path": "none.jsonl"}}}, "validation.tasks.w.path: no such file"),
         ({"validation__tasks": {"w": text}}, "bad.jsonl:1: validation.tasks.w.answer is 2, which is no choice"),
         ({"validation__tasks": {"w": {**words, "kind": "essay"}}}, "validation.tasks.w.kind = 'essay'"),
+        ({"validation__tasks": {"w": {**words, "kind": "cloze", "labels": "x"}}}, "w.labels has no use with "),
+        ({"validation__tasks": {"w": {**words, "target": "x"}}}, "w.kind = 'multiple_choice': leave one out"),
         ({"validation__tasks": {"w": {**words, "freq": 4}}}, "w.freq (4) must be a multiple of validation.freq (3)"),
         ({"validation__tasks": {"w": {**words, "fewshot_path": "a.jsonl"}}}, "fewshot_path has no use with"),
         ({"validation__tasks": {"w": words}, "validation__sets": {"w": {"path": "a.txt"}}}, "take another one"),

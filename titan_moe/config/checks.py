@@ -6,7 +6,7 @@ import torch
 
 from titan_moe.balancer import BALANCERS, SEEN
 from titan_moe.config.schema import find_component
-from titan_moe.config.sections import BalancerTable, Config, Data, balancer_tables
+from titan_moe.config.sections import BalancerTable, Config, Data, ValidationTask, balancer_tables
 from titan_moe.model.attention import checked_head_dim
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS, Places
@@ -274,6 +274,14 @@ def _check_validation_sets(config: Config) -> None:
             )
 
 
+# What a task of a kind does not look at.
+UNUSED_OF_TASKS = {
+    "multiple_choice": ("target",),
+    "cloze": ("choices", "answer", "labels"),
+    "last_word": ("choices", "answer", "labels", "target"),
+}
+
+
 def _check_validation_tasks(config: Config) -> None:
     """Refuse a task without questions, with another's name, or due at steps that have no validation."""
     validation = config.validation
@@ -289,6 +297,9 @@ def _check_validation_tasks(config: Config) -> None:
                 f"{key}.freq ({task.freq}) must be a multiple of validation.freq ({validation.freq}): tasks are a part "
                 "of validations"
             )
+        for unused in UNUSED_OF_TASKS[task.kind]:
+            if getattr(task, unused) != getattr(ValidationTask(), unused):
+                raise ValueError(f"{key}.{unused} has no use with {key}.kind = {task.kind!r}: leave one out")
         if task.fewshot_path and not task.num_fewshot:
             raise ValueError(f"{key}.fewshot_path has no use with {key}.num_fewshot = 0: set that, or leave it out")
 
