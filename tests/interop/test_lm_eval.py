@@ -18,7 +18,7 @@ from tests.interop.models import make_checkpoint
 from titan_moe.checkpoint import load_model
 from titan_moe.convert.hf.convert import from_hf, to_hf
 from titan_moe.data.tasks import Templates, make_task, read_questions
-from titan_moe.data.tokenizer import bytes_tokenizer
+from titan_moe.data.tokenizer import Tokenizer, train_bpe
 from titan_moe.tasks import score_items
 
 SEQ = 64  # of the model
@@ -193,9 +193,12 @@ def test_a_hugging_face_model_is_asked_once_it_is_imported(tmp_path: Path) -> No
 @installed
 @pytest.mark.timeout(600)
 def test_tasks_have_the_numbers_of_the_harness(tmp_path: Path) -> None:
-    """Also few-shot, without a context, cut at the left, and with spaces and characters of several bytes."""
-    step = make_checkpoint(tmp_path / "run")
-    files = {name: write_rows(tmp_path / f"{name}.jsonl", rows) for name, rows in question_rows().items()}
+    """Also few-shot, without a context, cut at the left, with tokens that begin with spaces or are part of a letter."""
+    rows = question_rows()
+    tokenizer = train_bpe([json.dumps(rows, ensure_ascii=False)], 320)
+    assert len(tokenizer.encode("the cat")) < len(b"the cat") - 2
+    step = make_checkpoint(tmp_path / "run", tokenizer=tokenizer)
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", of_task) for name, of_task in rows.items()}
     ours = asked(step, tmp_path)
     assert ours.keys() == TASKS.keys()
 
@@ -215,13 +218,12 @@ def test_tasks_have_the_numbers_of_the_harness(tmp_path: Path) -> None:
         compared.pop("perplexity_stderr", None)  # theirs is of random samples
         assert len(compared) >= 2
         assert {key: ours[name][key] for key in compared} == pytest.approx(compared, rel=1e-5)
-    check_loglikelihoods(step, tmp_path)
+    check_loglikelihoods(step, tmp_path, tokenizer)
 
 
-def check_loglikelihoods(step: Path, folder: Path) -> None:
+def check_loglikelihoods(step: Path, folder: Path, tokenizer: Tokenizer) -> None:
     """Each choice's, of the samples that the harness has left."""
     model, _ = load_model(step)
-    tokenizer = bytes_tokenizer()
     for name, table in TASKS.items():
         file = folder / f"{name}.jsonl"
         choices = table.get("choices", "{choices}")
