@@ -38,6 +38,7 @@ from titan_moe.data.mixture import MANY_EPOCHS, MixedBatches, Source, epochs
 from titan_moe.data.packing import Borders, PackedTokens, Windows, describe, pack, tell_waste
 from titan_moe.data.sources import are_tokens, find_files, stdlib_files
 from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
+from titan_moe.data.tasks import Task
 from titan_moe.data.token_files import (
     DividedTokens,
     Documents,
@@ -82,7 +83,7 @@ class Data(NamedTuple):
     """The data of a run. `validation()` returns a new iterator over the validation set; None where there is no set.
 
     `validation_sets` are more of them, by their names: of several sources what is held out of each. `packing` is what
-    best_fit makes of the training data, by their key (`describe`).
+    best_fit makes of the training data, by their key (`describe`). `tasks` are questions to ask at validations.
     """
 
     tokenizer: Tokenizer
@@ -91,6 +92,7 @@ class Data(NamedTuple):
     fingerprints: dict[str, str]
     validation_sets: Mapping[str, ValidationSet] = {}
     packing: Mapping[str, Mapping[str, int | float]] = {}
+    tasks: Mapping[str, Task] = {}
 
 
 class _Wanted(NamedTuple):
