@@ -92,6 +92,7 @@ def test_eval_metrics_of_the_whole_set():
         loss_sum=torch.tensor(20 * math.log(8), dtype=torch.float64),
         num_correct=torch.tensor(5),
         num_tokens=torch.tensor(20),
+        num_routed=torch.tensor(20),
         num_bytes=torch.tensor(60),
         load=torch.tensor([[30, 10]]),
         identity_load=torch.zeros(1, 0, dtype=torch.int64),

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_moe.model.attention import Attention, QKNorm, Rope, checked_head_dim, rope_cos_sin, rotary_channels
-from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
+from titan_moe.model.cross_entropy import (
+    Score,
+    TokenScores,
+    linear_cross_entropy,
+    score,
+    softmax_,
+    token_scores,
+)
 from titan_moe.model.documents import Documents, Sequences, documents_of, places_of, takes_varlen
 from titan_moe.model.moe import FeedForward, InitState, Measure, MoE, initial_state
 from titan_moe.model.multipliers import Multipliers, times
@@ -23,7 +30,7 @@ from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
 
-Want = Literal["logits", "loss", "loss_and_max_logits", "score", "routings"]
+Want = Literal["logits", "loss", "loss_and_max_logits", "score", "token_scores", "routings"]
 
 
 class LossAndMaxLogits(NamedTuple):
@@ -198,12 +205,13 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens_BS: Tensor, labels_BS: Tensor | None = None, want: Want | None = None
-    ) -> tuple[Tensor | LossAndMaxLogits | Score | None, tuple[Routing, ...]]:
+    ) -> tuple[Tensor | LossAndMaxLogits | Score | TokenScores | None, tuple[Routing, ...]]:
         """(B, S) int64 token ids -> the output that `want` names, and one Routing per MoE layer.
 
         `want` is `logits`: (B, S, V) in the parameters' dtype, the default without labels (B, S); `loss`: the summed
         cross-entropy in nats, () fp32, the default with labels; `loss_and_max_logits`: a LossAndMaxLogits; `score`: a
-        Score, without gradients; or `routings`: None, the output head is not computed. Labels of -100 do not count.
+        Score, without gradients; `token_scores`: TokenScores of the T = B * S tokens, without gradients; or `routings`:
+        None, the output head is not computed. Labels of -100 do not count.
         """
         # Angles and documents are those of all layers. They are computed here, once, and handed down.
         x_BSD = times(self.tok_embeddings(tokens_BS), self.multipliers.embedding)  # (B, S) -> (B, S, D)
@@ -254,7 +262,7 @@ class Transformer(nn.Module):
             rope = cos[positions_BS], sin[positions_BS]  # (B, S, R / 2) each
         return rope, places, documents
 
-    def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score:
+    def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score | TokenScores:
         """Return the logits (B, S, V) of what the layers give, or the loss or score that is computed from them.
 
         The head's matrix is the embedding where they are tied.
@@ -265,7 +273,7 @@ class Transformer(nn.Module):
         if want == "logits":
             return F.linear(x_BSD, weight_VD)  # (B, S, D) -> (B, S, V)
         assert labels_BS is not None
-        reduce = score if want == "score" else linear_cross_entropy
+        reduce = {"score": score, "token_scores": token_scores}.get(want, linear_cross_entropy)
         x_TD, labels_T = x_BSD.flatten(0, 1), labels_BS.flatten()
         return reduce(x_TD, weight_VD, labels_T, chunk_tokens=self.loss_chunk_tokens, softmax_=self.softmax_)
 
