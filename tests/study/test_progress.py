@@ -6,7 +6,7 @@ import json
 from rich.console import Console
 
 from tests.study.conftest import Write
-from titan_moe.sinks.console import clock
+from titan_moe.runtime.progress import clock
 from titan_moe.study.grid import runs_of
 from titan_moe.study.progress import counts, seconds_left, statuses, table
 from titan_moe.study.runs import EXIT_CODE, METRICS, prepare

@@ -15,8 +15,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+T = TypeVar("T")
 BOOT = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from titan_moe.data.processes import serve; serve()"
@@ -34,10 +35,8 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_parallel(
-    function: Callable[[Any], Iterator[int]], items: Sequence[Any], num_processes: int = 0
-) -> Iterator[int]:
-    """Run `function(item)`, a generator of progress counts, for all items in worker processes; yield their counts.
+def run_parallel(function: Callable[[Any], Iterator[T]], items: Sequence[Any], num_processes: int = 0) -> Iterator[T]:
+    """Run `function(item)`, a generator of what it has done, for all items in worker processes; yield what they tell.
 
     `function` is a module's function and leaves its results in files. 0 processes: one per core. The first error of an
     item is raised here, and all workers are ended. Workers end by themselves when this process is killed.
@@ -46,11 +45,11 @@ def run_parallel(
     todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for item in items:
         todo.put(item)
-    news: queue.SimpleQueue[int | _Done] = queue.SimpleQueue()
+    news: queue.SimpleQueue[T | _Done] = queue.SimpleQueue()
     workers = [_start() for _ in range(min(num_processes or available_cpus(), len(items)))]
     threads = [threading.Thread(target=_drive, args=(worker, function, todo, news), daemon=True) for worker in workers]
 
-    # Each thread ends with one _Done. Counts go on to the caller as they come.
+    # Each thread ends with one _Done. What workers tell goes on to the caller as it comes.
     try:
         for thread in threads:
             thread.start()
@@ -99,7 +98,7 @@ def _drive(
                 news.put(_Done(None))
                 return
 
-            # The answers to an item are progress counts and one _Done. After an error nothing more is asked.
+            # The answers to an item are what the function tells and one _Done. After an error nothing more is asked.
             worker.stdin.write(pickle.dumps((function, item)))
             worker.stdin.flush()
             while not isinstance(message := pickle.load(worker.stdout), _Done):
@@ -132,7 +131,7 @@ def _end_with_trainer() -> None:
 
 
 def serve() -> None:
-    """Be a worker: answer each (function, item) of standard input with progress counts and a _Done, until it closes."""
+    """Be a worker: answer each (function, item) of standard input with what it tells and a _Done, until it closes."""
     # Ctrl-C reaches the whole group of processes; the parent, which gets it as well, ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -141,7 +140,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 
-    def send(message: int | _Done) -> None:
+    def send(message: Any) -> None:
         pickle.dump(message, answers)
         answers.flush()
 
@@ -152,8 +151,8 @@ def serve() -> None:
         except EOFError:
             return
         try:
-            for count in function(item):
-                send(count)
+            for message in function(item):
+                send(message)
             send(_Done(None))
         except BrokenPipeError:
             return
