@@ -19,9 +19,13 @@ from titan_moe.data.tokenizer import Tokenizer, byte_chars
 # Patterns by which a `Split` cuts text into words, before bytes are written as characters.
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 WORD_PATTERNS = {
     "Llama 3": CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + REST,
     "Qwen 2 and 3": CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + REST,
+    "o200k (GPT-OSS)": rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+{CONTRACTIONS}?"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*{CONTRACTIONS}?|\p{{N}}{{1,3}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
 SAMPLE_CHARS = 1000  # of a batch are tokenized by both libraries: a thousandth of it
 PROBE = "It's 1234 o'clock:\n\n  naïve\tworlds\u00a0of 世界 \U0001f600 e\u0301 'LL \u017f ²Ⅷ٣ \r\n \x00 end  "
@@ -43,8 +47,11 @@ def make_encoder(tokenizer: Tokenizer) -> Encode:
 
     Errors: ValueError where `fastokens` gives other ids than `tokenizers`.
     """
+    # There is a worker for each core already: more threads cost `tokenizers` a third. Both libraries read this when
+    # their first thread starts.
+    os.putenv("RAYON_NUM_THREADS", "1")
     if _why_not_fast(tokenizer):
-        return lambda texts: _joined([tokenizer.encode_document(text) for text in texts], tokenizer)
+        return _plain_encoder(tokenizer)
     encode = _fast_encoder(tokenizer)
 
     def check(text: str) -> None:
@@ -67,14 +74,17 @@ def make_encoder(tokenizer: Tokenizer) -> Encode:
     return checked
 
 
-def _joined(documents: Sequence[np.ndarray], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    ids = np.concatenate([*documents, np.empty(0, tokenizer.dtype)])
-    return ids, np.array([len(document) for document in documents], np.int64)
+def _plain_encoder(tokenizer: Tokenizer) -> Encode:
+    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        encodings = tokenizer.backend.encode_batch_fast([*texts], add_special_tokens=False)
+        documents = [np.array([*encoding.ids, tokenizer.eot_id], tokenizer.dtype) for encoding in encodings]
+        ids = np.concatenate([*documents, np.empty(0, tokenizer.dtype)])
+        return ids, np.array([len(document) for document in documents], np.int64)
+
+    return encode
 
 
 def _fast_encoder(tokenizer: Tokenizer) -> Encode:
-    # There is a worker for each core already. Both libraries look at this when their first thread starts.
-    os.putenv("RAYON_NUM_THREADS", "1")
     import fastokens  # pyrefly: ignore
 
     encoder = fastokens.Tokenizer.from_json_str(tokenizer.to_json())
@@ -95,7 +105,7 @@ def _why_not_fast(tokenizer: Tokenizer) -> str:
     if reason := _unknown_part(content):
         return f"it is not known whether fastokens gives the same ids: {reason}"
     if importlib.util.find_spec("fastokens") is None:
-        return "pip install 'titan_moe[fast]' is several times as fast"
+        return "fastokens is several times as fast: pip install -e '.[fast]'"
     return ""
 
 
@@ -112,7 +122,7 @@ def _unknown_part(content: dict[str, Any]) -> str:
     # Of the rest, too, every setting has to be as expected.
     if content["normalizer"] not in (None, {"type": "NFC"}):
         return f"normalizer {content['normalizer']['type']}"
-    if not _has_known_words(content["pre_tokenizer"]):
+    if not _has_known_words(content["pre_tokenizer"], has_merges=bool(model["merges"])):
         return "its words"
     flags = ("single_word", "lstrip", "rstrip", "normalized")
     if any(token[flag] for token in content["added_tokens"] if not token["special"] for flag in flags):
@@ -120,12 +130,14 @@ def _unknown_part(content: dict[str, Any]) -> str:
     return ""
 
 
-def _has_known_words(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Whether text is cut into words as GPT-2, or one of WORD_PATTERNS, has it."""
-    kinds = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {"type": None}])
+def _has_known_words(pre_tokenizer: dict[str, Any] | None, *, has_merges: bool) -> bool:
+    """Whether text is cut into words as GPT-2 or one of WORD_PATTERNS has it, or not at all where nothing is merged."""
+    kinds = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
     *splits, last = [{key: value for key, value in kind.items() if key != "trim_offsets"} for kind in kinds]
-    if last != {"type": "ByteLevel", "add_prefix_space": False, "use_regex": not splits}:
+    if {**last, "use_regex": True} != {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
         return False
+    if not splits:
+        return last["use_regex"] or not has_merges
     patterns = [{"Regex": pattern} for pattern in WORD_PATTERNS.values()]
     known = [{"type": "Split", "pattern": one, "behavior": "Isolated", "invert": False} for one in patterns]
-    return not splits or (len(splits) == 1 and splits[0] in known)
+    return len(splits) == 1 and splits[0] in known and not last["use_regex"]
