@@ -4,8 +4,8 @@
 
 A build is all that a run waits for: reading, unpacking, hashing, splitting, tokenizing, writing, with the start of its
 worker processes. `tokenizers` is `encode_batch` and `encode_batch_fast` on documents that are in memory already, with a
-tokenizer that is loaded already. The ids that builds make are compared with the library's. Processor seconds of all threads and processes, so that others on the machine do not
-count; the ratio is of neighbours in time.
+tokenizer that is loaded already. Processor seconds of all threads and processes, so that others on the machine do not
+count; the ratio is of neighbours in time. At the end the ids that a build makes are compared with the library's.
 """
 
 import argparse

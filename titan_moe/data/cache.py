@@ -322,7 +322,7 @@ def _show_progress(told: Iterator[_Told], jobs: Sequence[_Job], todo: Sequence[_
             is_known = total.shard_text > 0 or not is_packed
             rate = total.num_tokens / (time.monotonic() - start)
             text = f"{total.num_bytes / 1e6:,.0f} MB of text, {rate:,.0f} tokens/s"
-            show(min(done / max(size, 1), 1.0) if is_known else None, text)
+            show(min(done / max(size, 1), 0.99) if is_known else None, text)
 
 
 # Loaded once in a worker, which tokenizes shard after shard of one corpus: loading a tokenizer takes as long as

@@ -105,7 +105,7 @@ def _why_not_fast(tokenizer: Tokenizer) -> str:
     if reason := _unknown_part(content):
         return f"it is not known whether fastokens gives the same ids: {reason}"
     if importlib.util.find_spec("fastokens") is None:
-        return "fastokens is several times as fast: pip install -e '.[fast]'"
+        return "fastokens is several times as fast: pip install 'titan_moe[fast]'"
     return ""
 
 

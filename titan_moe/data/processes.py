@@ -5,6 +5,7 @@ main module again (with torch, in every worker). These workers import what their
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -13,10 +14,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+TELL_SECONDS = 0.1  # between two reports of `watch`
 T = TypeVar("T")
 BOOT = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
@@ -128,6 +132,42 @@ def _end_with_trainer() -> None:
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != trainer.pid:
         pass
     os._exit(0)
+
+
+def watch(function: Callable[[], T]) -> Generator[dict[str, Any], None, T]:
+    """Run `function` in a thread and yield the JSON objects, one a line, that it writes to standard error meanwhile.
+
+    For libraries that tell only there how far they are, in a worker process. Of objects that come faster than ten a
+    second the first and the last are yielded; other lines go where they went. Returns what `function` returns.
+    """
+    # The pipe ends when nothing is left that writes to it: standard error itself, which is put back in the thread.
+    reading, writing = os.pipe()
+    stderr = os.dup(2)
+    os.dup2(writing, 2)
+    os.close(writing)
+
+    def run() -> T:
+        try:
+            return function()
+        finally:
+            os.dup2(stderr, 2)
+
+    told, waiting = 0.0, None
+    with ThreadPoolExecutor(1) as pool, open(reading, "rb") as lines:
+        result = pool.submit(run)
+        for line in lines:
+            try:
+                waiting = json.loads(line)
+            except ValueError:
+                os.write(stderr, line)
+                continue
+            if time.monotonic() - told >= TELL_SECONDS:
+                yield waiting
+                told, waiting = time.monotonic(), None
+        if waiting is not None:
+            yield waiting
+    os.close(stderr)
+    return result.result()
 
 
 def serve() -> None:

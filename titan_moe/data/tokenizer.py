@@ -206,18 +206,22 @@ def bpe_vocab_size(name: str) -> int | None:
     return size
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, report: bool = False) -> Tokenizer:
     """Train a byte-level BPE of at most `vocab_size` tokens with GPT-2's words; equal texts give equal results.
 
     Uses the `tokenizers` threads, after which a fork of this process prints a warning: call it in a worker process.
+    With `report` the library writes how far it is to standard error, {"stage", "current", "total"} as a line of JSON.
     """
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyrefly: ignore
     backend.decoder = decoders.ByteLevel()  # pyrefly: ignore
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    report = report and hasattr(trainers.BpeTrainer, "progress_format")  # an early `tokenizers` only draws bars
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=alphabet, show_progress=report
     )  # pyrefly: ignore
+    if report:
+        trainer.progress_format = "json"  # pyrefly: ignore
     backend.train_from_iterator(texts, trainer)
     return tokenizer_from_files({TOKENIZER: backend.to_str()}, f"bpe:{vocab_size}")
 

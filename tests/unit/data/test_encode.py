@@ -196,7 +196,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastokens", None)
     monkeypatch.setattr(encode.importlib.util, "find_spec", lambda name: None)
     tokenizer = of_json(make_bpe().to_str())
-    assert library_of(tokenizer).endswith(" (fastokens is several times as fast: pip install -e '.[fast]')")
+    assert library_of(tokenizer).endswith(" (fastokens is several times as fast: pip install 'titan_moe[fast]')")
     ids, lengths = make_encoder(tokenizer)(["a b", PROBE])
     assert ids.tolist() == [*tokenizer.encode("a b"), tokenizer.eot_id, *tokenizer.encode(PROBE), tokenizer.eot_id]
     assert lengths.tolist() == [len(tokenizer.encode("a b")) + 1, len(tokenizer.encode(PROBE)) + 1]
