@@ -320,7 +320,7 @@ def _show_progress(told: Iterator[_Told], jobs: Sequence[_Job], todo: Sequence[_
             ratio = total.shard_size / total.shard_text if total.shard_text else 1.0
             done = before + total.shard_size + (total.num_bytes - total.shard_text) * ratio
             is_known = total.shard_text > 0 or not is_packed
-            rate = total.num_tokens / (time.monotonic() - start)
+            rate = total.num_tokens / max(time.monotonic() - start, 1e-9)
             text = f"{total.num_bytes / 1e6:,.0f} MB of text, {rate:,.0f} tokens/s"
             show(min(done / max(size, 1), 0.99) if is_known else None, text)
 

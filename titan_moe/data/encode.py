@@ -85,7 +85,7 @@ def _plain_encoder(tokenizer: Tokenizer) -> Encode:
 
 
 def _fast_encoder(tokenizer: Tokenizer) -> Encode:
-    import fastokens  # pyrefly: ignore
+    import fastokens
 
     encoder = fastokens.Tokenizer.from_json_str(tokenizer.to_json())
 
