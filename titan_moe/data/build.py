@@ -507,7 +507,9 @@ def _tokenize_texts(want: _Wanted, places: Sequence[tuple[list[str], str]], held
             make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
             for (files, kind), fraction in zip(places, fractions, strict=True)
         ]
-        tokenizer = corpus_tokenizer(want.tokenizer, joined(corpora), want.folder, want.endpoint, want.eot_token)
+        tokenizer = corpus_tokenizer(
+            want.tokenizer, joined(corpora), want.folder, want.endpoint, want.eot_token, progress=want.progress
+        )
         caches = [build_cache(corpus, tokenizer, want.folder, progress=want.progress) for corpus in corpora]
         return corpora, tokenizer, caches
 
@@ -576,7 +578,9 @@ def _prepare_stream(want: _Wanted) -> _Prepared:
     # A BPE is trained on the beginning of the stream, on training documents alone.
     if bpe_vocab_size(want.tokenizer):
         corpus = make_corpus([sample("train", num_bytes=STREAM_BPE_BYTES)], fraction=0.0, folder=want.folder)
-        tokenizer = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
+        tokenizer = corpus_tokenizer(
+            want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token, progress=want.progress
+        )
     else:
         tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
 

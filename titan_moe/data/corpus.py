@@ -5,15 +5,19 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from titan_moe.data import sources
-from titan_moe.data.processes import available_cpus, run_parallel
+from titan_moe.data.processes import available_cpus, run_parallel, watch
 from titan_moe.data.sources import Shard, documents
 from titan_moe.data.storage import (
     is_usable,
@@ -25,9 +29,11 @@ from titan_moe.data.storage import (
     write_sealed,
 )
 from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, train_bpe
+from titan_moe.runtime.progress import clock, progress_of
 
 VERSION = 1  # raise it when the same input gives other tokens, splits or files
 BPE_CHARS = 32 << 20  # a BPE is trained on at most this much text, spread over the data set
+REPORT_CHARS = 1 << 20  # between two reports of how far reading is
 MEMO_BYTES = 8 << 20  # the content hashes of files from this size on are remembered
 log = logging.getLogger(__name__)
 
@@ -209,7 +215,9 @@ def hash_documents(job: tuple[Sequence[Shard], str]) -> Iterator[int]:
     yield 0
 
 
-def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str, eot_token: str = "") -> Tokenizer:
+def corpus_tokenizer(
+    name: str, corpus: Corpus, folder: str, endpoint: str, eot_token: str = "", *, progress: bool = True
+) -> Tokenizer:
     """Load a tokenizer by name; `bpe:N` is trained on the corpus's training documents and kept by its fingerprint."""
     vocab_size = bpe_vocab_size(name)
     if vocab_size is None:
@@ -223,28 +231,51 @@ def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str, eot_
             with locked(path + ".lock"):
                 if not is_usable(path):
                     log.info("training a BPE of %d tokens on the data set", vocab_size)
-                    for _ in run_parallel(train_bpe_file, [(corpus, make_split(corpus, folder), vocab_size, path)]):
-                        pass
+                    job = (corpus, make_split(corpus, folder), vocab_size, path)
+                    _show_training(run_parallel(train_bpe_file, [job]), progress)
     return load_tokenizer(path, eot_token=eot_token)
 
 
-def train_bpe_file(job: tuple[Corpus, Split, int, str]) -> Iterator[int]:
-    """Train a BPE on training documents and write its tokenizer.json; runs in a worker process."""
+def _show_training(told: Iterator[dict[str, Any]], progress: bool) -> None:
+    """Show how far each stage of a training is, one after the other: `tokenizers` tells no more."""
+    start = time.monotonic()
+    for stage, reports in groupby(told, itemgetter("stage")):
+        with progress_of(f"training a BPE: {stage.lower()}", show=progress) as show:
+            for report in reports:
+                current, total = report["current"], report["total"]
+                of_total = f" of {total:,}" if total else ""
+                show(min(current / total, 1.0) if total else None, f"{current:,}{of_total}")
+    log.info("trained the BPE in %s", clock(time.monotonic() - start))
+
+
+def train_bpe_file(job: tuple[Corpus, Split, int, str]) -> Iterator[dict[str, Any]]:
+    """Train a BPE on training documents and write its tokenizer.json, telling how far it is; runs in a worker."""
     corpus, split, vocab_size, path = job
     with new_checked_file(path) as file:
-        file.write(train_bpe(_bpe_texts(corpus, split), vocab_size).to_json().encode())
-    yield 0
+        tokenizer = yield from watch(partial(train_bpe, _bpe_texts(corpus, split), vocab_size, report=True))
+        file.write(tokenizer.to_json().encode())
 
 
 def _bpe_texts(corpus: Corpus, split: Split) -> Iterator[str]:
-    """Yield training documents of evenly spread shards, until there are `BPE_CHARS` characters of them."""
+    """Yield training documents of evenly spread shards, until there are `BPE_CHARS` characters of them.
+
+    How far it is goes to standard error, as the library writes there how far it is with what comes then.
+    """
     held_out = load_held_out(split)
-    every = -(-sum(piece.size for shard in corpus.train for piece in shard) // BPE_CHARS)
-    room = BPE_CHARS
-    for shard in corpus.train[:: max(every, 1)]:
+    pieces = [piece for shard in corpus.train for piece in shard]
+    size, room = sum(piece.size for piece in pieces), BPE_CHARS
+    is_packed = any(piece.path.endswith(sources.COMPRESSIONS) for piece in pieces)  # there may be any amount in it
+    for shard in corpus.train[:: max(-(-size // BPE_CHARS), 1)]:
         for text in documents(shard):
             if side(text.encode(), split, held_out) == "train":
                 yield text
-                room -= len(text)
+                before, room = room, room - len(text)
+                if before // REPORT_CHARS > room // REPORT_CHARS:
+                    report = {
+                        "stage": "Read text",
+                        "current": BPE_CHARS - room,
+                        "total": 0 if is_packed else min(size, BPE_CHARS),
+                    }
+                    os.write(2, json.dumps(report).encode() + b"\n")
                 if room <= 0:
                     return

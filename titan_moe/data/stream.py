@@ -25,6 +25,7 @@ from titan_moe.data.loader import permute, split_labels
 from titan_moe.data.storage import is_usable, locked, new_checked_file, storage_errors
 from titan_moe.data.tokenizer import tokenizer_from_files
 from titan_moe.data.tokenizer_files import Files
+from titan_moe.runtime.progress import progress_of
 
 BLOCK = 4096  # documents, 20 MB or so of web text
 log = logging.getLogger(__name__)
@@ -211,18 +212,15 @@ def sample_stream(
 def _write_sample(
     dataset: HubDataset, wanted: str, *, fraction: float, num_bytes: int, path: str, progress: bool
 ) -> None:
-    from tqdm import tqdm
-
-    bar_options = {"unit": "B", "unit_scale": True, "leave": False, "disable": None if progress else True}
     written = 0
-    with new_checked_file(path) as file, tqdm(total=num_bytes, desc=f"{wanted} text", **bar_options) as bar:
+    with new_checked_file(path) as file, progress_of(f"reading {wanted} text", show=progress) as show:
         # The sides are told apart by the same hash as in training, so they never share a document.
         for text in dataset.texts(dataset.open()):
             data = text.encode()
             if text and side(data, Split(fraction), frozenset()) == wanted:
                 file.write((json.dumps({"text": text}) + "\n").encode())
-                bar.update(len(data))
                 written += len(data)
+                show(min(written / num_bytes, 1.0), f"{written / 1e6:,.0f} MB")
                 if written >= num_bytes:
                     break
 
