@@ -263,6 +263,7 @@ def build_validation(
         if are_tokens(files):
             documents = _documents(files, tokenizer=words, folder=cache_folder, progress=show)
             return digest([one.fingerprint for one in documents]), all_documents(documents)
+        # Of what is fetched no file stays: there are its tokens alone.
         if any(map(is_url, files)):
             fingerprint, cache = build_waves(
                 find_texts([], files, fraction=0.0, key=key), words, cache_folder, progress=show

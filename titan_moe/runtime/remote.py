@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+P = TypeVar("P", bound=Path | str)
 
 # What each protocol needs beside fsspec, which comes with torch.
 PACKAGES = {
@@ -65,9 +66,10 @@ def local_or_url(text: str) -> Path | str:
     return text if is_url(text) else Path(text)
 
 
-def joined(folder: Path | str, name: str) -> Path | str:
+def joined(folder: P, name: str) -> P:
     """The path or the URL of `name` in a folder."""
-    return folder / name if isinstance(folder, Path) else f"{folder.rstrip('/')}/{name}"
+    result: Any = folder / name if isinstance(folder, Path) else f"{str(folder).rstrip('/')}/{name}"
+    return result
 
 
 def check_url(url: str, key: str) -> None:
