@@ -25,6 +25,7 @@ from titan_moe.runtime.files import (
     warn_once,
     write_synced,
 )
+from titan_moe.runtime.remote import RemoteError
 from titan_moe.runtime.world import rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -337,4 +338,4 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = " ".join(str(error).split())
-    return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (CheckpointError, RemoteError)) else f"{type(error).__name__}: {text}"

@@ -186,6 +186,8 @@ def begin_step(url: str, step: int) -> str:
     for number, sizes in _listing(url).items():
         if _is_leftover(sizes) or number == step:
             _remove(_step(url, number), sizes)
+        elif UNFINISHED in sizes:
+            _finish(_step(url, number))
     fs, path = filesystem(_step(url, step), KEY)
     if url.partition("://")[0] in WITH_FOLDERS:
         fs.makedirs(path, exist_ok=True)
@@ -201,8 +203,13 @@ def publish(step_url: str, body: dict[str, Any]) -> None:
         if sizes.get(name) != entry["size"]:
             raise CheckpointError(f"the store has {sizes.get(name, 'no')} bytes of {name}, not {entry['size']}")
     write_files(step_url, {MANIFEST: manifest_of(body)})
+    warn_on_failure(lambda: _finish(step_url))
+
+
+def _finish(step_url: str) -> None:
+    """Remove the mark of a save under way from a step that is whole."""
     fs, path = filesystem(step_url, KEY)
-    warn_on_failure(lambda: attempt(lambda: fs.rm_file(f"{path}/{UNFINISHED}"), f"{step_url}/{UNFINISHED}"))
+    attempt(lambda: fs.rm_file(f"{path}/{UNFINISHED}"), f"{step_url}/{UNFINISHED}")
 
 
 def _remove(step_url: str, sizes: Mapping[str, int]) -> None:
@@ -266,7 +273,7 @@ def fetch_step(step_url: str, part: int = 0, parts: int = 1) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     os.utime(target.parent)
     for other in target.parent.parent.iterdir():
-        if time.time() - other.stat().st_mtime > ABANDONED_SECONDS:
+        if other != target.parent and time.time() - other.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(other, ignore_errors=True)
 
     begin, count = time.perf_counter(), 0

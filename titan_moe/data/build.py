@@ -48,7 +48,7 @@ from titan_moe.data.token_files import (
     open_tokens,
 )
 from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, token_contents
-from titan_moe.data.waves import Texts, WaveCache, build_waves, find_texts, texts_tokenizer, whole_corpus
+from titan_moe.data.waves import Texts, WaveCache, build_waves, find_texts, hashed_corpus, texts_tokenizer
 from titan_moe.runtime.remote import is_url
 
 DATASETS = ("stdlib", "text", "fineweb_edu", "hf")
@@ -456,7 +456,7 @@ def _tokenize_texts(want: _Wanted, places: Sequence[tuple[list[str], str]], held
     if want.fraction and lacking:
         texts = _find_texts(places, held_out, fractions)
         for number in lacking:
-            fractions[number] = fraction_for_both(whole_corpus(texts[number], want.folder), want.folder)
+            fractions[number] = fraction_for_both(hashed_corpus(texts[number], want.folder), want.folder)
             log.info(
                 "data.validation_fraction is taken as %.3g: one document at least on either side", fractions[number]
             )

@@ -183,7 +183,8 @@ def make_split(corpus: Corpus, folder: str) -> Split:
     """Return how the corpus is divided; where it has validation files, their documents are hashed first."""
     if not corpus.validation:
         return Split(corpus.fraction)
-    return Split(corpus.fraction, _hash_file(corpus.validation, f"held-out-{corpus.fingerprint}.npy", folder))
+    path = os.path.join(folder, f"held-out-{corpus.fingerprint}.npy")
+    return Split(corpus.fraction, _hash_file(corpus.validation, path, folder))
 
 
 def fraction_for_both(corpus: Corpus, folder: str) -> float:
@@ -191,7 +192,7 @@ def fraction_for_both(corpus: Corpus, folder: str) -> float:
 
     That takes two documents that differ. All documents are read once for it, which is quick beside tokenizing them.
     """
-    hashes = np.load(_hash_file(corpus.train, f"hashes-{corpus.fingerprint}.npy", folder))
+    hashes = np.load(_hash_file(corpus.train, hashes_path(corpus, folder), folder))
     if len(hashes) < 2:
         return corpus.fraction
     return nearest_fraction(corpus.fraction, int(hashes[0]), int(hashes[-1]))
@@ -203,9 +204,13 @@ def nearest_fraction(fraction: float, least: int, most: int) -> float:
     return min(max(fraction, math.nextafter(least / 2**64, 1)), math.nextafter(most / 2**64, 0))
 
 
-def _hash_file(shards: Sequence[Shard], name: str, folder: str) -> str:
+def hashes_path(corpus: Corpus, folder: str) -> str:
+    """Return the path of the hashes of all training documents, which `fraction_for_both` writes."""
+    return os.path.join(folder, f"hashes-{corpus.fingerprint}.npy")
+
+
+def _hash_file(shards: Sequence[Shard], path: str, folder: str) -> str:
     """Return the path of a file with the hashes of some shards' documents, written now unless it is there."""
-    path = os.path.join(folder, name)
     if not is_usable(path):
         with storage_errors(folder):
             os.makedirs(folder, exist_ok=True)

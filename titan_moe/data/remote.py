@@ -130,12 +130,14 @@ def is_whole(file: RemoteFile, path: str) -> bool:
 
 @contextmanager
 def fetcher(folder: str) -> Iterator[Fetcher]:
-    """A Fetcher, whose threads end with the block."""
-    fetch = Fetcher(folder)
-    try:
-        yield fetch
-    finally:
-        fetch.close()
+    """A Fetcher, whose threads end with the block; one at a time for each cache folder."""
+    # Two runs would fetch the same, and the first one to be done would take the files from the other.
+    with storage_errors(folder), locked(Path(folder) / REMOTE / "lock"):
+        fetch = Fetcher(folder)
+        try:
+            yield fetch
+        finally:
+            fetch.close()
 
 
 def fetch_all(paths: Sequence[str], folder: str) -> list[str]:

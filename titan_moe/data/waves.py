@@ -27,6 +27,7 @@ from titan_moe.data.corpus import (
     content_hashes,
     corpus_tokenizer,
     fingerprint_of,
+    hashes_path,
     joined,
     make_corpus,
 )
@@ -92,6 +93,13 @@ def texts_tokenizer(name: str, texts: Sequence[Texts], folder: str, endpoint: st
         corpora = named if is_trained else [whole_corpus(some, folder) for some in texts]
     corpus = joined(corpora) if corpora else Corpus((), (), 0.0, "")
     return corpus_tokenizer(name, corpus, folder, endpoint, eot_token)
+
+
+def hashed_corpus(texts: Texts, folder: str) -> Corpus:
+    """Return the corpus of texts for `fraction_for_both`: on the disk, unless their documents were hashed before."""
+    named = named_corpus(texts, folder)
+    is_hashed = named is not None and is_usable(hashes_path(named, folder))
+    return named if named is not None and is_hashed else whole_corpus(texts, folder)
 
 
 def build_waves(texts: Texts, tokenizer: Tokenizer, folder: str, *, progress: bool) -> tuple[str, WaveCache]:

@@ -27,7 +27,7 @@ PACKAGES = {
     "http": "aiohttp",
     "memory": "fsspec",
 }
-IN_EXTRA = ("s3fs", "gcsfs", "huggingface_hub", "aiohttp")  # what `titan_moe[remote]` installs
+IN_EXTRA = ("s3fs", "huggingface_hub")  # what `titan_moe[remote]` installs
 WITH_FOLDERS = ("memory",)  # protocols whose folders must be made; in an object store they are beginnings of names
 TRIES, FIRST_WAIT, LONGEST_WAIT = 8, 0.5, 30.0  # seconds; each wait is twice the one before
 BLOCK_BYTES = 16 << 20  # of one request
