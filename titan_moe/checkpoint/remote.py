@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import _fsspec_filesystem as fsspec_filesystem
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from titan_moe.checkpoint.folder import (
     MANIFEST,
@@ -38,6 +39,7 @@ from titan_moe.runtime.remote import (
     blocks,
     explain,
     filesystem,
+    is_url,
     joined,
 )
 
@@ -68,18 +70,18 @@ class Sums(io.RawIOBase):
         return self.size
 
 
-class _Files(fsspec_filesystem.FileSystem):
-    """DCP's files behind a URL, with the manifest's entry of each that was written."""
+class _Files(FileSystemBase):
+    """Files behind a URL for DCP's writer, with the manifest's entry of each that was written."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, url: str) -> None:
         self.entries: dict[str, dict[str, Any]] = {}
+        self._fs, _ = filesystem(url, KEY)
 
     @contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """Open a file; errors of the store are OSError."""
+        """Open a file to write it; errors of the store are OSError."""
         try:
-            with super().create_stream(path, mode) as stream:
+            with self._fs.open(path, mode) as stream:
                 sums = Sums(stream)
                 yield sums
         except OSError:
@@ -88,21 +90,42 @@ class _Files(fsspec_filesystem.FileSystem):
             raise RemoteError(f"{path}: {explain(error)}") from error
         self.entries[os.path.basename(path)] = _entry(sums.size, sums.crc)
 
+    def concat_path(self, path: Any, suffix: str) -> str:
+        """The URL of a file in a folder."""
+        return joined(str(path), suffix)
+
+    def init_path(self, path: Any) -> Any:
+        """The URL as it is."""
+        return path
+
     def mkdir(self, path: Any) -> None:
         """Do nothing: `begin_step` makes folders, where the store has any."""
 
     def rename(self, path: Any, new_path: Any) -> None:
         """Rename a file, and its entry."""
-        attempt(lambda: super(_Files, self).rename(path, new_path), f"{new_path}")
+        attempt(lambda: self._fs.mv(path, new_path), f"{new_path}")
         self.entries[os.path.basename(new_path)] = self.entries.pop(os.path.basename(path))
 
+    def exists(self, path: Any) -> bool:
+        """Whether a file is there."""
+        return attempt(lambda: self._fs.exists(path), f"{path}")
 
-class RemoteWriter(StoreErrors, fsspec_filesystem.FsspecWriter):
-    """DCP's writer to a URL; `entries` are those of the files that it wrote."""
+    def rm_file(self, path: Any) -> None:
+        """Remove a file."""
+        attempt(lambda: self._fs.rm_file(path), f"{path}")
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Whether it is a URL."""
+        return is_url(checkpoint_id)
+
+
+class RemoteWriter(StoreErrors, dcp.FileSystemWriter):
+    """DCP's writer to a URL, as its own FsspecWriter is one; `entries` are those of the files that it wrote."""
 
     def __init__(self, url: str) -> None:
         super().__init__(url, sync_files=False)  # to sync is to sync every local disk
-        files: Any = _Files()
+        files: Any = _Files(url)
         self.fs, self.path, self.entries = files, files.init_path(url), files.entries
 
 
