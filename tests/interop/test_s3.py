@@ -129,7 +129,7 @@ def store(proxy: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared:
 
 def test_a_busy_store(proxy: Proxy, train: Callable[..., Ended], tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
     """One request of seven is answered 503, one answer of four is cut off: the run is that from a disk."""
-    monkeypatch.setattr(remote, "BLOCK_BYTES", 4_000)
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 10_000)
     assert train("whole").code == 0
     proxy.busy, proxy.cut = 0.15, 0.25
     there = {"checkpoint__folder": URL, "data__path": "s3://bucket/*.jsonl", "data__num_workers": 1}
