@@ -13,7 +13,7 @@ from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.data import hub
-from titan_moe.data.cache import TokenCache, Tokens, build_cache
+from titan_moe.data.cache import TokenCache, build_cache
 from titan_moe.data.corpus import (
     Split,
     corpus_tokenizer,
@@ -35,15 +35,18 @@ from titan_moe.data.loader import (
     window_loader,
 )
 from titan_moe.data.mixture import MANY_EPOCHS, MixedBatches, Source, epochs
+from titan_moe.data.packing import Borders, PackedTokens, Windows, describe, pack, tell_waste
 from titan_moe.data.remote import fetch_all
 from titan_moe.data.sources import are_tokens, find_files, stdlib_files
 from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
+from titan_moe.data.tasks import Task
 from titan_moe.data.token_files import (
     DividedTokens,
     Documents,
     TokenSource,
     all_documents,
     divide_documents,
+    join_borders,
     load_documents,
     open_tokens,
 )
@@ -82,7 +85,8 @@ class SourceFiles(NamedTuple):
 class Data(NamedTuple):
     """The data of a run. `validation()` returns a new iterator over the validation set; None where there is no set.
 
-    `validation_sets` are more of them, by their names: of several sources what is held out of each.
+    `validation_sets` are more of them, by their names: of several sources what is held out of each. `packing` is what
+    best_fit makes of the training data, by their key (`describe`). `tasks` are questions to ask at validations.
     """
 
     tokenizer: Tokenizer
@@ -90,6 +94,8 @@ class Data(NamedTuple):
     validation: Callable[[], Batches] | None
     fingerprints: dict[str, str]
     validation_sets: Mapping[str, ValidationSet] = {}
+    packing: Mapping[str, Mapping[str, int | float]] = {}
+    tasks: Mapping[str, Task] = {}
 
 
 class _Wanted(NamedTuple):
@@ -105,7 +111,9 @@ class _Wanted(NamedTuple):
     folder: str
     endpoint: str
     progress: bool
+    pack_to: int  # seq_len where documents are packed best-fit, 0 where they stand end to end
     sources: Sequence[SourceFiles] = ()
+    document_mask: bool = False
 
 
 class _Stream(NamedTuple):
@@ -120,9 +128,17 @@ class _Prepared(NamedTuple):
 
     tokenizer: Tokenizer
     fingerprint: str
-    train: Tokens | _Stream | list[Source]
-    validation: Sequence[Tokens]
-    by_source: dict[str, Tokens] | None = None  # the source that each of these is of, where there are several
+    train: Windows | _Stream | list[Source]
+    validation: Sequence[Windows]
+    by_source: dict[str, Windows] | None = None  # the source that each of these is of, where there are several
+
+
+class _Packed(NamedTuple):
+    """The training and validation data of a source, packed, and how many documents each has."""
+
+    train: Windows
+    validation: Windows
+    num_documents: dict[str, int]
 
 
 class _Tokenized(NamedTuple):
@@ -130,7 +146,7 @@ class _Tokenized(NamedTuple):
 
     fingerprints: list[str]
     tokenizer: Tokenizer
-    caches: Sequence[TokenCache | WaveCache | DividedTokens]
+    caches: Sequence[TokenCache | WaveCache | DividedTokens | _Packed]
 
 
 def build_data(
@@ -142,6 +158,7 @@ def build_data(
     tokenizer: str,
     eot_token: str = "",
     seq_len: int,
+    packing: str = "concat",
     seed: int,
     global_batch_size: int,
     local_batch_size: int,
@@ -159,16 +176,19 @@ def build_data(
     endpoint: str = hub.HUB_ENDPOINT,
     positions: Tensor | None = None,
     device: torch.device = CPU,
+    document_mask: bool = False,
 ) -> Data:
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
     `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`. With `sources` training
     data are theirs instead; `steps`, the length of the run, tells how often it reads them. `eot_token` ends every
-    document (empty: the one that the tokenizer's files name). Validation data are the files of `validation_path`, else
-    `validation_fraction` of the documents, chosen by the hash of their content, and one at least. On every node the one
-    process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size` of -1 is that of
-    one micro-batch a step. Where ranks share sequences, `positions` (S',) are those of this rank, and batches are
-    (B, S'). Batches are on `device`. Errors: ValueError and OSError of one line.
+    document (empty: the one that the tokenizer's files name), and with `document_mask` some document of each file of
+    ids must end with it. `packing` is "concat" (windows over documents end to end) or "best_fit"
+    (`titan_moe.data.packing`). Validation data are the files of `validation_path`, else `validation_fraction` of the
+    documents, chosen by the hash of their content, and one at least. On every node the one process with `is_main` fills
+    the cache while the others wait at `barrier`. A `global_batch_size` of -1 is that of one micro-batch a step. Where
+    ranks share sequences, `positions` (S',) are those of this rank, and batches are (B, S'). Batches are on `device`.
+    Errors: ValueError and OSError of one line.
     """
     # Mistakes in the settings are told before anything is read or written.
     size, local_batch_size = resolve_batch_sizes(global_batch_size, local_batch_size, dp_degree)
@@ -176,13 +196,17 @@ def build_data(
         raise ValueError(f"data.validation_fraction ({validation_fraction}) must be at least 0 and below 1")
     if path and dataset in ("stdlib", "fineweb_edu"):
         raise ValueError(f"data.path ({path}) has no use with data.dataset {dataset}: add --data.dataset text (or hf)")
+    pack_to = _pack_to(packing, seq_len, [source.dataset for source in sources] or [dataset])
 
     # Whatever the layout, the same things are prepared: the cache is shared, and so is the split.
     fraction = 0.0 if validation_path else validation_fraction
     tokens = _stream_tokens(validation_steps, validation_local_batch_size, seq_len)
     show = progress and is_main
     want = _Wanted(
-        dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show, sources
+        *(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show),
+        pack_to=pack_to,
+        sources=sources,
+        document_mask=document_mask,
     )
     kind = _prepare_sources if sources else _prepare_stream if is_streamed(dataset) else _prepare_files
     prepare = partial(kind, want)
@@ -202,7 +226,9 @@ def build_data(
     else:
         _check_length(data.train, seq_len, "data.path")
         make = partial(window_loader, WindowBatches(data.train, **batch), num_workers, device)
-    loader = TrainLoader(make, f"{data.fingerprint}-{data.tokenizer.fingerprint}-{seq_len}", positions, device)
+    position_in = f"{data.fingerprint}-{data.tokenizer.fingerprint}-{seq_len}{'_best_fit' if pack_to else ''}"
+    loader = TrainLoader(make, position_in, positions, device)
+    packed = _tell_packing(data.train, seq_len, is_main)
 
     # Validation begins at the start of its set each time.
     batches = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
@@ -220,7 +246,7 @@ def build_data(
         if num_windows(file, seq_len)
     }
     fingerprints = {"data": data.fingerprint, "tokenizer": data.tokenizer.fingerprint}
-    return Data(data.tokenizer, loader, validation, fingerprints, by_source)
+    return Data(data.tokenizer, loader, validation, fingerprints, by_source, packed)
 
 
 def build_validation(
@@ -230,6 +256,7 @@ def build_validation(
     key: str = "data.path",
     tokenizer: str | Tokenizer,
     seq_len: int,
+    packing: str = "concat",
     steps: int = -1,
     local_batch_size: int,
     dp_rank: int = 0,
@@ -241,6 +268,7 @@ def build_validation(
     endpoint: str = hub.HUB_ENDPOINT,
     positions: Tensor | None = None,
     device: torch.device = CPU,
+    document_mask: bool = False,
 ) -> ValidationSet:
     """Return all documents of a data set, or the first ones of a stream, to evaluate a model on them.
 
@@ -251,7 +279,7 @@ def build_validation(
 
     # All of it is validation data, so that no document is left out. Of a stream as much is read as a run's own
     # validation would.
-    def build() -> tuple[str, Tokens]:
+    def build() -> tuple[str, Windows]:
         words = load_tokenizer(tokenizer, endpoint) if isinstance(tokenizer, str) else tokenizer
         if is_streamed(dataset):
             num_bytes = _stream_tokens(steps, local_batch_size, seq_len) * BYTES_PER_TOKEN
@@ -260,20 +288,23 @@ def build_validation(
             files, kind = [sample_stream(source, "validation", **sample)], ""
         else:
             files, kind = dataset_files(dataset, path, key)
+        packed = partial(_packed, words, _pack_to(packing, seq_len), cache_folder)
         if are_tokens(files):
-            documents = _documents(files, tokenizer=words, folder=cache_folder, progress=show)
-            return digest([one.fingerprint for one in documents]), all_documents(documents)
+            options = {"tokenizer": words, "folder": cache_folder, "progress": show}
+            documents = _documents(files, **options, document_mask=document_mask)
+            fingerprint = digest([one.fingerprint for one in documents])
+            return fingerprint, packed(fingerprint, all_documents(documents), join_borders(documents))
         # Of what is fetched no file stays: there are its tokens alone.
         if any(map(is_url, files)):
-            fingerprint, cache = build_waves(
-                find_texts([], files, fraction=0.0, key=key), words, cache_folder, progress=show
-            )
-            return fingerprint, cache.validation
+            texts = find_texts([], files, fraction=0.0, key=key)
+            fingerprint, waves = build_waves(texts, words, cache_folder, progress=show)
+            return fingerprint, packed(fingerprint, waves.validation)
         if kind:
             corpus = make_corpus(files, fraction=1.0, folder=cache_folder, kind=kind, key=key)
         else:
             corpus = make_corpus([], files, fraction=0.0, folder=cache_folder, key=key)
-        return corpus.fingerprint, build_cache(corpus, words, cache_folder, progress=show).validation
+        cache = build_cache(corpus, words, cache_folder, progress=show)
+        return corpus.fingerprint, packed(corpus.fingerprint, cache.validation)
 
     fingerprint, file = main_process_first(build, is_main, barrier)
     _check_length(file, seq_len, key)
@@ -354,7 +385,52 @@ def _stream_tokens(steps: int, local_batch_size: int, seq_len: int) -> int:
     return STREAM_VALIDATION_TOKENS if steps < 0 else steps * local_batch_size * seq_len + 1
 
 
-def _check_length(file: Tokens, seq_len: int, key: str) -> None:
+def _pack_to(packing: str, seq_len: int, datasets: Sequence[str] = ()) -> int:
+    """Return the length of sequences that are packed, 0 for "concat"; ValueError where it can't be done."""
+    if packing not in ("concat", "best_fit"):
+        raise ValueError(f"data.packing ({packing}): there are concat and best_fit")
+    for dataset in datasets if packing == "best_fit" else ():
+        if is_streamed(dataset):
+            raise ValueError(
+                f"data.packing (best_fit) needs to know all documents, and data.dataset {dataset} is read while "
+                "training: set it to concat, or give files"
+            )
+    return seq_len if packing == "best_fit" else 0
+
+
+def _packed(
+    tokenizer: Tokenizer, pack_to: int, folder: str, fingerprint: str, tokens: Windows, borders: Borders | None = None
+) -> Windows:
+    """Pack tokens of the data of `fingerprint` into sequences of `pack_to` (0: leave them as they are)."""
+    if not pack_to or isinstance(tokens, PackedTokens):
+        return tokens
+    of_tokens = f"{fingerprint}-{tokenizer.fingerprint}"
+    return pack(tokens, borders, eot_id=tokenizer.eot_id, seq_len=pack_to, fingerprint=of_tokens, folder=folder)
+
+
+def _pack_caches(done: _Tokenized, want: _Wanted) -> _Tokenized:
+    """Pack both sides of each cache."""
+    packed = partial(_packed, done.tokenizer, want.pack_to, want.folder)
+    both = []
+    for fingerprint, cache in zip(done.fingerprints, done.caches, strict=True):
+        borders = cache.borders if isinstance(cache, DividedTokens) else {}
+        train = packed(f"{fingerprint}-train", cache.train, borders.get("train"))
+        validation = packed(f"{fingerprint}-validation", cache.validation, borders.get("validation"))
+        both.append(_Packed(train, validation, cache.num_documents))
+    return done._replace(caches=both)
+
+
+def _tell_packing(train: Windows | _Stream | list[Source], seq_len: int, is_main: bool) -> dict[str, dict[str, Any]]:
+    """Say what packing wastes of the training data, and return it by their keys."""
+    sources = train if isinstance(train, list) else []
+    of_key = {f"data.sources.{source.name}": source.file for source in sources} or {"data.path": train}
+    wastes = {key: file.waste for key, file in of_key.items() if isinstance(file, PackedTokens)}
+    for key, waste in wastes.items() if is_main else ():
+        tell_waste(key, waste, seq_len)
+    return {key: describe(waste, seq_len) for key, waste in wastes.items()}
+
+
+def _check_length(file: Windows, seq_len: int, key: str) -> None:
     if not num_windows(file, seq_len):
         raise ValueError(
             f"training.seq_len ({seq_len}) is longer than the data of {key} ({file.num_tokens} tokens): "
@@ -400,7 +476,7 @@ def _prepare_sources(want: _Wanted) -> _Prepared:
     # where two are the same, once.
     if want.validation_path:
         return _Prepared(tokenizer, digest(fingerprints), sources, [caches[0].validation])
-    by_source: dict[str, Tokens] = {}
+    by_source: dict[str, Windows] = {}
     for source, cache in zip(want.sources, caches, strict=True) if want.fraction else ():
         if cache.validation not in by_source.values():
             by_source[source.name] = cache.validation
@@ -412,7 +488,7 @@ def _is_split(want: _Wanted) -> bool:
 
 
 def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> _Tokenized:
-    """Tokenize the files of each source into a cache; files of token ids are read where they are."""
+    """Tokenize the files of each source into a cache; files of token ids are read where they are. Packed if wanted."""
     held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
     keys = [f"data.sources.{source.name}.path" if source.name else "data.path" for source in sources]
     places = [dataset_files(source.dataset, source.path, key) for source, key in zip(sources, keys, strict=True)]
@@ -428,7 +504,7 @@ def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> _Tokenized:
                 f"for training and {count['validation']} for validation: choose another fraction, or files with "
                 "--data.validation_path"
             )
-    return done
+    return _pack_caches(done, want) if want.pack_to else done
 
 
 def _tokenize_texts(want: _Wanted, places: Sequence[tuple[list[str], str]], held_out: list[str]) -> _Tokenized:
@@ -485,7 +561,8 @@ def _divide_tokens(want: _Wanted, places: Sequence[tuple[list[str], str]], held_
             "that made the file with --data.tokenizer"
         )
     tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
-    documents = partial(_documents, tokenizer=tokenizer, folder=want.folder, progress=want.progress)
+    options = {"folder": want.folder, "progress": want.progress, "document_mask": want.document_mask}
+    documents = partial(_documents, tokenizer=tokenizer, **options)
     others = documents(held_out) if held_out else []
     trained = [documents(files, kind) for files, kind in places]
     caches = [divide_documents(some, want.fraction, others) for some in trained]
@@ -495,7 +572,7 @@ def _divide_tokens(want: _Wanted, places: Sequence[tuple[list[str], str]], held_
 
 
 def _documents(
-    files: list[str], kind: str = "", *, tokenizer: Tokenizer, folder: str, progress: bool
+    files: list[str], kind: str = "", *, tokenizer: Tokenizer, folder: str, progress: bool, document_mask: bool
 ) -> list[Documents]:
     """Return the documents of token files, or of text files once they are tokenized."""
     if are_tokens(files):
@@ -503,7 +580,7 @@ def _documents(
     else:
         corpus = make_corpus(fetch_all(files, folder), fraction=0.0, folder=folder, kind=kind)
         sources = [TokenSource(build_cache(corpus, tokenizer, folder, progress=progress).train)]
-    return load_documents(sources, tokenizer, folder)
+    return load_documents(sources, tokenizer, folder, must_end=document_mask)
 
 
 def _find_stream(dataset: str, path: str | Sequence[str], endpoint: str) -> hub.HubDataset:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from titan_moe.data.cache import Tokens
 from titan_moe.data.loader import num_windows, permute, read_windows, window_of
+from titan_moe.data.packing import Windows
 
 MANY_EPOCHS = 4  # more of the same text is worth little (Muennighoff et al., 2023, arXiv 2305.16264)
 
@@ -27,7 +27,7 @@ class Source(NamedTuple):
     """A token file and its weight, a share of all weights of the step, from one step to another, both included."""
 
     name: str
-    file: Tokens
+    file: Windows
     weight: Fraction
     from_step: int = 1
     until_step: int = 0  # 0: to the end
