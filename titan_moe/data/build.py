@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,7 +15,6 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from titan_moe.data import hub
 from titan_moe.data.cache import TokenCache, build_cache
 from titan_moe.data.corpus import (
-    Corpus,
     Split,
     corpus_tokenizer,
     digest,
@@ -36,6 +36,7 @@ from titan_moe.data.loader import (
 )
 from titan_moe.data.mixture import MANY_EPOCHS, MixedBatches, Source, epochs
 from titan_moe.data.packing import Borders, PackedTokens, Windows, describe, pack, tell_waste
+from titan_moe.data.remote import fetch_all
 from titan_moe.data.sources import are_tokens, find_files, stdlib_files
 from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
 from titan_moe.data.tasks import Task
@@ -50,6 +51,8 @@ from titan_moe.data.token_files import (
     open_tokens,
 )
 from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, token_contents
+from titan_moe.data.waves import Texts, WaveCache, build_waves, find_texts, hashed_corpus, texts_tokenizer
+from titan_moe.runtime.remote import is_url
 
 DATASETS = ("stdlib", "text", "fineweb_edu", "hf")
 STREAM_VALIDATION_TOKENS = 1 << 20  # a stream has no end: what "all of it" (validation.steps -1) stands for
@@ -143,7 +146,7 @@ class _Tokenized(NamedTuple):
 
     fingerprints: list[str]
     tokenizer: Tokenizer
-    caches: Sequence[TokenCache | DividedTokens | _Packed]
+    caches: Sequence[TokenCache | WaveCache | DividedTokens | _Packed]
 
 
 def build_data(
@@ -291,6 +294,11 @@ def build_validation(
             documents = _documents(files, **options, document_mask=document_mask)
             fingerprint = digest([one.fingerprint for one in documents])
             return fingerprint, packed(fingerprint, all_documents(documents), join_borders(documents))
+        # Of what is fetched no file stays: there are its tokens alone.
+        if any(map(is_url, files)):
+            texts = find_texts([], files, fraction=0.0, key=key)
+            fingerprint, waves = build_waves(texts, words, cache_folder, progress=show)
+            return fingerprint, packed(fingerprint, waves.validation)
         if kind:
             corpus = make_corpus(files, fraction=1.0, folder=cache_folder, kind=kind, key=key)
         else:
@@ -502,7 +510,12 @@ def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> _Tokenized:
 def _tokenize_texts(want: _Wanted, places: Sequence[tuple[list[str], str]], held_out: list[str]) -> _Tokenized:
     """Tokenize text by one tokenizer, which may be trained on all of it."""
 
-    def tokenize(fractions: Sequence[float]) -> tuple[list[Corpus], Tokenizer, list[TokenCache]]:
+    def tokenize(fractions: Sequence[float]) -> _Tokenized:
+        if any(map(is_url, chain(held_out, *(files for files, _ in places)))):
+            texts = _find_texts(places, held_out, fractions)
+            tokenizer = texts_tokenizer(want.tokenizer, texts, want.folder, want.endpoint, want.eot_token)
+            done = [build_waves(some, tokenizer, want.folder, progress=want.progress) for some in texts]
+            return _Tokenized([fingerprint for fingerprint, _ in done], tokenizer, [cache for _, cache in done])
         corpora = [
             make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
             for (files, kind), fraction in zip(places, fractions, strict=True)
@@ -511,21 +524,31 @@ def _tokenize_texts(want: _Wanted, places: Sequence[tuple[list[str], str]], held
             want.tokenizer, joined(corpora), want.folder, want.endpoint, want.eot_token, progress=want.progress
         )
         caches = [build_cache(corpus, tokenizer, want.folder, progress=want.progress) for corpus in corpora]
-        return corpora, tokenizer, caches
+        return _Tokenized([corpus.fingerprint for corpus in corpora], tokenizer, caches)
 
     # Of few documents a small fraction may be none, or a large one all. Tokenizing them twice costs less than reading
     # every corpus once more to know before.
     fractions = [want.fraction] * len(places)
-    corpora, tokenizer, caches = tokenize(fractions)
-    lacking = [number for number, cache in enumerate(caches) if not all(cache.num_documents.values())]
+    done = tokenize(fractions)
+    lacking = [number for number, cache in enumerate(done.caches) if not all(cache.num_documents.values())]
     if want.fraction and lacking:
+        texts = _find_texts(places, held_out, fractions)
         for number in lacking:
-            fractions[number] = fraction_for_both(corpora[number], want.folder)
+            fractions[number] = fraction_for_both(hashed_corpus(texts[number], want.folder), want.folder)
             log.info(
                 "data.validation_fraction is taken as %.3g: one document at least on either side", fractions[number]
             )
-        corpora, tokenizer, caches = tokenize(fractions)
-    return _Tokenized([corpus.fingerprint for corpus in corpora], tokenizer, caches)
+        done = tokenize(fractions)
+    return done
+
+
+def _find_texts(
+    places: Sequence[tuple[list[str], str]], held_out: list[str], fractions: Sequence[float]
+) -> list[Texts]:
+    return [
+        find_texts(files, held_out, fraction=fraction, kind=kind)
+        for (files, kind), fraction in zip(places, fractions, strict=True)
+    ]
 
 
 def _divide_tokens(want: _Wanted, places: Sequence[tuple[list[str], str]], held_out: list[str]) -> _Tokenized:
@@ -555,9 +578,9 @@ def _documents(
 ) -> list[Documents]:
     """Return the documents of token files, or of text files once they are tokenized."""
     if are_tokens(files):
-        sources = [open_tokens(path, tokenizer.vocab_size) for path in files]
+        sources = [open_tokens(path, tokenizer.vocab_size) for path in fetch_all(files, folder)]
     else:
-        corpus = make_corpus(files, fraction=0.0, folder=folder, kind=kind)
+        corpus = make_corpus(fetch_all(files, folder), fraction=0.0, folder=folder, kind=kind)
         sources = [TokenSource(build_cache(corpus, tokenizer, folder, progress=progress).train)]
     return load_documents(sources, tokenizer, folder, must_end=document_mask)
 
@@ -593,6 +616,7 @@ def _prepare_stream(want: _Wanted) -> _Prepared:
                 f"data.validation_path: {held_out[0]} holds token ids, and data.dataset {want.dataset} is text, which "
                 "leaves out the documents of validation files: name files of text"
             )
+        held_out = fetch_all(held_out, want.folder)
     elif want.fraction:
         held_out = [sample("validation", num_bytes=want.validation_tokens * BYTES_PER_TOKEN)]
 

@@ -173,7 +173,7 @@ def build_cache(
     """
     # Opened again under the lock, because another process may have built it meanwhile; and after building, because that
     # reads the checksums back from the disk.
-    home = Path(folder) / digest([corpus.fingerprint, tokenizer.fingerprint])
+    home = cache_home(corpus.fingerprint, tokenizer, folder)
     with storage_errors(folder):
         cache = _usable_cache(home)
         if cache is None:
@@ -188,6 +188,11 @@ def build_cache(
             "the memory of this machine is faulty; choose another folder with --data.cache_folder"
         )
     return cache
+
+
+def cache_home(fingerprint: str, tokenizer: Tokenizer, folder: str) -> Path:
+    """Return the folder of the cache of a corpus with this fingerprint."""
+    return Path(folder) / digest([fingerprint, tokenizer.fingerprint])
 
 
 def _usable_cache(home: Path) -> TokenCache | None:

@@ -69,7 +69,7 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
 def summary(
     validation: Record | None,
     *,
-    checkpoint: Path | None,
+    checkpoint: Path | str | None,
     tensorboard: Path | None,
     prompt: str = "The ",
     modules: Sequence[str] = (),
