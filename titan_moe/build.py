@@ -23,6 +23,7 @@ from titan_moe.data.build import (
     is_streamed,
     trained_on,
 )
+from titan_moe.data.own import check_own, is_own, own_data
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.attention import attention_heads
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
@@ -279,8 +280,11 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     data, training = config.data, config.training
     sets = config.validation.sets if config.validation.enable else {}
     for name, of_set in sets.items():
-        if not is_streamed(of_set.dataset):
-            dataset_files(of_set.dataset, of_set.path, f"validation.sets.{name}.path")
+        key = f"validation.sets.{name}"
+        if is_own(of_set.dataset):
+            check_own(own_data(of_set.dataset, of_set.arguments, f"{key}.dataset"))
+        elif not is_streamed(of_set.dataset):
+            dataset_files(of_set.dataset, of_set.path, f"{key}.path")
 
     # Ranks that share sequences are neighbours, and read the same ones at different positions. One process of each node
     # fills the cache, for nodes need not have a disk in common.
@@ -307,9 +311,9 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     prepared = prepared._replace(validation_sets=by_name)
 
     # It may be meant, and the run goes on: but the numbers of such a set look better than they are.
-    train = [(source.dataset, source.path) for source in data.sources.values()] or [(data.dataset, data.path)]
+    train = [(one.dataset, one.path, one.arguments) for one in data.sources.values() or [data]]
     for name, of_set in sets.items() if rt.is_main else ():
-        if both := trained_on(of_set.dataset, of_set.path, train, cache_folder(config)):
+        if both := trained_on((of_set.dataset, of_set.path, of_set.arguments), train, cache_folder(config)):
             shown = both[0] + (f" and {len(both) - 1} more" if both[1:] else "")
             logger.warning(
                 "validation.sets.%s has text that is trained on, too: %s: its numbers are not those of text that is "
@@ -326,6 +330,7 @@ def load_validation_sets(config: Config, tokenizer: str | Tokenizer, **share: An
         name: build_validation(
             dataset=of_set.dataset,
             path=of_set.path,
+            arguments=of_set.arguments,
             key=f"validation.sets.{name}.path",
             tokenizer=tokenizer,
             seq_len=config.training.seq_len,
@@ -345,6 +350,7 @@ def data_arguments(config: Config) -> dict[str, Any]:
     return {
         "dataset": data.dataset,
         "path": data.path,
+        "arguments": data.arguments,
         "sources": [SourceFiles(name, **dataclasses.asdict(source)) for name, source in data.sources.items()],
         "steps": training.steps,
         "seq_len": training.seq_len,
