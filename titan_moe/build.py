@@ -305,10 +305,11 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
         local_batch_size=training.local_batch_size,
         num_workers=data.num_workers,
     )
-    if not sets:
-        return prepared
-    by_name = {**prepared.validation_sets, **load_validation_sets(config, prepared.tokenizer, **share)}
-    prepared = prepared._replace(validation_sets=by_name)
+    if sets:
+        by_name = {**prepared.validation_sets, **load_validation_sets(config, prepared.tokenizer, **share)}
+        prepared = prepared._replace(validation_sets=by_name)
+    if any(is_own(part.dataset) for part in (data, *data.sources.values(), *sets.values())):
+        _check_alike(prepared)
 
     # It may be meant, and the run goes on: but the numbers of such a set look better than they are.
     train = [(one.dataset, one.path, one.arguments) for one in data.sources.values() or [data]]
@@ -321,6 +322,16 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
                 *(name, shown),
             )
     return prepared
+
+
+def _check_alike(data: Data) -> None:
+    """Raise ValueError, on every rank, where ranks read different documents, as a function outside may give them."""
+    fingerprints = {**data.fingerprints, **{name: one.fingerprint for name, one in data.validation_sets.items()}}
+    if any(others != fingerprints for others in world.all_gather(fingerprints)):
+        raise ValueError(
+            "data: the functions that give documents gave other ones to some processes: they must give the same ones "
+            "each time and everywhere (random numbers from a seed, files in a fixed order)"
+        )
 
 
 def load_validation_sets(config: Config, tokenizer: str | Tokenizer, **share: Any) -> dict[str, ValidationSet]:

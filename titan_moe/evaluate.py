@@ -182,8 +182,8 @@ def evaluation_config(
 
     # Checked last: a key that does not exist at all has a better message by then.
     sets = {key for key in given if key.startswith("validation.sets.") and with_sets and "data.path" not in given}
-    own = {f"data.{name}" for name in config.data.arguments}
-    if useless := sorted(given.difference(OVERRIDES, sets, own)):
+    arguments = {f"data.{name}" for name in config.data.arguments}  # of a data set of one's own
+    if useless := sorted(given.difference(OVERRIDES, sets, arguments)):
         raise ValueError(f"--{useless[0]} changes nothing here: an evaluation takes {', '.join(OVERRIDES)}")
     return config, config.data.path if "data.path" in given else []
 

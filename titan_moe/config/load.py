@@ -214,8 +214,8 @@ def _check(path: str, tables: Tables, before: Tables) -> Table:
 def _annotations(path: str, tables: Tables) -> dict[str, Any]:
     """The types of the keys that a table may have: those of a section's fields, or of a builder's parameters."""
     if (path in SECTIONS and path not in KINDS) or _has_dataset(path):
-        own = {key: parameter.annotation for key, parameter in _dataset_parameters(path, tables).items()}
-        return {**_fields(path), **own}
+        arguments = {key: parameter.annotation for key, parameter in _dataset_parameters(path, tables).items()}
+        return {**_fields(path), **arguments}
     annotations = {key: parameter.annotation for key, parameter in _parameters(path, tables).items()}
     return {**annotations, "name": str} if _has_name(path) else annotations
 

@@ -47,7 +47,7 @@ def known_dataset(value: str) -> str:
     if value not in DATASETS and ":" not in value:
         near = difflib.get_close_matches(value, DATASETS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"must be {', '.join(DATASETS)} or my_pkg.my_mod:fn{hint}")
+        raise ValueError(f"must be {', '.join(map(repr, DATASETS))} or 'my_pkg.my_mod:fn'{hint}")
     return value
 
 

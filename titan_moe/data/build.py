@@ -554,7 +554,7 @@ def _divide_tokens(want: _Wanted, places: Sequence[Fixed], held_out: list[str]) 
     """
     if bpe_vocab_size(want.tokenizer):
         place = next(place for place in (*places, DataFiles(held_out)) if _are_ids(place))
-        name = place.own.label() if isinstance(place, OwnDocuments) else place.files[0]
+        name = place.function.label() if isinstance(place, OwnDocuments) else place.files[0]
         raise _untrainable(want, name)
     tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
     documents = partial(_documents, tokenizer=tokenizer, folder=want.folder, progress=want.progress)
@@ -588,7 +588,7 @@ def _documents(place: Fixed, *, tokenizer: Tokenizer, folder: str, progress: boo
     try:
         return load_documents([open_tokens(path, tokenizer.vocab_size)], tokenizer, folder)
     except ValueError as error:
-        raise ValueError(str(error).replace(path, place.own.label())) from error
+        raise ValueError(str(error).replace(path, place.function.label())) from error
 
 
 def _whole(place: Fixed, tokenizer: Tokenizer, folder: str, progress: bool, key: str) -> tuple[str, Tokens]:

@@ -1,4 +1,4 @@
-"""Data sets of one's own: `dataset = "my_pkg.my_mod:fn"`, a function that gives documents.
+"""Data sets of one's function: `dataset = "my_pkg.my_mod:fn"`, a function that gives documents.
 
 It gives an object by whose index documents are read (`len`, `[i]`), which are tokenized once into the cache as files
 are, or a stream (iterable, `state_dict`, `load_state_dict`), which is read while training. A document is a str, a row
@@ -18,7 +18,7 @@ import json
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ Document = str | np.ndarray  # a text, or token ids (n,), int64
 log = logging.getLogger(__name__)
 
 
-class OwnData(NamedTuple):
+class DataFunction(NamedTuple):
     """A function outside, and its arguments as JSON; `key` has named it."""
 
     name: str
@@ -67,7 +67,7 @@ class Chunk(NamedTuple):
 class OwnDocuments(NamedTuple):
     """Documents by their index, which were read through once: texts, or token ids."""
 
-    own: OwnData
+    function: DataFunction
     are_ids: bool
     chunks: tuple[Chunk, ...]
 
@@ -79,7 +79,7 @@ class OwnDocuments(NamedTuple):
 class OwnStream(NamedTuple):
     """A stream of texts or token ids. `sample` is of its first documents, `code` of the function's file."""
 
-    own: OwnData
+    function: DataFunction
     are_ids: bool
     fingerprint: str  # of the name, the arguments and its own fingerprint
     sample: str
@@ -88,13 +88,13 @@ class OwnStream(NamedTuple):
     @property
     def place(self) -> str:
         """What errors begin with."""
-        return self.own.label()
+        return self.function.label()
 
     def state_of(self, stream: Any) -> dict[str, Any]:
         """The state of an opened stream after what was read of it."""
-        with blamed(self.own):
+        with blamed(self.function):
             state = stream.state_dict()
-        return plain_state(self.own, state)
+        return plain_state(self.function, state)
 
     @property
     def facts(self) -> list[object]:
@@ -108,17 +108,17 @@ class OwnStream(NamedTuple):
 
     def open(self, state: dict[str, Any] | None = None) -> Any:
         """Call the function, and let the stream go on at `state`."""
-        stream = call(self.own)
+        stream = call(self.function)
         if state is not None:
-            with blamed(self.own):
+            with blamed(self.function):
                 stream.load_state_dict(state)
         return stream
 
     def texts(self, stream: Any) -> Iterator[Document]:
         """Yield the documents of an opened stream, without those that are empty or null."""
-        for number, document in enumerate(_guarded(self.own, stream)):
+        for number, document in enumerate(_guarded(self.function, stream)):
             if document is not None and len(document):
-                yield _of_one_kind(self.own, number, document, self.are_ids)
+                yield _of_one_kind(self.function, number, document, self.are_ids)
 
 
 def is_own(dataset: str) -> bool:
@@ -126,61 +126,61 @@ def is_own(dataset: str) -> bool:
     return ":" in dataset
 
 
-def own_data(dataset: str, arguments: Mapping[str, Any], key: str) -> OwnData:
+def own_data(dataset: str, arguments: Mapping[str, Any], key: str) -> DataFunction:
     """Name a data set of one's own; ValueError for arguments that can't be told to another process."""
     try:
-        return OwnData(dataset, json.dumps(dict(arguments), sort_keys=True), key)
+        return DataFunction(dataset, json.dumps(dict(arguments), sort_keys=True), key)
     except TypeError as error:
         raise ValueError(
             f"{key} ({dataset}): its arguments must be numbers, strings, booleans, lists and tables: {error}"
         ) from error
 
 
-def call(own: OwnData) -> Any:
+def call(function: DataFunction) -> Any:
     """Call the function; a fault in it is a ValueError of one line with its place."""
-    function = find_component({}, own.name, "configuration", own.key)
-    with blamed(own):
-        return function(**json.loads(own.arguments))
+    builder = find_component({}, function.name, "configuration", function.key)
+    with blamed(function):
+        return builder(**json.loads(function.arguments))
 
 
 @contextlib.contextmanager
-def blamed(own: OwnData) -> Iterator[None]:
+def blamed(function: DataFunction) -> Iterator[None]:
     """Make one line of a fault in a function outside, with what it is for and its place."""
     try:
         yield
     except Exception as error:
         # The innermost line of the function's own file says most to its author.
         frames = traceback.extract_tb(error.__traceback__)
-        file = own.name.partition(":")[0].replace(".", "/")
+        file = function.name.partition(":")[0].replace(".", "/")
         last = next((f for f in reversed(frames) if file in f.filename.replace("\\", "/")), frames[-1])
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{own.label()}: {what} ({Path(last.filename).name}:{last.lineno})") from error
+        raise ValueError(f"{function.label()}: {what} ({Path(last.filename).name}:{last.lineno})") from error
 
 
-def open_own(own: OwnData, folder: str) -> OwnDocuments | OwnStream:
+def open_own(function: DataFunction, folder: str) -> OwnDocuments | OwnStream:
     """Call the function, and look at what it gives.
 
     Errors: what is neither of the two, or has no documents; documents of another type or of two types; a stream whose
     state leads to another place, or can't be saved.
     """
-    data = call(own)
-    return (_read_through if _kind_of(own, data) == "documents" else _look_at_stream)(own, data, folder)
+    data = call(function)
+    return (_read_through if _kind_of(function, data) == "documents" else _look_at_stream)(function, data, folder)
 
 
-def check_own(own: OwnData) -> None:
+def check_own(function: DataFunction) -> None:
     """Call the function, and see that it gives one of the two; ValueError where it doesn't."""
-    _kind_of(own, call(own))
+    _kind_of(function, call(function))
 
 
-def _kind_of(own: OwnData, data: Any) -> str:
+def _kind_of(function: DataFunction, data: Any) -> str:
     """Tell documents by their index from a stream."""
     if _is_indexed(data):
         return "documents"
     if all(callable(getattr(data, name, None)) for name in ("__iter__", "state_dict", "load_state_dict")):
         return "stream"
     raise ValueError(
-        f"{own.label()}: gives a {type(data).__name__}, which has neither documents by index (len and [i]) nor is it a "
-        "stream with a state (iterable, state_dict, load_state_dict)"
+        f"{function.label()}: gives a {type(data).__name__}, which has neither documents by index (len and [i]) nor is "
+        "it a stream with a state (iterable, state_dict, load_state_dict)"
     )
 
 
@@ -190,19 +190,19 @@ def _is_indexed(data: Any) -> bool:
     return has_index and not isinstance(data, (str, bytes, Mapping))
 
 
-def as_document(own: OwnData, number: int, row: Any) -> Document | None:
+def as_document(function: DataFunction, number: int, row: Any) -> Document | None:
     """Return the text or the ids (n,), int64, of what a function gave as a document; None for null."""
     # One error for what is no document, and for a row without one.
     value = row.get("text", row) if isinstance(row, Mapping) else row
     if value is None or isinstance(value, str):
         if value is not None and not _is_unicode(value):
-            raise ValueError(f"{own.label()}: document {number} holds half a surrogate pair, not Unicode text")
+            raise ValueError(f"{function.label()}: document {number} holds half a surrogate pair, not Unicode text")
         return value
     ids = None if isinstance(value, (bytes, Mapping)) else _as_ids(value)
     if ids is None:
         what = f"row of {', '.join(map(str, value))}" if isinstance(value, Mapping) else type(value).__name__
         raise ValueError(
-            f"{own.label()}: document {number} is a {what}: it must be a str, token ids (a list or an array of "
+            f"{function.label()}: document {number} is a {what}: it must be a str, token ids (a list or an array of "
             "integers in one dimension), or a row with a str under text"
         )
     return ids
@@ -226,10 +226,12 @@ def _as_ids(value: Any) -> np.ndarray | None:
     return ids.astype(np.int64)
 
 
-def _of_one_kind(own: OwnData, number: int, document: Document, are_ids: bool) -> Document:
+def _of_one_kind(function: DataFunction, number: int, document: Document, are_ids: bool) -> Document:
     if isinstance(document, str) == are_ids:
         kinds = ("token ids", "text") if are_ids else ("text", "token ids")
-        raise ValueError(f"{own.label()}: document {number} is {kinds[1]}, and those before it {kinds[0]}: give one")
+        raise ValueError(
+            f"{function.label()}: document {number} is {kinds[1]}, and those before it {kinds[0]}: give one"
+        )
     return document
 
 
@@ -249,31 +251,31 @@ def check_ids(ids: np.ndarray, vocab_size: int, what: str) -> np.ndarray:
     return ids
 
 
-def _rows(own: OwnData, data: Any, numbers: Iterable[int]) -> Iterator[tuple[int, Document | None]]:
+def _rows(function: DataFunction, data: Any, numbers: Iterable[int]) -> Iterator[tuple[int, Document | None]]:
     """Yield the documents of some indices, with these; None for null."""
     for number in numbers:
-        with blamed(own):
+        with blamed(function):
             row = data[number]
-        yield number, as_document(own, number, row)
+        yield number, as_document(function, number, row)
 
 
-def _guarded(own: OwnData, stream: Any) -> Iterator[Document | None]:
+def _guarded(function: DataFunction, stream: Any) -> Iterator[Document | None]:
     """Yield the documents of a stream; a fault in it is one line."""
-    with blamed(own):
+    with blamed(function):
         rows = iter(stream)
     for number in itertools.count():
-        with blamed(own):
+        with blamed(function):
             row = next(rows, rows)  # itself stands for the end
         if row is rows:
             return
-        yield as_document(own, number, row)
+        yield as_document(function, number, row)
 
 
-def _file_hash(own: OwnData) -> str:
+def _file_hash(function: DataFunction) -> str:
     """The hash of the file that the function is in; of none where it has none that can be read."""
-    function = find_component({}, own.name, "configuration", own.key)
+    builder = find_component({}, function.name, "configuration", function.key)
     try:
-        path = inspect.getsourcefile(inspect.unwrap(function))
+        path = inspect.getsourcefile(inspect.unwrap(builder))
         content = Path(path).read_bytes() if path else b""
     except (OSError, TypeError):
         content = b""
@@ -293,12 +295,12 @@ class _Hash:
         self.size += len(data)
 
 
-def _read_through(own: OwnData, data: Any, folder: str) -> OwnDocuments:
+def _read_through(function: DataFunction, data: Any, folder: str) -> OwnDocuments:
     """Read all documents and hash them in chunks; or find what an earlier start has found."""
-    with blamed(own):
+    with blamed(function):
         count = len(data)
     seen, sample = [], _Hash()
-    for _, document in _rows(own, data, range(0, count, max(1, count // SAMPLE))):
+    for _, document in _rows(function, data, range(0, count, max(1, count // SAMPLE))):
         seen.append(document)
         sample.add(document)
     are_ids = any(isinstance(document, np.ndarray) for document in seen)
@@ -306,27 +308,29 @@ def _read_through(own: OwnData, data: Any, folder: str) -> OwnDocuments:
     # Only who says that nothing has changed can spare the reading.
     memo = None
     if (given := getattr(data, "fingerprint", None)) is not None:
-        name = digest([own.name, own.arguments, str(given), count, sample.content.hexdigest(), _file_hash(own)])
+        name = digest(
+            [function.name, function.arguments, str(given), count, sample.content.hexdigest(), _file_hash(function)]
+        )
         memo = Path(folder) / f"own-{name}.json"
         with storage_errors(folder), made_anew():
             if (known := read_sealed(memo)) is not None:
-                return OwnDocuments(own, known["are_ids"], tuple(Chunk(*chunk) for chunk in known["chunks"]))
+                return OwnDocuments(function, known["are_ids"], tuple(Chunk(*chunk) for chunk in known["chunks"]))
 
     # Shards of the cache are made of chunks, so that each can be read by itself.
-    log.info("reading %d documents of %s to know whether they have changed", count, own.label())
+    log.info("reading %d documents of %s to know whether they have changed", count, function.label())
     chunks, start, content = [], 0, _Hash()
-    for number, document in _rows(own, data, range(count)):
-        content.add(document if document is None else _of_one_kind(own, number, document, are_ids))
+    for number, document in _rows(function, data, range(count)):
+        content.add(document if document is None else _of_one_kind(function, number, document, are_ids))
         if content.size >= MIN_SHARD or number == count - 1:
             chunks.append(Chunk(start, number + 1, content.size, content.content.hexdigest()))
             start, content = number + 1, _Hash()
     if not any(chunk.size for chunk in chunks):
-        raise ValueError(f"{own.label()}: no documents: it has {count}, and none with a text")
+        raise ValueError(f"{function.label()}: no documents: it has {count}, and none with a text")
     if memo is not None:
         with storage_errors(folder):
             memo.parent.mkdir(parents=True, exist_ok=True)
             write_sealed(memo, {"are_ids": are_ids, "chunks": chunks})
-    return OwnDocuments(own, are_ids, tuple(chunks))
+    return OwnDocuments(function, are_ids, tuple(chunks))
 
 
 # Opened once in a worker, which reads chunk after chunk.
@@ -335,19 +339,21 @@ _opened = lru_cache(maxsize=4)(call)
 
 def read_documents(piece: Piece) -> Iterator[Document | None]:
     """Yield the documents of a chunk; ValueError where they are others than those that were hashed."""
-    own, content = piece.own, _Hash()
-    for _, document in _rows(own, _opened(own), range(piece.start, piece.stop)):
+    function, content = piece.function, _Hash()
+    for _, document in _rows(function, _opened(function), range(piece.start, piece.stop)):
         content.add(document)
         yield document
     if content.content.hexdigest() != piece.hash:
         raise ValueError(
-            f"{own.label()}: documents {piece.start} to {piece.stop - 1} are others than when they were read before: "
-            "it must give the same ones each time"
+            f"{function.label()}: documents {piece.start} to {piece.stop - 1} are others than when they were read "
+            "before: it must give the same ones each time"
         )
 
 
 def _pieces(data: OwnDocuments) -> list[Piece]:
-    return [Piece(data.own.name, "own", *chunk[:3], own=data.own, hash=chunk.hash) for chunk in data.chunks]
+    return [
+        Piece(data.function.name, "own", *chunk[:3], function=data.function, hash=chunk.hash) for chunk in data.chunks
+    ]
 
 
 def own_corpus(data: OwnDocuments, held_out: list[str], fraction: float, folder: str) -> Corpus:
@@ -362,11 +368,15 @@ def own_token_file(data: OwnDocuments, folder: str) -> str:
     """Return the path of a .bin, with its .idx, of the ids of documents; it is written now unless it is there."""
     name = str(Path(folder) / f"own-{data.fingerprint()}")
     _opened.cache_clear()  # the function may have been changed in this process
-    return write_token_file(name, lambda: itertools.chain.from_iterable(map(read_documents, _pieces(data))), folder)
+    chunks = partial(map, read_documents, _pieces(data))
+    return write_token_file(name, lambda: itertools.chain.from_iterable(chunks()), folder, data.function.label())
 
 
-def write_token_file(name: str, documents: Callable[[], Iterator[Document | None]], folder: str) -> str:
-    """Write documents of ids to NAME.bin and NAME.idx, unless they are there, and return the path of the .bin."""
+def write_token_file(name: str, documents: Callable[[], Iterator[Document | None]], folder: str, what: str) -> str:
+    """Write documents of ids to NAME.bin and NAME.idx, unless they are there, and return the path of the .bin.
+
+    Errors begin with `what`.
+    """
     path, index = f"{name}.bin", f"{name}.idx"
     with storage_errors(folder), contextlib.ExitStack() as held:
         if is_usable(path) and is_usable(index):
@@ -378,7 +388,7 @@ def write_token_file(name: str, documents: Callable[[], Iterator[Document | None
         with new_checked_file(path) as file:
             for document in documents():
                 if document is not None and len(document):
-                    ids = check_ids(np.asarray(document), 2**31, name)
+                    ids = check_ids(np.asarray(document), 2**31, what)
                     file.write(ids.astype("<i4").tobytes())
                     lengths.append(len(ids))
         with new_checked_file(index) as file:
@@ -386,42 +396,42 @@ def write_token_file(name: str, documents: Callable[[], Iterator[Document | None
     return path
 
 
-def _look_at_stream(own: OwnData, stream: Any, _: str) -> OwnStream:
+def _look_at_stream(function: DataFunction, stream: Any, _: str) -> OwnStream:
     """Read the first documents of a stream, and go on in another one from the state in the middle of them."""
-    documents, state, sample = _guarded(own, stream), None, _Hash()
+    documents, state, sample = _guarded(function, stream), None, _Hash()
     first = [*itertools.islice(documents, SAMPLE // 2)]
-    with blamed(own):
+    with blamed(function):
         state = stream.state_dict()
-    state = plain_state(own, state)
+    state = plain_state(function, state)
     rest = [*itertools.islice(documents, SAMPLE // 2)]
     for document in (*first, *rest):
         sample.add(document)
     if not sample.size:
-        raise ValueError(f"{own.label()}: no documents: the stream has none with a text among its first {SAMPLE}")
+        raise ValueError(f"{function.label()}: no documents: the stream has none with a text among its first {SAMPLE}")
     are_ids = any(isinstance(document, np.ndarray) for document in first)
 
     # A state that is a document behind, or is forgotten, would train on some text twice or never, and nobody would see.
-    again = call(own)
-    with blamed(own):
+    again = call(function)
+    with blamed(function):
         again.load_state_dict(state)
     for number, (one, other) in enumerate(
-        itertools.zip_longest(rest, itertools.islice(_guarded(own, again), len(rest)))
+        itertools.zip_longest(rest, itertools.islice(_guarded(function, again), len(rest)))
     ):
         if _content(one) != _content(other):
             raise ValueError(
-                f"{own.label()}: its state does not lead back to where it was taken: after {len(first)} documents and "
-                f"load_state_dict(state_dict()), document {number} from there is another one"
+                f"{function.label()}: its state does not lead back to where it was taken: after {len(first)} documents "
+                f"and load_state_dict(state_dict()), document {number} from there is another one"
             )
     given = getattr(stream, "fingerprint", None)
-    fingerprint = digest([own.name, own.arguments, None if given is None else str(given)])
-    return OwnStream(own, are_ids, fingerprint, sample.content.hexdigest(), _file_hash(own))
+    fingerprint = digest([function.name, function.arguments, None if given is None else str(given)])
+    return OwnStream(function, are_ids, fingerprint, sample.content.hexdigest(), _file_hash(function))
 
 
 def _content(document: Document | None) -> object:
     return document if document is None else content_of(document)
 
 
-def plain_state(own: OwnData, state: Any) -> dict[str, Any]:
+def plain_state(function: DataFunction, state: Any) -> dict[str, Any]:
     """Return a copy of the state of a stream; ValueError where a checkpoint can't hold it."""
     problem = "a dict" if not isinstance(state, dict) else ""
     try:
@@ -429,5 +439,5 @@ def plain_state(own: OwnData, state: Any) -> dict[str, Any]:
     except (TypeError, ValueError):
         problem, copied = "a dict of numbers, strings, lists and dicts", state
     if problem:
-        raise ValueError(f"{own.label()}: state_dict() must give {problem}, gave {str(state)[:80]}")
+        raise ValueError(f"{function.label()}: state_dict() must give {problem}, gave {str(state)[:80]}")
     return copied

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 class Piece(NamedTuple):
     """A part of a file: `start` and `stop` are bytes (txt, jsonl), row groups or batches; `stop` -1: to the end.
 
-    Of a data set of one's own it is some documents of `own`, with their hash (`titan_moe.data.own`).
+    Of a data set of one's own it is some documents that `function` gives, with their hash (`titan_moe.data.own`).
     """
 
     path: str
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
     start: int = 0
     stop: int = -1
     size: int = 0
-    own: Any = None
+    function: Any = None
     hash: str = ""
 
 

@@ -258,7 +258,7 @@ def sample_stream(dataset: Stream, wanted: str, *, fraction: float, num_bytes: i
     if isinstance(dataset, OwnStream):
         log.info("%s: its %s documents are the first ones of the stream, as in %s", dataset.place, wanted, name)
         if dataset.are_ids:
-            return write_token_file(name, sample, folder)
+            return write_token_file(name, sample, folder, dataset.place)
 
     # Texts, as lines of a file that is tokenized as others are.
     path = f"{name}.jsonl"
