@@ -150,7 +150,7 @@ def qk_clip(name: str) -> tuple[Side, Side]:
         model = build(name)
         optimizer = OPTIMIZERS["adamw"](parameter_groups(model.named_parameters(), {}), lr=1e-4)
         finite = torch.ones((), dtype=torch.bool)
-        q = torch.randn(BATCH, 4, SEQ, model.head_dim)
+        q = torch.randn(BATCH, 4, SEQ, model.attention_layers()[0].head_dim)
 
         def step(tokens: Tensor) -> None:
             micro = [(tokens[:, :-1], tokens[:, 1:])]

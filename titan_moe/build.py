@@ -28,6 +28,7 @@ from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.attention import attention_heads
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
 from titan_moe.model.moe import MEASURED, WEIGHTS, InitState, Measure
+from titan_moe.model.rope import RopeScaling
 from titan_moe.model.routing import ROUTERS, ParametricRouter, force_balanced
 from titan_moe.model.routing.common import asked_for, parametric
 from titan_moe.model.transformer import Transformer
@@ -61,16 +62,22 @@ def build_model(config: Config) -> Transformer:
         num_layers=model.num_layers,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.head_dim,
         ffn_dim=model.ffn_dim,
         rope_theta=model.rope_theta,
+        partial_rotary_factor=model.partial_rotary_factor,
+        rope_scaling=rope_scaling(config),
         norm_eps=model.norm_eps,
         qk_norm=model.qk_norm,
+        attention_bias=model.attention_bias,
         tie_embeddings=model.tie_embeddings,
         init_std=model.init_std,
         num_experts=moe.num_experts,
         num_identity_experts=moe.num_identity_experts,
         expert_dim=moe.expert_dim,
         num_shared_experts=moe.num_shared_experts,
+        shared_expert_dim=moe.shared_expert_dim,
+        shared_expert_gate=moe.shared_expert_gate,
         first_dense_layers=moe.first_dense_layers,
         layer_freq=moe.layer_freq,
         expert_dropout=moe.expert_dropout,
@@ -82,6 +89,13 @@ def build_model(config: Config) -> Transformer:
         multipliers=parametrization.multipliers,
         std_of=parametrization.std_of,
     )
+
+
+def rope_scaling(config: Config) -> RopeScaling | None:
+    """The scaling of rotary positions that [model.rope_scaling.NAME] asks for."""
+    for name, table in config.model.rope_scaling.items():
+        return RopeScaling(name, **dataclasses.asdict(table))
+    return None
 
 
 def build_router(config: Config) -> ParametricRouter:

@@ -23,12 +23,14 @@ class Shapes(NamedTuple):
     num_layers: float
     num_heads: float
     num_kv_heads: float
+    head_dim: float
     ffn_dim: float
     init_std: float
     num_experts: int  # 0: a dense model
     top_k: int
     expert_dim: float
     num_shared_experts: int
+    shared_expert_dim: float
     router: str
     router_arguments: Mapping[str, Any]
     own_router: bool  # its logits come from parameters of its own, not from one matrix
@@ -101,11 +103,10 @@ def mup(
     check_base(shapes, base)
 
     # Logits, whose matrix keeps the std and the rate of the base, would grow as the numbers that they sum up.
-    head_dim, base_head_dim = shapes.dim / shapes.num_heads, base.dim / base.num_heads
     multipliers = Multipliers(
         logits=base.dim / shapes.dim,
         residual=base.num_layers / shapes.num_layers,
-        attention=math.sqrt(base_head_dim / head_dim),
+        attention=math.sqrt(base.head_dim / shapes.head_dim),
         expert_output=expert_output(shapes, base.top_k),
     )
 
@@ -122,11 +123,11 @@ PARAMETRIZATIONS: dict[str, Callable[..., Parametrization]] = {"standard": stand
 # What a parameter is, by its name.
 ROLES = {
     "embedding": r"^(tok_embeddings|output)\.weight$",
-    "norm": r"norm\.weight$",
+    "norm": r"norm\.weight$|\.attention\.w[qkv]\.bias$",  # vectors of fixed size
     "attention": r"\.attention\.w[qkvo]\.weight$",
     "up": r"\.(feed_forward|moe\.shared_experts)\.w[13]\.weight$|\.moe\.experts\.w[13]$",
     "down": r"\.(feed_forward|moe\.shared_experts)\.w2\.weight$|\.moe\.experts\.w2$",
-    "router": r"\.moe\.router\.weight$",
+    "router": r"\.moe\.(router|shared_expert_gate)\.weight$",
 }
 
 # Whose steps have AdamW's size: a sign, or a direction that is grafted onto AdamW's or made in another basis.
@@ -142,24 +143,27 @@ NORMALIZED = ("topk_softmax", "softmax_topk", "token_rounding")
 
 def base_of(shapes: Shapes, dim: int, num_layers: int, num_heads: int, ffn_dim: int, expert_dim: int) -> Shapes:
     """The base's shapes: 0 stands for as many layers, for heads as wide, and for widths in proportion to dim."""
-    head_dim = shapes.dim / shapes.num_heads
+    width = shapes.dim / shapes.num_heads  # of a head, but for a model with a head_dim of its own
     if num_heads and dim % num_heads:
         raise ValueError(f"parametrization.base_num_heads ({num_heads}) must divide parametrization.base_dim ({dim})")
-    if not num_heads and dim % head_dim:
+    if not num_heads and dim % width:
         raise ValueError(
-            f"parametrization.base_dim ({dim}) must be a multiple of model.dim / model.num_heads ({head_dim:g}), the "
+            f"parametrization.base_dim ({dim}) must be a multiple of model.dim / model.num_heads ({width:g}), the "
             "width of a head, which the base shares unless parametrization.base_num_heads is set"
         )
 
     # what the user leaves out shrinks with the width, as the models of a family do
-    heads = num_heads or dim / head_dim
+    heads = num_heads or dim / width
+    experts_width = expert_dim or shapes.expert_dim * dim / shapes.dim
     return shapes._replace(
         dim=dim,
         num_layers=num_layers or shapes.num_layers,
         num_heads=heads,
         num_kv_heads=heads * shapes.num_kv_heads / shapes.num_heads,
+        head_dim=shapes.head_dim * (dim / heads) / width,
         ffn_dim=ffn_dim or shapes.ffn_dim * dim / shapes.dim,
-        expert_dim=expert_dim or shapes.expert_dim * dim / shapes.dim,
+        expert_dim=experts_width,
+        shared_expert_dim=shapes.shared_expert_dim * experts_width / shapes.expert_dim,
     )
 
 
@@ -217,7 +221,10 @@ def ratios(name: str, shapes: Shapes, base: Shapes) -> Ratios:
     if role is None:
         raise ValueError(f"parametrization.name = 'mup' has no rule for the parameter {name}: take 'standard'")
     width = "ffn_dim" if ".feed_forward." in name else "expert_dim"  # that of shared experts is a multiple of it
-    is_ffn, is_routed = role in ("up", "down"), role == "router" or ".moe.experts." in name
+    is_ffn, is_routed = (
+        role in ("up", "down"),
+        name.endswith((".moe.router.weight", ".moe.experts.w1", ".moe.experts.w2", ".moe.experts.w3")),
+    )
     return Ratios(
         role,
         shapes.dim / base.dim,
@@ -267,12 +274,14 @@ def mup_scale(name: str, optimizer: str, settings: Mapping[str, Any], *, shapes:
 def matrix_of(name: str, role: str, shapes: Shapes) -> tuple[float, float]:
     """Rows and columns of a matrix; of stacked experts, those of one."""
     if role == "router":
-        return shapes.num_experts, shapes.dim
+        return shapes.num_experts if name.endswith(".router.weight") else 1.0, shapes.dim
     if role == "attention":
-        part = shapes.num_kv_heads / shapes.num_heads if name.endswith((".wk.weight", ".wv.weight")) else 1.0
-        return shapes.dim * part, shapes.dim
+        heads = shapes.num_kv_heads if name.endswith((".wk.weight", ".wv.weight")) else shapes.num_heads
+        inner = heads * shapes.head_dim
+        return (shapes.dim, inner) if name.endswith(".wo.weight") else (inner, shapes.dim)
     hidden = shapes.ffn_dim if ".feed_forward." in name else shapes.expert_dim
-    hidden *= shapes.num_shared_experts if ".shared_experts." in name else 1
+    if ".shared_experts." in name:
+        hidden = shapes.num_shared_experts * shapes.shared_expert_dim
     return (hidden, shapes.dim) if role == "up" else (shapes.dim, hidden)
 
 

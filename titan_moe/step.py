@@ -352,6 +352,9 @@ def clip_heads(model: Any, max_logits: Sequence[Tensor], threshold: float, finit
         for linear in scaled:
             part = local(linear.weight)
             part.copy_(part * factor_O[local_rows(linear.weight)].unsqueeze(-1))
+            if linear.bias is not None:
+                part = local(linear.bias)
+                part.copy_(part * factor_O[local_rows(linear.bias)])
     return QKClip(largest_NH, is_clipped_NH.sum())
 
 

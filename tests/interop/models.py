@@ -25,11 +25,30 @@ BASE = {
 }
 SIGMOID = {"router.name": "sigmoid", "balancer.loss_free.rate": 0.1}
 
+YARN = {"model.rope_scaling.yarn.factor": 4.0, "model.rope_scaling.yarn.original_seq_len": 16}
+
 # name -> (architecture, what differs from BASE)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("llama", {"moe.num_experts": 0}),
     "dense qk-norm tied": ("qwen3", {"moe.num_experts": 0, "model.qk_norm": True, "model.tie_embeddings": True}),
+    "dense biases": ("qwen2", {"moe.num_experts": 0, "model.attention_bias": True, "model.head_dim": 16}),
+    "dense llama3": (
+        "llama",
+        {
+            **{"moe.num_experts": 0, "model.rope_scaling.llama3.factor": 8.0},
+            **{"model.rope_scaling.llama3.original_seq_len": 16, "model.rope_scaling.llama3.low_freq_factor": 0.5},
+        },
+    ),
     "topk_softmax": ("mixtral", {}),
+    "topk_softmax yarn": ("mixtral", {**YARN, "model.rope_scaling.yarn.attention_factor": 1.3, "model.head_dim": 12}),
+    "topk_softmax linear": ("qwen3_moe", {"model.rope_scaling.linear.factor": 2.0, "model.qk_norm": "head"}),
+    "topk_softmax gate": (
+        "qwen2_moe",
+        {"moe.num_shared_experts": 2, "moe.shared_expert_dim": 40, "moe.shared_expert_gate": True},
+    ),
+    "topk_softmax biases": ("qwen2_moe", {"model.attention_bias": True, "moe.first_dense_layers": 1}),
+    "softmax_topk full": ("olmoe", {"model.qk_norm": "full", "router.name": "softmax_topk", "moe.top_k": 3}),
+    "topk_softmax full": ("olmoe", {"model.qk_norm": "full", **YARN}),
     "topk_softmax tied": (
         "mixtral",
         {"model.tie_embeddings": True, "model.num_kv_heads": 0, "router.temperature": 2.0},
@@ -48,6 +67,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "sigmoid tied": ("glm4_moe", {**SIGMOID, "model.tie_embeddings": True, "moe.first_dense_layers": 1}),
     "sigmoid plain": ("glm4_moe", {"router.name": "sigmoid", "router.norm_topk": False, "router.score_scale": 2.5}),
     "sigmoid shared": ("glm4_moe", {**SIGMOID, "moe.num_shared_experts": 2, "model.qk_norm": True}),
+    "sigmoid rotary": (
+        "glm4_moe",
+        {
+            **{**SIGMOID, "model.partial_rotary_factor": 0.5, "model.attention_bias": True, "model.head_dim": 16},
+            **{"moe.num_shared_experts": 1, "moe.shared_expert_dim": 48},
+        },
+    ),
     "sigmoid groups": ("glm4_moe", {**SIGMOID, "router.num_groups": 4, "router.topk_groups": 2, "moe.top_k": 4}),
 }
 

@@ -10,7 +10,9 @@ import torch
 from tests.interop.models import KINDS, make_checkpoint
 from tests.unit.data.test_tokenizer import SPECIAL, word_tokenizer
 from titan_moe.checkpoint import load_model
+from titan_moe.convert.hf.architectures import architecture_of
 from titan_moe.convert.hf.convert import from_hf, to_hf
+from titan_moe.convert.hf.tensor_map import tensor_map
 from titan_moe.convert.verify import compare, hf_forward, our_forward
 from titan_moe.data.tokenizer import load_tokenizer, tokenizer_from_files
 from titan_moe.generate import generate
@@ -113,8 +115,51 @@ GLM = {
     **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1},
     **{"partial_rotary_factor": 1.0, "num_mtp_layers": 0, "routed_scaling_factor": 1.5},
 }
-# Models that transformers makes and saves by itself.
+# Models that transformers makes and saves by itself. Those called `real` have the keys of models that people download,
+# with sizes cut down; numbers that decide something, as a head's width beside hidden_size, keep their ratios.
+QWEN3_30B_A3B = {
+    **{
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 32,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    },
+    **{"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "num_key_value_heads": 1},
+    **{"rms_norm_eps": 1e-6, "rope_theta": 1e6, "router_aux_loss_coef": 0.001, "use_sliding_window": False},
+    **{"max_window_layers": 48, "sliding_window": None, "tie_word_embeddings": False},
+}
+QWEN15_MOE_A27B = {
+    **{"decoder_sparse_step": 1, "max_window_layers": 21, "moe_intermediate_size": 24, "norm_topk_prob": False},
+    **{"num_experts": 6, "num_experts_per_tok": 4, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e6},
+    **{"shared_expert_intermediate_size": 96, "sliding_window": 32768, "use_sliding_window": False},
+}
+OLMOE_1B_7B = {
+    **{"clip_qkv": None, "norm_topk_prob": False, "num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4},
+    **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None, "tie_word_embeddings": False},
+    **{"router_aux_loss_coef": 0.01, "attention_bias": False},
+}
+GLM_45 = {
+    **{"attention_bias": True, "first_k_dense_replace": 1, "head_dim": 16, "moe_intermediate_size": 24, "n_group": 1},
+    **{"n_routed_experts": 8, "n_shared_experts": 1, "norm_topk_prob": True, "num_experts_per_tok": 3},
+    **{"num_nextn_predict_layers": 0, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    **{"routed_scaling_factor": 2.5, "topk_group": 1, "use_qk_norm": True, "rope_scaling": None},
+}
+LLAMA_31_8B = {
+    **{"attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+    "rope_scaling": {
+        **{"factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 32},
+        "rope_type": "llama3",
+    },
+}
+QWEN25 = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False, "max_window_layers": 28}
 FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
+    "real qwen3_moe": ("Qwen3Moe", QWEN3_30B_A3B),
+    "real qwen2_moe": ("Qwen2Moe", QWEN15_MOE_A27B),
+    "real olmoe": ("Olmoe", OLMOE_1B_7B),
+    "real glm4_moe": ("Glm4Moe", GLM_45),
+    "real llama": ("Llama", LLAMA_31_8B),
+    "real qwen2": ("Qwen2", QWEN25),
     "llama": ("Llama", {"tie_word_embeddings": True, "rope_theta": 500.0}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -124,8 +169,8 @@ FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def foreign(folder: Path, kind: str, *, gate: float = 0.0, **changes: Any) -> Path:
-    """A model that transformers makes with random weights and norms, saved by itself."""
+def foreign(folder: Path, kind: str, **changes: Any) -> Path:
+    """A model that transformers makes with random weights, norms and biases, saved by itself."""
     name, own = FOREIGN[kind]
     torch.manual_seed(1)
     config = getattr(transformers, f"{name}Config")(**{**SMALL, **own, **changes})
@@ -134,10 +179,8 @@ def foreign(folder: Path, kind: str, *, gate: float = 0.0, **changes: Any) -> Pa
         for key, value in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" in key:
                 value.uniform_(0.7, 1.3)
-            elif "correction_bias" in key or key.endswith("gate.weight"):
+            elif "bias" in key or key.endswith("gate.weight"):
                 value.normal_(0.0, 0.3)
-            if "shared_expert_gate" in key:
-                value.fill_(gate)
     model.save_pretrained(folder, max_shard_size="40KB")
     return folder
 
@@ -158,21 +201,39 @@ def test_a_model_made_by_others(tmp_path: Path, kind: str) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_layer_that_predicts_further_tokens_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """GLM-4.5's files have it as a layer after the last; transformers ignores it as well."""
+    from safetensors.torch import save_file
+
+    source = foreign(tmp_path / "theirs", "real glm4_moe")
+    tensors = {"model.layers.2.eh_proj.weight": torch.ones(32, 64), "model.layers.2.enorm.weight": torch.ones(32)}
+    save_file(tensors, source / "model-further.safetensors")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(tensors, "model-further.safetensors")
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"no place for: model\.layers\.2\."):
+        from_hf(source, tmp_path / "run", verify=False)
+    values = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**values, "num_nextn_predict_layers": 1}))
+    from_hf(source, tmp_path / "run")
+    assert "left out: 1 layers after the last, which predict the tokens after the next" in caplog.text
+    assert load_model(tmp_path / "run")[1].model.num_layers == 2
+
+
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mixtral", {"sliding_window": 16}, "sliding_window = 16 cannot be represented"),
-    ("llama", {"attention_bias": True}, "attention_bias = True cannot be represented"),
+    ("llama", {"attention_bias": True}, "attention_bias = True cannot be represented: of qwen2"),
     ("llama", {"mlp_bias": True}, "mlp_bias = True cannot"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act = 'gelu' cannot"),
     (
         "llama",
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-        "rope scaling = 'linear'",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        "rope scaling = 'dynamic' cannot be represented: linear, llama3, yarn can be",
     ),
-    ("llama", {"head_dim": 16}, "head_dim = 16 cannot be represented: it is hidden_size / num_attention_heads (8)"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 cannot be represented"),
+    ("real olmoe", {"clip_qkv": 8.0}, "clip_qkv = 8.0 cannot"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "use_sliding_window = True"),
-    ("glm4_moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 cannot"),
-    ("qwen2_moe", {"gate": 0.1}, "shared_expert_gate.weight is not 0"),
-    ("qwen2_moe", {"shared_expert_intermediate_size": 40}, "shared_expert_intermediate_size = 40 cannot"),
+    ("qwen3", {"attention_bias": True}, "attention_bias = True cannot"),
     ("qwen3_moe", {"num_hidden_layers": 5, "decoder_sparse_step": 1, "mlp_only_layers": [1]}, "experts would be in"),
     ("mixtral", {"intermediate_size": 20}, "moe.expert_dim (20) must be a multiple of 8"),
 ]
@@ -201,7 +262,7 @@ def test_other_architectures_and_broken_folders(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
 
     for changes, message in (
-        ({"model_type": "gpt2"}, "model_type = 'gpt2' cannot be read; llama, qwen3, mixtral"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' cannot be read; llama, qwen2, qwen3, mixtral"),
         ({"hidden_size": None}, "config.json lacks hidden_size"),
         ({"intermediate_size": 56}, "config.json makes it (4, 56, 32)"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight"),
@@ -234,43 +295,39 @@ def test_other_architectures_and_broken_folders(tmp_path: Path) -> None:
     refuse("pytorch_model.bin is of another format")
 
 
-def test_gradients_of_a_mixtral_step(tmp_path: Path) -> None:
-    """One cross-entropy backward: every parameter's gradient as in transformers' Mixtral, to 1e-4."""
-    step = make_checkpoint(tmp_path / "run")
-    to_hf(step, tmp_path / "hf", verify=False)
-    (model, _), theirs = load_model(step), open_hf(tmp_path / "hf")
-    tokens = torch.randint(0, 257, (2, 33), generator=torch.Generator().manual_seed(3))
+def gradient_of(name: str, theirs: Any) -> torch.Tensor:
+    """The gradient of a tensor of the files; transformers has the experts of a layer in one parameter."""
+    grads = {key: parameter.grad for key, parameter in theirs.named_parameters()}
+    name = name.replace("block_sparse_moe", "mlp")
+    if ".experts." not in name:
+        return grads[name]
+    block, _, rest = name.partition(".experts.")
+    expert, matrix, _ = rest.split(".")
+    if matrix in ("down_proj", "w2"):
+        return grads[f"{block}.experts.down_proj"][int(expert)]
+    gate, up = grads[f"{block}.experts.gate_up_proj"][int(expert)].chunk(2)
+    return gate if matrix in ("gate_proj", "w1") else up
+
+
+@pytest.mark.parametrize("kind", ["mixtral", *(kind for kind in FOREIGN if kind.startswith("real "))])
+def test_gradients_of_a_step(tmp_path: Path, kind: str) -> None:
+    """One cross-entropy backward: every parameter's gradient as in transformers, to 1e-4."""
+    source = foreign(tmp_path / "theirs", kind)
+    from_hf(source, tmp_path / "run", verify=False)
+    (model, config), theirs = load_model(tmp_path / "run"), open_hf(source)
+    tokens = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(3))
     labels = tokens[:, 1:].flatten()
     torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0].flatten(0, 1), labels).backward()
     torch.nn.functional.cross_entropy(theirs(tokens[:, :-1]).logits.flatten(0, 1), labels).backward()
-    grads = {name: p.grad for name, p in theirs.named_parameters()}
-    compared = 0
+
+    table = tensor_map(config, architecture_of(config), has_bias=bool(model.expert_biases()))
+    pairs = {pair.ours: pair for pair in table.pairs}
     for name, parameter in model.named_parameters():
-        if ".experts." in name:
-            layer = name.split(".")[1]
-            fused = grads[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
-            down = grads[f"model.layers.{layer}.mlp.experts.down_proj"]
-            expected = {"w1": fused[:, :24], "w3": fused[:, 24:], "w2": down}[name[-2:]]
-        else:
-            expected = grads[renamed(name)]
-        assert parameter.grad is not None
-        assert expected.abs().max() > 1e-4
-        torch.testing.assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-4)
-        compared += 1
-    assert compared == len(list(model.parameters()))
-
-
-def renamed(name: str) -> str:
-    parts = {
-        **{"tok_embeddings": "model.embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm"},
-        **{"ffn_norm": "post_attention_layernorm", "moe.router": "mlp.gate", "attention.w": "self_attn.w"},
-        **{"wq": "q_proj", "wk": "k_proj", "wv": "v_proj", "wo": "o_proj"},
-    }
-    if name.startswith("norm"):
-        return f"model.{name}"
-    for ours, theirs in parts.items():
-        name = name.replace(ours, theirs)
-    return f"model.{name}" if name.startswith("layers") else name
+        assert parameter.grad is not None, name
+        expected = [gradient_of(other, theirs) for other in pairs[name].theirs]
+        whole = torch.stack(expected) if pairs[name].by_row else expected[0]
+        assert whole.abs().max() > 1e-5, name
+        torch.testing.assert_close(parameter.grad, whole, atol=1e-4, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -24,7 +24,16 @@ from titan_moe.convert.megatron.convert import from_megatron, to_megatron, trans
 needs_megatron = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed (the interop extra has it)"
 )
-WITHOUT = ("sigmoid plain",)  # Megatron normalises sigmoid scores whenever top_k > 1
+WITHOUT = {  # and what is said of it
+    "sigmoid plain": "norm_topk = False",  # Megatron normalises sigmoid scores whenever top_k > 1
+    "dense llama3": "model.rope_scaling = llama3 can't be converted",
+    "topk_softmax yarn": "model.rope_scaling = yarn can't be converted",
+    "topk_softmax linear": "model.rope_scaling = linear can't be converted",
+    "topk_softmax gate": "moe.shared_expert_gate = true can't be converted",
+    "softmax_topk full": "model.qk_norm = full can't be converted",
+    "topk_softmax full": "model.qk_norm = full can't be converted",
+    "sigmoid rotary": "model.partial_rotary_factor = 0.5 can't be converted",
+}
 EXPORTED = {name: changes for name, (_, changes) in KINDS.items() if name not in WITHOUT}
 LOADED = [
     ("dense qk-norm tied", "local"),
@@ -33,7 +42,15 @@ LOADED = [
     ("sigmoid shared", "local"),
     ("sigmoid groups", "te"),
     ("sigmoid tied", "te"),
+    ("topk_softmax biases", "te"),
+    ("dense biases", "local"),
 ]
+
+
+@pytest.mark.parametrize("kind", WITHOUT)
+def test_what_megatron_computes_otherwise_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=WITHOUT[kind]):
+        transformer_config(configure(**KINDS[kind][1]))
 
 
 def megatron_saves(configs: dict[Path, Any]) -> dict[Path, torch.Tensor]:

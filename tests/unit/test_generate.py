@@ -23,7 +23,11 @@ def make_model(changes: dict[str, Any]) -> Transformer:
     return fill(model)
 
 
-@pytest.mark.parametrize("kind", ["dense qk-norm tied", "topk_softmax some layers", "sigmoid shared", "switch"])
+CACHED = ["dense qk-norm tied", "topk_softmax some layers", "sigmoid shared", "switch", "topk_softmax gate"]
+CACHED += ["dense biases", "dense llama3", "topk_softmax yarn", "softmax_topk full", "sigmoid rotary"]
+
+
+@pytest.mark.parametrize("kind", CACHED)
 def test_logits_of_a_cache_are_those_of_the_whole(kind: str) -> None:
     """Sequences of other lengths, extended by several tokens and by one."""
     model = make_model(KINDS[kind][1])

@@ -63,8 +63,8 @@ def logits_by_hand(model: Any, tokens: Tensor) -> list[Tensor]:
     for hook in hooks:
         hook.remove()
 
-    S, C = tokens.shape[1], model.head_dim
-    angle = torch.outer(torch.arange(S).double(), model.rope_theta ** (-torch.arange(0, C, 2).double() / C))
+    S, C = tokens.shape[1], model.attention_layers()[0].head_dim
+    angle = torch.outer(torch.arange(S).double(), model.rotation.theta ** (-torch.arange(0, C, 2).double() / C))
     turn = torch.polar(torch.ones_like(angle), angle)  # (S, C / 2): channels i and i + C / 2 as one complex number
 
     def turned(x: Tensor, weight: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def test_the_clip_is_that_of_the_paper(num_kv_heads: int) -> None:
     assert step(plain, adamw(plain), 0.0).qk_clip is None
     output = step(clipped, adamw(clipped), threshold)
 
-    C, count = plain.head_dim, 0
+    C, count = plain.attention_layers()[0].head_dim, 0
     for attention, largest_of_head in zip(plain.attention_layers(), largest.tolist(), strict=True):
         for h, logit in enumerate(largest_of_head):
             rows = slice(h * C, (h + 1) * C)
@@ -221,7 +221,7 @@ def test_weights_in_bf16_are_rounded_once() -> None:
     output = step(model, still(model), 1.0)
     assert output.qk_clip is not None
     assert output.qk_clip.clipped_heads == 12
-    root = (1.0 / output.qk_clip.max_logits).sqrt().repeat_interleave(model.head_dim, 1)
+    root = (1.0 / output.qk_clip.max_logits).sqrt().repeat_interleave(model.attention_layers()[0].head_dim, 1)
     for attention, weight, factor in zip(model.attention_layers(), before, root, strict=True):
         assert torch.equal(attention.wq.weight, (weight.float() * factor.unsqueeze(-1)).to(torch.bfloat16))
 
@@ -328,8 +328,8 @@ def test_metrics_have_the_largest_of_all_layers() -> None:
         (["--model.qk_norm=true"], ""),
         (
             ["--training.qk_clip=100", "--model.qk_norm=true"],
-            r"^training\.qk_clip = 100 scales wq and wk, which model\.qk_norm = true undoes .*: set training\.qk_clip "
-            r"to 0, or model\.qk_norm to false$",
+            r"^training\.qk_clip = 100 scales wq and wk, which model\.qk_norm = 'head' undoes .*: set "
+            r"training\.qk_clip to 0, or model\.qk_norm to 'none'$",
         ),
     ],
 )

@@ -1,11 +1,13 @@
 """What must hold between keys, checked before any process group or data exists, and what to tell of sound ones."""
 
+import dataclasses
+
 import torch
 
 from titan_moe.balancer import BALANCERS, SEEN
 from titan_moe.config.schema import find_component
 from titan_moe.config.sections import BalancerTable, Config, Data, balancer_tables
-from titan_moe.model.attention import check_attention
+from titan_moe.model.attention import checked_head_dim
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS, Places
 from titan_moe.model.routing.common import OFFERED, asked_for, parametric
@@ -22,7 +24,9 @@ def check_config(config: Config) -> None:
     # Sizes first: a router is tried on small tensors further down, and even these grow with moe.num_experts.
     _check_size(config)
     model = config.model
-    check_attention(model.dim, model.num_heads, model.num_kv_heads or model.num_heads)
+    num_kv_heads = model.num_kv_heads or model.num_heads
+    checked_head_dim(model.dim, model.num_heads, num_kv_heads, model.head_dim, model.partial_rotary_factor)
+    _check_rope_scaling(config)
     if config.moe.num_experts:
         _check_experts(config)
         check_combinations(config)
@@ -47,10 +51,14 @@ def _check_size(config: Config) -> None:
     sizes = {
         "model.vocab_size x model.dim": model.vocab_size * model.dim,
         "model.dim x model.dim": model.dim**2,
+        "model.dim x model.num_heads x model.head_dim": model.dim * model.num_heads * model.head_dim,
         "model.dim x model.ffn_dim": model.dim * model.ffn_dim,
         "moe.num_experts x model.dim x moe.expert_dim": moe.num_experts * model.dim * moe.expert_dim,
         "moe.num_identity_experts x model.dim": moe.num_identity_experts * model.dim,
         "moe.num_shared_experts x model.dim x moe.expert_dim": moe.num_shared_experts * model.dim * moe.expert_dim,
+        "moe.num_shared_experts x model.dim x moe.shared_expert_dim": (
+            moe.num_shared_experts * model.dim * moe.shared_expert_dim
+        ),
     }
     if training.local_batch_size > 0:  # -1 follows from the number of ranks, which is not known yet
         sizes["training.local_batch_size x training.seq_len x model.dim"] = (
@@ -61,6 +69,34 @@ def _check_size(config: Config) -> None:
     keys, size = max(sizes.items(), key=lambda item: item[1])
     if size > LARGEST:
         raise ValueError(f"a tensor would have {keys} = {size:.3g} elements: no machine holds that, lower these keys")
+
+
+SCALING_KEYS = {  # of [model.rope_scaling.NAME], those that NAME goes by
+    "linear": ("factor",),
+    "llama3": ("factor", "original_seq_len", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_seq_len", "beta_fast", "beta_slow", "attention_factor", "truncate"),
+}
+
+
+def _check_rope_scaling(config: Config) -> None:
+    """Refuse a scaling that there is not, two of them, and keys that the one does not look at."""
+    tables = config.model.rope_scaling
+    if len(tables) > 1:
+        raise ValueError(f"model.rope_scaling has {' and '.join(tables)}: leave one, and set others to false")
+    for name, table in tables.items():
+        key = f"model.rope_scaling.{name}"
+        if name not in SCALING_KEYS:
+            raise ValueError(f"{key}: unknown scaling (valid: {', '.join(SCALING_KEYS)})")
+        for field in dataclasses.fields(table):
+            if field.name not in SCALING_KEYS[name] and getattr(table, field.name) != field.default:
+                valid = ", ".join(SCALING_KEYS[name])
+                raise ValueError(f"{key}.{field.name} has no use: {name} goes by {valid}")
+
+        # What lies between two ends has to have some room.
+        for lower, upper in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            low, high = getattr(table, lower), getattr(table, upper)
+            if low >= high:
+                raise ValueError(f"{key}.{lower} ({low:g}) must be below {upper} ({high:g})")
 
 
 def _check_dense(config: Config) -> None:
@@ -88,7 +124,7 @@ def _check_dense(config: Config) -> None:
             "quantize.converters has quantize.grouped_mm.float8, which needs experts, but moe.num_experts is 0: "
             "leave it out"
         )
-    for key in ("num_identity_experts", "expert_dropout"):
+    for key in ("num_identity_experts", "expert_dropout", "shared_expert_dim", "shared_expert_gate"):
         if value := getattr(moe, key):
             raise ValueError(f"moe.{key} = {value} needs experts, but moe.num_experts is 0: leave it out")
     if moe.experts_backend != "grouped_mm":
@@ -106,6 +142,9 @@ def _check_experts(config: Config) -> None:
     _check_experts_backend(config)
     _check_balance_tax(config)
     _check_identity_experts(config)
+    for key in ("shared_expert_dim", "shared_expert_gate"):
+        if (value := getattr(moe, key)) and not moe.num_shared_experts:
+            raise ValueError(f"moe.{key} = {value} needs shared experts: set moe.num_shared_experts, or leave it out")
     if moe.top_k > moe.num_experts:
         raise ValueError(f"moe.top_k ({moe.top_k}) must be at most moe.num_experts ({moe.num_experts})")
     if moe.first_dense_layers >= config.model.num_layers:
@@ -182,10 +221,10 @@ def _check_balance_tax(config: Config) -> None:
 def _check_qk_clip(config: Config) -> None:
     """Refuse QK-clip where a norm comes after the weights that it scales."""
     qk_clip = config.training.qk_clip
-    if qk_clip and config.model.qk_norm:
+    if qk_clip and config.model.qk_norm != "none":
         raise ValueError(
-            f"training.qk_clip = {qk_clip:g} scales wq and wk, which model.qk_norm = true undoes (and the norm limits "
-            "the logits itself): set training.qk_clip to 0, or model.qk_norm to false"
+            f"training.qk_clip = {qk_clip:g} scales wq and wk, which model.qk_norm = {config.model.qk_norm!r} undoes "
+            "(and the norm limits the logits itself): set training.qk_clip to 0, or model.qk_norm to 'none'"
         )
 
 
@@ -248,7 +287,8 @@ def _check_parts(config: Config) -> None:
     if not moe.num_experts or moe.first_dense_layers or moe.layer_freq > 1:
         widths["model.ffn_dim"] = model.ffn_dim
     if moe.num_experts and moe.num_shared_experts:
-        widths["moe.num_shared_experts x moe.expert_dim"] = moe.num_shared_experts * moe.expert_dim
+        key = "moe.shared_expert_dim" if moe.shared_expert_dim else "moe.expert_dim"
+        widths[f"moe.num_shared_experts x {key}"] = moe.num_shared_experts * (moe.shared_expert_dim or moe.expert_dim)
     for name, width in widths.items():
         if width % tensor:
             raise ValueError(f"parallelism.tensor_parallel_degree ({tensor}) must divide {name} ({width})")
@@ -312,12 +352,14 @@ def parametrization_of(config: Config) -> Parametrization:
         num_layers=model.num_layers,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.head_dim or model.dim // model.num_heads,
         ffn_dim=model.ffn_dim,
         init_std=model.init_std,
         num_experts=moe.num_experts,
         top_k=moe.top_k,
         expert_dim=moe.expert_dim,
         num_shared_experts=moe.num_shared_experts,
+        shared_expert_dim=moe.shared_expert_dim or moe.expert_dim,
         router=router.name,
         router_arguments=router.arguments,
         own_router=own_router,

@@ -35,8 +35,9 @@ FREE = {
 # router, which runs do change on purpose.
 ANOTHER_MODEL = (
     *(f"model.{name}" for name in ("dim", "num_layers", "num_heads", "num_kv_heads", "ffn_dim", "vocab_size")),
-    *(f"model.{name}" for name in ("qk_norm", "tie_embeddings")),
+    *(f"model.{name}" for name in ("head_dim", "qk_norm", "attention_bias", "partial_rotary_factor", "tie_embeddings")),
     *(f"moe.{name}" for name in ("num_experts", "num_identity_experts", "expert_dim", "num_shared_experts")),
+    *(f"moe.{name}" for name in ("shared_expert_dim", "shared_expert_gate")),
     "moe.first_dense_layers",
     "moe.layer_freq",
 )

@@ -29,6 +29,7 @@ from titan_moe.config.schema import (
 )
 from titan_moe.config.sections import (
     ARGUMENTS,
+    DATA_TABLES,
     GROUP_KEYS,
     KINDS,
     LOAD_LR,
@@ -213,7 +214,7 @@ def _check(path: str, tables: Tables, before: Tables) -> Table:
 
 def _annotations(path: str, tables: Tables) -> dict[str, Any]:
     """The types of the keys that a table may have: those of a section's fields, or of a builder's parameters."""
-    if (path in SECTIONS and path not in KINDS) or _has_dataset(path):
+    if (path in SECTIONS and path not in KINDS) or path.rpartition(".")[0] in NAMED_TABLES:
         arguments = {key: parameter.annotation for key, parameter in _dataset_parameters(path, tables).items()}
         return {**_fields(path), **arguments}
     annotations = {key: parameter.annotation for key, parameter in _parameters(path, tables).items()}
@@ -222,7 +223,7 @@ def _annotations(path: str, tables: Tables) -> dict[str, Any]:
 
 def _has_dataset(path: str) -> bool:
     """Whether a table says where documents come from, by its key `dataset`."""
-    return path == "data" or path.rpartition(".")[0] in NAMED_TABLES
+    return path == "data" or path.rpartition(".")[0] in DATA_TABLES
 
 
 def _fields(path: str) -> dict[str, Any]:
@@ -430,7 +431,7 @@ def to_document(config: Config) -> dict[str, Any]:
                 table.pop(name, None)
             table |= table.pop(ARGUMENTS, {})
             for key in [kind.partition(".")[2] for kind in NAMED_TABLES if kind.startswith(f"{section}.")]:
-                inner = {name: {**values.pop(ARGUMENTS), **values} for name, values in table.pop(key).items()}
+                inner = {name: {**values.pop(ARGUMENTS, {}), **values} for name, values in table.pop(key).items()}
                 table |= {key: inner} if inner else {}
         document[section] = table
 

@@ -14,7 +14,7 @@ from typing import Any
 from titan_moe.config.layers import Layer, command_line_layer, read_file
 from titan_moe.config.load import merge_layers, merge_unchecked
 from titan_moe.config.schema import key_error
-from titan_moe.config.sections import KINDS, NAMED_TABLES, REMOVED, Component, Config, Data, Optimizer
+from titan_moe.config.sections import DATA_TABLES, KINDS, NAMED_TABLES, REMOVED, Component, Config, Data, Optimizer
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 from titan_moe.runtime.command import TRUST
 
@@ -110,7 +110,7 @@ def outside_components(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def _own_data(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The tables of a configuration file whose data set is a function outside, by their dotted names."""
     tables = {"data": table.get("data")}
-    for kind in NAMED_TABLES:
+    for kind in DATA_TABLES:
         section, _, key = kind.partition(".")
         named = table[section].get(key) if isinstance(table.get(section), dict) else None
         tables |= {f"{kind}.{name}": data for name, data in named.items()} if isinstance(named, dict) else {}

@@ -54,6 +54,11 @@ def known_dataset(value: str) -> str:
 Dataset = Annotated[str, AfterValidator(known_dataset)]
 
 
+def _as_qk_norm(value: object) -> object:
+    # A flag once, for what is `head` now; `--model.qk_norm false` comes as a word.
+    return {"true": "head", "false": "none"}.get(str(value).lower(), value)
+
+
 @dataclass(frozen=True)
 class Job:
     """Where a run reads its configuration and leaves its results."""
@@ -69,6 +74,20 @@ class Job:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary positions turned less, for sequences longer than those of the training: one of linear, llama3, yarn."""
+
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False), "how many times less, where it is most"] = 1.0
+    original_seq_len: Annotated[PositiveInt, "llama3, yarn: the longest sequence of the training"] = 8192
+    low_freq_factor: Annotated[Positive, "llama3: what turns less often than this within it is scaled"] = 1.0
+    high_freq_factor: Annotated[Positive, "llama3: and what turns more often is not"] = 4.0
+    beta_fast: Annotated[Positive, "yarn: what turns more often than this within it is not scaled"] = 32.0
+    beta_slow: Annotated[Positive, "yarn: what turns less often is"] = 1.0
+    attention_factor: Annotated[NonNegative, "yarn: factor of queries and keys (0: 0.1 ln(factor) + 1)"] = 0.0
+    truncate: Annotated[bool, "yarn: the scaling begins and ends at a whole channel"] = True
+
+
+@dataclass(frozen=True)
 class Model:
     """The decoder; the defaults are the paper's Table 1."""
 
@@ -76,11 +95,23 @@ class Model:
     num_layers: Annotated[int, Field(gt=0, le=10_000), "decoder layers"] = 24
     num_heads: Annotated[PositiveInt, "attention heads; divides dim"] = 12
     num_kv_heads: Annotated[NonNegativeInt, "key and value heads; divides num_heads (0: num_heads)"] = 0
+    head_dim: Annotated[NonNegativeInt, "channels of a head (0: dim / num_heads)"] = 0
     ffn_dim: Annotated[PositiveInt, "hidden width of the dense feed-forward layers"] = 2048
     vocab_size: Annotated[NonNegativeInt, "0: the tokenizer's, padded to a multiple of 64"] = 0
     rope_theta: Annotated[Positive, "base of the rotary position frequencies"] = 10000.0
+    partial_rotary_factor: Annotated[
+        float, Field(gt=0, le=1), "the share of a head's channels that rotary positions turn"
+    ] = 1.0
+    rope_scaling: Annotated[dict[str, RopeScaling], "how positions are turned less for longer sequences"] = field(
+        default_factory=dict
+    )
     norm_eps: Annotated[Positive, "epsilon of RMSNorm"] = 1e-5
-    qk_norm: Annotated[bool, "RMSNorm on queries and keys"] = False
+    qk_norm: Annotated[
+        Literal["none", "head", "full"] | bool,
+        BeforeValidator(_as_qk_norm),
+        "RMSNorm on queries and keys: of each head, or of all heads together (true: head)",
+    ] = "none"
+    attention_bias: Annotated[bool, "queries, keys and values have a bias"] = False
     tie_embeddings: Annotated[bool, "the output head shares the embedding's weight"] = True
     init_std: Annotated[Positive, "standard deviation of the initial weights"] = 0.02
 
@@ -96,6 +127,10 @@ class Moe:
     top_k: Annotated[PositiveInt, "experts of a token"] = 2
     expert_dim: Annotated[PositiveInt, "hidden width of an expert"] = 2048
     num_shared_experts: Annotated[NonNegativeInt, "experts that every token passes, beside its top_k"] = 0
+    shared_expert_dim: Annotated[NonNegativeInt, "hidden width of a shared expert (0: expert_dim)"] = 0
+    shared_expert_gate: Annotated[bool, "what shared experts give is weighed by a learned function of the token"] = (
+        False
+    )
     first_dense_layers: Annotated[NonNegativeInt, "layers at the bottom without experts"] = 0
     layer_freq: Annotated[PositiveInt, "from there on, every layer_freq-th layer has experts (1: all)"] = 1
     expert_dropout: Annotated[Fraction, "dropout of the experts' hidden activations in training (0: none)"] = 0.0
@@ -397,11 +432,12 @@ METRIC_NAMES = (
 SECTIONS = get_type_hints(Config)
 
 # Tables of one kind within a section, [SECTION.KEY.NAME].
-NAMED_TABLES = {"data.sources": Source, "validation.sets": ValidationSet}
+NAMED_TABLES = {"model.rope_scaling": RopeScaling, "data.sources": Source, "validation.sets": ValidationSet}
 
 # What a data set of one's own is: a function outside, whose arguments are keys of the table that names it.
 OWN_DATASET = Kind({}, {}, {})
 ARGUMENTS = "arguments"  # the field that holds them
+DATA_TABLES = ("data.sources", "validation.sets")  # that may name one, as [data] may
 
 # The sections whose keys are the arguments of builders. The ranges are for builders of the registries alone: what is
 # from outside may mean something else by `momentum`.

@@ -20,7 +20,7 @@ def without_factors(config: Config) -> Config:
 def factor_of(config: Config, name: str) -> float:
     """By how much the parameter `name` of a model of `config` is to be multiplied to be one of `without_factors`."""
     multipliers = parametrization_of(config).multipliers
-    return folded(name, multipliers, tied=config.model.tie_embeddings, qk_norm=config.model.qk_norm)
+    return folded(name, multipliers, tied=config.model.tie_embeddings, qk_norm=config.model.qk_norm != "none")
 
 
 def fold_tensors(config: Config, tensors: LazyTensors) -> LazyTensors:

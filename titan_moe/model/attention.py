@@ -1,33 +1,47 @@
 """Causal self-attention with rotary positions and grouped key-value heads.
 
-Shapes: B batch, S sequence, D dim, H query heads, G key-value heads, C channels of a head (D / H).
+Shapes: B batch, S sequence, D dim, H query heads, G key-value heads, C channels of a head, R those that are rotated.
 """
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titan_moe.model.multipliers import times
+from titan_moe.model.rope import Rotation, frequencies
 from titan_moe.model.wrappers import plain_name
 
 Rope = tuple[Tensor, Tensor]
+QKNorm = Literal["none", "head", "full"]
 # q (B, H, S, C), k and v (B, G, S, C) -> (B, H, S, C), and where the last argument is true the `max_logits`
 Attend = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
 ROWS = 128  # queries whose logits `max_logits` has in memory at once
 
 
-def check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
-    """Raise ValueError for heads that do not divide the width, or each other, and for heads of an odd width."""
+def checked_head_dim(dim: int, num_heads: int, num_kv_heads: int, head_dim: int, rotary_factor: float = 1.0) -> int:
+    """Return the channels of a head: `head_dim`, or dim / num_heads where that is 0.
+
+    Raises ValueError for heads that do not divide the width, or each other, and for an odd number of channels.
+    """
     # Each head gets the same number of channels, and rotary positions turn these by pairs.
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"model.num_heads ({num_heads}) must divide model.dim ({dim})")
-    if dim // num_heads % 2:
+    if num_heads < 1 or (dim % num_heads and not head_dim):
+        raise ValueError(f"model.num_heads ({num_heads}) must divide model.dim ({dim}), or model.head_dim be set")
+    if not head_dim and dim // num_heads % 2:
         raise ValueError(
             f"model.dim / model.num_heads ({dim} / {num_heads} = {dim // num_heads}) must be even: rotary positions "
             "turn pairs of channels"
+        )
+    channels = head_dim or dim // num_heads
+    if channels % 2:
+        raise ValueError(f"model.head_dim ({head_dim}) must be even: rotary positions turn pairs of channels")
+    if (rotated := rotary_channels(channels, rotary_factor)) < 2 or rotated % 2:
+        raise ValueError(
+            f"model.partial_rotary_factor ({rotary_factor}) of {channels} channels of a head is {rotated}: it must be "
+            "an even number from 2 on, as rotary positions turn pairs of channels"
         )
 
     # A key-value head serves a fixed number of query heads.
@@ -35,6 +49,12 @@ def check_attention(dim: int, num_heads: int, num_kv_heads: int) -> None:
         raise ValueError(
             f"model.num_kv_heads ({num_kv_heads}) must divide model.num_heads ({num_heads}), or be 0 for as many"
         )
+    return channels
+
+
+def rotary_channels(head_dim: int, factor: float) -> int:
+    """How many channels of a head are rotated where a `factor` of them is: rounded down, as transformers does."""
+    return int(head_dim * factor)
 
 
 def attention_heads(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -56,22 +76,29 @@ def attention_heads(model: nn.Module) -> dict[str, tuple[int, int]]:
     return heads
 
 
-def rope_cos_sin(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Rope:
-    """cos and sin of position * theta^(-2i / head_dim), each (S, C / 2) in fp32, for positions from 0.
+def rope_cos_sin(seq_len: int, rotation: Rotation, device: torch.device) -> Rope:
+    """cos and sin of position times the `frequencies`, each (S, R / 2) in fp32, for positions from 0.
 
     Computed once per forward pass and not kept: there is no longest sequence, and no buffer to rebuild, shard or cast.
-    Source: Su et al. (2021), equation 15.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequency)  # (S, C / 2)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32, device=device), frequencies(rotation, device))
+    return times(angle.cos(), rotation.factor), times(angle.sin(), rotation.factor)  # (S, R / 2) each
 
 
 def apply_rope(x_BSHC: Tensor, rope: Rope) -> Tensor:
-    """Rotate channel i together with channel i + C / 2 (the half-split layout of Hugging Face), in fp32."""
-    cos, sin = (of_position.unsqueeze(-2) for of_position in rope)  # (S, C / 2) -> (S, 1, C / 2)
-    left, right = x_BSHC.float().chunk(2, dim=-1)  # (B, S, H, C) -> 2 x (B, S, H, C / 2)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).type_as(x_BSHC)
+    """Rotate channel i together with channel i + R / 2 (the half-split layout of Hugging Face), in fp32.
+
+    Channels from R on stay as they are.
+    """
+    cos, sin = (of_position.unsqueeze(-2) for of_position in rope)  # (S, R / 2) -> (S, 1, R / 2)
+    half = cos.shape[-1]
+    left, right, *rest = x_BSHC.float().split_with_sizes(_halves(half, x_BSHC.shape[-1]), dim=-1)
+    rotated = (left * cos - right * sin, right * cos + left * sin)  # (B, S, H, R / 2) each
+    return torch.cat((*rotated, *rest), dim=-1).type_as(x_BSHC)
+
+
+def _halves(half: int, channels: int) -> list[int]:
+    return [half, half, *([channels - 2 * half] if channels > 2 * half else [])]
 
 
 def attend_to_past(
@@ -120,26 +147,42 @@ MAX_LOGITS = torch.ops.titan_moe.max_logits.default
 
 
 class Attention(nn.Module):
-    """Softmax attention over the past; `qk_norm` puts an RMSNorm on each head's queries and keys before rotation.
+    """Softmax attention over the past.
+
+    `qk_norm` puts an RMSNorm on queries and keys before rotation: on those of each head (`head`, as Qwen3 has it; true
+    stands for it), or on all heads of a token together (`full`, as OLMoE has it). `bias` gives queries, keys and values
+    one (Qwen2).
 
     `attend` is a function that parallelism replaces, and `logits_multiplier` a factor of the attention logits beside
     1 / sqrt(head_dim), which a parametrization replaces.
     """
 
-    def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, qk_norm: bool, norm_eps: float) -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        norm_eps: float,
+        head_dim: int = 0,
+        qk_norm: QKNorm | bool = "none",
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.logits_multiplier = 1.0
-        self.head_dim = dim // num_heads
+        self.head_dim = head_dim or dim // num_heads
         self.grouped = num_kv_heads != num_heads
+        self.qk_norm: QKNorm = ("head" if qk_norm else "none") if isinstance(qk_norm, bool) else qk_norm
         self.attend: Attend = attend_to_past
 
         # A matrix for each of q, k and v, not one for all: tensor parallelism shards each by whole heads.
-        self.wq = nn.Linear(dim, num_heads * self.head_dim, bias=False)
-        self.wk = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
-        self.wv = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
-        self.wo = nn.Linear(num_heads * self.head_dim, dim, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=norm_eps) if qk_norm else None
+        width, kv_width = num_heads * self.head_dim, num_kv_heads * self.head_dim
+        self.wq = nn.Linear(dim, width, bias=bias)
+        self.wk = nn.Linear(dim, kv_width, bias=bias)
+        self.wv = nn.Linear(dim, kv_width, bias=bias)
+        self.wo = nn.Linear(width, dim, bias=False)
+        normed = {"none": (0, 0), "head": (self.head_dim, self.head_dim), "full": (width, kv_width)}[self.qk_norm]
+        self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=norm_eps) if size else None for size in normed)
 
     def forward(self, x_BSD: Tensor, rope: Rope, want_max: bool = False) -> tuple[Tensor, Tensor | None]:
         """(B, S, D) -> (B, S, D), and the `max_logits` (H,) where they are wanted."""
@@ -148,12 +191,22 @@ class Attention(nn.Module):
 
     def project(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """(B, S, D) -> queries (B, H, S, C), and keys and values (B, G, S, C); queries and keys are rotated."""
-        q_BSHC, k_BSGC, v_BSGC = (w(x_BSD).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSHC, k_BSGC = self.q_norm(q_BSHC), self.k_norm(k_BSGC)
+        # The norm of all heads comes before they are told apart, that of each after.
+        q, k, v = self.wq(x_BSD), self.wk(x_BSD), self.wv(x_BSD)
+        if self.qk_norm == "full":
+            q, k = self.norm_qk(q, k)
+        q_BSHC, k_BSGC, v_BSGC = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, v))
+        if self.qk_norm == "head":
+            q_BSHC, k_BSGC = self.norm_qk(q_BSHC, k_BSGC)
         q_BSHC = times(q_BSHC, self.logits_multiplier)
 
         # Heads go before the sequence, as attention takes them, by strides alone: in memory they stay behind it, where
         # the products before and after have them, and nothing is copied for the change, nor its gradient.
         q_BSHC, k_BSGC = apply_rope(q_BSHC, rope), apply_rope(k_BSGC, rope)
         return q_BSHC.transpose(1, 2), k_BSGC.transpose(1, 2), v_BSGC.transpose(1, 2)
+
+    def norm_qk(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the norms on queries and keys."""
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        return self.q_norm(q), self.k_norm(k)

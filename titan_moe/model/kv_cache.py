@@ -32,10 +32,11 @@ def empty_cache(model: Transformer, batch_size: int, room: int) -> Cache:
     weight = model.tok_embeddings.weight
     layers: Any = model.layers
     for layer in layers:
-        heads = layer.attention.wk.weight.shape[0] // model.head_dim
-        keys.append(weight.new_zeros(batch_size, heads, room, model.head_dim))
+        head_dim = layer.attention.head_dim
+        heads = layer.attention.wk.weight.shape[0] // head_dim
+        keys.append(weight.new_zeros(batch_size, heads, room, head_dim))
         values.append(torch.zeros_like(keys[-1]))
-    return Cache(keys, values, rope_cos_sin(room, model.head_dim, model.rope_theta, weight.device))
+    return Cache(keys, values, rope_cos_sin(room, model.rotation, weight.device))
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def extend(model: Transformer, cache: Cache, tokens_BT: Tensor, start_B: Tensor,
     # A token sees the places up to its own; those after it hold nothing of its text yet.
     T = tokens_BT.shape[1]
     position_BT = start_B.unsqueeze(1) + torch.arange(T, device=tokens_BT.device)
-    cos, sin = (angle[position_BT] for angle in cache.rope)  # (S, C / 2) -> (B, T, C / 2)
+    cos, sin = (angle[position_BT] for angle in cache.rope)  # (S, R / 2) -> (B, T, R / 2)
     places_S = torch.arange(cache.rope[0].shape[0], device=tokens_BT.device)
     visible = (places_S <= position_BT.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S)
 

@@ -230,10 +230,12 @@ def linear_router(dim: int, num_experts: int) -> nn.Module:
 class MoE(nn.Module):
     """Mixture of Experts: each token goes to the experts its router chose, and to the shared experts if there are any.
 
-    `route` and `dispatcher` are functions given from outside. The shared experts are one SwiGLU of their joint width,
-    which is the same function as their sum. `expert_bias` is an fp32 buffer (E,) that balancers write between steps,
-    and `balancer_state` holds those that they keep for themselves, made by `balancer_inits`. `measures` are taken, by
-    the names of their balancers, where gradients are recorded, and returned with the routing.
+    `route` and `dispatcher` are functions given from outside. The shared experts, each of width `shared_expert_dim` (0:
+    expert_dim), are one SwiGLU of their joint width, which is the same function as their sum; with `shared_expert_gate`
+    it is multiplied by the sigmoid of a linear function of the token (Qwen1.5-MoE). `expert_bias` is an fp32 buffer
+    (E,) that balancers write between steps, and `balancer_state` holds those that they keep for themselves, made by
+    `balancer_inits`. `measures` are taken, by the names of their balancers, where gradients are recorded, and returned
+    with the routing.
 
     The router chooses among `num_identity_experts` more, which have the last ids: their output is the token itself,
     times its weight like any other, and costs no rows. Source: LongCat-Flash (2025, arXiv 2509.01322), 2.1, its
@@ -253,6 +255,8 @@ class MoE(nn.Module):
         layer: int = 0,
         num_identity_experts: int = 0,
         num_shared_experts: int = 0,
+        shared_expert_dim: int = 0,
+        shared_expert_gate: bool = False,
         expert_dropout: float = 0.0,
         expert_bias: bool = False,
         balancer_inits: Mapping[str, InitState] | None = None,
@@ -273,7 +277,9 @@ class MoE(nn.Module):
         self.gather_experts: Callable[[Tensor], Tensor] = all_experts_here
         self.router = (router.init or linear_router)(dim, self.router_width)
         self.experts = Experts(num_experts, dim, expert_dim, expert_dropout)
-        self.shared_experts = FeedForward(dim, num_shared_experts * expert_dim) if num_shared_experts else None
+        shared_dim = num_shared_experts * (shared_expert_dim or expert_dim)
+        self.shared_experts = FeedForward(dim, shared_dim) if shared_dim else None
+        self.shared_expert_gate = nn.Linear(dim, 1, bias=False) if shared_dim and shared_expert_gate else None
         self.expert_bias: Tensor | None
         bias_E = torch.zeros(self.router_width, dtype=torch.float32) if expert_bias else None
         self.register_buffer("expert_bias", bias_E)
@@ -292,7 +298,7 @@ class MoE(nn.Module):
         x_ND, tokens_per_expert_E, permutation, state = self.dispatcher.dispatch(x_TD, routing)  # (T, D) -> (N, D)
 
         # The shared experts need no rows from elsewhere: they are computed while these travel.
-        shared_BSD = None if self.shared_experts is None else self.shared_experts(x_BSD)
+        shared_BSD = self.shared(x_BSD)
         y_ND = self.experts(self.dispatcher.receive(x_ND, state), tokens_per_expert_E)
         y_ND = self.dispatcher.send_back(y_ND, state)
         y_BSD = combine_choices(y_ND, routing, permutation, x_TD).view_as(x_BSD)  # (N, D) -> (B, S, D)
@@ -302,6 +308,13 @@ class MoE(nn.Module):
         if self.measures and torch.is_grad_enabled():
             routing = self.measured(routing, y_ND, permutation, values)
         return (y_BSD if shared_BSD is None else y_BSD + shared_BSD), routing
+
+    def shared(self, x_BSD: Tensor) -> Tensor | None:
+        """What the shared experts give, (B, S, D), or None where there are none."""
+        if self.shared_experts is None:
+            return None
+        y_BSD = self.shared_experts(x_BSD)
+        return y_BSD if self.shared_expert_gate is None else y_BSD * self.shared_expert_gate(x_BSD).sigmoid()
 
     def take(self, names: tuple[str, ...], values: Mapping[str, Any]) -> dict[str, Any]:
         """What a function asks for by name: of `values`, else of the layer.

@@ -37,7 +37,7 @@ def folded(name: str, multipliers: Multipliers, *, tied: bool, qk_norm: bool) ->
         return m.logits / m.embedding if tied else m.logits
 
     # Of each product one side takes the factor: queries, what writes to the residual stream, and the router.
-    if name.endswith(".attention.q_norm.weight" if qk_norm else ".attention.wq.weight"):
+    if name.endswith(".attention.q_norm.weight" if qk_norm else (".attention.wq.weight", ".attention.wq.bias")):
         return m.attention
     if name.endswith((".attention.wo.weight", ".feed_forward.w2.weight", ".shared_experts.w2.weight")):
         return m.residual

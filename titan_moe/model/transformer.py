@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from titan_moe.model.attention import Attention, Rope, check_attention, rope_cos_sin
+from titan_moe.model.attention import Attention, QKNorm, Rope, checked_head_dim, rope_cos_sin, rotary_channels
 from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
 from titan_moe.model.moe import FeedForward, InitState, Measure, MoE, initial_state
 from titan_moe.model.multipliers import Multipliers, times
+from titan_moe.model.rope import RopeScaling, Rotation
 from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
@@ -84,16 +85,22 @@ class Transformer(nn.Module):
         num_layers: int,
         num_heads: int,
         num_kv_heads: int | None = None,
+        head_dim: int = 0,
         ffn_dim: int = 0,
         rope_theta: float = 10000.0,
+        partial_rotary_factor: float = 1.0,
+        rope_scaling: RopeScaling | None = None,
         norm_eps: float = 1e-5,
-        qk_norm: bool = False,
+        qk_norm: QKNorm | bool = "none",
+        attention_bias: bool = False,
         tie_embeddings: bool = True,
         init_std: float = 0.02,
         num_experts: int = 0,
         num_identity_experts: int = 0,
         expert_dim: int = 0,
         num_shared_experts: int = 0,
+        shared_expert_dim: int = 0,
+        shared_expert_gate: bool = False,
         first_dense_layers: int = 0,
         layer_freq: int = 1,
         expert_dropout: float = 0.0,
@@ -106,10 +113,9 @@ class Transformer(nn.Module):
         std_of: Callable[[str], float] | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_attention(dim, num_heads, num_kv_heads)
+        head_dim = checked_head_dim(dim, num_heads, num_kv_heads or num_heads, head_dim, partial_rotary_factor)
         self.std_of = std_of or partial(standard_std, init_std=init_std, num_layers=num_layers)
-        self.head_dim, self.rope_theta = dim // num_heads, rope_theta
+        self.rotation = Rotation(rotary_channels(head_dim, partial_rotary_factor), rope_theta, rope_scaling)
 
         # What parallelism and compilation replace from outside: the model sees no mesh and no rank.
         self.rope: Callable[..., Rope] = rope_cos_sin  # local angles where a process has a part of each sequence
@@ -126,19 +132,16 @@ class Transformer(nn.Module):
             if layer not in moe_layers:
                 _check_positive("model.ffn_dim", ffn_dim, f"layer {layer} is dense")
                 return FeedForward(dim, ffn_dim)
-
-            # Grouped products want whole rows of 16 bytes, so widths are checked before experts are made of them.
-            _check_positive("moe.expert_dim", expert_dim, f"layer {layer} is a MoE layer")
-            _check_multiple_of_8("model.dim", dim)
-            _check_multiple_of_8("moe.expert_dim", expert_dim)
-            if router is None:
-                raise ValueError(f"a router must be given when num_experts ({num_experts}) is above 0")
+            _check_experts(layer, dim, expert_dim, router)
+            assert router is not None
             return MoE(
                 dim=dim,
                 num_experts=num_experts,
                 num_identity_experts=num_identity_experts,
                 expert_dim=expert_dim,
                 num_shared_experts=num_shared_experts,
+                shared_expert_dim=shared_expert_dim,
+                shared_expert_gate=shared_expert_gate,
                 expert_dropout=expert_dropout,
                 route=router,
                 layer=layer,
@@ -149,7 +152,13 @@ class Transformer(nn.Module):
 
         def attention() -> Attention:
             return Attention(
-                dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, qk_norm=qk_norm, norm_eps=norm_eps
+                dim=dim,
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads or num_heads,
+                head_dim=head_dim,
+                qk_norm=qk_norm,
+                bias=attention_bias,
+                norm_eps=norm_eps,
             )
 
         # The order of these lines is that of the parameters, in checkpoints and in the optimizer.
@@ -185,7 +194,7 @@ class Transformer(nn.Module):
         Score, without gradients; or `routings`: None, the output head is not computed. Labels of -100 do not count.
         """
         # Angles are those of all layers. They are computed here, once, and handed down.
-        rope = self.rope(tokens_BS.shape[1], self.head_dim, self.rope_theta, tokens_BS.device)
+        rope = self.rope(tokens_BS.shape[1], self.rotation, tokens_BS.device)
         places = self._places(tokens_BS) if self.asks_places else None
         x_BSD = times(self.tok_embeddings(tokens_BS), self.multipliers.embedding)  # (B, S) -> (B, S, D)
 
@@ -299,14 +308,21 @@ def moe_layer_ids(num_layers: int, num_experts: int, first_dense_layers: int, la
     return range(first_dense_layers, num_layers, layer_freq)
 
 
+def _check_experts(layer: int, dim: int, expert_dim: int, router: object) -> None:
+    """Raise ValueError for widths that experts can't have, and where nothing chooses among them."""
+    if router is None:
+        raise ValueError(f"a router must be given when num_experts is above 0: layer {layer} is a MoE layer")
+
+    # Grouped products want whole rows of 16 bytes.
+    _check_positive("moe.expert_dim", expert_dim, f"layer {layer} is a MoE layer")
+    for name, value in (("model.dim", dim), ("moe.expert_dim", expert_dim)):
+        if value % 8:
+            raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
+
+
 def _check_positive(name: str, value: int, why: str) -> None:
     if value < 1:
         raise ValueError(f"{name} ({value}) must be at least 1: {why}")
-
-
-def _check_multiple_of_8(name: str, value: int) -> None:
-    if value % 8:
-        raise ValueError(f"{name} ({value}) must be a multiple of 8: grouped matrix products want rows of 16 bytes")
 
 
 def fill(parameter: Tensor, std: float, name: str, seed: int) -> None:

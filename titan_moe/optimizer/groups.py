@@ -11,12 +11,13 @@ from torch import nn
 from titan_moe.model.wrappers import plain_name
 
 # The first pattern that a parameter's name matches decides; `dense` takes the rest (attention, dense FFNs and shared
-# experts, which every token passes). An untied output head is grouped with the embedding, whose shape and role it has.
+# experts, which every token passes). An untied output head is grouped with the embedding, whose shape and role it has,
+# the gate of the shared experts with the router, and attention's biases, vectors that don't decay, with the norms.
 GROUP_PATTERNS = {
     "expert": r"\.experts\.",
-    "router": r"\.router\.",
+    "router": r"\.(router|shared_expert_gate)\.",
     "embedding": r"^(tok_embeddings|output)\.",
-    "norm": r"norm\.",
+    "norm": r"norm\.|\.attention\.w[qkv]\.bias$",
     "dense": r"",
 }
 NO_MATRICES = ("embedding", "norm")  # groups that are updated by AdamW whatever the shape, if by a transform of ours

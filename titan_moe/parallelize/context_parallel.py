@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
 from titan_moe.model.attention import Attend, Attention, Rope, max_logits, rope_cos_sin
+from titan_moe.model.rope import Rotation
 from titan_moe.model.routing import Places
 from titan_moe.model.transformer import places_of
 from titan_moe.parallelize.mesh import Degrees
@@ -49,12 +50,12 @@ def local_rope(*, cp: DeviceMesh | None, tp: DeviceMesh | None) -> Callable[...,
     cp_rank, cp_size = (cp.get_local_rank(), cp.size()) if cp is not None else (0, 1)
     tp_size = tp.size() if tp is not None else 1
 
-    def rope(seq_len: int, head_dim: int, theta: float, device: torch.device) -> Rope:
+    def rope(seq_len: int, rotation: Rotation, device: torch.device) -> Rope:
         # Attention has the tokens of the whole tp axis, gathered, but those of this rank alone of the cp axis.
         full_seq_len = seq_len * tp_size * cp_size
         positions_S = chunk_positions(full_seq_len, cp_rank, cp_size).to(device)
-        cos, sin = rope_cos_sin(full_seq_len, head_dim, theta, device)
-        return cos[positions_S], sin[positions_S]  # (S, C / 2) each
+        cos, sin = rope_cos_sin(full_seq_len, rotation, device)
+        return cos[positions_S], sin[positions_S]  # (S, R / 2) each
 
     return rope
 

@@ -36,10 +36,11 @@ def quantize(model: Transformer, *, converters: Collection[Converter], recipe_na
 
 
 def convert_linears(model: Transformer, recipe_name: Recipe, emulate: bool) -> None:
-    """Make the linear layers of every block torchao's, but for the router's, whose weights are used in fp32."""
+    """Make the linear layers of every block torchao's, but for routers and gates, whose products are thin."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    routers = {part for layer in model.modules() if isinstance(layer, MoE) for part in layer.router.modules()}
+    layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
+    routers = {part for layer in layers for part in (*layer.router.modules(), layer.shared_expert_gate)}
 
     def is_converted(module: nn.Module, name: str) -> bool:
         if not isinstance(module, nn.Linear) or module in routers:

@@ -11,8 +11,9 @@ linear layer's input and output.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import wait_tensor
@@ -27,12 +28,30 @@ SHARDED_DIMS = {"wq": 0, "wk": 0, "wv": 0, "wo": 1, "w1": 0, "w3": 0, "w2": 1}  
 
 
 class ShardedLinear(nn.Linear):
-    """A linear layer whose weight is a DTensor sharded on one dim."""
+    """A linear layer whose weight is a DTensor sharded on one dim, and so is its bias where outputs are sharded."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply this rank's shard: (..., I) -> (..., O / P), or (..., I / P) -> its term (..., O) of a sum."""
         assert isinstance(self.weight, DTensor)
-        return F.linear(x, self.weight.to_local())
+        bias = self.bias.to_local() if isinstance(self.bias, DTensor) else None
+        return F.linear(x, self.weight.to_local(), bias)
+
+
+class ShardedRMSNorm(nn.RMSNorm):
+    """An RMSNorm over numbers of which each rank of `mesh` has a part: the weight is a DTensor, sharded alike."""
+
+    def __init__(self, norm: nn.RMSNorm, mesh: DeviceMesh) -> None:
+        super().__init__(list(norm.normalized_shape), eps=norm.eps, device="meta")
+        self.group, self.size = mesh.get_group(), mesh.size()
+        self.weight = sharded(norm.weight, mesh, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I / P) -> (..., I / P), in fp32 inside, as torch's own norm."""
+        assert isinstance(self.weight, DTensor)
+        assert self.eps is not None
+        square = x.float().square().mean(-1, keepdim=True)
+        parts = wait_tensor(all_gather_single(square.unsqueeze(0), 0, self.group))  # (..., 1) -> (P, ..., 1)
+        return x.float().mul(torch.rsqrt(parts.mean(0) + self.eps)).mul(self.weight.to_local()).type_as(x)
 
 
 def apply_tp(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -63,15 +82,28 @@ def apply_tp(model: nn.Module, mesh: DeviceMesh) -> None:
 
     for layer in model.modules():
         if isinstance(layer, Attention | FeedForward):
-            for name, linear in list(layer.named_children()):
-                if isinstance(linear, nn.Linear):
-                    layer.register_module(name, shard_linear(linear, mesh, SHARDED_DIMS[name]))
+            for name, part in list(layer.named_children()):
+                if isinstance(part, nn.Linear):
+                    layer.register_module(name, shard_linear(part, mesh, SHARDED_DIMS[name]))
+                elif isinstance(layer, Attention) and layer.qk_norm == "full":
+                    layer.register_module(name, ShardedRMSNorm(cast(nn.RMSNorm, part), mesh))
             layer.register_forward_pre_hook(gather_tokens)
             layer.register_forward_hook(finish_attention if isinstance(layer, Attention) else reduce_scatter_tokens)
 
 
 def shard_linear(linear: nn.Linear, mesh: DeviceMesh, dim: int) -> ShardedLinear:
-    """The linear layer, without bias, with its weight sharded on `dim` over `mesh`; each rank must have it whole."""
-    sharded = ShardedLinear(linear.in_features, linear.out_features, bias=False, device="meta")
-    sharded.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(dim)], src_data_rank=None))
-    return sharded
+    """The linear layer with its weight sharded on `dim` over `mesh`; each rank must have it whole.
+
+    Its bias, if it has one, is sharded with the outputs: `dim` must be 0.
+    """
+    shards = ShardedLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+    shards.weight = sharded(linear.weight, mesh, dim)
+    if linear.bias is not None:
+        assert dim == 0, "each rank has a term of the sum, and would add the bias to it"
+        shards.bias = sharded(linear.bias, mesh, 0)
+    return shards
+
+
+def sharded(parameter: Tensor, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+    """The parameter, sharded on `dim` over `mesh`."""
+    return nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(dim)], src_data_rank=None))

@@ -42,8 +42,9 @@ def test_models_of_hugging_face(tmp_path: Path, refused: Refuse) -> None:
     to_hf(make_checkpoint(tmp_path / "run"), hf, verify=False)
     good = json.loads((hf / "config.json").read_text())
     for changes, message in (
-        ({"model_type": "gpt2"}, "model_type = 'gpt2' cannot be read; llama, qwen3, mixtral"),
-        ({"model_type": "olmoe"}, "'olmoe' cannot be read: its QK-norm is over all heads together"),
+        ({"model_type": "gpt2"}, "model_type = 'gpt2' cannot be read; llama, qwen2, qwen3, mixtral"),
+        ({"model_type": "olmoe"}, "lacks model.layers.0.self_attn.q_norm.weight"),
+        ({"model_type": "deepseek_v3"}, "model_type = 'deepseek_v3' cannot be read"),
         ({"intermediate_size": 56}, "w1 is of shape (8, 24, 32), config.json makes it (8, 56, 32)"),
         ({"num_hidden_layers": 3}, "lacks model.layers.2.input_layernorm.weight"),
         ({"num_local_experts": 7}, "no place for: model.layers.0.block_sparse_moe.experts.7.w1.weight"),

@@ -121,7 +121,10 @@ def test_full_disk(tmp_path: Path, size: int) -> None:
             "moe.layer_freq = 2 has no counterpart",
         ),
         ({"router.name": "sigmoid", "router.num_groups": 4, "router.topk_groups": 2}, "top_k / topk_groups must be 2"),
-        ({"model.qk_norm": True, "moe.num_shared_experts": 1}, "model.qk_norm with moe.num_shared_experts = 1"),
+        (
+            {"model.qk_norm": True, "moe.num_shared_experts": 1},
+            "model.qk_norm = 'head' with moe.num_shared_experts = 1",
+        ),
     ],
 )
 def test_models_without_a_counterpart(changes: dict[str, Any], message: str) -> None:
@@ -162,7 +165,7 @@ def test_the_check_finds_a_wrong_conversion(tmp_path: Path) -> None:
     experts = swapped.layers[0].moe.experts
     experts.w1.data, experts.w3.data = experts.w3.data, experts.w1.data
     far = load_model(step)[0]
-    far.rope_theta = 5e5
+    far.rotation = far.rotation._replace(theta=5e5)
     other = load_model(make_checkpoint(tmp_path / "other", **{"router.name": "softmax_topk"}))[0]
     for wrong in (swapped, far, other):
         with pytest.raises(ValueError, match="check of the conversion failed: largest logit difference"):

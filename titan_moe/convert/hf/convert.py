@@ -16,9 +16,9 @@ from titan_moe.checkpoint.lazy import Lazy, LazyTensors, cast, read_lazily, stac
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, load_saved, to_toml
 from titan_moe.convert.fold import check_without_factors, fold_tensors, without_factors
-from titan_moe.convert.hf.architectures import Architecture, architecture_of, hf_config
+from titan_moe.convert.hf.architectures import Architecture, architecture_of, head_dim, hf_config, shared_width
 from titan_moe.convert.hf.card import model_card
-from titan_moe.convert.hf.read_config import arguments_of, read_json
+from titan_moe.convert.hf.read_config import arguments_of, is_further, read_json
 from titan_moe.convert.hf.safetensors import read_folder, write_shards
 from titan_moe.convert.hf.tensor_map import FP32, Pair, TensorMap, tensor_map
 from titan_moe.convert.hf.tokenizer import exported_files, imported_files
@@ -115,8 +115,9 @@ def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: S
 
     # The architecture is derived from our configuration once more, not taken from config.json: so the map is the one
     # that an export of this model would use.
-    theirs = read_folder(source)
-    config = _config_of(source, read_json(source / "config.json"), theirs, trust_components)
+    theirs, values = read_folder(source), read_json(source / "config.json")
+    theirs = {name: tensor for name, tensor in theirs.items() if not is_further(name, values)}
+    config = _config_of(source, values, theirs, trust_components)
     check_without_factors(config)
     files = {"config.toml": to_toml(config), **imported_files(source)}
     architecture = architecture_of(config)
@@ -124,6 +125,9 @@ def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: S
     table = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in shapes))
     ours = imported(table, theirs, shapes, source)
     tensors = {f"model.{name}": tensor for name, tensor in ours.items()}
+
+    if (further := values.get("num_nextn_predict_layers") or 0) > 0:
+        logger.warning("left out: %d layers after the last, which predict the tokens after the next", further)
 
     # The check is inside of the block: where it fails the checkpoint never gets its name.
     with new_checkpoint(out, 0, tensors, files=files) as step_folder:
@@ -134,11 +138,14 @@ def from_hf(source: Path, out: Path, *, verify: bool = True, trust_components: S
 
 def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_components: Sequence[str]) -> Config:
     """Our configuration: that of the run if the folder holds it, with what config.json says of the model."""
-    # Shared experts whose output is 0 stand for none: an export adds one where the architecture demands it.
+    # An export adds what the architecture demands and ours has not, as zeros: they stand for none.
     arguments = arguments_of(source, values)
-    shared = [name for name in theirs if ".mlp.shared_expert" in name and name.endswith("down_proj.weight")]
-    if shared and not any(bool(theirs[name].load().any()) for name in shared):
-        arguments["moe.num_shared_experts"] = 0
+    if _all_zero(theirs, ".mlp.shared_expert", "down_proj.weight"):
+        arguments |= {"moe.num_shared_experts": 0, "moe.shared_expert_dim": 0, "moe.shared_expert_gate": False}
+    if arguments.get("moe.shared_expert_gate") and _all_zero(theirs, ".mlp.shared_expert_gate", ".weight"):
+        arguments["moe.shared_expert_gate"] = False
+    if arguments["model.attention_bias"] and _all_zero(theirs, ".self_attn.", "_proj.bias"):
+        arguments["model.attention_bias"] = False
 
     # config.json has the last word on the model, since it describes the weights; all else is the run's, or a default
     # with which an imported model can be trained on.
@@ -166,6 +173,12 @@ def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_
         raise ValueError(f"{source / 'config.json'}: {error}") from error
 
 
+def _all_zero(theirs: LazyTensors, part: str, end: str) -> bool:
+    """Whether there are tensors with such names, and all are 0."""
+    names = [name for name in theirs if part in name and name.endswith(end)]
+    return bool(names) and not any(bool(theirs[name].load().any()) for name in names)
+
+
 def _like_the_run(arguments: dict[str, Any], run: Config, model_type: str) -> dict[str, Any]:
     """The arguments without those that say what the run's configuration says in other words.
 
@@ -174,13 +187,26 @@ def _like_the_run(arguments: dict[str, Any], run: Config, model_type: str) -> di
     remaining = dict(arguments)
     if remaining["model.num_kv_heads"] == (run.model.num_kv_heads or run.model.num_heads):
         del remaining["model.num_kv_heads"]
-    if model_type == "mixtral":  # has no dense width
+    if model_type in ("mixtral", "olmoe"):  # have no dense width
         del remaining["model.ffn_dim"]
+    if head_dim(run) == _head_dim(arguments):
+        del remaining["model.head_dim"]
+    if (width := _shared_width(arguments)) and width == shared_width(run):
+        del remaining["moe.num_shared_experts"], remaining["moe.shared_expert_dim"]
     if model_type == "glm4_moe" and run.model.tie_embeddings:
         remaining["model.tie_embeddings"] = True  # is written untied with a copy, which `imported` compares
     if run.router.name == "switch" and remaining.get("router.name") == "softmax_topk":
         del remaining["router.name"]
     return remaining
+
+
+def _head_dim(arguments: dict[str, Any]) -> int:
+    return arguments["model.head_dim"] or arguments["model.dim"] // arguments["model.num_heads"]
+
+
+def _shared_width(arguments: dict[str, Any]) -> int:
+    one = arguments.get("moe.shared_expert_dim") or arguments.get("moe.expert_dim", 0)
+    return arguments.get("moe.num_shared_experts", 0) * one
 
 
 def imported(table: TensorMap, theirs: LazyTensors, shapes: dict[str, tuple[int, ...]], source: Path) -> LazyTensors:

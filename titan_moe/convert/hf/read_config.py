@@ -1,6 +1,7 @@
 """A config.json of Hugging Face as our configuration, or an error that says what of it we cannot represent."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,14 @@ from titan_moe.convert.hf.architectures import NAMES
 _EXPERTS = {"decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False, "num_experts_per_tok": 4}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    "qwen2": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": True},
     "qwen3": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "head_dim": 128},
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_experts_per_tok": 2, "num_local_experts": 8},
-    "qwen2_moe": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, **_EXPERTS},
+    "olmoe": {
+        **{"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "num_experts": 64, "num_experts_per_tok": 8},
+        "norm_topk_prob": False,
+    },
+    "qwen2_moe": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": True, **_EXPERTS},
     "qwen3_moe": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, **_EXPERTS, "num_experts_per_tok": 8},
     "glm4_moe": {
         "rms_norm_eps": 1e-5,
@@ -26,16 +32,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "use_qk_norm": False,
     },
 }
-# Model types that look like ours and are not, and why.
-UNLIKE = {"olmoe": "its QK-norm is over all heads together, that of a model of ours over each head"}
 # What every model of ours has; None: the key may be absent, and transformers then takes what comes first here.
 REQUIRED = {
     "hidden_act": ("silu", "swish"),
-    "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "use_sliding_window": (False, None),
     "quantization_config": (None,),
+    "clip_qkv": (None,),
 }
+WITH_BIAS = ("qwen2", "qwen2_moe", "glm4_moe")  # on queries, keys and values; in others on what attention gives, too
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -51,18 +56,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_further(name: str, values: dict[str, Any]) -> bool:
+    """Whether a tensor is of a layer that predicts the tokens after the next, which neither we nor transformers have.
+
+    GLM-4.5 has one; its files number it as a layer of the decoder, after the last.
+    """
+    further, first = values.get("num_nextn_predict_layers") or 0, values.get("num_hidden_layers") or 0
+    return any(name.startswith(f"model.layers.{layer}.") for layer in range(first, first + further))
+
+
 def arguments_of(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Our keys, dotted, for a config.json; ValueError names what cannot be represented."""
     # A key that is null is taken for absent: the architecture's default.
     kind = values.get("model_type")
     file = folder / "config.json"
     if kind not in NAMES:
-        why = f": {UNLIKE[kind]}" if kind in UNLIKE else ""
-        raise ValueError(f"{file}: model_type = {kind!r} cannot be read{why}; {', '.join(NAMES)} can")
+        raise ValueError(f"{file}: model_type = {kind!r} cannot be read; {', '.join(NAMES)} can")
     values = DEFAULTS[kind] | {key: value for key, value in values.items() if value is not None}
     try:
         _check(file, kind, values)
-        return _model(values) | _moe(file, kind, values)
+        return _model(file, values) | _moe(file, kind, values)
     except KeyError as error:
         raise ValueError(f"{file} lacks {error.args[0]}") from None
 
@@ -77,17 +90,13 @@ def _check(file: Path, kind: str, values: dict[str, Any]) -> None:
     if any(layer != "full_attention" for layer in values.get("layer_types") or ()):
         raise _unlike(file, "layer_types", values["layer_types"], "attention is over the whole context")
 
-    # transformers has moved these keys (rope_scaling and the top level, then rope_parameters): files have either.
-    rope = _rope(values)
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    if scaling != "default":
-        raise _unlike(file, "rope scaling", scaling, "positions are rotated without scaling")
-    part = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if part != 1.0:
-        raise _unlike(file, "partial_rotary_factor", part, "all channels of a head are rotated")
-    head_dim = values["hidden_size"] // values["num_attention_heads"]
-    if values.get("head_dim", head_dim) != head_dim:
-        raise _unlike(file, "head_dim", values["head_dim"], f"it is hidden_size / num_attention_heads ({head_dim})")
+    if values.get("attention_bias") and kind not in WITH_BIAS:
+        raise _unlike(file, "attention_bias", True, f"of {', '.join(WITH_BIAS)} alone, the last product has no bias")
+
+    # Others with this key rotate all channels all the same, or as their class likes.
+    part = _rope(values).get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    if part != 1.0 and kind != "glm4_moe":
+        raise _unlike(file, "partial_rotary_factor", part, "all channels of a head are rotated, but in glm4_moe")
 
 
 def _unlike(file: Path, key: str, value: Any, ours: str) -> ValueError:
@@ -95,12 +104,49 @@ def _unlike(file: Path, key: str, value: Any, ours: str) -> ValueError:
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:
+    # transformers has moved these keys (rope_scaling and the top level, then rope_parameters): files have either.
     return {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
 
 
-def _model(values: dict[str, Any]) -> dict[str, Any]:
+# Theirs -> ours, of a scaling of rotary positions; what is absent has the same default on both sides.
+_SCALING = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        **{"factor": "factor", "original_max_position_embeddings": "original_seq_len"},
+        **{"low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor"},
+    },
+    "yarn": {
+        **{"factor": "factor", "original_max_position_embeddings": "original_seq_len", "truncate": "truncate"},
+        **{"beta_fast": "beta_fast", "beta_slow": "beta_slow", "attention_factor": "attention_factor"},
+    },
+}
+
+
+def _rope_scaling(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Our keys for the scaling of rotary positions; those of others are off, whatever lies underneath."""
+    rope = {key: value for key, value in _rope(values).items() if value is not None}
+    name = rope.get("rope_type", rope.get("type", "default"))
+    if name not in ("default", *_SCALING):
+        raise _unlike(file, "rope scaling", name, f"{', '.join(_SCALING)} can be")
+    off = {f"model.rope_scaling.{other}": False for other in _SCALING if other != name}
+    if name == "default":
+        return off
+
+    # Where YaRN's factor of queries and keys is not said, it is a ratio of two of the kind that ours has.
+    if name == "yarn" and "attention_factor" not in rope and rope.get("mscale") and rope.get("mscale_all_dim"):
+        upper, lower = (0.1 * rope[key] * math.log(rope["factor"]) + 1 for key in ("mscale", "mscale_all_dim"))
+        rope["attention_factor"] = upper / lower
+    rope.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+    keys = _SCALING[name]
+    return off | {f"model.rope_scaling.{name}.{ours}": rope[key] for key, ours in keys.items() if key in rope}
+
+
+def _model(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     # All that has a default is given as well: see `_moe`.
-    heads = values["num_attention_heads"]
+    heads, kind = values["num_attention_heads"], values["model_type"]
+    head_dim, width = values.get("head_dim", 0), values["hidden_size"]
+    of_heads = kind in ("qwen3", "qwen3_moe") or values.get("use_qk_norm", False)
+    part = _rope(values).get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     return {
         "model.dim": values["hidden_size"],
         "model.num_layers": values["num_hidden_layers"],
@@ -111,12 +157,16 @@ def _model(values: dict[str, Any]) -> dict[str, Any]:
         "model.rope_theta": float(_rope(values).get("rope_theta", values["rope_theta"])),
         "model.norm_eps": values["rms_norm_eps"],
         "model.tie_embeddings": values.get("tie_word_embeddings", False),
-        "model.qk_norm": values["model_type"] in ("qwen3", "qwen3_moe") or values.get("use_qk_norm", False),
+        "model.qk_norm": "full" if kind == "olmoe" else "head" if of_heads else "none",
+        "model.head_dim": 0 if head_dim * heads == width else head_dim,
+        "model.attention_bias": values.get("qkv_bias", values.get("attention_bias", False)),
+        "model.partial_rotary_factor": float(part),
+        **_rope_scaling(file, values),
     }
 
 
 def _moe(file: Path, kind: str, values: dict[str, Any]) -> dict[str, Any]:
-    if kind in ("llama", "qwen3"):
+    if kind in ("llama", "qwen2", "qwen3"):
         return {"moe.num_experts": 0}
 
     # All are given, defaults too: the configuration of a run lies underneath, and may say something else of them.
@@ -125,13 +175,16 @@ def _moe(file: Path, kind: str, values: dict[str, Any]) -> dict[str, Any]:
         "moe.first_dense_layers": 0,
         "moe.layer_freq": 1,
         "moe.num_shared_experts": 0,
+        "moe.shared_expert_dim": 0,
+        "moe.shared_expert_gate": False,
         "router.temperature": 1.0,
     }
-    if kind == "mixtral":
+    if kind in ("mixtral", "olmoe"):
+        is_normed = kind == "mixtral" or values["norm_topk_prob"]
         return arguments | {
-            "moe.num_experts": values["num_local_experts"],
+            "moe.num_experts": values.get("num_experts", values.get("num_local_experts")),
             "moe.expert_dim": values["intermediate_size"],
-            "router.name": "topk_softmax",
+            "router.name": "topk_softmax" if is_normed else "softmax_topk",
         }
     arguments["moe.expert_dim"] = values["moe_intermediate_size"]
     if kind == "glm4_moe":
@@ -146,7 +199,7 @@ def _moe(file: Path, kind: str, values: dict[str, Any]) -> dict[str, Any]:
         "router.name": "topk_softmax" if values["norm_topk_prob"] else "softmax_topk",
     }
     if kind == "qwen2_moe":
-        arguments["moe.num_shared_experts"] = _shared(file, values["shared_expert_intermediate_size"], values)
+        arguments |= _shared(values["shared_expert_intermediate_size"], values["moe_intermediate_size"])
     return arguments
 
 
@@ -168,13 +221,11 @@ def _glm4_moe(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _shared(file: Path, width: int, values: dict[str, Any]) -> int:
-    expert = values["moe_intermediate_size"]
-    if width % expert:
-        raise _unlike(
-            file, "shared_expert_intermediate_size", width, f"it is a multiple of moe_intermediate_size ({expert})"
-        )
-    return width // expert
+def _shared(width: int, expert_dim: int) -> dict[str, Any]:
+    """Our keys for one gated expert of that width: several of the others' width where it is a multiple of it."""
+    count = max(1, width // expert_dim) if width % expert_dim == 0 else 1
+    own_dim = 0 if count * expert_dim == width else width
+    return {"moe.num_shared_experts": count, "moe.shared_expert_dim": own_dim, "moe.shared_expert_gate": True}
 
 
 def _progression(file: Path, values: dict[str, Any]) -> tuple[int, int]:

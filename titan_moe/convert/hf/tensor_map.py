@@ -6,7 +6,7 @@ There each expert has matrices of its own, here they are rows of one tensor; eve
 from typing import NamedTuple
 
 from titan_moe.config import Config
-from titan_moe.convert.hf.architectures import Architecture, moe_layers
+from titan_moe.convert.hf.architectures import Architecture, head_dim, moe_layers, shared_width
 
 FP32 = ("e_score_correction_bias",)  # kept in fp32 whatever the dtype of the export
 
@@ -62,16 +62,19 @@ def _attention(table: TensorMap, config: Config, kind: str, ours: str, theirs: s
         "attention.wo": "self_attn.o_proj",
         "ffn_norm": "post_attention_layernorm",
     }
-    if config.model.qk_norm:
+    model = config.model
+    if model.qk_norm != "none":
         pairs |= {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
     table.pairs.extend(Pair(f"{ours}{a}.weight", (f"{theirs}{b}.weight",)) for a, b in pairs.items())
 
-    # Qwen2Moe has biases here that we lack: 0 changes nothing.
-    if kind == "qwen2_moe":
-        model = config.model
-        kv_dim = model.dim // model.num_heads * (model.num_kv_heads or model.num_heads)
-        for name, width in (("q", model.dim), ("k", kv_dim), ("v", kv_dim)):
-            table.zeros[f"{theirs}self_attn.{name}_proj.bias"] = (width,)
+    # Qwen2Moe always has biases: where ours has none, 0 changes nothing.
+    kv_heads = model.num_kv_heads or model.num_heads
+    for name, heads in (("q", model.num_heads), ("k", kv_heads), ("v", kv_heads)):
+        bias = f"{theirs}self_attn.{name}_proj.bias"
+        if model.attention_bias:
+            table.pairs.append(Pair(f"{ours}attention.w{name}.bias", (bias,)))
+        elif kind == "qwen2_moe":
+            table.zeros[bias] = (heads * head_dim(config),)
 
 
 def _swiglu(table: TensorMap, ours: str, theirs: str, down_scale: float = 1.0) -> None:
@@ -99,15 +102,20 @@ def _moe(table: TensorMap, config: Config, architecture: Architecture, ours: str
     elif has_bias:
         table.blank.append(bias)
 
-    # Both of these always have a shared expert: where we have none its weights are 0. That of Qwen2Moe is weighed by
-    # sigmoid(gate), which is 1/2 for a gate of 0: down_proj is doubled.
+    # Both of these always have a shared expert: where we have none its weights are 0.
     shared = {"qwen2_moe": f"{theirs}mlp.shared_expert.", "glm4_moe": f"{theirs}mlp.shared_experts."}.get(kind)
     if shared is None:
         return
-    if kind == "qwen2_moe":
-        table.zeros[f"{theirs}mlp.shared_expert_gate.weight"] = (1, dim)
     if architecture.has_zero_shared:
         table.zeros.update({f"{shared}{name}_proj.weight": (moe.expert_dim, dim) for name in ("gate", "up")})
         table.zeros[f"{shared}down_proj.weight"] = (dim, moe.expert_dim)
-    else:
-        _swiglu(table, f"{ours}moe.shared_experts.", shared, 2.0 if kind == "qwen2_moe" else 1.0)
+
+    # That of Qwen2Moe is weighed by sigmoid(gate): where ours has no gate theirs is 0, and down_proj is doubled, as the
+    # sigmoid is 1/2 then.
+    gate, is_doubled = f"{theirs}mlp.shared_expert_gate.weight", kind == "qwen2_moe" and not moe.shared_expert_gate
+    if moe.shared_expert_gate:
+        table.pairs.append(Pair(f"{ours}moe.shared_expert_gate.weight", (gate,)))
+    elif kind == "qwen2_moe":
+        table.zeros[gate] = (1, dim)
+    if shared_width(config):
+        _swiglu(table, f"{ours}moe.shared_experts.", shared, 2.0 if is_doubled else 1.0)

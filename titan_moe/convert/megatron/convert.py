@@ -33,7 +33,7 @@ from titan_moe.checkpoint.lazy import (
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, load_saved, to_toml
 from titan_moe.convert.fold import check_without_factors, fold_tensors, without_factors
-from titan_moe.convert.hf.architectures import moe_layers
+from titan_moe.convert.hf.architectures import head_dim, moe_layers, shared_width
 from titan_moe.convert.hf.convert import OUR_CONFIG, model_tensors, shapes_of
 from titan_moe.convert.new_folder import new_checkpoint, new_folder
 from titan_moe.convert.verify import check_against_megatron
@@ -145,6 +145,7 @@ def from_megatron(
 def transformer_config(config: Config) -> dict[str, Any]:
     """Arguments of megatron.core's TransformerConfig for this model; ValueError where it has no such router."""
     model, moe = config.model, config.moe
+    _check_attention(config)
     arguments: dict[str, Any] = {
         "num_layers": model.num_layers,
         "hidden_size": model.dim,
@@ -155,7 +156,9 @@ def transformer_config(config: Config) -> dict[str, Any]:
         "layernorm_epsilon": model.norm_eps,
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        "qk_layernorm": model.qk_norm,
+        "kv_channels": head_dim(config),
+        "add_qkv_bias": model.attention_bias,
+        "qk_layernorm": model.qk_norm == "head",
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
@@ -178,10 +181,24 @@ def transformer_config(config: Config) -> dict[str, Any]:
         **_router(config),
     }
     if moe.num_shared_experts:
-        arguments["moe_shared_expert_intermediate_size"] = moe.num_shared_experts * moe.expert_dim
+        arguments["moe_shared_expert_intermediate_size"] = shared_width(config)
     if not _is_uniform(config):
         arguments["moe_layer_freq"] = [int(layer in moe_layers(config)) for layer in range(model.num_layers)]
     return arguments
+
+
+def _check_attention(config: Config) -> None:
+    """Raise ValueError for what Megatron-core computes otherwise, or not by its TransformerConfig alone."""
+    model = config.model
+    refused = {
+        "model.qk_norm": model.qk_norm if model.qk_norm == "full" else "",
+        "model.partial_rotary_factor": model.partial_rotary_factor if model.partial_rotary_factor != 1 else "",
+        "model.rope_scaling": next(iter(model.rope_scaling), ""),
+        "moe.shared_expert_gate": "true" if config.moe.shared_expert_gate else "",
+    }
+    for key, value in refused.items():
+        if value:
+            raise ValueError(f"{key} = {value} can't be converted to Megatron-core: only a model without it can be")
 
 
 def _router(config: Config) -> dict[str, Any]:
@@ -219,13 +236,16 @@ def _parts(config: Config, layer: int, norm: str, has_bias: bool) -> list[Part]:
     ours = f"layers.{layer}."
     heads, groups = config.model.num_heads, config.model.num_kv_heads or config.model.num_heads
     qkv = tuple(f"{ours}attention.{w}.weight" for w in ("wq", "wk", "wv"))
-    join, split = _qkv(config.model.dim // heads, heads // groups, groups)
+    join, split = _qkv(head_dim(config), heads // groups, groups)
     parts = [
         Part("self_attention.linear_qkv.layer_norm_weight", (f"{ours}attention_norm.weight",)),
         Part("self_attention.linear_proj.weight", (f"{ours}attention.wo.weight",)),
         Part("self_attention.linear_qkv.weight", qkv, join, split),
     ]
-    if config.model.qk_norm:
+    if config.model.attention_bias:
+        biases = tuple(name.replace(".weight", ".bias") for name in qkv)
+        parts.append(Part("self_attention.linear_qkv.bias", biases, join, split))
+    if config.model.qk_norm != "none":
         parts += [Part(f"self_attention.{n}_layernorm.weight", (f"{ours}attention.{n}_norm.weight",)) for n in "qk"]
 
     # Before experts there is no linear layer to fuse with: there the specs differ.
@@ -264,7 +284,10 @@ def _swiglu(theirs: str, ours: str, suffix: str) -> list[Part]:
 
 
 def _qkv(head_dim: int, queries: int, groups: int) -> tuple[Callable[[list[Lazy]], Lazy], Callable[[Lazy], list[Lazy]]]:
-    """The functions between wq (G Q H, D), wk (G H, D), wv (G H, D) and the one matrix there, (G (Q + 2) H, D)."""
+    """The functions between wq (G Q H, D), wk (G H, D), wv (G H, D) and the one matrix there, (G (Q + 2) H, D).
+
+    And between biases, without the D.
+    """
     # Its rows go by groups of heads: the queries of the group, then its key, then its value.
     sizes = [queries * head_dim, head_dim, head_dim]
 
@@ -273,7 +296,7 @@ def _qkv(head_dim: int, queries: int, groups: int) -> tuple[Callable[[list[Lazy]
             grouped = [part.load().unflatten(0, (groups, -1)) for part in parts]  # (G Q H, D) -> (G, Q H, D)
             return torch.cat(grouped, 1).flatten(0, 1)  # (G, (Q + 2) H, D) -> (G (Q + 2) H, D)
 
-        return Lazy((groups * sum(sizes), parts[0].shape[1]), parts[0].dtype, load)
+        return Lazy((groups * sum(sizes), *parts[0].shape[1:]), parts[0].dtype, load)
 
     def split(whole: Lazy) -> list[Lazy]:
         def loader(index: int) -> Callable[[], Tensor]:
@@ -283,7 +306,7 @@ def _qkv(head_dim: int, queries: int, groups: int) -> tuple[Callable[[list[Lazy]
 
             return load
 
-        return [Lazy((groups * size, whole.shape[1]), whole.dtype, loader(i)) for i, size in enumerate(sizes)]
+        return [Lazy((groups * size, *whole.shape[1:]), whole.dtype, loader(i)) for i, size in enumerate(sizes)]
 
     return join, split
 
