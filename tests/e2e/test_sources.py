@@ -53,6 +53,11 @@ def test_a_run_on_sources(train: Train, tmp_path: Path, sources: dict[str, Any])
     assert validation["loss"] == pytest.approx(mean, rel=1e-6)
     assert validation["validation/words/loss"] != validation["validation/numbers/loss"]
 
+    # an evaluation of files has nothing to do with the sources
+    (tmp_path / "some.txt").write_text("a tale of some words\n" * 20)
+    ended = command("evaluate", ["--checkpoint", str(tmp_path / "run"), "--data.path", str(tmp_path / "some.txt")])
+    assert ended.code == 0, ended.err
+
     # the same folder again is the same run, and a part of it that goes on too
     assert "nothing to do" in train(**options(sources), training__steps=6, training__global_batch_size=4).out
     short = {**options(sources), "training__global_batch_size": 4, "checkpoint__interval": 3}

@@ -27,8 +27,8 @@ def load_saved(
     """Build the configuration of a file that came with a model, changed by `overrides`, the user's words.
 
     Components from outside of the registries must be of `trust_components`, modules or packages, which are imported.
-    Who reads none of its data goes without those data sets that are functions outside (`with_data` False): these are
-    not imported, and stay as they are written. Errors as of `load_config`, and ValueError for a component that nobody
+    Who reads none of its data goes without them (`with_data` False): data sets that are functions outside are not
+    imported, and stay as they are written. Errors as of `load_config`, and ValueError for a component that nobody
     vouches for, or for a `base`.
     """
     # Before anything is merged, for checking a key of such a component would import it. A user who names a package
@@ -36,7 +36,10 @@ def load_saved(
     layer = _layer(path)
     written = layer.table
     if not with_data:
-        layer = layer._replace(table=_without_own_data(written))
+        table = _without_own_data(written)
+        if isinstance(table.get("data"), dict):
+            table["data"].pop("sources", None)  # beside which there is no data.path, which the user may give
+        layer = layer._replace(table=table)
     trusted = (trust_components,) if isinstance(trust_components, str) else trust_components
     strange = {
         name.partition(":")[0]: (key, name)
@@ -55,7 +58,10 @@ def load_saved(
     if "config_file" in words.table.get("job", {}):
         raise key_error(words.origin, "job.config_file", "the configuration is the checkpoint's: leave it out")
     config = merge_layers([layer, words])
-    return config if with_data else _with_own_data(config, written)
+    if with_data:
+        return config
+    data = dataclasses.replace(config.data, sources=read_saved(path).data.sources)
+    return _with_own_data(dataclasses.replace(config, data=data), written)
 
 
 def read_saved(path: Path) -> Config:

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
@@ -457,7 +458,7 @@ def _prepare_sources(want: _Wanted) -> _Prepared:
     for source, place in pairs:
         if isinstance(place, Stream):
             part, validation = _divide_stream(want, place, done.tokenizer)
-            names.append(place.position_name)
+            names.append(_stream_name(place, part))
         else:
             cache = next(caches)
             part, validation = cache.train, cache.validation
@@ -622,8 +623,14 @@ def _prepare_stream(want: _Wanted, stream: Stream) -> _Prepared:
     else:
         tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
     train, validation = _divide_stream(want, stream, tokenizer)
-    name = stream.position_name if isinstance(stream, OwnStream) else f"{stream.position_name}@{stream.revision}"
+    is_own_stream = isinstance(stream, OwnStream)
+    name = _stream_name(stream, train) if is_own_stream else f"{stream.position_name}@{stream.revision}"
     return _Prepared(tokenizer, name, train, [] if validation is None else [validation])
+
+
+def _stream_name(stream: Stream, part: TrainStream) -> str:
+    """A fingerprint of what of a stream is trained on."""
+    return digest([stream.position_name, part.split.fraction, os.path.basename(part.split.held_out)])
 
 
 def _bpe_sample(want: _Wanted, stream: Stream) -> str:
