@@ -249,6 +249,8 @@ def test_data(train: Train, tmp_path: Path) -> None:
         assert ended.code == 0, ended.err
         assert records(tmp_path / f"{name}-cut") == whole
 
+        assert "--trust_components" not in ended.out  # in the command that it ends with
+
         start = ["--checkpoint", str(tmp_path / name)]
         assert command("generate", [*start, "--max_new_tokens", "1"]).code == 0
         refused = command("evaluate", start)

@@ -43,7 +43,7 @@ def load_saved(
     trusted = (trust_components,) if isinstance(trust_components, str) else trust_components
     strange = {
         name.partition(":")[0]: (key, name)
-        for key, name in outside_components(layer.table)
+        for key, name in (*outside_components(layer.table), *outside_datasets(layer.table))
         if not any(f"{name.partition(':')[0]}.".startswith(f"{known}.") for known in trusted)
     }
     if strange:
@@ -109,6 +109,10 @@ def outside_components(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         value = table[section].get(name) if isinstance(table.get(section), dict) else None
         if isinstance(value, str) and ":" in value:
             yield key, value
+
+
+def outside_datasets(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys of a configuration file that name a data set outside of ours, with the names: who reads needs them."""
     for key, data in _own_data(table).items():
         yield f"{key}.dataset", data["dataset"]
 
