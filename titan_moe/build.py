@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from titan_moe.balancer import BALANCERS, Balancer
 from titan_moe.config import Config, find_component
 from titan_moe.config.checks import parametrization_of
 from titan_moe.config.sections import Optimizer as OptimizerTables
-from titan_moe.config.sections import balancer_tables
+from titan_moe.config.sections import ValidationTask, balancer_tables
 from titan_moe.data.build import (
     Data,
     SourceFiles,
@@ -24,6 +24,7 @@ from titan_moe.data.build import (
     trained_on,
 )
 from titan_moe.data.own import check_own, is_own, own_data
+from titan_moe.data.tasks import Question, Task, Templates, make_task, read_questions
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.attention import attention_heads
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, use_experts_backend
@@ -83,6 +84,8 @@ def build_model(config: Config) -> Transformer:
         expert_dropout=moe.expert_dropout,
         router=build_router(config) if moe.num_experts else None,
         loss_chunk_tokens=config.training.loss_chunk_tokens,
+        document_mask=config.data.document_mask,
+        restart_positions=config.data.restart_positions,
         expert_bias=has_expert_bias(config),
         balancer_inits=balancer_inits(config),
         measures=measures(config),
@@ -290,9 +293,10 @@ def build_schedule(config: Config) -> Schedule:
 
 def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     """Prepare the tokenizer and this rank's batches, of each sequence its part."""
-    # A validation set that is not there is told now, and not when the training data have been tokenized.
+    # A validation set or a task that is not there is told now, and not when the training data have been tokenized.
     data, training = config.data, config.training
     sets = config.validation.sets if config.validation.enable else {}
+    questions = read_tasks(config) if config.validation.enable else {}
     for name, of_set in sets.items():
         key = f"validation.sets.{name}"
         if is_own(of_set.dataset):
@@ -319,6 +323,7 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
         local_batch_size=training.local_batch_size,
         num_workers=data.num_workers,
     )
+    prepared = prepared._replace(tasks=make_tasks(config, questions, prepared.tokenizer, is_main=rt.is_main))
     if sets:
         by_name = {**prepared.validation_sets, **load_validation_sets(config, prepared.tokenizer, **share)}
         prepared = prepared._replace(validation_sets=by_name)
@@ -359,13 +364,50 @@ def load_validation_sets(config: Config, tokenizer: str | Tokenizer, **share: An
             key=f"validation.sets.{name}.path",
             tokenizer=tokenizer,
             seq_len=config.training.seq_len,
+            packing=config.data.packing,
             steps=validation.steps,
             local_batch_size=validation.local_batch_size,
             cache_folder=cache_folder(config),
+            document_mask=config.data.document_mask,
             **share,
         )
         for name, of_set in validation.sets.items()
     }
+
+
+def read_tasks(config: Config) -> dict[str, list[Question]]:
+    """Read the questions of [validation.tasks] by name."""
+    return {
+        name: read_questions(
+            task.path,
+            templates_of(task),
+            num_fewshot=task.num_fewshot,
+            fewshot_path=task.fewshot_path,
+            limit=task.limit,
+            key=f"validation.tasks.{name}",
+        )
+        for name, task in config.validation.tasks.items()
+    }
+
+
+def make_tasks(
+    config: Config, questions: Mapping[str, Sequence[Question]], tokenizer: Tokenizer, *, is_main: bool = True
+) -> dict[str, Task]:
+    """Tokenize what `read_tasks` has read; the main rank tells what it costs."""
+    tasks = {}
+    for name, of_task in questions.items():
+        key = f"validation.tasks.{name}"
+        templates = templates_of(config.validation.tasks[name])
+        tasks[name] = task = make_task(of_task, templates, tokenizer, seq_len=config.training.seq_len, key=key)
+        if is_main:
+            counts = (key, len(task.questions), len(task.items), task.num_tokens)
+            logger.info("%s: %d questions, %d sequences of %d tokens together", *counts)
+    return tasks
+
+
+def templates_of(task: ValidationTask) -> Templates:
+    """How lines become questions."""
+    return Templates(**{name: getattr(task, name) for name in Templates._fields})
 
 
 def data_arguments(config: Config) -> dict[str, Any]:
@@ -379,12 +421,14 @@ def data_arguments(config: Config) -> dict[str, Any]:
         "sources": [SourceFiles(name, **dataclasses.asdict(source)) for name, source in data.sources.items()],
         "steps": training.steps,
         "seq_len": training.seq_len,
+        "packing": data.packing,
         "seed": training.seed,
         "validation_fraction": data.validation_fraction,
         "validation_path": data.validation_path,
         "validation_steps": validation.steps,
         "validation_local_batch_size": validation.local_batch_size,
         "cache_folder": cache_folder(config),
+        "document_mask": data.document_mask,
     }
 
 

@@ -19,10 +19,11 @@ from titan_moe.balancer import SEEN, Balancer, Scope, margin_counts
 from titan_moe.build import build_balancers, build_router
 from titan_moe.config import Config, find_component
 from titan_moe.config.sections import balancer_tables
+from titan_moe.model.documents import places_of
 from titan_moe.model.moe import MEASURED, WEIGHTS, Measure, all_experts_here, linear_router
 from titan_moe.model.routing import ParametricRouter, Routing
 from titan_moe.model.routing.common import OFFERED, ParameterError, asked_for, place_of
-from titan_moe.model.transformer import fill, places_of
+from titan_moe.model.transformer import fill
 from titan_moe.step import sequence_load
 
 SEQUENCES, TOKENS, LAYERS, WIDTH = 2, 16, 2, 8

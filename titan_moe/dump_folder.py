@@ -247,8 +247,10 @@ def write_run_files(job: Job, step: int) -> None:
 
     size = size_record(job.config, job.model)
     facts = {**machine.describe_machine(job.runtime), **size, **job.data.fingerprints}
-    if sets := job.data.validation_sets:
+    if sets := {**job.data.validation_sets, **job.data.tasks}:
         facts["validation_sets"] = {name: one.fingerprint for name, one in sets.items()}
+    if job.data.packing:
+        facts["packing"] = job.data.packing
     earlier = read_facts(folder)
     if not earlier and (folder / FACTS).exists():
         logger.warning("%s is damaged: it is put aside as %s.damaged, its history is lost", folder / FACTS, FACTS)

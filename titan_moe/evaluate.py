@@ -1,22 +1,24 @@
 """Evaluate a checkpoint: `python -m titan_moe.evaluate --checkpoint DIR [--data.path FILE ...]`."""
 
 import argparse
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from titan_moe.build import data_arguments, load_validation_sets
+from titan_moe.build import data_arguments, load_validation_sets, make_tasks, read_tasks
 from titan_moe.checkpoint import load_model, resolve_checkpoint
 from titan_moe.checkpoint.folder import read_manifest
 from titan_moe.config import Config, load_saved
 from titan_moe.data.build import Batches, build_data, build_validation, token_bytes
 from titan_moe.data.loader import CPU
-from titan_moe.data.tokenizer import load_tokenizer
+from titan_moe.data.tasks import Question
+from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 from titan_moe.metrics import eval_metrics, to_numbers
 from titan_moe.parallelize.parallelize import move_for_inference
 from titan_moe.runtime import command, world
@@ -24,12 +26,14 @@ from titan_moe.runtime.command import Parser
 from titan_moe.runtime.dtypes import DTYPES
 from titan_moe.runtime.world import Runtime
 from titan_moe.step import evaluate
+from titan_moe.tasks import evaluate_task
 
 OVERRIDES = (  # what the command line may change: the rest belongs to the checkpoint
     "data.dataset",
     "data.path",
     "data.validation_path",
     "data.validation_fraction",
+    "data.packing",
     "data.cache_folder",
     "validation.steps",
     "validation.local_batch_size",
@@ -45,15 +49,21 @@ COLUMNS = {  # of the rows: numbers and their formats
     "maxvio_global": ".3f",
     "num_tokens": ",",
 }
+TASK_COLUMNS = {  # of tasks
+    **dict.fromkeys(("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"), ".2%"),
+    **dict.fromkeys(("perplexity", "perplexity_stderr"), ".2f"),
+    "num_questions": ",",
+}
 WHOLE = "all"  # the name of all files together
 
 
 class Row(NamedTuple):
-    """What was measured on a text: some files, or a set of the run's, which has no files here."""
+    """What was measured on a text: some files, or a set of the run's, which has no files here; or on a task."""
 
     name: str
     files: list[str]
     numbers: dict[str, Any]
+    is_task: bool = False
 
 
 def main(args: list[str]) -> int:
@@ -65,22 +75,66 @@ def main(args: list[str]) -> int:
     # The configuration first: what the command line can't ask for is refused before gigabytes are read.
     step_folder = resolve_checkpoint(options.checkpoint)
     config, files = evaluation_config(step_folder, overrides, options.trust_components, with_sets=True)
+    config = with_asked_tasks(config, files, options.tasks)
+    questions = read_tasks(config)
     model, _ = load_model(step_folder, options.trust_components)
 
     # The tokenizer of the checkpoint, for others have other words at the same ids.
     tokenizer = str(step_folder / "tokenizer.json")
     move_for_inference(model, rt.device, DTYPES[config.training.mixed_precision_param])
-    rows = evaluate_texts(model, config, tokenizer, files, rt.device)
+    rows = evaluate_texts(model, config, tokenizer, files, rt.device) if options.tasks is None else []
+    rows += evaluate_tasks(model, config, questions, load_tokenizer(tokenizer), rt.device)
     if options.json:
         print(as_json(step_folder, rows))
         return 0
 
     # All numbers of the whole, a line each; of its parts those that people compare.
-    for name, value in rows[0].numbers.items():
+    texts, tasks = [row for row in rows if not row.is_task], [row for row in rows if row.is_task]
+    for name, value in texts[0].numbers.items() if texts else ():
         print(f"{name:24} {value:.8g}" if isinstance(value, float) else f"{name:24} {value}")
-    if rows[1:]:
-        print("", *table(rows[1:]), sep="\n")
+    tables = [table(part, columns) for part, columns in ((texts[1:], COLUMNS), (tasks, TASK_COLUMNS)) if part]
+    for index, lines in enumerate(tables):
+        print(*([""] if texts or index else []), *lines, sep="\n")
     return 0
+
+
+def with_asked_tasks(config: Config, files: list[str], names: list[str] | None) -> Config:
+    """The configuration with those tasks that --tasks names, all where it names none or is not there; with files none.
+
+    ValueError where --tasks asks for what there is not.
+    """
+    tasks = config.validation.tasks
+    if names is not None:
+        if files:
+            raise ValueError("--tasks has no use with --data.path: leave one out")
+        if missing := [name for name in names if name not in tasks]:
+            raise ValueError(f"--tasks {missing[0]}: no such task: there are {', '.join(tasks) or 'none'}")
+        if not tasks:
+            raise ValueError("--tasks: the run has none: add --validation.tasks.NAME.path FILE.jsonl")
+    asked = {} if files else {name: tasks[name] for name in names or tasks}
+    return dataclasses.replace(config, validation=dataclasses.replace(config.validation, tasks=asked))
+
+
+def evaluate_tasks(
+    model: nn.Module,
+    config: Config,
+    questions: Mapping[str, Sequence[Question]],
+    tokenizer: Tokenizer,
+    device: torch.device,
+) -> list[Row]:
+    """Ask the `questions` of each task, by its name: a row for each."""
+    rows = []
+    for name, task in make_tasks(config, questions, tokenizer).items():
+        numbers = evaluate_task(
+            model,
+            task,
+            seq_len=config.training.seq_len,
+            local_batch_size=config.validation.local_batch_size,
+            pad_id=tokenizer.eot_id,
+            device=device,
+        )
+        rows.append(Row(name, config.validation.tasks[name].path, numbers, is_task=True))
+    return rows
 
 
 def evaluate_texts(
@@ -114,11 +168,12 @@ def evaluate_texts(
     return rows
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """The lines of a table with a row for each text."""
-    columns = [name for name in COLUMNS if name in rows[0].numbers]
+def table(rows: Sequence[Row], formats: Mapping[str, str]) -> list[str]:
+    """The lines of a table with a row for each text or task; what one does not have is left empty."""
+    columns = [name for name in formats if any(name in row.numbers for row in rows)]
     texts = [["", *columns]]
-    texts += [[row.name, *(format(row.numbers[name], COLUMNS[name]) for name in columns)] for row in rows]
+    for row in rows:
+        texts.append([row.name, *(format(row.numbers[n], formats[n]) if n in row.numbers else "" for n in columns)])
     name_width, *widths = (max(map(len, column)) for column in zip(*texts, strict=True))
     return [
         f"{name:<{name_width}}" + "".join(f"  {text:>{width}}" for text, width in zip(numbers, widths, strict=True))
@@ -127,7 +182,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def as_json(step_folder: Path, rows: Sequence[Row]) -> str:
-    """One JSON object: the checkpoint, its step, and for each text its name, its files and all numbers.
+    """One JSON object: the checkpoint, its step, and for each text and task its name, its files and all numbers.
 
     The first result is what is printed without --json. A number that is not finite is null.
     """
@@ -143,20 +198,22 @@ def as_json(step_folder: Path, rows: Sequence[Row]) -> str:
 def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Read the command line: its own arguments, and `--section.key value` words for the configuration."""
     # The arguments of this command. Keys of the configuration keep the names that they have in training.
-    about = "Evaluate a checkpoint: loss, perplexity, accuracy, bits per byte, routing losses and MaxVio."
+    about = "Evaluate a checkpoint: loss, perplexity, accuracy, bits per byte, routing losses and MaxVio; its tasks."
     parser = Parser("python -m titan_moe.evaluate", about)
     place = "step folder, or dump folder (its latest complete step)"
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=place)
     parser.add_argument("--json", action="store_true", help="print one JSON object: {checkpoint, step, results: [...]}")
+    about = "ask the questions of these [validation.tasks] alone, of all of them without a NAME"
+    parser.add_argument("--tasks", nargs="*", metavar="NAME", help=about)
     parser.add_trust()
 
     # Keys of the configuration are words that this parser does not know: it passes them on.
     parser.epilog = (
         "--data.path FILE ...: files to evaluate on, all of them together, then each by itself in a table (a glob in "
         "quotes, or a folder, is one text); without it: the validation data of the run, then each of its "
-        "[validation.sets]. "
-        f"--section.key value, instead of the run's: {', '.join(OVERRIDES)}, validation.sets.NAME.path and .dataset "
-        "(validation.sets.NAME false: without it). "
+        "[validation.sets] and [validation.tasks]. "
+        f"--section.key value, instead of the run's: {', '.join(OVERRIDES)}, validation.sets.NAME.path and .dataset, "
+        "validation.tasks.NAME.path and its other keys (validation.sets.NAME false: without it). "
         "Text is cut into sequences of training.seq_len tokens; a rest of less than one is left out."
     )
     return parser.parse_known_args(args)
@@ -167,8 +224,8 @@ def evaluation_config(
 ) -> tuple[Config, list[str]]:
     """Give the run's configuration with the overrides, and the files of --data.path: of these all is evaluated.
 
-    `trust_components` as in `load_model`. `with_sets`: validation sets are evaluated, where no files are given, and may
-    be overridden.
+    `trust_components` as in `load_model`. `with_sets`: validation sets and tasks are evaluated, where no files are
+    given, and may be overridden.
     """
     # Who gives files wants all of them evaluated, not as many batches as the run looked at between steps.
     given = {arg[2:].partition("=")[0] for arg in overrides if arg.startswith("--")}
@@ -181,7 +238,8 @@ def evaluation_config(
     config = load_saved(config_file, words, trust_components=trust_components, with_data=with_data)
 
     # Checked last: a key that does not exist at all has a better message by then.
-    sets = {key for key in given if key.startswith("validation.sets.") and with_sets and "data.path" not in given}
+    tables = ("validation.sets.", "validation.tasks.")
+    sets = {key for key in given if key.startswith(tables) and with_sets and "data.path" not in given}
     arguments = {f"data.{name}" for name in config.data.arguments}  # of a data set of one's own
     if useless := sorted(given.difference(OVERRIDES, sets, arguments)):
         raise ValueError(f"--{useless[0]} changes nothing here: an evaluation takes {', '.join(OVERRIDES)}")
@@ -207,9 +265,11 @@ def validation_batches(
             path=files,
             tokenizer=tokenizer,
             seq_len=arguments["seq_len"],
+            packing=arguments["packing"],
             steps=arguments["validation_steps"],
             local_batch_size=arguments["validation_local_batch_size"],
             cache_folder=arguments["cache_folder"],
+            document_mask=arguments["document_mask"],
             device=device,
             **share,
         ).batches()

@@ -50,6 +50,7 @@ class EvalOutput(NamedTuple):
     loss_sum: Tensor  # scalar float64, nats
     num_correct: Tensor  # scalar: labels that were the most probable token
     num_tokens: Tensor  # scalar: labels that count
+    num_routed: Tensor  # scalar: tokens that were routed, those without a label included
     num_bytes: Tensor  # scalar: UTF-8 bytes these labels stand for
     load: Tensor  # (L, E)
     identity_load: Tensor  # (L, Z): of the identity experts
@@ -186,7 +187,9 @@ def eval_metrics(output: EvalOutput) -> dict[str, Tensor]:
     metrics["num_tokens"] = output.num_tokens
     metrics["bits_per_byte"] = output.loss_sum / math.log(2) / output.num_bytes
 
-    # The losses' formulas with load and probabilities of the whole set; a dense model has neither.
+    # The losses' formulas with load and probabilities of the whole set; a dense model has neither. Experts get padding,
+    # too.
+    T = output.num_routed.to(torch.float64)
     if output.load.numel():
         load_of_all = torch.cat([output.load, output.identity_load], dim=-1)
         metrics["aux_loss"] = (load_of_all / T * output.scores_sum / T).sum(-1).mean()
@@ -251,10 +254,10 @@ def active_parameters(named_parameters: Iterable[tuple[str, Tensor]], num_expert
     )
 
 
-def flops_per_token(active_parameters: int, *, num_layers: int, dim: int, seq_len: int) -> float:
-    """Training FLOPs of a token: 6 per active parameter plus 6 * L * dim * seq_len for causal attention's products.
+def flops_per_token(active_parameters: int, *, num_layers: int, attention_dim: int, seq_len: int) -> float:
+    """Training FLOPs of a token: 6 per active parameter plus 6 * L * H * C * seq_len for causal attention's products.
 
     As PaLM's appendix B counts them (12 * L * dim * seq_len), with the half that a causal mask leaves. The embedding
     look-up is no product: with an untied embedding leave its parameters out.
     """
-    return 6.0 * active_parameters + 6.0 * num_layers * dim * seq_len
+    return 6.0 * active_parameters + 6.0 * num_layers * attention_dim * seq_len

@@ -60,14 +60,22 @@ def speed_record(
     # A share of the peak of all devices, which only GPUs that we know have.
     peak = machine.peak_flops(rt.device)
     if peak is not None:
-        flops = flops_per_token(
-            count_active(config, model),
-            num_layers=config.model.num_layers,
-            dim=config.model.dim,
-            seq_len=config.training.seq_len,
-        )
+        flops = flops_of_token(config, count_active(config, model))
         record["mfu"] = lambda: step_tokens * flops / (seconds() * peak * rt.world_size)
     return record
+
+
+def flops_of_token(config: Config, active_parameters: int) -> float:
+    """Training FLOPs of a token, by which MFU goes, of a model with so many active parameters.
+
+    With data.document_mask those of attention's products depend on the data, and are left out: a lower bound.
+    """
+    return flops_per_token(
+        active_parameters,
+        num_layers=config.model.num_layers,
+        attention_dim=config.model.num_heads * config.model.channels,
+        seq_len=0 if config.data.document_mask else config.training.seq_len,
+    )
 
 
 def count_active(config: Config, model: Transformer) -> int:

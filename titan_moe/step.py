@@ -130,6 +130,7 @@ def compute_gradients(
     """
     # The loss is divided by the tokens of the whole step, which the first backward has to know already.
     num_tokens = all_reduce_sum(sum_tensors([(labels != IGNORE).sum() for _, labels in micro_batches]))
+    num_routed = routed_tokens(micro_batches, like=num_tokens)
     count_loads = load_counter(balancers, model, micro_batches, sequence_group)
     sums: Sums = {}
     max_logits: list[Tensor] = []  # (N, H) of each micro-batch, for QK-clip alone
@@ -141,7 +142,7 @@ def compute_gradients(
         ce_sum, routings, largest = forward(model, tokens, labels, want_max_logits=with_max_logits)
         max_logits += largest
         ce = ce_sum / num_tokens
-        balance = balance_losses(balancers, routings, count_loads(routings, len(tokens)), num_tokens)
+        balance = balance_losses(balancers, routings, count_loads(routings, len(tokens)), num_routed)
 
         # Reported at coefficient 1, so that runs can be compared whatever their coefficients; trained on with them.
         trained = [coeff * balance[name] for name, (coeff, b) in balancers.items() if name in balance and b.train]
@@ -150,6 +151,12 @@ def compute_gradients(
         routed = routed_sums(routings, balancers, expert_biases, balance, device=tokens.device)
         sums = add(sums, {"total_loss": loss, "loss": ce, **routed})
     return sums, num_tokens, max_logits
+
+
+def routed_tokens(micro_batches: MicroBatches, *, like: Tensor) -> Tensor:
+    """The tokens of the step that experts get, of all ranks: those without a label, too; a scalar as `like`."""
+    # All ranks have tokens of one shape. The number is written on the device, and the host does not wait for it.
+    return like.new_full((), world_size() * sum(tokens.numel() for tokens, _ in micro_batches))
 
 
 def forward(
@@ -178,6 +185,7 @@ def eval_step(model: nn.Module, tokens: Tensor, labels: Tensor, token_bytes: Ten
         loss_sum=score.ce_sum.double(),
         num_correct=score.num_correct,
         num_tokens=counts.sum(),
+        num_routed=is_real * counts.numel(),
         num_bytes=(token_bytes[labels.clamp(min=0)] * counts).sum(),
         load=loads["load"] * is_real,
         identity_load=loads["identity_load"] * is_real,
@@ -249,7 +257,10 @@ def sequence_load(routing: Routing, sequences: int) -> Tensor:
 
 
 def balance_losses(balancers: Balancers, routings: Sequence[Routing], loads: Loads, num_tokens: Tensor) -> Sums:
-    """Each balancer's loss at coefficient 1, mean over layers, as this micro-batch's share of the step; fp32."""
+    """Each balancer's loss at coefficient 1, mean over layers, as this micro-batch's share of the step; fp32.
+
+    `num_tokens` are those that are routed in the step, on all ranks.
+    """
     losses = {}
     for name, (_, balancer) in balancers.items():
         if balancer.has_loss:

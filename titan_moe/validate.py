@@ -1,5 +1,7 @@
 """Validation in the course of training: the loss on held-out data, and how far the routing has drifted."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from titan_moe.runtime import world
 from titan_moe.sinks.files import has_record
 from titan_moe.sinks.sink import Sink, under_set
 from titan_moe.step import evaluate
+from titan_moe.tasks import evaluate_task
 
 
 def validate(job: Job, sinks: Sink, progress: Progress) -> Progress:
@@ -25,13 +28,24 @@ def validate(job: Job, sinks: Sink, progress: Progress) -> Progress:
     The drift that is recorded is between the choices of experts at the validation before and those of now.
     Raises DivergedError, after the record, where the loss is NaN or infinite.
     """
-    # Both passes run on every rank, also where the main one alone uses what comes out: they have collectives.
+    # All passes run on every rank, also where the main one alone uses what comes out: they have collectives.
     assert job.data.validation is not None
     bytes_V = token_bytes(job.data.tokenizer).to(job.runtime.device)
+    config, rt = job.config, job.runtime
+    place: dict[str, Any] = {
+        "seq_len": config.training.seq_len,
+        "local_batch_size": config.validation.local_batch_size,
+        "pad_id": job.data.tokenizer.eot_id,
+        "device": rt.device,
+        "rank": rt.rank,
+        "degrees": degrees_of(config, rt.world_size),
+    }
     with job.optimizer.evaluating():
         choices = probe(job)
         output = evaluate(job.model, job.data.validation(), bytes_V)
         sets = {name: evaluate(job.model, one.batches(), bytes_V) for name, one in job.data.validation_sets.items()}
+        due = due_tasks(job, progress.step)
+        tasks = {name: evaluate_task(job.model, job.data.tasks[name], **place) for name in due}
 
     # Choices of the validation before may be missing: this is the first one, or an older checkpoint did not have them.
     record: Record = {"step": progress.step, "kind": "validation", **eval_metrics(output)}
@@ -39,6 +53,8 @@ def validate(job: Job, sinks: Sink, progress: Progress) -> Progress:
         record["load/experts"] = output.load  # each expert's, and a heatmap
     for name, output_of_set in sets.items():
         record |= under_set(name, eval_metrics(output_of_set))
+    for name, metrics in tasks.items():
+        record |= under_set(name, metrics)
     if progress.choices is not None and choices is not None and job.runtime.is_main:
         record["routing_drift"] = routing_drift(progress.choices, choices)
 
@@ -47,6 +63,12 @@ def validate(job: Job, sinks: Sink, progress: Progress) -> Progress:
     write_record(sinks, record)
     stop_if_diverged(record, SkippedSteps())
     return progress._replace(choices=choices, validation_due=False)
+
+
+def due_tasks(job: Job, step: int) -> list[str]:
+    """The tasks that are a part of the validation after `step`: at the run's last step all of them."""
+    tasks, is_last = job.config.validation.tasks, step == job.config.training.steps
+    return [name for name in job.data.tasks if is_last or not tasks[name].freq or step % tasks[name].freq == 0]
 
 
 def probe(job: Job) -> Tensor | None:

@@ -115,7 +115,7 @@ def held_curve(model: Transformer, choices: torch.Tensor, micro_batches: int = 1
     return got, float(torch.stack(gaps).max())
 
 
-def check_curve(layout: str, degrees: Degrees, results: list[dict[str, torch.Tensor]]) -> None:
+def check_curve(layout: str, degrees: Degrees, results: list[dict[str, torch.Tensor]], **options: Any) -> None:
     """One process that makes the choices of these ranks has their curve, and would have chosen so but for near ties.
 
     A choice between two logits that are equal to round-off is another one under other instructions, and from then on
@@ -125,7 +125,7 @@ def check_curve(layout: str, degrees: Degrees, results: list[dict[str, torch.Ten
     choices = torch.empty(len(results[0]["choices"]), 8 * SEQ, results[0]["choices"].shape[2], dtype=torch.int64)
     for rank, result in enumerate(results):
         choices[:, own_part((numbers, numbers), rank, len(results), degrees)[0].flatten()] = result["choices"]
-    model = tiny_model(num_kv_heads=2)
+    model = tiny_model(num_kv_heads=2, **options)
     model.init_weights(0)
     expected, gap = held_curve(model, choices, degrees.data)
     assert gap < NEAR_TIE, f"{layout}: a choice that is not of one process, by {gap:.1e}"

@@ -38,6 +38,7 @@ from titan_moe.optimizer.groups import parameter_groups
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.parallelize.parallelize import parallelize
 from titan_moe.records import train_record
+from titan_moe.runtime.compat import VARLEN_ATTENTION
 from titan_moe.runtime.watch import line_of
 from titan_moe.step import Balancers, eval_step, train_step
 
@@ -217,6 +218,36 @@ def test_model(options: dict[str, Any]) -> None:
     evaluation(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_documents(mode: str, dtype: torch.dtype) -> None:
+    """On CUDA attention in bf16 is one operator for all documents; where they are is found without a look at it."""
+    model = build(dtype=dtype, document_mask=True, restart_positions=True)
+    options = {"param_dtype": dtype, "reduce_dtype": torch.float32, "compile_blocks": False, "seq_len": SEQ}
+    parallelize(model, mesh=None, checkpoint_mode=mode, **options)
+    with count_varlen() as calls:
+        steps(model, qk_clip=1.0)
+        evaluation(model)
+    is_varlen = DEVICE.type == "cuda" and dtype == torch.bfloat16
+    again = 4 if mode == "full" else 0  # two layers in two steps
+    assert len(calls) == is_varlen * (6 + again)
+
+
+@contextmanager
+def count_varlen() -> Iterator[list[int]]:
+    """Notes the calls of attention for sequences of different lengths."""
+    calls: list[int] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is VARLEN_ATTENTION:
+                calls.append(1)
+            return func(*args, **kwargs or {})
+
+    with Counting():
+        yield calls
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 2])
 def test_qk_clip(num_kv_heads: int) -> None:
     """The step, in which the operator is known by its shapes alone, and what it does itself."""
@@ -263,8 +294,9 @@ def test_probes() -> None:
         balance_tax(model, *batch(), repeats=1)
 
 
-def test_decoding() -> None:
-    model = build()
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_decoding(document_mask: bool) -> None:
+    model = build(document_mask=document_mask)
     tokens, first, rows = batch()[0][:3, :4], *torch.arange(6, device=DEVICE).view(2, 3)
     with on_the_device():
         extend(model, empty_cache(model, 3, 8), tokens, first, rows)

@@ -47,10 +47,11 @@ def build(
     dtype: torch.dtype = torch.float32,
     converters: tuple[str, ...] = (),
     emulate: bool = False,
+    document_mask: bool = False,
     **options: Any,
 ) -> Transformer:
     """The model, parallelized; its weights depend on the device (generators do), and on nothing else."""
-    model = tiny_model(router, device="meta", **SIZES)
+    model = tiny_model(router, device="meta", document_mask=document_mask, **SIZES)
     quantize(model, converters=converters, recipe_name="rowwise", emulate=emulate)
     defaults = {"reduce_dtype": torch.float32, "checkpoint_mode": "none", "compile_blocks": False, "seq_len": SEQ}
     parallelize(model, mesh=mesh, param_dtype=dtype, **{**defaults, **options})

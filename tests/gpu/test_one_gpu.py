@@ -16,6 +16,7 @@ from tests.e2e.harness import command
 from tests.gpu.harness import DEVICE, build, hopper, no_waits, numbers, one_gpu, one_process, train
 from tests.tiny import adamw, balancers, batch, tiny_model
 from titan_moe.cuda_graph import GraphedGradients
+from titan_moe.model.documents import attend_in_documents, documents_of, places_of
 from titan_moe.model.experts import float8_grouped_mm, grouped_mm
 from titan_moe.model.moe import MoE, expert_swiglu
 from titan_moe.model.routing import ROUTERS
@@ -107,6 +108,45 @@ def test_gradients_of_experts_without_a_row_are_zero() -> None:
     for weight in inputs[1:]:
         assert weight.grad is not None
         assert torch.equal((weight.grad == 0).flatten(1).all(1), counts == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("ends", [0, 1, 7, 200])
+@pytest.mark.parametrize(("start", "stop"), [(0, 320), (160, 240)])
+def test_attention_in_documents_is_that_of_a_cpu(dtype: torch.dtype, ends: int, start: int, stop: int) -> None:
+    """Outputs and gradients, in whole sequences and in a run of them, of documents down to a single token."""
+    generator = torch.Generator().manual_seed(ends)
+    shapes = [(2, stop - start, 4, 32), (2, stop, 2, 32), (2, stop, 2, 32), (2, stop - start, 4, 32)]
+    inputs = [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for shape in shapes]
+    tokens = torch.ones(2, 320, dtype=torch.int64)
+    tokens.view(-1)[torch.randperm(640, generator=generator)[:ends]] = 0
+    results = []
+    for device in ("cpu", DEVICE):
+        ids = places_of(tokens.to(device), 0).document_ids
+        found = documents_of(ids, start, stop, limited=False)
+        q, k, v, grad = (x.to(device, torch.float32 if device == "cpu" else dtype).detach() for x in inputs)
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        y = attend_in_documents(*leaves, found)
+        gradients = torch.autograd.grad(y, leaves, grad)
+        results.append([x.detach().float().cpu() for x in (y, *gradients)])
+    for got, want in zip(results[1], results[0], strict=True):
+        assert (got - want).norm() <= (0.01 if dtype == torch.bfloat16 else 1e-5) * want.norm()
+
+
+@pytest.mark.parametrize("checkpoint_mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("compile_blocks", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of dynamo and inductor
+def test_steps_in_documents(compile_blocks: bool, checkpoint_mode: str) -> None:
+    """They follow fp32, wait for nothing, and are the same when a graph is replayed with other documents."""
+    expected = numbers(train(build(None, document_mask=True), 8))
+    options = {"document_mask": True, "checkpoint_mode": checkpoint_mode, "compile_blocks": compile_blocks}
+    results = []
+    for gradients in (compute_gradients, GraphedGradients()) if DEVICE == "cuda" else (compute_gradients,):
+        model = build(None, dtype=torch.bfloat16, **options)
+        results.append(numbers(train(model, 8, gradients=gradients)))
+    torch.testing.assert_close(results[0]["loss"], expected["loss"], rtol=1e-2, atol=0)
+    torch.testing.assert_close(results[-1], results[0], rtol=0, atol=0)
+    step_again(model)
 
 
 def layer_outcome(moe: MoE, x: torch.Tensor) -> dict[str, torch.Tensor]:

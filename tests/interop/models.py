@@ -8,7 +8,7 @@ import torch
 from titan_moe.build import build_model
 from titan_moe.checkpoint import save_checkpoint
 from titan_moe.config import Config, load_config, to_toml
-from titan_moe.data.tokenizer import bytes_tokenizer
+from titan_moe.data.tokenizer import Tokenizer, bytes_tokenizer
 from titan_moe.model.transformer import Transformer
 
 BASE = {
@@ -97,12 +97,14 @@ def fill(model: Transformer, seed: int = 0) -> Transformer:
     return model.eval()
 
 
-def make_checkpoint(folder: Path, *, seed: int = 0, step: int = 3, **changes: Any) -> Path:
-    """A checkpoint of weights under `folder`, a dump folder; its step folder."""
+def make_checkpoint(
+    folder: Path, *, seed: int = 0, step: int = 3, tokenizer: Tokenizer | None = None, **changes: Any
+) -> Path:
+    """A checkpoint of weights under `folder`, a dump folder, with a tokenizer (None: of bytes); its step folder."""
     config = configure(**changes)
     with torch.device("meta"):
         model = build_model(config)
-    files = {"config.toml": to_toml(config), "tokenizer.json": bytes_tokenizer().to_json()}
+    files = {"config.toml": to_toml(config), "tokenizer.json": (tokenizer or bytes_tokenizer()).to_json()}
     return save_checkpoint(
         folder / "checkpoint",
         step,

@@ -68,6 +68,18 @@ def test_export_agrees_and_comes_back(tmp_path: Path, kind: str) -> None:
     assert config_again.router.name == config.router.name
 
 
+def test_a_mask_of_documents_stays_behind(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The check compares the models without it, and the export says so."""
+    tokens = torch.tensor([[5, 77, 256, 31, 40]])
+    for name, masked in (("plain", False), ("masked", True)):
+        step = make_checkpoint(tmp_path / name, **{"data.document_mask": masked})
+        caplog.clear()
+        to_hf(step, tmp_path / f"{name}-hf")
+        assert ("which the export does not know" in caplog.text) == masked
+        theirs = hf_forward(open_hf(tmp_path / f"{name}-hf"))(tokens)[0]
+        assert torch.allclose(load_model(step)[0](tokens)[0], theirs, atol=1e-4) != masked
+
+
 @pytest.mark.parametrize("kind", ["dense qk-norm tied", "topk_softmax tied", "softmax_topk shared", "sigmoid plain"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_factors_of_a_parametrization_are_in_the_weights(tmp_path: Path, kind: str, dtype: str) -> None:

@@ -47,6 +47,8 @@ def records(config: dict, first: int, last: int) -> list[dict]:
                 numbers = {"loss": loss + len(name), "bits_per_byte": loss / 2, "num_tokens": 640}
                 record |= {f"validation/{name}/{key}": value for key, value in numbers.items()}
                 record[f"validation/{name}/maxvio_global/layer_0"] = vio
+            for name in config["validation"].get("tasks", {}):
+                record |= {f"validation/{name}/acc": 1 / loss, f"validation/{name}/num_questions": 30}
             for layer in range(layers):
                 for expert in range(experts):
                     record[f"load/layer_{layer}/expert_{expert}"] = int(1000 * (1 + vio * draw.uniform(-0.7, 0.7)))

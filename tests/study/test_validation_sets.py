@@ -10,7 +10,7 @@ from tests.study.conftest import Write
 from titan_moe.study import cli
 from titan_moe.study.grid import runs_of
 from titan_moe.study.report.likeness import unlike
-from titan_moe.study.report.measures import curve_of, is_measure, measure_of, set_of
+from titan_moe.study.report.measures import Measure, curve_of, is_measure, measure_of, set_of
 from titan_moe.study.spec import load_study
 
 SETS = {"freq": 4, "sets": {"code": {"path": "code.txt"}, "law": {"path": "law.txt"}}}
@@ -82,3 +82,41 @@ def test_sets_of_one_name_with_other_data_are_not_compared() -> None:
     assert unlike(runs(**{"validation/code/num_tokens": 8}), loss) == "the runs are validated on different data"
     assert "their tokens are not the same" in unlike(runs(tokenizer_fingerprint="u"), loss)
     assert "different parts of the text" in unlike(runs(tokenizer_fingerprint="u"), bits)
+
+
+def test_tasks_have_measures_of_their_own(write: Write) -> None:
+    tasks = {**SETS, "tasks": {"arc": {"path": "arc.jsonl"}}}
+    shown = ["validation/arc/acc", "validation/arc/perplexity", "validation/code/perplexity"]
+    runs = runs_of(load_study(write(config__validation=tasks, study__report=shown, study__curves=shown)))
+    assert all(run.config.validation.tasks.keys() == {"arc"} for run in runs)
+    for name, part in (
+        ("validation/code/acc", "no run has a validation task code: there are arc; add [config.validation.tasks.code]"),
+        ("validation/arc/loss", "no run has a validation set arc: there are code, law"),
+        ("validation/arc/f1", "or of a task, KEY in acc, acc_norm, perplexity"),
+    ):
+        with pytest.raises(ValueError, match=r"small\.toml") as caught:
+            runs_of(load_study(write(config__validation=tasks, study__report=[name])))
+        assert part in str(caught.value)
+    assert measure_of("validation/arc/acc_norm") == Measure("acc_norm, arc", "higher", ".2%")
+    assert curve_of("validation/arc/acc").label == "acc, arc"
+
+
+def test_a_report_shows_the_tasks(write: Write, fake: None, tmp_path: Path) -> None:
+    tasks = {"freq": 4, "tasks": {"arc": {"path": "arc.jsonl"}}}
+    assert cli.main([write(config__validation=tasks, study__curves=["validation/arc/acc"])]) == 0
+    home = Path("outputs/studies/small")
+    for result in map(json.loads, (home / "results.jsonl").read_text().splitlines()):
+        lines = [json.loads(line) for line in (Path(result["folder"]) / "metrics.jsonl").read_text().splitlines()]
+        assert result["validation/arc/acc"] == lines[-1]["validation/arc/acc"]
+        assert "validation/arc/num_questions" not in result
+    assert "| acc, arc |" in (home / "table.md").read_text().splitlines()[0]
+    assert (home / "figures" / "curve_validation_arc_acc.svg").exists()
+
+
+def test_tasks_are_compared_whatever_the_tokens_are() -> None:
+    first = {"num_tokens": 9, "tokenizer_fingerprint": "t", "validation_sets": {"arc": "x"}, "validation/arc/acc": 0.5}
+    for key in ("acc", "perplexity"):
+        measure = f"validation/arc/{key}"
+        assert unlike([first, {**first, "tokenizer_fingerprint": "u"}], measure) == ""
+        other = {**first, "validation_sets": {"arc": "z"}}
+        assert unlike([first, other], measure) == "the runs are asked different questions"

@@ -49,7 +49,8 @@ def make_job(folder: Path, config: Config, *, data: str = "text1", tokenizer: An
         "folder": folder,
         "runtime": Runtime(0, world, 0, torch.device("cpu")),
     }
-    return Job(**parts | {"data": SimpleNamespace(tokenizer=tokenizer, fingerprints=fingerprints, validation_sets={})})
+    empty = {"validation_sets": {}, "tasks": {}, "packing": {}}
+    return Job(**parts | {"data": SimpleNamespace(tokenizer=tokenizer, fingerprints=fingerprints, **empty)})
 
 
 def save(job: Job, step: int, fingerprint: str = "", text: str = "") -> Path:

@@ -54,6 +54,7 @@ LAYERS = {
     "config": 2,
     "build": 2,
     "step": 2,
+    "tasks": 2,
     "cuda_graph": 2,
     "dry_run": 2,
     "job": 2,

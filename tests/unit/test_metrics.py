@@ -92,6 +92,7 @@ def test_eval_metrics_of_the_whole_set():
         loss_sum=torch.tensor(20 * math.log(8), dtype=torch.float64),
         num_correct=torch.tensor(5),
         num_tokens=torch.tensor(20),
+        num_routed=torch.tensor(20),
         num_bytes=torch.tensor(60),
         load=torch.tensor([[30, 10]]),
         identity_load=torch.zeros(1, 0, dtype=torch.int64),
@@ -139,4 +140,4 @@ def test_flops_count_active_parameters_only():
     named = [("layers.0.moe.experts.w1", torch.zeros(8, 3, 5)), ("layers.0.attention.wq.weight", torch.zeros(4, 4))]
     active = active_parameters(named, num_experts=8, top_k=2)
     assert active == 2 * 15 + 16
-    assert flops_per_token(active, num_layers=2, dim=4, seq_len=10) == 6 * active + 6 * 2 * 4 * 10
+    assert flops_per_token(active, num_layers=2, attention_dim=4, seq_len=10) == 6 * active + 6 * 2 * 4 * 10

@@ -6,7 +6,7 @@ import torch
 from tests.tiny import tiny_model
 from titan_moe.config import load_config
 from titan_moe.metrics import to_numbers
-from titan_moe.records import Record, speed_record, write_record
+from titan_moe.records import Record, flops_of_token, speed_record, write_record
 from titan_moe.runtime import machine, profiling
 from titan_moe.runtime.profiling import start_timer
 from titan_moe.runtime.world import Runtime
@@ -69,3 +69,11 @@ def test_a_cpu_is_timed_by_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(profiling.time, "perf_counter", lambda: next(moments))
     seconds = start_timer(torch.device("cpu"))()
     assert seconds() == seconds() == 2.5
+
+
+def test_mfu_leaves_out_attention_in_documents() -> None:
+    """How much of it there is depends on the data; without a mask it is PaLM's share."""
+    plain, masked = (load_config(["--data.document_mask", value]) for value in ("false", "true"))
+    shapes = plain.model.num_layers * plain.model.dim * plain.training.seq_len
+    assert flops_of_token(masked, 1000) == 6000
+    assert flops_of_token(plain, 1000) == 6000 + 6 * shapes

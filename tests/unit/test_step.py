@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.cases import WHOLE_BATCH, Case, draws_noise
 from tests.invariance import ALL_ROUTERS, BUILT, INITS, measures_of, partners
 from tests.tiny import SEQ, VOCAB, adamw, balancers, batch, steps, tiny_model
+from titan_moe.metrics import eval_metrics
 from titan_moe.model.routing import ROUTERS
 from titan_moe.optimizer.optimizer import Optimizer
 from titan_moe.step import IGNORE, add, all_reduce_sums, eval_step, evaluate, train_step
@@ -137,6 +140,28 @@ def test_ignored_labels_do_not_count():
     logits, _ = fresh()(tokens)
     torch.testing.assert_close(output.loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()).detach())
     assert output.num_tokens == labels.numel() // 2
+
+
+def test_balance_is_of_all_tokens_that_experts_get():
+    """Tokens without a label are routed as others are: what is of the routing is what it is with all labels."""
+    model, whole, (tokens, labels) = fresh(), fresh(), batch(0)
+    some = labels.clone()
+    some[:3, 2:] = IGNORE
+    outputs = []
+    for one, y in ((model, some), (whole, labels)):
+        halves = [(tokens[:4], y[:4]), (tokens[4:], y[4:])]
+        outputs.append(train_step(one, halves, adamw(one), balancers(), one.expert_biases(), max_norm=1.0))
+    assert outputs[0].balance_losses == outputs[1].balance_losses
+    assert torch.equal(outputs[0].load, outputs[1].load)
+    evaluated = [eval_metrics(evaluate(fresh(), [(tokens, y)], TOKEN_BYTES)) for y in (some, labels)]
+    for name in ("aux_loss", "z_loss", "entropy_loss", "maxvio_global"):
+        assert evaluated[0][name] == evaluated[1][name]
+    logits = fresh()(tokens)[0].detach()
+    loss = F.cross_entropy(logits.flatten(0, 1), some.flatten())
+    torch.testing.assert_close(evaluated[0]["loss"].float(), loss)
+    torch.testing.assert_close(evaluated[0]["bits_per_byte"].float(), loss / math.log(2) / 2)
+    hits = (logits.argmax(-1) == some)[some != IGNORE]
+    assert evaluated[0]["accuracy"] == hits.double().mean()
 
 
 def test_dense_model():

@@ -82,7 +82,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for name, default in Settings._field_defaults.items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{HELP[name]} ({default})")
     parser.add_trust()
-    keys = ", ".join(key for key in OVERRIDES if key != "data.path")
+    keys = ", ".join(key for key in OVERRIDES if key not in ("data.path", "data.packing"))
     parser.epilog = f"--section.key value, instead of the run's: {keys}."
     options, overrides = parser.parse_known_args(args)
     check_one_folder(args)

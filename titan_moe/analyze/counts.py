@@ -18,8 +18,8 @@ from titan_moe.analyze.tokens import CLASSES, Vocabulary, classes_of
 from titan_moe.balancer import token_entropy
 from titan_moe.metrics import load_entropy, maxvio
 from titan_moe.model.cross_entropy import IGNORE
+from titan_moe.model.documents import places_of
 from titan_moe.model.routing import Routing
-from titan_moe.model.transformer import places_of
 from titan_moe.step import all_reduce_sums
 
 MARGIN_EDGES = [10 ** (exponent / 4) for exponent in range(-20, 5)]  # 1e-5 to 10; one bin more on either side

@@ -64,6 +64,7 @@ from titan_moe.runtime.dtypes import DTYPES
 from titan_moe.runtime.world import Runtime
 
 VALIDATION = "validation"  # the name of the run's own validation data
+CONCAT = ("--data.packing", "concat")
 
 
 class Source(NamedTuple):
@@ -135,11 +136,13 @@ def read_texts(
             raise ValueError(f"--data.path: two texts are called {name}: give {word} another name: NAME={word}")
         files_of.setdefault(name, []).append(path)
 
-    # Each text is cut into sequences by itself, as an evaluation of it would.
+    # Each text is cut into sequences by itself, as an evaluation of it would; end to end, as padding is no text.
     texts = []
     for name, files in (files_of or {VALIDATION: []}).items():
         words = ["--data.path", *files] if files else []
-        config, _ = evaluation_config(step_folder, [*words, *overrides], trust_components)
+        config, _ = evaluation_config(step_folder, [*CONCAT, *words, *overrides], trust_components)
+        if config.data.packing != "concat":
+            raise ValueError(f"--data.packing {config.data.packing}: an analysis reads text end to end: leave it out")
         batches = partial(validation_batches, config, str(step_folder / "tokenizer.json"), files, rt.device, rt)
         texts.append(Text(name, files, batches, config.training.seq_len, config.validation.local_batch_size))
     return texts

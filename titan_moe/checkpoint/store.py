@@ -368,7 +368,7 @@ def read_model(step_folder: Path, config: Config) -> Transformer:
     model.to_empty(device="cpu")
     model.init_balancer_states()  # imported weights have none
     load_checkpoint(step_folder, model=model, check=False)
-    if model.asks_places:
+    if model.asks_places or model.document_mask:
         model.eot_id = load_tokenizer(str(step_folder / "tokenizer.json")).eot_id
     return model.eval()
 

@@ -6,7 +6,7 @@ import torch
 
 from titan_moe.balancer import BALANCERS, SEEN
 from titan_moe.config.schema import find_component
-from titan_moe.config.sections import BalancerTable, Config, Data, balancer_tables
+from titan_moe.config.sections import BalancerTable, Config, Data, ValidationTask, balancer_tables
 from titan_moe.model.attention import checked_head_dim
 from titan_moe.model.experts_backend import EXPERTS_BACKENDS, check_signature
 from titan_moe.model.routing import ROUTERS, Places
@@ -255,9 +255,15 @@ def _check_batches(config: Config) -> None:
         raise ValueError(f"data.path ({data.path[0]}) has no use: {data.dataset} takes no argument path")
     if ":" in data.dataset and data.sources:
         raise ValueError(f"data.dataset ({data.dataset}) has no use beside data.sources: make it one of them")
+    if data.restart_positions and not data.document_mask:
+        raise ValueError(
+            "data.restart_positions = true needs data.document_mask = true: tokens that see other documents would take "
+            "these to be near: turn it off, or the mask on"
+        )
     if data.dataset in ("text", "hf") and not data.path and not data.sources:
         raise ValueError(f"data.dataset = {data.dataset!r} needs data.path: the files to read or the name on the hub")
     _check_validation_sets(config)
+    _check_validation_tasks(config)
 
 
 def _check_validation_sets(config: Config) -> None:
@@ -275,6 +281,36 @@ def _check_validation_sets(config: Config) -> None:
             raise ValueError(
                 f"{key}.path ({held_out.path[0]}) has no use with {key}.dataset = {held_out.dataset!r}: leave one out"
             )
+
+
+# What a task of a kind does not look at.
+UNUSED_OF_TASKS = {
+    "multiple_choice": ("target",),
+    "cloze": ("choices", "answer", "labels"),
+    "last_word": ("choices", "answer", "labels", "target"),
+}
+
+
+def _check_validation_tasks(config: Config) -> None:
+    """Refuse a task without questions, with another's name, or due at steps that have no validation."""
+    validation = config.validation
+    for name, task in validation.tasks.items():
+        key = f"validation.tasks.{name}"
+        for other in ("validation.sets", "data.sources"):
+            if name in (validation.sets if other == "validation.sets" else config.data.sources):
+                raise ValueError(f"{key}: {other}.{name} has its numbers under the same name: take another one")
+        if not task.path:
+            raise ValueError(f"{key} has no questions: set {key}.path to files of JSON lines")
+        if task.freq % validation.freq:
+            raise ValueError(
+                f"{key}.freq ({task.freq}) must be a multiple of validation.freq ({validation.freq}): tasks are a part "
+                "of validations"
+            )
+        for unused in UNUSED_OF_TASKS[task.kind]:
+            if getattr(task, unused) != getattr(ValidationTask(), unused):
+                raise ValueError(f"{key}.{unused} has no use with {key}.kind = {task.kind!r}: leave one out")
+        if task.fewshot_path and not task.num_fewshot:
+            raise ValueError(f"{key}.fewshot_path has no use with {key}.num_fewshot = 0: set that, or leave it out")
 
 
 def _check_parts(config: Config) -> None:
@@ -352,7 +388,7 @@ def parametrization_of(config: Config) -> Parametrization:
         num_layers=model.num_layers,
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads or model.num_heads,
-        head_dim=model.head_dim or model.dim // model.num_heads,
+        head_dim=model.channels,
         ffn_dim=model.ffn_dim,
         init_std=model.init_std,
         num_experts=moe.num_experts,
@@ -519,6 +555,17 @@ def _cautions_of_router(config: Config) -> list[str]:
         said.append(
             "router.drop_policy = 'score' drops a token in favour of later ones in training: a causal model sees the "
             "future there; drop_policy = 'position' does not"
+        )
+
+    # A mask of attention does not hide tokens from a router.
+    seen = {"causal_bias": "those before in their sequence", "expert_choice": "all of a forward pass"}
+    seen |= dict.fromkeys(("base", "sinkhorn", "token_rounding"), "all of a forward pass in training")
+    has_capacity = arguments.get("capacity_factor") and name in ROUTERS
+    if config.data.document_mask and (name in seen or has_capacity):
+        key = f"router.name = {name!r}" if name in seen else "router.capacity_factor"
+        said.append(
+            f"data.document_mask = true hides other documents from attention alone: {key} chooses the experts of "
+            f"tokens by {seen.get(name, seen['base'])}, whatever documents they are of"
         )
 
     # Nothing of a threshold router is wrong alone, but the model would cost what nobody has chosen.

@@ -101,11 +101,12 @@ def _own_groups(config: Config) -> list[str]:
 
 def _plain(config: Config) -> Config:
     """The same configuration with one way of saying it, where there are several."""
-    model, optimizer = config.model, config.optimizer
+    model, moe, optimizer = config.model, config.moe, config.optimizer
     groups = {group: _of_group_alone(table, optimizer.arguments) for group, table in optimizer.groups.items()}
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(model, num_kv_heads=model.num_kv_heads or model.num_heads),
+        model=dataclasses.replace(model, num_kv_heads=model.num_kv_heads or model.num_heads, head_dim=model.channels),
+        moe=dataclasses.replace(moe, shared_expert_dim=moe.shared_expert_dim or moe.expert_dim),
         optimizer=dataclasses.replace(optimizer, groups={group: table for group, table in groups.items() if table}),
     )
 

@@ -145,4 +145,6 @@ def _entry(key: str, default: Any, about: str) -> list[str]:
 
 def _toml(value: Any) -> str:
     """Write a default as it would stand in a file."""
+    if isinstance(value, list):  # on one line, where tomli_w takes one for each item
+        return f"[{', '.join(map(_toml, value))}]"
     return "none" if value is None else tomli_w.dumps({"k": value}).partition(" = ")[2].strip()

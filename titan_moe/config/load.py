@@ -133,7 +133,7 @@ def _split(section: str, content: dict[str, Any], origin: str, earlier: Tables) 
 
     `earlier` are the tables so far: instances of balancers that are among them may go without a name here.
     """
-    # Sections of one's own fields have tables of one kind at most.
+    # Sections of one's own fields may have tables of some kinds.
     if section not in ("balancer", "optimizer"):
         named = {path: path.partition(".")[2] for path in NAMED_TABLES if path.partition(".")[0] == section}
         inner = {}

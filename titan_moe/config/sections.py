@@ -59,6 +59,9 @@ def _as_qk_norm(value: object) -> object:
     return {"true": "head", "false": "none"}.get(str(value).lower(), value)
 
 
+TaskKind = Literal["multiple_choice", "cloze", "last_word"]
+
+
 @dataclass(frozen=True)
 class Job:
     """Where a run reads its configuration and leaves its results."""
@@ -114,6 +117,11 @@ class Model:
     attention_bias: Annotated[bool, "queries, keys and values have a bias"] = False
     tie_embeddings: Annotated[bool, "the output head shares the embedding's weight"] = True
     init_std: Annotated[Positive, "standard deviation of the initial weights"] = 0.02
+
+    @property
+    def channels(self) -> int:
+        """Those of a head."""
+        return self.head_dim or self.dim // self.num_heads
 
 
 @dataclass(frozen=True)
@@ -226,6 +234,11 @@ class Data:
         "bpe:4096"
     )
     eot_token: Annotated[str, "token that ends every document (empty: as the tokenizer's own files say)"] = ""
+    document_mask: Annotated[bool, "attention stays inside documents, which end with that token"] = False
+    restart_positions: Annotated[bool, "with document_mask: positions begin at 0 in each document"] = False
+    packing: Annotated[
+        Literal["concat", "best_fit"], "documents end to end in windows, or in sequences that cut as few as can be"
+    ] = "concat"
     num_workers: Annotated[int, Field(ge=0, le=256), "processes that prepare batches (0: none beside the trainer)"] = 0
     validation_fraction: Annotated[Fraction, "part of the documents that is held out of training"] = 0.01
     validation_path: Annotated[Texts, "files to validate on instead of a held-out part"] = field(default_factory=list)
@@ -250,6 +263,36 @@ class ValidationSet:
 
 
 @dataclass(frozen=True)
+class ValidationTask:
+    """Questions to ask the model at validations, as lm-evaluation-harness asks them: validation/NAME/acc and the like.
+
+    In context, choices, answer, labels and target {field} stands for what a line has there, {field.key} for a key in
+    it. NAME is of letters, digits and _, and no validation set has it; NAME = false takes back what a base file set.
+    """
+
+    path: Annotated[Texts, "files, globs or folders of JSON lines, a question a line"] = field(default_factory=list)
+    kind: Annotated[
+        TaskKind,
+        "multiple_choice: which choice is likeliest; cloze: whether the target comes next; last_word: the same, the "
+        "target being the last word of context",
+    ] = "multiple_choice"
+    context: Annotated[str, "what comes before the answer"] = "{context}"
+    choices: Annotated[Texts, "the choices: a field that has a list, or a text for each"] = field(
+        default_factory=lambda: ["{choices}"]
+    )
+    answer: Annotated[str, "the right choice: its number, from 0, its text, or its label"] = "{answer}"
+    labels: Annotated[str, "labels of the choices, a field that has a list, where the answer is one of them"] = ""
+    target: Annotated[str, "what comes next, of a cloze"] = "{target}"
+    delimiter: Annotated[str, "between context and choice or target"] = " "
+    num_fewshot: Annotated[NonNegativeInt, "examples with their answers before each question"] = 0
+    fewshot_path: Annotated[Texts, "files whose first lines are the examples (empty: the first other ones of path)"] = (
+        field(default_factory=list)
+    )
+    limit: Annotated[NonNegativeInt, "questions, the first ones of path (0: all)"] = 0
+    freq: Annotated[NonNegativeInt, "optimizer steps between them, a multiple of validation.freq (0: that)"] = 0
+
+
+@dataclass(frozen=True)
 class Validation:
     """Evaluation on held-out data during training."""
 
@@ -258,6 +301,9 @@ class Validation:
     steps: Annotated[PositiveOrMinusOne, "batches of a validation (-1: the whole set)"] = -1
     local_batch_size: Annotated[PositiveInt, "sequences of a rank in one forward pass; results do not depend on it"] = 8
     sets: Annotated[dict[str, ValidationSet], "tables [validation.sets.NAME]: data sets beside the run's own"] = field(
+        default_factory=dict
+    )
+    tasks: Annotated[dict[str, ValidationTask], "tables [validation.tasks.NAME]: questions to ask"] = field(
         default_factory=dict
     )
 
@@ -432,7 +478,12 @@ METRIC_NAMES = (
 SECTIONS = get_type_hints(Config)
 
 # Tables of one kind within a section, [SECTION.KEY.NAME].
-NAMED_TABLES = {"model.rope_scaling": RopeScaling, "data.sources": Source, "validation.sets": ValidationSet}
+NAMED_TABLES = {
+    "model.rope_scaling": RopeScaling,
+    "data.sources": Source,
+    "validation.sets": ValidationSet,
+    "validation.tasks": ValidationTask,
+}
 
 # What a data set of one's own is: a function outside, whose arguments are keys of the table that names it.
 OWN_DATASET = Kind({}, {}, {})
@@ -498,7 +549,7 @@ KINDS = {
     "lr_scheduler": Kind(
         SCHEDULES,
         {"steps": "training.steps"},
-        {"warmup_steps": _NOT_NEGATIVE, "min_lr_factor": _FACTOR, "decay_ratio": _FACTOR},
+        {"warmup_steps": _NOT_NEGATIVE, **dict.fromkeys(("min_lr_factor", "decay_ratio", "factor"), _FACTOR)},
     ),
 }
 

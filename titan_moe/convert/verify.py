@@ -79,8 +79,18 @@ def check_equal(comparison: Comparison, library: str) -> None:
     logger.info("checked: %s", text)
 
 
+def warn_of_mask(config: Config) -> None:
+    """Say of a model that was trained inside documents that other libraries' models see all of a sequence."""
+    if config.data.document_mask:
+        logger.warning(
+            "the model was trained with data.document_mask, which the export does not know: whoever runs it on several "
+            "documents in one sequence has to keep them apart"
+        )
+
+
 def our_forward(model: nn.Module) -> Forward:
-    """A model of ours, as `compare` wants it."""
+    """A model of ours, as `compare` wants it: without a mask of documents, which other libraries' models have not."""
+    setattr(model, "document_mask", False)  # noqa: B010
 
     def forward(tokens_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
         logits_BSV, routings = model(tokens_BS)

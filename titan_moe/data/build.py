@@ -14,7 +14,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from titan_moe.config.sections import DATASETS
 from titan_moe.data import hub
-from titan_moe.data.cache import TokenCache, Tokens, build_cache
+from titan_moe.data.cache import TokenCache, build_cache
 from titan_moe.data.corpus import (
     Corpus,
     Split,
@@ -46,14 +46,17 @@ from titan_moe.data.own import (
     own_data,
     own_token_file,
 )
+from titan_moe.data.packing import Borders, PackedTokens, Windows, describe, pack, tell_waste
 from titan_moe.data.sources import are_tokens, find_files, stdlib_files
 from titan_moe.data.stream import LaneBatches, Stream, TrainStream, check_lanes, sample_stream
+from titan_moe.data.tasks import Task
 from titan_moe.data.token_files import (
     DividedTokens,
     Documents,
     TokenSource,
     all_documents,
     divide_documents,
+    join_borders,
     load_documents,
     open_tokens,
 )
@@ -105,7 +108,8 @@ Fixed = DataFiles | OwnDocuments  # documents that are made into tokens before t
 class Data(NamedTuple):
     """The data of a run. `validation()` returns a new iterator over the validation set; None where there is no set.
 
-    `validation_sets` are more of them, by their names: of several sources what is held out of each.
+    `validation_sets` are more of them, by their names: of several sources what is held out of each. `packing` is what
+    best_fit makes of the training data, by their key (`describe`). `tasks` are questions to ask at validations.
     """
 
     tokenizer: Tokenizer
@@ -113,6 +117,8 @@ class Data(NamedTuple):
     validation: Callable[[], Batches] | None
     fingerprints: dict[str, str]
     validation_sets: Mapping[str, ValidationSet] = {}
+    packing: Mapping[str, Mapping[str, int | float]] = {}
+    tasks: Mapping[str, Task] = {}
 
 
 class _Wanted(NamedTuple):
@@ -128,8 +134,10 @@ class _Wanted(NamedTuple):
     folder: str
     endpoint: str
     progress: bool
+    pack_to: int  # seq_len where documents are packed best-fit, 0 where they stand end to end
     sources: Sequence[SourceFiles] = ()
     arguments: Mapping[str, Any] = {}
+    document_mask: bool = False
 
 
 class _Prepared(NamedTuple):
@@ -137,9 +145,17 @@ class _Prepared(NamedTuple):
 
     tokenizer: Tokenizer
     fingerprint: str
-    train: Tokens | TrainStream | list[Source]
-    validation: Sequence[Tokens]
-    by_source: dict[str, Tokens] | None = None  # the source that each of these is of, where there are several
+    train: Windows | TrainStream | list[Source]
+    validation: Sequence[Windows]
+    by_source: dict[str, Windows] | None = None  # the source that each of these is of, where there are several
+
+
+class _Packed(NamedTuple):
+    """The training and validation data of a source, packed, and how many documents each has."""
+
+    train: Windows
+    validation: Windows
+    num_documents: dict[str, int]
 
 
 class _Tokenized(NamedTuple):
@@ -147,7 +163,7 @@ class _Tokenized(NamedTuple):
 
     fingerprints: list[str]
     tokenizer: Tokenizer
-    caches: Sequence[TokenCache | DividedTokens]
+    caches: Sequence[TokenCache | DividedTokens | _Packed]
 
 
 def build_data(
@@ -160,6 +176,7 @@ def build_data(
     tokenizer: str,
     eot_token: str = "",
     seq_len: int,
+    packing: str = "concat",
     seed: int,
     global_batch_size: int,
     local_batch_size: int,
@@ -177,16 +194,19 @@ def build_data(
     endpoint: str = hub.HUB_ENDPOINT,
     positions: Tensor | None = None,
     device: torch.device = CPU,
+    document_mask: bool = False,
 ) -> Data:
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
     `dataset` is one of `DATASETS`, or a function outside with its `arguments`; `path` names the files of `text` and the
     data set of `hf`. With `sources` training data are theirs instead; `steps`, the length of the run, tells how often
-    it reads them. `eot_token` ends every document (empty: the one that the tokenizer's files name). Validation data are
-    the files of `validation_path`, else `validation_fraction` of the documents, chosen by the hash of their content,
-    and one at least. On every node the one process with `is_main` fills the cache while the others wait at `barrier`. A
-    `global_batch_size` of -1 is that of one micro-batch a step. Where ranks share sequences, `positions` (S',) are
-    those of this rank, and batches are (B, S'). Batches are on `device`. Errors: ValueError and OSError of one line.
+    it reads them. `eot_token` ends every document (empty: the one that the tokenizer's files name), and with
+    `document_mask` some document of each file of ids must end with it. `packing` is "concat" (windows over documents
+    end to end) or "best_fit" (`titan_moe.data.packing`). Validation data are the files of `validation_path`, else
+    `validation_fraction` of the documents, chosen by the hash of their content, and one at least. On every node the one
+    process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size` of -1 is that of
+    one micro-batch a step. Where ranks share sequences, `positions` (S',) are those of this rank, and batches are
+    (B, S'). Batches are on `device`. Errors: ValueError and OSError of one line.
     """
     # Mistakes in the settings are told before anything is read or written.
     size, local_batch_size = resolve_batch_sizes(global_batch_size, local_batch_size, dp_degree)
@@ -194,13 +214,14 @@ def build_data(
         raise ValueError(f"data.validation_fraction ({validation_fraction}) must be at least 0 and below 1")
     if path and dataset in ("stdlib", "fineweb_edu"):
         raise ValueError(f"data.path ({path}) has no use with data.dataset {dataset}: add --data.dataset text (or hf)")
+    pack_to = _pack_to(packing, seq_len, [source.dataset for source in sources] or [dataset])
 
     # Whatever the layout, the same things are prepared: the cache is shared, and so is the split.
     fraction = 0.0 if validation_path else validation_fraction
     tokens = _stream_tokens(validation_steps, validation_local_batch_size, seq_len)
     show = progress and is_main
     wanted = (dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show)
-    want = _Wanted(*wanted, sources, arguments)
+    want = _Wanted(*wanted, pack_to, sources, arguments, document_mask)
     prepare = partial(_prepare_sources if sources else _prepare_one, want)
     data = main_process_first(prepare, is_main, barrier)
 
@@ -221,7 +242,9 @@ def build_data(
     else:
         _check_length(data.train, seq_len, "data.path")
         make = partial(window_loader, WindowBatches(data.train, **batch), num_workers, device)
-    loader = TrainLoader(make, f"{data.fingerprint}-{data.tokenizer.fingerprint}-{seq_len}", positions, device)
+    position_in = f"{data.fingerprint}-{data.tokenizer.fingerprint}-{seq_len}{'_best_fit' if pack_to else ''}"
+    loader = TrainLoader(make, position_in, positions, device)
+    packed = _tell_packing(data.train, seq_len, is_main)
 
     # Validation begins at the start of its set each time.
     batches = {"steps": validation_steps, "local_batch_size": validation_local_batch_size}
@@ -239,7 +262,7 @@ def build_data(
         if num_windows(file, seq_len)
     }
     fingerprints = {"data": data.fingerprint, "tokenizer": data.tokenizer.fingerprint}
-    return Data(data.tokenizer, loader, validation, fingerprints, by_source)
+    return Data(data.tokenizer, loader, validation, fingerprints, by_source, packed)
 
 
 def build_validation(
@@ -250,6 +273,7 @@ def build_validation(
     key: str = "data.path",
     tokenizer: str | Tokenizer,
     seq_len: int,
+    packing: str = "concat",
     steps: int = -1,
     local_batch_size: int,
     dp_rank: int = 0,
@@ -261,6 +285,7 @@ def build_validation(
     endpoint: str = hub.HUB_ENDPOINT,
     positions: Tensor | None = None,
     device: torch.device = CPU,
+    document_mask: bool = False,
 ) -> ValidationSet:
     """Return all documents of a data set, or the first ones of a stream, to evaluate a model on them.
 
@@ -271,14 +296,15 @@ def build_validation(
 
     # All of it is validation data, so that no document is left out. Of a stream as much is read as a run's own
     # validation would.
-    def build() -> tuple[str, Tokens]:
+    def build() -> tuple[str, Windows]:
         words = load_tokenizer(tokenizer, endpoint) if isinstance(tokenizer, str) else tokenizer
         place = find_data(dataset, path, arguments, key, endpoint=endpoint, folder=cache_folder)
         if isinstance(place, Stream):
             num_bytes = _stream_tokens(steps, local_batch_size, seq_len) * BYTES_PER_TOKEN
             sample = {"fraction": 1.0, "num_bytes": num_bytes, "folder": cache_folder, "progress": show}
             place = DataFiles([sample_stream(place, "validation", **sample)])
-        return _whole(place, words, cache_folder, show, key)
+        options = {"folder": cache_folder, "progress": show, "key": key, "document_mask": document_mask}
+        return _whole(place, words, _pack_to(packing, seq_len), **options)
 
     fingerprint, file = main_process_first(build, is_main, barrier)
     _check_length(file, seq_len, key)
@@ -387,7 +413,58 @@ def _stream_tokens(steps: int, local_batch_size: int, seq_len: int) -> int:
     return STREAM_VALIDATION_TOKENS if steps < 0 else steps * local_batch_size * seq_len + 1
 
 
-def _check_length(file: Tokens, seq_len: int, key: str) -> None:
+def _pack_to(packing: str, seq_len: int, datasets: Sequence[str] = ()) -> int:
+    """Return the length of sequences that are packed, 0 for "concat"; ValueError where it can't be done."""
+    if packing not in ("concat", "best_fit"):
+        raise ValueError(f"data.packing ({packing}): there are concat and best_fit")
+    for dataset in datasets if packing == "best_fit" else ():
+        if is_streamed(dataset):
+            raise _unpackable(f"data.dataset {dataset}")
+    return seq_len if packing == "best_fit" else 0
+
+
+def _unpackable(name: str) -> ValueError:
+    return ValueError(
+        f"data.packing (best_fit) needs to know all documents, and {name} is read while training: set it to concat, or "
+        "give files"
+    )
+
+
+def _packed(
+    tokenizer: Tokenizer, pack_to: int, folder: str, fingerprint: str, tokens: Windows, borders: Borders | None = None
+) -> Windows:
+    """Pack tokens of the data of `fingerprint` into sequences of `pack_to` (0: leave them as they are)."""
+    if not pack_to or isinstance(tokens, PackedTokens):
+        return tokens
+    of_tokens = f"{fingerprint}-{tokenizer.fingerprint}"
+    return pack(tokens, borders, eot_id=tokenizer.eot_id, seq_len=pack_to, fingerprint=of_tokens, folder=folder)
+
+
+def _pack_caches(done: _Tokenized, want: _Wanted) -> _Tokenized:
+    """Pack both sides of each cache."""
+    packed = partial(_packed, done.tokenizer, want.pack_to, want.folder)
+    both = []
+    for fingerprint, cache in zip(done.fingerprints, done.caches, strict=True):
+        borders = cache.borders if isinstance(cache, DividedTokens) else {}
+        train = packed(f"{fingerprint}-train", cache.train, borders.get("train"))
+        validation = packed(f"{fingerprint}-validation", cache.validation, borders.get("validation"))
+        both.append(_Packed(train, validation, cache.num_documents))
+    return done._replace(caches=both)
+
+
+def _tell_packing(
+    train: Windows | TrainStream | list[Source], seq_len: int, is_main: bool
+) -> dict[str, dict[str, Any]]:
+    """Say what packing wastes of the training data, and return it by their keys."""
+    sources = train if isinstance(train, list) else []
+    of_key = {f"data.sources.{source.name}": source.file for source in sources} or {"data.path": train}
+    wastes = {key: file.waste for key, file in of_key.items() if isinstance(file, PackedTokens)}
+    for key, waste in wastes.items() if is_main else ():
+        tell_waste(key, waste, seq_len)
+    return {key: describe(waste, seq_len) for key, waste in wastes.items()}
+
+
+def _check_length(file: Windows, seq_len: int, key: str) -> None:
     if not num_windows(file, seq_len):
         raise ValueError(
             f"training.seq_len ({seq_len}) is longer than the data of {key} ({file.num_tokens} tokens): "
@@ -437,6 +514,8 @@ def _find_sources(want: _Wanted, sources: Sequence[SourceFiles]) -> list[Fixed |
         else:
             where_to_look = {"endpoint": want.endpoint, "folder": want.folder}
             places.append(find_data(*named, f"{source.key}.path", **where_to_look))
+        if want.pack_to and isinstance(place := places[-1], Stream):
+            raise _unpackable(place.place)
     return places
 
 
@@ -454,7 +533,7 @@ def _prepare_sources(want: _Wanted) -> _Prepared:
     caches, fingerprints = iter(done.caches), iter(done.fingerprints)
     train: list[Source] = []
     names: list[str] = []
-    held_out: dict[str, Tokens] = {}
+    held_out: dict[str, Windows] = {}
     for source, place in pairs:
         if isinstance(place, Stream):
             part, validation = _divide_stream(want, place, done.tokenizer)
@@ -480,7 +559,8 @@ def _is_split(want: _Wanted) -> bool:
 def _tokenize(
     want: _Wanted, sources: Sequence[SourceFiles], places: Sequence[Fixed], samples: Sequence[str] = ()
 ) -> _Tokenized:
-    """Tokenize the documents of each source into a cache; files of token ids are read where they are.
+    """Tokenize the documents of each source into a cache; files of token ids are read where they are. Packed if
+    wanted.
 
     A BPE is trained on `samples` of streams as well.
     """
@@ -500,7 +580,7 @@ def _tokenize(
                 f"for training and {count['validation']} for validation: choose another fraction, or files with "
                 "--data.validation_path"
             )
-    return done
+    return _pack_caches(done, want) if want.pack_to else done
 
 
 def _held_out_files(want: _Wanted) -> list[str]:
@@ -558,7 +638,8 @@ def _divide_tokens(want: _Wanted, places: Sequence[Fixed], held_out: list[str]) 
         name = place.function.label() if isinstance(place, OwnDocuments) else place.files[0]
         raise _untrainable(want, name)
     tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
-    documents = partial(_documents, tokenizer=tokenizer, folder=want.folder, progress=want.progress)
+    options = {"folder": want.folder, "progress": want.progress, "document_mask": want.document_mask}
+    documents = partial(_documents, tokenizer=tokenizer, **options)
     others = documents(DataFiles(held_out)) if held_out else []
     trained = [documents(place) for place in places]
     caches = [divide_documents(some, want.fraction, others) for some in trained]
@@ -574,36 +655,44 @@ def _untrainable(want: _Wanted, name: str) -> ValueError:
     )
 
 
-def _documents(place: Fixed, *, tokenizer: Tokenizer, folder: str, progress: bool) -> list[Documents]:
+def _documents(
+    place: Fixed, *, tokenizer: Tokenizer, folder: str, progress: bool, document_mask: bool
+) -> list[Documents]:
     """Return the documents of token files, or of text once it is tokenized."""
     if not _are_ids(place):
         corpus = _corpus_of(place, [], 0.0, folder)
-        return load_documents(
-            [TokenSource(build_cache(corpus, tokenizer, folder, progress=progress).train)], tokenizer, folder
-        )
+        sources = [TokenSource(build_cache(corpus, tokenizer, folder, progress=progress).train)]
+        return load_documents(sources, tokenizer, folder, must_end=document_mask)
     if isinstance(place, DataFiles):
-        return load_documents([open_tokens(path, tokenizer.vocab_size) for path in place.files], tokenizer, folder)
+        sources = [open_tokens(path, tokenizer.vocab_size) for path in place.files]
+        return load_documents(sources, tokenizer, folder, must_end=document_mask)
 
     # The file is ours, and says nothing to the user.
     path = own_token_file(place, folder)
     try:
-        return load_documents([open_tokens(path, tokenizer.vocab_size)], tokenizer, folder)
+        return load_documents([open_tokens(path, tokenizer.vocab_size)], tokenizer, folder, must_end=document_mask)
     except ValueError as error:
         raise ValueError(str(error).replace(path, place.function.label())) from error
 
 
-def _whole(place: Fixed, tokenizer: Tokenizer, folder: str, progress: bool, key: str) -> tuple[str, Tokens]:
-    """Return the tokens of all documents, and a fingerprint of these."""
+def _whole(
+    place: Fixed, tokenizer: Tokenizer, pack_to: int, *, folder: str, progress: bool, key: str, document_mask: bool
+) -> tuple[str, Windows]:
+    """Return the tokens of all documents, packed if wanted, and a fingerprint of these."""
+    packed = partial(_packed, tokenizer, pack_to, folder)
     if _are_ids(place):
-        documents = _documents(place, tokenizer=tokenizer, folder=folder, progress=progress)
-        return digest([one.fingerprint for one in documents]), all_documents(documents)
+        options = {"tokenizer": tokenizer, "folder": folder, "progress": progress}
+        documents = _documents(place, **options, document_mask=document_mask)
+        fingerprint = digest([one.fingerprint for one in documents])
+        return fingerprint, packed(fingerprint, all_documents(documents), join_borders(documents))
     if isinstance(place, OwnDocuments):
         corpus = own_corpus(place, [], 1.0, folder)
     elif place.kind:
         corpus = make_corpus(place.files, fraction=1.0, folder=folder, kind=place.kind, key=key)
     else:
         corpus = make_corpus([], place.files, fraction=0.0, folder=folder, key=key)
-    return corpus.fingerprint, build_cache(corpus, tokenizer, folder, progress=progress).validation
+    cache = build_cache(corpus, tokenizer, folder, progress=progress)
+    return corpus.fingerprint, packed(corpus.fingerprint, cache.validation)
 
 
 def _find_stream(dataset: str, path: str | Sequence[str], endpoint: str) -> hub.HubDataset:
@@ -640,7 +729,7 @@ def _bpe_sample(want: _Wanted, stream: Stream) -> str:
     return sample_stream(stream, "train", num_bytes=STREAM_BPE_BYTES, **sample)
 
 
-def _divide_stream(want: _Wanted, stream: Stream, tokenizer: Tokenizer) -> tuple[TrainStream, Tokens | None]:
+def _divide_stream(want: _Wanted, stream: Stream, tokenizer: Tokenizer) -> tuple[TrainStream, Windows | None]:
     """Divide a stream into what is trained on, and its validation data, which are files and may be none."""
     held_out = _held_out_files(want)
     are_ids = isinstance(stream, OwnStream) and stream.are_ids
@@ -665,5 +754,6 @@ def _divide_stream(want: _Wanted, stream: Stream, tokenizer: Tokenizer) -> tuple
         return TrainStream(stream, split), None
     if want.validation_path:
         split = make_split(make_corpus([], held_out, fraction=0.0, folder=want.folder), want.folder)
-    _, tokens = _whole(DataFiles(held_out), tokenizer, want.folder, want.progress, "data.validation_path")
+    options = {"folder": want.folder, "progress": want.progress, "document_mask": want.document_mask}
+    _, tokens = _whole(DataFiles(held_out), tokenizer, 0, key="data.validation_path", **options)
     return TrainStream(stream, split), tokens

@@ -36,6 +36,8 @@ SPLITS = ("train", "validation")
 COUNT_NAMES = ("num_tokens", "num_documents", "num_bytes", "num_nulls")
 META, CHECKED = "meta.json", "checked.json"
 LARGE_BYTES = 4 << 30  # comparing checksums of more takes a while, and is logged
+READ_TOKENS = 1 << 19  # that a read may bring into memory, however few it asks for: Linux maps up to 1 or 2 MiB at once
+MAPPED_TOKENS = 1 << 26  # of all maps, before they are given back
 PIECE_BYTES = 16 << 20  # of one checksum, in a cache of a version that took none
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class TokenFile(NamedTuple):
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Return the ids from `start` to `stop` (stop - start,)."""
+        _maps.will_read(stop - start)
         return self.tokens()[start:stop]
 
 
@@ -120,6 +123,27 @@ class _Job(NamedTuple):
 def _map(file: TokenFile) -> np.ndarray:
     ids = np.memmap(file.path, dtype=file.dtype, mode="r", offset=file.offset, shape=(file.num_tokens,))
     return np.asarray(ids)  # a plain array is sliced faster
+
+
+class _Maps:
+    """Unmaps all token files now and then.
+
+    A page that is read counts as memory of the process, and so do those around it: after an epoch that would be all of
+    the file, in every process. In the system's cache they stay.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0  # that may be in memory
+
+    def will_read(self, num_tokens: int) -> None:
+        # A map that somebody still has a part of stays until it is let go. It is made again in 15 us.
+        self.tokens += max(num_tokens, READ_TOKENS)
+        if self.tokens > MAPPED_TOKENS:
+            _map.cache_clear()
+            self.tokens = num_tokens
+
+
+_maps = _Maps()
 
 
 def build_cache(

@@ -4,7 +4,8 @@ The sequences of a run are numbered from 0. Sequence q is window `q % N` of epoc
 of the N windows, so epochs follow each other without a gap (a batch may straddle two) and nothing is dropped but the
 tail of less than one window. Step s takes the sequences [s * G, (s + 1) * G), G = global_batch_size; of these,
 micro-batch m of rank r of W takes the B = local_batch_size from s * G + (m * W + r) * B on. Window w is the tokens [w *
-S, w * S + S], one more than S = seq_len: the inputs and, shifted by one, the labels.
+S, w * S + S], one more than S = seq_len: the inputs and, shifted by one, the labels. Of packed tokens the windows are
+the sequences of their plan.
 """
 
 import copy
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_moe.data.cache import Tokens
+from titan_moe.data.packing import PackedTokens, Windows
 from titan_moe.data.processes import outlive_signals
 from titan_moe.model.cross_entropy import IGNORE
 
@@ -77,13 +78,19 @@ def window_of(sequence: int, size: int, *key: int | str) -> int:
     return int(_order(size, (*key, epoch), chunk)[place])
 
 
-def num_windows(file: Tokens, seq_len: int) -> int:
-    """Return how many windows of seq_len tokens and one more label a token file holds."""
+def num_windows(file: Windows, seq_len: int) -> int:
+    """Return how many windows of seq_len tokens and one more label a token file holds, or sequences packed tokens."""
+    if isinstance(file, PackedTokens):
+        return file.waste.sequences
     return max(0, file.num_tokens - 1) // seq_len
 
 
-def read_windows(file: Tokens, windows: list[int], seq_len: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens and labels (B, S), int64, of some windows of a token file."""
+def read_windows(file: Windows, windows: list[int], seq_len: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens and labels (B, S), int64, of some windows of a token file; those of padding are IGNORE."""
+    if isinstance(file, PackedTokens):
+        rows, is_label = file.read_sequences(windows)  # (B, S + 1)
+        tokens, labels = split_labels(rows)
+        return tokens, labels.masked_fill(torch.from_numpy(~is_label[:, 1:]), IGNORE)
     rows = np.stack([file.read(window * seq_len, (window + 1) * seq_len + 1) for window in windows])
     return split_labels(rows)
 
@@ -118,7 +125,7 @@ class WindowBatches(Dataset):
     """Batches of one token file."""
 
     def __init__(
-        self, file: Tokens, *, seq_len: int, seed: int, local_batch_size: int, dp_rank: int, dp_degree: int
+        self, file: Windows, *, seq_len: int, seed: int, local_batch_size: int, dp_rank: int, dp_degree: int
     ) -> None:
         self.file, self.seq_len, self.seed = file, seq_len, seed
         self.local_batch_size, self.dp_rank, self.dp_degree = local_batch_size, dp_rank, dp_degree
@@ -284,7 +291,7 @@ def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def validation_batches(
-    files: Sequence[Tokens], *, seq_len: int, steps: int, local_batch_size: int, dp_rank: int, dp_degree: int
+    files: Sequence[Windows], *, seq_len: int, steps: int, local_batch_size: int, dp_rank: int, dp_degree: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's validation batches (b, S), b <= local_batch_size; every rank gets the same number of batches.
 

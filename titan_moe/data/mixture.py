@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_moe.data.cache import Tokens
 from titan_moe.data.loader import (
     make_loader,
     num_windows,
@@ -33,6 +32,7 @@ from titan_moe.data.loader import (
     window_loader,
     window_of,
 )
+from titan_moe.data.packing import Windows
 from titan_moe.data.stream import LaneReader, TrainStream, check_lanes, places_of_rank
 from titan_moe.data.tokenizer_files import Files
 
@@ -46,7 +46,7 @@ class Source(NamedTuple):
     """
 
     name: str
-    file: Tokens | TrainStream
+    file: Windows | TrainStream
     weight: Fraction
     from_step: int = 1
     until_step: int = 0  # 0: to the end

@@ -263,7 +263,7 @@ def _read_source(piece: Piece) -> Iterator[str]:
 
 
 def _read_text(piece: Piece) -> Iterator[str]:
-    return cut_text(text for _, _, text in _lines(piece))
+    return cut_text(text for _, _, text in lines_of(piece))
 
 
 def cut_text(lines: Iterable[str]) -> Iterator[str]:
@@ -298,7 +298,7 @@ _decode_row = json.JSONDecoder(parse_int=float).decode  # as an int a number may
 
 
 def _read_jsonl(piece: Piece) -> Iterator[str | None]:
-    for index, offset, line in _lines(piece):
+    for index, offset, line in lines_of(piece):
         if line.isspace():
             continue
 
@@ -451,7 +451,7 @@ def _size(path: str) -> int:
         raise OSError(f"{path}: {error.strerror}") from error
 
 
-def _lines(piece: Piece) -> Iterator[tuple[int, int, str]]:
+def lines_of(piece: Piece) -> Iterator[tuple[int, int, str]]:
     """Yield (index, byte offset, text) of every line that begins in the piece, with its newline.
 
     The index counts from the piece's first line, or from the one before where the piece begins within the file. A byte

@@ -23,6 +23,7 @@ import numpy as np
 
 from titan_moe.data.cache import TokenFile, TokenParts, token_parts
 from titan_moe.data.corpus import digest, document_hash, hash_files, nearest_fraction
+from titan_moe.data.packing import Borders
 from titan_moe.data.processes import run_parallel
 from titan_moe.data.sources import kind_of
 from titan_moe.data.storage import is_usable, new_checked_file, storage_errors
@@ -47,20 +48,22 @@ class TokenSource(NamedTuple):
 
 
 class Documents(NamedTuple):
-    """The documents of a file, one after the other: where each one ends, in tokens, and the hash of its ids, (D,)."""
+    """The documents of a file, one after the other, (D,): where each one ends, in tokens, and the hash of its ids."""
 
     file: TokenFile
     fingerprint: str  # of the content of the file
     ends: np.ndarray
     hashes: np.ndarray
+    has_eot: np.ndarray  # whether its last id is the end of text
 
 
 class DividedTokens(NamedTuple):
-    """Training and validation data, and how many documents each has."""
+    """Training and validation data, and of each how many documents it has and where they end."""
 
     train: TokenParts
     validation: TokenParts
     num_documents: dict[str, int]
+    borders: dict[str, Borders]
 
 
 class _Job(NamedTuple):
@@ -181,10 +184,13 @@ def _told_dtype(path: str, vocab_size: int) -> str:
     return "<u4" if share > 0.9 else "<u2"
 
 
-def load_documents(sources: Sequence[TokenSource], tokenizer: Tokenizer, folder: str) -> list[Documents]:
+def load_documents(
+    sources: Sequence[TokenSource], tokenizer: Tokenizer, folder: str, *, must_end: bool = False
+) -> list[Documents]:
     """Return the documents of token files, whose ids are checked once; what is found is kept in `folder`.
 
-    Errors: ids that the tokenizer lacks, documents that end with another token than the tokenizer's end of text.
+    Errors: ids that the tokenizer lacks, documents that end with another token than the tokenizer's end of text, and
+    with `must_end` those of a file of which none ends with it.
     """
     # Named by all that decides what is in it. Content hashes of files that have not changed are remembered.
     paths = dict.fromkeys(path for source in sources for path in (source.file.path, source.index) if path)
@@ -209,9 +215,9 @@ def load_documents(sources: Sequence[TokenSource], tokenizer: Tokenizer, folder:
     documents = []
     for job in jobs:
         ends, hashes, last = np.load(job.output, mmap_mode="r")
-        _check_last(job.source, ends, last, tokenizer)
+        _check_last(job.source, ends, last, tokenizer, must_end)
         fingerprint = Path(job.output).stem.removeprefix("documents-")
-        documents.append(Documents(job.source.file, fingerprint, ends.view(np.int64), hashes))
+        documents.append(Documents(job.source.file, fingerprint, ends.view(np.int64), hashes, last == tokenizer.eot_id))
     if sources and not any(len(some.ends) for some in documents):
         raise ValueError(f"{sources[0].file.path}: no documents in it{', nor in the others' if sources[1:] else ''}")
     return documents
@@ -279,13 +285,19 @@ def _chunks(file: TokenFile, start: int, stop: int) -> Iterator[bytes]:
         yield file.read(first, min(first + CHUNK_TOKENS, stop)).astype("<u4").tobytes()
 
 
-def _check_last(source: TokenSource, ends: np.ndarray, last: np.ndarray, tokenizer: Tokenizer) -> None:
+def _check_last(source: TokenSource, ends: np.ndarray, last: np.ndarray, tokenizer: Tokenizer, must_end: bool) -> None:
     """Hold the ends of documents against the tokenizer's end of text."""
     file, eot = source.file, tokenizer.eot_id
     ends, last = ends[last != EMPTY], last[last != EMPTY]
-    if (last == eot).any() or not len(last):
-        return
     name = tokenizer.backend.id_to_token(eot)
+    if (last == eot).any() or not len(last):
+        if must_end and source.index and (count := int((last != eot).sum())):
+            log.warning(
+                "%s: %s of its %s documents do not end with the end of text, %s (id %d): data.document_mask takes "
+                "each of them together with the next",
+                *(file.path, f"{count:,}", f"{len(last):,}", name, eot),
+            )
+        return
     advice = "name the tokenizer that made the file with --data.tokenizer, or its end of text with --data.eot_token"
     if not source.index:
         raise ValueError(
@@ -302,6 +314,11 @@ def _check_last(source: TokenSource, ends: np.ndarray, last: np.ndarray, tokeniz
                 f"{file.path}: every document ends with id {other} ({tokenizer.backend.id_to_token(other)}), and the "
                 f"tokenizer's end of text is {name} (id {eot}): {advice}"
             )
+    if must_end:
+        raise ValueError(
+            f"{file.path}: none of its {len(last):,} documents ends with the end of text, {name} (id {eot}), by which "
+            "data.document_mask = true tells them apart: make the file anew with --append-eod, or turn the mask off"
+        )
     log.warning(
         "%s: none of its %s documents ends with the end of text, %s (id %d): a model will not learn where texts end",
         file.path,
@@ -329,7 +346,19 @@ def join_documents(documents: Sequence[Documents], keep: Sequence[np.ndarray]) -
 
 def all_documents(documents: Sequence[Documents]) -> TokenParts:
     """Return all documents of some files, one after the other."""
-    return join_documents(documents, [np.ones(len(some.ends), bool) for some in documents])
+    return join_documents(documents, _all(documents))
+
+
+def join_borders(documents: Sequence[Documents], keep: Sequence[np.ndarray] | None = None) -> Borders:
+    """Return where the documents of `join_documents` end in what it returns, or those of `all_documents` (None)."""
+    keep = keep or _all(documents)
+    sizes = [np.diff(some.ends, prepend=0)[mask] for some, mask in zip(documents, keep, strict=True)]
+    has_eot = [some.has_eot[mask] for some, mask in zip(documents, keep, strict=True)]
+    return Borders(np.cumsum(np.concatenate(sizes)), np.concatenate(has_eot))
+
+
+def _all(documents: Sequence[Documents]) -> list[np.ndarray]:
+    return [np.ones(len(some.ends), bool) for some in documents]
 
 
 def divide_documents(documents: Sequence[Documents], fraction: float, held_out: Sequence[Documents]) -> DividedTokens:
@@ -341,15 +370,15 @@ def divide_documents(documents: Sequence[Documents], fraction: float, held_out: 
     if held_out:
         seen = np.unique(np.concatenate([some.hashes for some in held_out]))
         keep = [~np.isin(some.hashes, seen) for some in documents]
-        validation = all_documents(held_out)
-        count = sum(len(some.ends) for some in held_out)
+        validation, borders = all_documents(held_out), join_borders(held_out)
     else:
         limit = _hash_limit(documents, fraction)
         keep = [some.hashes >= limit for some in documents]
-        validation = join_documents(documents, [~mask for mask in keep])
-        count = sum(int((~mask).sum()) for mask in keep)
-    num_documents = {"train": sum(int(mask.sum()) for mask in keep), "validation": count}
-    return DividedTokens(join_documents(documents, keep), validation, num_documents)
+        left_out = [~mask for mask in keep]
+        validation, borders = join_documents(documents, left_out), join_borders(documents, left_out)
+    of_side = {"train": join_borders(documents, keep), "validation": borders}
+    num_documents = {name: len(borders.ends) for name, borders in of_side.items()}
+    return DividedTokens(join_documents(documents, keep), validation, num_documents, of_side)
 
 
 def _hash_limit(documents: Sequence[Documents], fraction: float) -> np.uint64:

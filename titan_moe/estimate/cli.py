@@ -16,9 +16,8 @@ from titan_moe.data.build import resolve_batch_sizes
 from titan_moe.estimate.simulate import Simulation, fake_world, simulate
 from titan_moe.estimate.step_time import COMPARED_ON, MEASURED_ON, StepTime, step_time
 from titan_moe.job import compiles, uses_cuda_graph
-from titan_moe.metrics import flops_per_token
 from titan_moe.parallelize.mesh import Degrees
-from titan_moe.records import count_active
+from titan_moe.records import count_active, flops_of_token
 from titan_moe.runtime.machine import GPUS
 
 # What allocations may fill: the rest is left to CUDA, NCCL's buffers and fragmentation. A rule of thumb, not measured.
@@ -245,16 +244,19 @@ def describe_time(case: Case, result: Simulation, gpu: str) -> Iterator[str]:
     yield f"  {'launches on the host':28}{1000 * time.host:10.1f}   of {time.operators:,} operators"
 
     # Operations as training's own MFU counts them, not those of the simulation, which has recomputation in it.
-    model, speed = config.model, step_tokens(case) / time.seconds
-    flops = flops_per_token(
-        active_parameters(config), num_layers=model.num_layers, dim=model.dim, seq_len=config.training.seq_len
-    )
+    speed, flops = step_tokens(case) / time.seconds, flops_of_token(config, active_parameters(config))
     mfu, steps = speed * flops / (GPUS[gpu].bf16 * case.ranks), config.training.steps
     yield (
         f"prediction: about {1000 * time.seconds:,.0f} ms a step, {short(speed)} tokens/s, MFU {100 * mfu:.0f} %, "
         f"{duration(steps * time.seconds)} for {steps:,} steps on {case.ranks:,} {gpu}, "
         f"{'compiled' if is_compiled(config) else 'eager'}, without validation and checkpoints"
     )
+
+    if config.data.document_mask:
+        yield (
+            "note: with data.document_mask the time of attention is that of whole sequences, an upper bound; MFU "
+            "leaves it out"
+        )
 
     # A prediction says what it does not rest on: one process was measured, without a network and with AdamW.
     if gpu not in (MEASURED_ON, COMPARED_ON):

@@ -33,6 +33,7 @@ from titan_moe.build import build_balancers, build_optimizer, build_router, buil
 from titan_moe.config import Config
 from titan_moe.model import cross_entropy
 from titan_moe.model.attention import MAX_LOGITS
+from titan_moe.model.documents import DOCUMENT_ATTENTION, DOCUMENT_ATTENTION_BACKWARD
 from titan_moe.model.moe import MoE, linear_router
 from titan_moe.model.routing import Places
 from titan_moe.model.routing.common import OFFERED, asked_for
@@ -61,10 +62,13 @@ def _max_logits_flops(q: Any, k: Any, *_: Any, **__: Any) -> int:
     return B * H * S * (2 * k[2] - S) * C
 
 
-# torch counts a CPU's attention from 2.15 on, and takes no second formula.
+# torch counts a CPU's attention from 2.15 on, and takes no second formula. How long documents are is not known here: as
+# long as sequences, at most.
 for operator, formula in (
     (aten._scaled_dot_product_flash_attention_for_cpu, _attention_flops),
     (aten._scaled_dot_product_flash_attention_for_cpu_backward, _attention_backward_flops),
+    (DOCUMENT_ATTENTION.overloadpacket, _attention_flops),
+    (DOCUMENT_ATTENTION_BACKWARD.overloadpacket, _attention_backward_flops),
     (MAX_LOGITS.overloadpacket, _max_logits_flops),
 ):
     if operator not in flop_registry:
@@ -248,7 +252,7 @@ class Meter(TorchDispatchMode):
         # Products: each kind reaches another share of the tensor cores' peak, and fp32 has a peak of its own.
         if tensors[0].dtype == torch.float32 or func is MAX_LOGITS:
             return "fp32"
-        if "scaled_dot_product" in name:
+        if "scaled_dot_product" in name or "document_attention" in name:
             return "attention"
         return "grouped" if "grouped" in name else "head" if has_vocabulary else "dense"
 

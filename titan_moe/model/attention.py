@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titan_moe.model.documents import Documents, attend_in_documents
 from titan_moe.model.multipliers import times
 from titan_moe.model.rope import Rotation, frequencies
 from titan_moe.model.wrappers import plain_name
 
 Rope = tuple[Tensor, Tensor]
 QKNorm = Literal["none", "head", "full"]
-# q (B, H, S, C), k and v (B, G, S, C) -> (B, H, S, C), and where the last argument is true the `max_logits`
-Attend = Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+# q (B, H, S, C), k and v (B, G, S, C) -> (B, H, S, C), and where the fourth argument is true the `max_logits`; the last
+# are the documents that attention stays inside, of each run of queries, or none
+Attend = Callable[[Tensor, Tensor, Tensor, bool, tuple[Documents, ...]], tuple[Tensor, Tensor | None]]
 ROWS = 128  # queries whose logits `max_logits` has in memory at once
 
 
@@ -88,7 +90,7 @@ def rope_cos_sin(seq_len: int, rotation: Rotation, device: torch.device) -> Rope
 def apply_rope(x_BSHC: Tensor, rope: Rope) -> Tensor:
     """Rotate channel i together with channel i + R / 2 (the half-split layout of Hugging Face), in fp32.
 
-    Channels from R on stay as they are.
+    Channels from R on stay as they are. Angles are (S, R / 2), or (B, S, R / 2) where sequences differ in positions.
     """
     cos, sin = (of_position.unsqueeze(-2) for of_position in rope)  # (S, R / 2) -> (S, 1, R / 2)
     half = cos.shape[-1]
@@ -102,24 +104,33 @@ def _halves(half: int, channels: int) -> list[int]:
 
 
 def attend_to_past(
-    q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, want_max: bool = False
+    q_BHSC: Tensor,
+    k_BGSC: Tensor,
+    v_BGSC: Tensor,
+    want_max: bool = False,
+    documents: tuple[Documents, ...] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Causal attention of tokens to themselves and those before: q (B, H, S, C), k, v (B, G, S, C) -> (B, H, S, C).
 
-    With `want_max` also the `max_logits` (H,), else None.
+    With `want_max` also the `max_logits` (H,), else None. With documents, which are one then, it stays inside them.
     """
-    grouped = q_BHSC.shape[1] != k_BGSC.shape[1]
-    y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=grouped)
-    return y_BHSC, max_logits(q_BHSC.detach(), k_BGSC.detach()) if want_max else None
+    first_keys_BS = None
+    if documents:
+        first_keys_BS = documents[0].first_keys
+        y_BHSC = attend_in_documents(q_BHSC, k_BGSC, v_BGSC, documents[0])
+    else:
+        grouped = q_BHSC.shape[1] != k_BGSC.shape[1]
+        y_BHSC = F.scaled_dot_product_attention(q_BHSC, k_BGSC, v_BGSC, is_causal=True, enable_gqa=grouped)
+    return y_BHSC, max_logits(q_BHSC.detach(), k_BGSC.detach(), first_keys_BS) if want_max else None
 
 
 @torch.library.custom_op("titan_moe::max_logits", mutates_args=())
-def max_logits(q: Tensor, k: Tensor) -> Tensor:
+def max_logits(q: Tensor, k: Tensor, first_keys: Tensor | None = None) -> Tensor:
     """The largest attention logit q k / sqrt(C) of each head, (H,) fp32, over the batch and all keys that are seen.
 
-    q (B, H, S, C) are the last S of the K positions of k (B, G, K, C); a query sees the keys up to its own position.
-    Exact, products in fp32, without a gradient, and with the logits of ROWS queries in memory. An operator of its own,
-    because a compiler would unroll the loop.
+    q (B, H, S, C) are the last S of the K positions of k (B, G, K, C); a query sees the keys up to its own position,
+    and none before `first_keys` (B, S) where that is given. Exact, products in fp32, without a gradient, and with the
+    logits of ROWS queries in memory. An operator of its own, because a compiler would unroll the loop.
     """
     # Heads that share a key head are rows of one product, so that keys are not copied for each.
     (H, S, C), (G, K) = q.shape[1:], k.shape[1:3]
@@ -134,12 +145,16 @@ def max_logits(q: Tensor, k: Tensor) -> Tensor:
         seen_BGCM = k_BGCK[..., : K - S + first + N]
         logits_BGRNM = (rows_BGRNC.flatten(2, 3) @ seen_BGCM).unflatten(2, (-1, N))
         logits_BGRNM[..., -N:].masked_fill_(is_later[:N, :N], -math.inf)
+        if first_keys is not None:
+            key_M = torch.arange(seen_BGCM.shape[-1], device=q.device)
+            is_before_BNM = key_M < first_keys[:, first : first + N].unsqueeze(-1)
+            logits_BGRNM.masked_fill_(is_before_BNM[:, None, None], -math.inf)
         largest_GR = torch.maximum(largest_GR, logits_BGRNM.amax((0, 3, 4)))
     return largest_GR.flatten() / math.sqrt(C)
 
 
 @max_logits.register_fake
-def _(q: Tensor, k: Tensor) -> Tensor:
+def _(q: Tensor, k: Tensor, first_keys: Tensor | None = None) -> Tensor:
     return q.new_empty(q.shape[1], dtype=torch.float32)
 
 
@@ -184,9 +199,11 @@ class Attention(nn.Module):
         normed = {"none": (0, 0), "head": (self.head_dim, self.head_dim), "full": (width, kv_width)}[self.qk_norm]
         self.q_norm, self.k_norm = (nn.RMSNorm(size, eps=norm_eps) if size else None for size in normed)
 
-    def forward(self, x_BSD: Tensor, rope: Rope, want_max: bool = False) -> tuple[Tensor, Tensor | None]:
-        """(B, S, D) -> (B, S, D), and the `max_logits` (H,) where they are wanted."""
-        y_BHSC, max_logits_H = self.attend(*self.project(x_BSD, rope), want_max)
+    def forward(
+        self, x_BSD: Tensor, rope: Rope, want_max: bool = False, documents: tuple[Documents, ...] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, S, D) -> (B, S, D), and the `max_logits` (H,) where they are wanted; with documents inside them."""
+        y_BHSC, max_logits_H = self.attend(*self.project(x_BSD, rope), want_max, documents)
         return self.wo(y_BHSC.transpose(1, 2).flatten(2)), max_logits_H  # (B, S, H C) -> (B, S, D)
 
     def project(self, x_BSD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,6 +31,13 @@ class Score(NamedTuple):
     num_correct: Tensor  # () int64: how many of them have their largest logit at the label
 
 
+class TokenScores(NamedTuple):
+    """What `Score` sums up, of each of T tokens; of one whose label does not count 0 and false."""
+
+    ce: Tensor  # (T,) fp32: cross-entropy in nats
+    is_correct: Tensor  # (T,) bool: whether the largest logit is at the label
+
+
 def softmax_(logits_CV: Tensor, label_C1: Tensor) -> Tensor:
     """Replace each row of the logits by its softmax; return the log-probability of each row's label, (C, 1) fp32.
 
@@ -75,6 +82,25 @@ def score(
         ce_sum += _cross_entropy_(logits_CV, labels_C, softmax_)
         del logits_CV  # before the next chunk has any
     return Score(ce_sum, num_correct)
+
+
+@torch.no_grad()
+def token_scores(
+    x_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, chunk_tokens: int = 0, softmax_: Softmax = softmax_
+) -> TokenScores:
+    """The cross-entropy of each token, without gradients, and whether it is predicted; the host waits for the device.
+
+    Logits are computed of the tokens alone whose labels count, which may be few.
+    """
+    counted_N = (labels_T != IGNORE).nonzero().squeeze(1)  # (T,) -> (N,)
+    ce_T = torch.zeros(labels_T.shape, dtype=torch.float32, device=x_TD.device)
+    is_correct_T = torch.zeros(labels_T.shape, dtype=torch.bool, device=x_TD.device)
+    for (place_C,) in _chunks(chunk_tokens, counted_N) if len(counted_N) else ():
+        logits_CV = F.linear(x_TD[place_C], weight_VD)  # (C, D) -> (C, V)
+        label_C = labels_T[place_C]
+        is_correct_T[place_C] = logits_CV.argmax(-1) == label_C
+        ce_T[place_C] = -softmax_(logits_CV, label_C.unsqueeze(1)).squeeze(1)  # (C, 1) -> (C,)
+    return TokenScores(ce_T, is_correct_T)
 
 
 class _LinearCrossEntropy(Function):

@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titan_moe.model.attention import Rope, rope_cos_sin
+from titan_moe.model.documents import places_of
 from titan_moe.model.multipliers import times
 from titan_moe.model.transformer import Transformer
 
 
 class Cache(NamedTuple):
-    """The keys (rotated) and values of each layer, (B, G, S, C), and the rotations of the S positions."""
+    """Keys (rotated) and values of each layer, (B, G, S, C), the tokens (B, S), and the rotations of S positions."""
 
     keys: list[Tensor]
     values: list[Tensor]
+    tokens: Tensor
     rope: Rope
 
 
@@ -36,7 +38,8 @@ def empty_cache(model: Transformer, batch_size: int, room: int) -> Cache:
         heads = layer.attention.wk.weight.shape[0] // head_dim
         keys.append(weight.new_zeros(batch_size, heads, room, head_dim))
         values.append(torch.zeros_like(keys[-1]))
-    return Cache(keys, values, rope_cos_sin(room, model.rotation, weight.device))
+    tokens = torch.zeros(batch_size, room, dtype=torch.int64, device=weight.device)
+    return Cache(keys, values, tokens, rope_cos_sin(room, model.rotation, weight.device))
 
 
 @torch.no_grad()
@@ -48,9 +51,18 @@ def extend(model: Transformer, cache: Cache, tokens_BT: Tensor, start_B: Tensor,
     # A token sees the places up to its own; those after it hold nothing of its text yet.
     T = tokens_BT.shape[1]
     position_BT = start_B.unsqueeze(1) + torch.arange(T, device=tokens_BT.device)
-    cos, sin = (angle[position_BT] for angle in cache.rope)  # (S, R / 2) -> (B, T, R / 2)
     places_S = torch.arange(cache.rope[0].shape[0], device=tokens_BT.device)
     visible = (places_S <= position_BT.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S)
+
+    # With documents that don't see each other a prompt may have several: where they end is in the tokens.
+    cache.tokens[rows_B[:, None], position_BT] = tokens_BT
+    rotation_BT = position_BT
+    if model.document_mask:
+        assert model.eot_id is not None
+        positions_BS, documents_BS = places_of(cache.tokens[rows_B], model.eot_id, model.restart_positions)
+        rotation_BT, document_BT = (place_BS.gather(1, position_BT) for place_BS in (positions_BS, documents_BS))
+        visible = visible & (documents_BS.unsqueeze(1) == document_BT.unsqueeze(-1)).unsqueeze(1)
+    cos, sin = (angle[rotation_BT] for angle in cache.rope)  # (S, R / 2) -> (B, T, R / 2)
 
     # Each layer as `Block.forward`, but that attention looks at the cache, which has the new tokens as well by then.
     multipliers = model.multipliers

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from titan_moe.model.attention import Attention, QKNorm, Rope, checked_head_dim, rope_cos_sin, rotary_channels
-from titan_moe.model.cross_entropy import Score, linear_cross_entropy, score, softmax_
+from titan_moe.model.cross_entropy import (
+    Score,
+    TokenScores,
+    linear_cross_entropy,
+    score,
+    softmax_,
+    token_scores,
+)
+from titan_moe.model.documents import Documents, Sequences, documents_of, places_of, takes_varlen
 from titan_moe.model.moe import FeedForward, InitState, Measure, MoE, initial_state
 from titan_moe.model.multipliers import Multipliers, times
 from titan_moe.model.rope import RopeScaling, Rotation
@@ -22,7 +30,7 @@ from titan_moe.model.routing import ParametricRouter, Places, Router, Routing
 from titan_moe.model.wrappers import plain_name
 from titan_moe.runtime.world import seed_of
 
-Want = Literal["logits", "loss", "loss_and_max_logits", "score", "routings"]
+Want = Literal["logits", "loss", "loss_and_max_logits", "score", "token_scores", "routings"]
 
 
 class LossAndMaxLogits(NamedTuple):
@@ -45,13 +53,18 @@ class Block(nn.Module):
         self.feed_forward = feed_forward if isinstance(feed_forward, FeedForward) else None
 
     def forward(
-        self, x_BSD: Tensor, rope: Rope, places: Places | None = None, want_max_logits: bool = False
+        self,
+        x_BSD: Tensor,
+        rope: Rope,
+        places: Places | None = None,
+        want_max_logits: bool = False,
+        documents: tuple[Documents, ...] = (),
     ) -> tuple[Tensor, Routing | None, Tensor | None]:
         """(B, S, D) -> (B, S, D), the routing of a MoE layer, and the heads' largest logits (H,) where wanted.
 
-        What there is not, as the routing of a dense layer, is None.
+        What there is not, as the routing of a dense layer, is None. Attention stays inside `documents`.
         """
-        y_BSD, max_logits_H = self.attention(self.attention_norm(x_BSD), rope, want_max_logits)
+        y_BSD, max_logits_H = self.attention(self.attention_norm(x_BSD), rope, want_max_logits, documents)
         x_BSD = x_BSD + times(y_BSD, self.residual)
         h_BSD = self.ffn_norm(x_BSD)
         if self.feed_forward is not None:
@@ -70,12 +83,16 @@ class Transformer(nn.Module):
     others dense of width `ffn_dim`. `router` maps logits to a Routing and is needed when num_experts > 0.
     `expert_bias` gives every MoE layer a bias that takes part in the choice of experts, `balancer_inits` the
     tensors that balancers keep of it, and `measures` what they measure in its forward. `eot_id` is the token that
-    ends documents, which has to be set where a router or a measure asks for document_ids. Where only the loss or
+    ends documents, which has to be set where a router or a measure asks for document_ids, and with `document_mask`:
+    then attention stays inside documents. With `restart_positions` positions, those of the rotation and those that
+    routers and measures are given, begin at 0 in each document. Where only the loss or
     the score is wanted, the logits of `loss_chunk_tokens` tokens (0: of all, -1: as suits the device) are in memory
     at once. `multipliers` are constant factors of the forward, and `std_of` gives the standard deviation with which a
     parameter, by its name, begins (None: `standard_std`). Built on the meta device or any other, parameters are
     undefined until `init_weights`. Raises ValueError for sizes that do not fit together.
     """
+
+    eot_id: int | None = None
 
     def __init__(
         self,
@@ -109,6 +126,8 @@ class Transformer(nn.Module):
         balancer_inits: Mapping[str, InitState] | None = None,
         measures: Mapping[str, Measure] | None = None,
         loss_chunk_tokens: int = 0,
+        document_mask: bool = False,
+        restart_positions: bool = False,
         multipliers: Multipliers = Multipliers(),  # noqa: B008 - of floats, and immutable
         std_of: Callable[[str], float] | None = None,
     ) -> None:
@@ -119,12 +138,12 @@ class Transformer(nn.Module):
 
         # What parallelism and compilation replace from outside: the model sees no mesh and no rank.
         self.rope: Callable[..., Rope] = rope_cos_sin  # local angles where a process has a part of each sequence
-        self.places: Callable[[Tensor, int], Places] = places_of  # local ones there, too
+        self.sequences = Sequences()  # what it has of them
         self.keeps_gathered = False  # true where sharded parameters stay gathered over the micro-batches of a step
         self.low_precision: Any = None  # what computes with copies of the parameters in another type, on one process
         self.loss_chunk_tokens = loss_chunk_tokens
         self.softmax_ = softmax_  # or the same function compiled
-        self.eot_id: int | None = None
+        self.document_mask, self.restart_positions, self.channels_of_head = document_mask, restart_positions, head_dim
         moe_layers = moe_layer_ids(num_layers, num_experts, first_dense_layers, layer_freq)
 
         def feed_forward(layer: int) -> FeedForward | MoE:
@@ -186,24 +205,27 @@ class Transformer(nn.Module):
 
     def forward(
         self, tokens_BS: Tensor, labels_BS: Tensor | None = None, want: Want | None = None
-    ) -> tuple[Tensor | LossAndMaxLogits | Score | None, tuple[Routing, ...]]:
+    ) -> tuple[Tensor | LossAndMaxLogits | Score | TokenScores | None, tuple[Routing, ...]]:
         """(B, S) int64 token ids -> the output that `want` names, and one Routing per MoE layer.
 
         `want` is `logits`: (B, S, V) in the parameters' dtype, the default without labels (B, S); `loss`: the summed
         cross-entropy in nats, () fp32, the default with labels; `loss_and_max_logits`: a LossAndMaxLogits; `score`: a
-        Score, without gradients; or `routings`: None, the output head is not computed. Labels of -100 do not count.
+        Score, without gradients; `token_scores`: TokenScores of the T = B * S tokens, without gradients; or `routings`:
+        None, the output head is not computed. Labels of -100 do not count.
         """
-        # Angles are those of all layers. They are computed here, once, and handed down.
-        rope = self.rope(tokens_BS.shape[1], self.rotation, tokens_BS.device)
-        places = self._places(tokens_BS) if self.asks_places else None
+        # Angles and documents are those of all layers. They are computed here, once, and handed down.
         x_BSD = times(self.tok_embeddings(tokens_BS), self.multipliers.embedding)  # (B, S) -> (B, S, D)
+        limited = takes_varlen(x_BSD.device, x_BSD.dtype, self.channels_of_head)
+        rope, places, documents = self._locate(tokens_BS, limited)
+        for run in documents if limited else ():
+            x_BSD = x_BSD * run.fits
 
         # Routings are returned, never stored: losses, loads and metrics are functions of them.
         want = want or ("logits" if labels_BS is None else "loss")
         want_max_logits = want == "loss_and_max_logits"
         routings, max_logits = [], []
         for layer in self.layers:
-            x_BSD, routing, max_logits_H = layer(x_BSD, rope, places, want_max_logits)
+            x_BSD, routing, max_logits_H = layer(x_BSD, rope, places, want_max_logits, documents)
             if routing is not None:
                 routings.append(routing)
             if max_logits_H is not None:
@@ -214,12 +236,33 @@ class Transformer(nn.Module):
             return LossAndMaxLogits(cast(Tensor, output), torch.stack(max_logits)), tuple(routings)
         return output, tuple(routings)
 
-    def _places(self, tokens_BS: Tensor) -> Places:
-        if self.eot_id is None:
-            raise ValueError("model.eot_id must be the token that ends documents: the router asks for places")
-        return self.places(tokens_BS, self.eot_id)
+    def _locate(self, tokens_BS: Tensor, limited: bool) -> tuple[Rope, Places | None, tuple[Documents, ...]]:
+        """The angles of attention's queries, the tokens' places where a layer asks, the documents where it is masked.
 
-    def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score:
+        `limited` as `documents_of` has it.
+        """
+        seq_len, device = tokens_BS.shape[1], tokens_BS.device
+        rope = self.rope(seq_len, self.rotation, device)
+        if not (self.asks_places or self.document_mask):
+            return rope, None, ()
+        if self.eot_id is None:
+            raise ValueError("model.eot_id must be the token that ends documents: a router or attention asks for them")
+
+        # Which document a token is of is decided by the tokens before it, which another rank may have.
+        whole = places_of(self.sequences.gather(tokens_BS), self.eot_id, self.restart_positions)
+        places = Places(*map(self.sequences.local_part, whole)) if self.asks_places else None
+        if not self.document_mask:
+            return rope, places, ()
+        ids_BS = whole.document_ids
+        runs = self.sequences.runs(ids_BS.shape[1])
+        documents = tuple(documents_of(ids_BS, start, stop, limited=limited) for start, stop in runs)
+        if self.restart_positions:
+            cos, sin = rope_cos_sin(ids_BS.shape[1], self.rotation, device)
+            positions_BS = self.sequences.attended_part(whole.positions)
+            rope = cos[positions_BS], sin[positions_BS]  # (B, S, R / 2) each
+        return rope, places, documents
+
+    def _head(self, x_BSD: Tensor, labels_BS: Tensor | None, want: Want) -> Tensor | Score | TokenScores:
         """Return the logits (B, S, V) of what the layers give, or the loss or score that is computed from them.
 
         The head's matrix is the embedding where they are tied.
@@ -230,7 +273,7 @@ class Transformer(nn.Module):
         if want == "logits":
             return F.linear(x_BSD, weight_VD)  # (B, S, D) -> (B, S, V)
         assert labels_BS is not None
-        reduce = score if want == "score" else linear_cross_entropy
+        reduce = {"score": score, "token_scores": token_scores}.get(want, linear_cross_entropy)
         x_TD, labels_T = x_BSD.flatten(0, 1), labels_BS.flatten()
         return reduce(x_TD, weight_VD, labels_T, chunk_tokens=self.loss_chunk_tokens, softmax_=self.softmax_)
 
@@ -285,13 +328,6 @@ def standard_std(name: str, init_std: float, num_layers: int) -> float:
     """
     residual = name.removesuffix(".weight").endswith((".wo", ".w2")) and ".router." not in name
     return init_std / math.sqrt(2 * num_layers) if residual else init_std
-
-
-def places_of(tokens_BS: Tensor, eot_id: int) -> Places:
-    """The places of the tokens of whole sequences. A document's end is of the document."""
-    positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
-    is_end_BS = (tokens_BS == eot_id).long()
-    return Places(positions_BS, is_end_BS.cumsum(1) - is_end_BS)
 
 
 def moe_layer_ids(num_layers: int, num_experts: int, first_dense_layers: int, layer_freq: int) -> range:

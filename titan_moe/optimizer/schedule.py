@@ -58,6 +58,22 @@ def linear(*, steps: int, warmup_steps: int = 300, min_lr_factor: float = 0.0) -
     return wsd(steps=steps, warmup_steps=warmup_steps, min_lr_factor=min_lr_factor, decay_ratio=1.0)
 
 
+def multi_step(
+    *, steps: int, warmup_steps: int = 300, milestones: tuple[float, ...] = (0.8, 0.9), factor: float = 0.316
+) -> Callable[[int], float]:
+    """Linear warmup, then the full learning rate, times `factor` from each of `milestones` on, shares of the steps.
+
+    Source: DeepSeek LLM (2024, arXiv 2401.02954), 2.3, and DeepSeekMoE (arXiv 2401.06066), 5.1. ValueError for shares
+    that do not rise from 0 to 1.
+    """
+    if [*milestones] != sorted({*milestones}) or not all(0 < milestone < 1 for milestone in milestones):
+        raise ValueError(f"lr_scheduler.milestones ({list(milestones)}) must rise, and lie between 0 and 1")
+
+    # A step beyond a milestone is the first with the lower rate.
+    ends = [round(milestone * steps) for milestone in milestones]
+    return lambda step: _warmup(step, warmup_steps) * factor ** sum(step > end for end in ends)
+
+
 def constant(*, steps: int, warmup_steps: int = 300) -> Callable[[int], float]:
     """Linear warmup, then the full learning rate to the end."""
     return lambda step: _warmup(step, warmup_steps)
@@ -67,5 +83,6 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "cosine": cosine,
     "linear": linear,
     "wsd": wsd,
+    "multi_step": multi_step,
     "constant": constant,
 }

@@ -10,7 +10,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from titan_moe.model.attention import MAX_LOGITS
+from titan_moe.model.documents import DOCUMENT_ATTENTION
 from titan_moe.model.routing.sequence import CAUSAL_TOPK
+from titan_moe.runtime.compat import VARLEN_ATTENTION
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
@@ -19,6 +21,8 @@ ATTENTION_OPS = {
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
+    DOCUMENT_ATTENTION,
+    VARLEN_ATTENTION,
 }
 # To draw the same numbers again, torch would save and restore the generator. Attention may draw, for its dropout.
 RANDOM_OPS = ATTENTION_OPS | {aten.rand_like.default, aten.randn_like.default, aten.rand.default, aten.randn.default}

@@ -19,9 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
 from titan_moe.model.attention import Attend, Attention, Rope, max_logits, rope_cos_sin
+from titan_moe.model.documents import Documents, Sequences, attend_in_documents
 from titan_moe.model.rope import Rotation
-from titan_moe.model.routing import Places
-from titan_moe.model.transformer import places_of
 from titan_moe.parallelize.mesh import Degrees
 from titan_moe.runtime.compat import all_gather_single
 
@@ -60,23 +59,34 @@ def local_rope(*, cp: DeviceMesh | None, tp: DeviceMesh | None) -> Callable[...,
     return rope
 
 
-def local_places(
-    sequence: DeviceMesh, *, cp: DeviceMesh | None, tp: DeviceMesh | None
-) -> Callable[[Tensor, int], Places]:
-    """`places_of` for this rank's part of sequences that are spread over `sequence`, the ranks of both axes."""
+def local_sequences(sequence: DeviceMesh, *, cp: DeviceMesh | None, tp: DeviceMesh | None) -> Sequences:
+    """What this rank has of sequences that are spread over `sequence`, the ranks of both axes."""
     degrees = Degrees(context=cp.size() if cp is not None else 1, tensor=tp.size() if tp is not None else 1)
     size, own_rank = sequence.size(), sequence.get_local_rank()
+    cp_rank = cp.get_local_rank() if cp is not None else 0
 
-    def places(tokens_BS: Tensor, eot_id: int) -> Places:
-        # Which document a token is of is decided by the tokens before it, and these are on all ranks.
+    def gather(tokens_BS: Tensor) -> Tensor:
         tokens_SB = wait_tensor(all_gather_single(tokens_BS.t().contiguous(), 0, sequence.get_group()))  # by rank
         parts = [own_positions(len(tokens_SB), rank, degrees) for rank in range(size)]
         position_S = torch.cat([part for part in parts if part is not None]).to(tokens_BS.device)
-        whole = places_of(tokens_SB[position_S.argsort()].t(), eot_id)  # (B, P S)
-        own_S = position_S.chunk(size)[own_rank]
-        return Places(*(place_BS[:, own_S] for place_BS in whole))
+        return tokens_SB[position_S.argsort()].t()  # (B, P S)
 
-    return places
+    def local_part(whole_BS: Tensor) -> Tensor:
+        positions_S = own_positions(whole_BS.shape[1], own_rank, degrees)
+        assert positions_S is not None
+        return whole_BS[:, positions_S.to(whole_BS.device)]
+
+    # Attention has the tokens of the whole tp axis, but of the cp axis those of this rank alone.
+    def attended_part(whole_BS: Tensor) -> Tensor:
+        return whole_BS[:, chunk_positions(whole_BS.shape[1], cp_rank, degrees.context).to(whole_BS.device)]
+
+    def runs(length: int) -> list[tuple[int, int]]:
+        if degrees.context == 1:
+            return [(0, length)]
+        chunk_len = length // (2 * degrees.context)
+        return [(n * chunk_len, (n + 1) * chunk_len) for n in own_chunks(cp_rank, degrees.context)]
+
+    return Sequences(gather, local_part, attended_part, runs)
 
 
 def apply_cp(model: nn.Module, mesh: DeviceMesh, seq_len: int) -> None:
@@ -96,7 +106,13 @@ def context_parallel_attention(mesh: DeviceMesh, seq_len: int) -> Attend:
     # Masks are made here because torch.compile can't make them.
     masks = [causal_lower_right(chunk_len, (n + 1) * chunk_len) for n in own_chunks(mesh.get_local_rank(), cp_size)]
 
-    def attend(q_BHSC: Tensor, k_BGSC: Tensor, v_BGSC: Tensor, want_max: bool = False) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        q_BHSC: Tensor,
+        k_BGSC: Tensor,
+        v_BGSC: Tensor,
+        want_max: bool = False,
+        documents: tuple[Documents, ...] = (),
+    ) -> tuple[Tensor, Tensor | None]:
         # Keys and values travel together: one collective a layer.
         all_kv = wait_tensor(all_gather_single(torch.stack((k_BGSC, v_BGSC)), 0, group))  # (2 P, B, G, S, C)
 
@@ -107,13 +123,17 @@ def context_parallel_attention(mesh: DeviceMesh, seq_len: int) -> Attend:
 
         # The two chunks of queries see prefixes of different lengths, so each has a product of its own.
         chunk_outputs, largest = [], []
-        for q_BHNC, mask in zip(q_BHSC.chunk(2, dim=-2), masks, strict=True):
+        for q_BHNC, mask, inside in zip(q_BHSC.chunk(2, dim=-2), masks, documents or (None, None), strict=True):
             prefix_k, prefix_v = k[:, :, : mask.seq_len_kv], v[:, :, : mask.seq_len_kv]
-            grouped = q_BHNC.shape[1] != k.shape[1]
-            y_BHNC = F.scaled_dot_product_attention(q_BHNC, prefix_k, prefix_v, attn_mask=mask, enable_gqa=grouped)
+            if inside is None:
+                grouped = q_BHNC.shape[1] != k.shape[1]
+                y_BHNC = F.scaled_dot_product_attention(q_BHNC, prefix_k, prefix_v, attn_mask=mask, enable_gqa=grouped)
+            else:
+                y_BHNC = attend_in_documents(q_BHNC, prefix_k, prefix_v, inside)
             chunk_outputs.append(y_BHNC)
             if want_max:
-                largest.append(max_logits(q_BHNC.detach(), prefix_k.detach()))
+                first_keys = None if inside is None else inside.first_keys
+                largest.append(max_logits(q_BHNC.detach(), prefix_k.detach(), first_keys))
         return torch.cat(chunk_outputs, dim=-2), torch.maximum(*largest) if want_max else None  # (B, H, S, C), (H,)
 
     return attend

@@ -15,7 +15,7 @@ from torch.utils._triton import has_triton
 from titan_moe.model.moe import MoE
 from titan_moe.model.transformer import Transformer
 from titan_moe.parallelize.activation_checkpoint import checkpoint_block
-from titan_moe.parallelize.context_parallel import apply_cp, local_places, local_rope
+from titan_moe.parallelize.context_parallel import apply_cp, local_rope, local_sequences
 from titan_moe.parallelize.expert_parallel import apply_ep
 from titan_moe.parallelize.mesh import Meshes
 from titan_moe.parallelize.mixed_precision import LowPrecision
@@ -65,7 +65,7 @@ def apply_model_parallel(model: Transformer, mesh: Meshes, seq_len: int) -> None
     """Apply context, tensor and expert parallelism, as far as the mesh has their axes."""
     if mesh.sequence is not None:
         model.rope = local_rope(cp=mesh.cp, tp=mesh.tp)
-        model.places = local_places(mesh.sequence, cp=mesh.cp, tp=mesh.tp)
+        model.sequences = local_sequences(mesh.sequence, cp=mesh.cp, tp=mesh.tp)
     if mesh.cp is not None:
         apply_cp(model, mesh.cp, seq_len)
     if mesh.tp is not None:

@@ -2,10 +2,18 @@
 
 Below 2.13 the collectives `all_gather_single` and `reduce_scatter_single` have other names, and all parameters of an
 FSDP2 unit have one mesh (`MESH_BY_PARAMETER` is false). With expert parallelism the experts are then a unit of their
-own, and there is no tensor parallelism. From 2.14 on the timeout of a group is set by a public function.
+own, and there is no tensor parallelism. From 2.14 on the timeout of a group is set by a public function. Attention to
+sequences of different lengths takes fewer heads of keys unasked in 2.11, and may be cuDNN's in 2.15, of which it is not
+known what it does with empty sequences.
 """
 
+import inspect
+from contextlib import nullcontext
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 OLDEST, FIRST_UNKNOWN = (2, 11), (2, 16)  # torch>=2.11,<2.16, as pyproject.toml has it
 
@@ -26,15 +34,37 @@ try:
 except ImportError:
     from torch.distributed.distributed_c10d import _set_pg_timeout as set_group_timeout
 
+_ASKS_FOR_FEWER_HEADS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+_CHOOSES_KERNEL = hasattr(varlen, "_select_backend")
+VARLEN_ATTENTION = torch.ops.torch_attn._varlen_attn.default
+
 __all__ = [
     "MESH_BY_PARAMETER",
+    "VARLEN_ATTENTION",
     "ShardPlacementResult",
     "all_gather_single",
+    "causal_varlen_attention",
     "check_tensor_parallel",
     "check_torch",
     "reduce_scatter_single",
     "set_group_timeout",
 ]
+
+
+def causal_varlen_attention(
+    q_RHC: Tensor, k_MGC: Tensor, v_MGC: Tensor, cu_queries: Tensor, cu_keys: Tensor, max_queries: int, max_keys: int
+) -> Tensor:
+    """FlashAttention of sequences that lie one after the other, causal to their last key: (R, H, C) of bf16 on a GPU.
+
+    Sequence n has the queries from cu_queries[n] to cu_queries[n + 1], int32, and as many keys at least, or none.
+    """
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    if _ASKS_FOR_FEWER_HEADS:
+        options["enable_gqa"] = q_RHC.shape[1] != k_MGC.shape[1]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if _CHOOSES_KERNEL else nullcontext():
+        y_RHC = varlen.varlen_attn(q_RHC, k_MGC, v_MGC, cu_queries, cu_keys, max_queries, max_keys, **options)
+    assert isinstance(y_RHC, Tensor)
+    return y_RHC
 
 
 def check_torch() -> None:

@@ -18,7 +18,7 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
     """Show progress on `stream` (standard output): a bar on a terminal, else a line for each `log_freq`-th step.
 
     Give it every record; it also shows the first and the last step, and each validation as a line of its own, with one
-    more for each validation set.
+    more for each validation set and task.
     """
     out = stream or sys.stdout
     bar: Any = None
@@ -108,22 +108,33 @@ def _python() -> str:
 
 def _watched(record: Record) -> dict[str, float]:
     """The numbers that people watch; those that a record lacks are left out."""
-    loss = record["loss"]
+    loss = record.get("loss")  # a task has none
+    perplexity = None if loss is None else math.exp(min(loss, 700.0))
     values = {
         "loss": loss,
-        "perplexity": record.get("perplexity", math.exp(min(loss, 700.0))),
+        "perplexity": record.get("perplexity", perplexity),
         "accuracy": record.get("accuracy"),
+        "acc": record.get("acc"),
+        "acc_norm": record.get("acc_norm"),
         "MaxVio": record.get("maxvio_batch", record.get("maxvio_global")),
         "tokens/s": record.get("tokens_per_second"),
     }
     return {name: value for name, value in values.items() if value is not None}
 
 
-_WIDE = {"loss": "7.4f", "perplexity": "9.2f", "accuracy": "6.2%", "MaxVio": "6.3f", "tokens/s": "9,.0f"}
+_WIDE = {
+    "loss": "7.4f",
+    "perplexity": "9.2f",
+    "accuracy": "6.2%",
+    "acc": "6.2%",
+    "acc_norm": "6.2%",
+    "MaxVio": "6.3f",
+    "tokens/s": "9,.0f",
+}
 
 
 def _validation_lines(step: str, record: Record) -> str:
-    """A validation behind its step, and below it a line for each validation set, with the same columns."""
+    """A validation behind its step, and below it a line for each validation set and task, with columns as they have."""
     lines = {record["kind"]: record, **of_sets(record)}
     width = max(map(len, lines))
     texts = [f"{name:<{width}}  {_columns(numbers)}" for name, numbers in lines.items()]
@@ -138,8 +149,10 @@ def _columns(record: Record) -> str:
 def _short(record: Record) -> str:
     """Watched numbers for a line that also has a bar."""
     watched = _watched(record)
-    texts = [f"loss {watched['loss']:.4f}", f"ppl {watched['perplexity']:.4g}"]
-    texts += [f"{name} {watched[name]:{_WIDE[name]}}" for name in ("accuracy", "MaxVio") if name in watched]
+    texts = [f"loss {watched['loss']:.4f}"] if "loss" in watched else []
+    texts += [f"ppl {watched['perplexity']:.4g}"] if "perplexity" in watched else []
+    names = ("accuracy", "acc", "acc_norm", "MaxVio")
+    texts += [f"{name} {watched[name]:{_WIDE[name]}}" for name in names if name in watched]
     if "tokens/s" in watched:
         texts.append(f"{watched['tokens/s'] / 1000:.3g}k tok/s")
     return "  ".join(" ".join(text.split()) for text in texts)

@@ -82,12 +82,12 @@ def last_validation() -> tuple[Sink, Callable[[], Record | None]]:
 
 
 def under_set(name: str, numbers: Record) -> dict[str, Any]:
-    """The numbers of a validation set under their names in the record of a validation, `validation/NAME/KEY`."""
+    """The numbers of a validation set or task by their names in the record of a validation, `validation/NAME/KEY`."""
     return {f"validation/{name}/{key}": value for key, value in numbers.items()}
 
 
 def of_sets(record: Record) -> dict[str, dict[str, Any]]:
-    """What `under_set` has put into a record: the numbers of each validation set, by its name."""
+    """What `under_set` has put into a record: the numbers of each validation set and task, by its name."""
     sets: dict[str, dict[str, Any]] = {}
     for key, value in record.items():
         if key.startswith("validation/"):

@@ -12,7 +12,7 @@ from titan_moe.config import Config, merge_layers
 from titan_moe.config.layers import Layer, insert
 from titan_moe.config.schema import key_error
 from titan_moe.config.sections import Job
-from titan_moe.study.report.measures import set_of
+from titan_moe.study.report.measures import OF_SETS, OF_TASKS, key_in_set, set_of
 from titan_moe.study.spec import Study
 
 Point = Mapping[str, Any]  # axis id -> value; of an axis with options the option's name
@@ -105,16 +105,20 @@ def runs_of(study: Study) -> list[Run]:
 
 
 def _check_sets(study: Study, runs: Sequence[Run]) -> None:
-    """Raise ValueError for a number to draw of a validation set that no run has."""
-    names = sorted({name for run in runs for name in run.config.validation.sets})
+    """Raise ValueError for a number to draw of a validation set, or of a task, that no run has."""
+    sets = sorted({name for run in runs for name in run.config.validation.sets})
+    tasks = sorted({name for run in runs for name in run.config.validation.tasks})
     for key in ("report", "curves"):
         for shown in getattr(study.section, key):
-            if (name := set_of(shown)) is not None and name not in names:
+            name, number = set_of(shown), key_in_set(shown)
+            is_there = (number in OF_SETS and name in sets) or (number in OF_TASKS and name in tasks)
+            if name is not None and not is_there:
+                what, names = ("set", sets) if number in OF_SETS else ("task", tasks)
                 raise key_error(
                     study.path,
                     f"study.{key}",
-                    f"{shown!r}: no run has a validation set {name}: there are {', '.join(names) or 'none'}; add "
-                    f"[config.validation.sets.{name}]",
+                    f"{shown!r}: no run has a validation {what} {name}: there are {', '.join(names) or 'none'}; add "
+                    f"[config.validation.{what}s.{name}]",
                 )
 
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, PositiveInt
 
 from titan_moe.config.layers import Layer, command_line_layer, file_layers
 from titan_moe.config.schema import check_value, key_error, unknown_key
-from titan_moe.study.report.measures import ANALYZED, CURVES, MEASURES, OF_SETS, set_of
+from titan_moe.study.report.measures import ANALYZED, CURVES, MEASURES, OF_SETS, OF_TASKS, set_of
 
 TABLES = ("study", "config", "axes", "points")
 Settings = Mapping[str, Any]  # section -> key -> value, as in a configuration file
@@ -24,7 +24,10 @@ Settings = Mapping[str, Any]  # section -> key -> value, as in a configuration f
 def _known(names: Sequence[str], valid: Mapping[str, Any]) -> Any:
     for name in names:
         if name not in valid and set_of(name) is None:
-            of_sets = f"validation/NAME/KEY of a validation set, KEY in {', '.join(OF_SETS)}"
+            of_sets = (
+                f"validation/NAME/KEY of a validation set, KEY in {', '.join(OF_SETS)}, or of a task, KEY in "
+                f"{', '.join(OF_TASKS)}"
+            )
             raise ValueError(f"{name!r} is none of {', '.join(valid)}, or {of_sets}")
     return list(names)
 

@@ -14,6 +14,7 @@ from titan_moe.config.schema import check_value, document
 from titan_moe.config.sections import ARGUMENTS, KINDS, NAMED_TABLES, SECTIONS, Config, ValidationSet
 
 TRAIN_CONFIGS = sorted(glob.glob(str(Path(__file__).parents[3] / "train_configs" / "*.toml")))
+MODELS = sorted(glob.glob(str(Path(__file__).parents[3] / "train_configs" / "models" / "*.toml")))
 Write = Callable[..., str]
 
 
@@ -469,7 +470,7 @@ def test_an_inherited_argument_must_fit_the_new_component(write: Write):
     assert config.optimizer.arguments["momentum"] == 0
 
 
-@pytest.mark.parametrize("path", TRAIN_CONFIGS, ids=os.path.basename)
+@pytest.mark.parametrize("path", TRAIN_CONFIGS + MODELS, ids=os.path.basename)
 def test_train_configs_load_and_come_back_the_same(path: str, write: Write):
     config = load(file=path)
     resolved = write(to_toml(config))
@@ -501,6 +502,35 @@ def test_train_configs_are_the_ones_promised():
     assert sizes["moe16x"] == (16, 2, 2048, 12)
     assert sizes["moe128x"] == (128, 2, 1024, 12)
     assert by_name["moe8x"] == dataclasses.replace(by_name["base"], job=by_name["moe8x"].job)
+
+
+# Parameters of a model and of a token, in billions, as its authors say.
+PUBLISHED = {
+    "olmoe_1b_7b": (6.92, 1.28),  # arXiv 2409.02060: 6.9 and 1.3, with the vocabulary
+    "qwen3_30b_a3b": (30.5, 3.3),  # its model card
+    "mixtral_8x7b": (46.7, 12.9),  # arXiv 2401.04088
+    "deepseekmoe_16b": (16.4, 2.8),  # arXiv 2401.06066
+}
+
+
+def test_models_of_others_have_the_size_that_they_had():
+    import torch
+
+    from titan_moe.build import build_model
+    from titan_moe.records import size_record
+
+    names = {os.path.basename(path).removesuffix(".toml") for path in MODELS}
+    assert names == {"debug", *PUBLISHED, *(f"{name}_debug" for name in PUBLISHED)}
+    for path in MODELS:
+        name = os.path.basename(path).removesuffix(".toml")
+        if name in PUBLISHED:
+            config = load(file=path)
+            with torch.device("meta"):
+                model = build_model(config)
+            size = size_record(config, model)
+            vocabulary = config.model.vocab_size * config.model.dim  # the look-up, which ours leaves out
+            billions = (size["parameters"] / 1e9, (size["active_parameters"] + vocabulary) / 1e9)
+            assert billions == pytest.approx(PUBLISHED[name], rel=0.02), name
 
 
 def test_config_is_frozen():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from titan_moe.data import cache, corpus, sources
-from titan_moe.data.cache import TokenCache, build_cache
+from titan_moe.data.cache import TokenCache, TokenFile, build_cache
 from titan_moe.data.corpus import Corpus, corpus_tokenizer, make_corpus
 from titan_moe.data.hub import HUB_ENDPOINT
 from titan_moe.data.processes import run_parallel
@@ -434,3 +434,27 @@ def test_workers_that_die_or_fail_are_reported() -> None:
         list(run_parallel(crash, [1, 2]))
     with pytest.raises(RuntimeError, match=r"(?s)in a data worker:.*KeyError: 'ours'"):
         list(run_parallel(fault, [1]))
+
+
+def in_memory(path: Path) -> int:
+    """The bytes of a file that this process has mapped and read."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    sizes = (next(line for line in lines if line.startswith("Rss:")) for head in lines if head.endswith(str(path)))
+    return sum(int(size.split()[1]) << 10 for size in sizes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what of a map is in memory")
+@pytest.mark.parametrize("size", [1 << 10, 1 << 18], ids=["all over", "from end to end"])
+def test_what_is_read_of_a_map_does_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    path, num_tokens = tmp_path / "large.bin", 1 << 25
+    with path.open("wb") as hole:
+        hole.truncate(2 * num_tokens)
+    file, starts = TokenFile(str(path), "uint16", num_tokens), range(0, num_tokens, 1 << 18)
+    most = []
+    for limit in (1 << 22, 1 << 62):
+        monkeypatch.setattr(cache, "MAPPED_TOKENS", limit)
+        sizes = [in_memory(path) for start in starts if not file.read(start, start + size).any()]
+        assert len(sizes) == len(starts)
+        most.append(max(sizes))
+    assert most[0] < 2 * num_tokens / 2
+    assert most[1] > 2 * most[0]

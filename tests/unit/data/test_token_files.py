@@ -182,10 +182,11 @@ def test_a_fraction_is_held_out_by_document(tmp_path: Path) -> None:
     ]
     tokenizer = bytes_tokenizer()
     documents = load_documents([open_tokens(path, 257) for path in paths], tokenizer, str(tmp_path / "cache"))
-    train, validation, count = divided = divide_documents(documents, 0.2, [])
+    train, validation, count, borders = divided = divide_documents(documents, 0.2, [])
     assert hash(divided.train) == hash(divide_documents(documents, 0.2, []).train)
     assert train.num_tokens + validation.num_tokens == all_documents(documents).num_tokens
     assert sum(count.values()) == 260
+    assert {name: len(ends) for name, (ends, _) in borders.items()} == count
     assert 10 < count["validation"] < 90
     masks = [some.hashes < 0.2 * 2.0**64 for some in documents]
     everything = [*DOCUMENTS[:120], *(ids[:-1] for ids in DOCUMENTS[:60]), *DOCUMENTS[120:]]
@@ -215,7 +216,7 @@ def test_any_choice_of_documents_reads_as_they_follow_each_other(tmp_path: Path,
         ids, mask = rng.integers(0, 250, int(sizes.sum())), rng.random(len(sizes)) < 0.5
         ids.astype(dtype).tofile(tmp_path / f"{number}")
         file = TokenFile(str(tmp_path / f"{number}"), dtype, len(ids))
-        documents.append(Documents(file, "", np.cumsum(sizes), np.zeros(len(sizes), np.uint64)))
+        documents.append(Documents(file, "", np.cumsum(sizes), np.zeros(len(sizes), np.uint64), sizes > 0))
         keep.append(mask)
         expected += [
             id_ for part, kept in zip(np.split(ids, np.cumsum(sizes))[:-1], mask, strict=True) if kept for id_ in part
@@ -252,7 +253,7 @@ def test_validation_files_are_not_trained_on(tmp_path: Path, kinds: str) -> None
 def test_one_document_at_least_is_on_either_side(tmp_path: Path, fraction: float) -> None:
     path = write_pair(tmp_path / "a.bin", DOCUMENTS[:50])
     documents = load_documents([open_tokens(path, 257)], bytes_tokenizer(), str(tmp_path / "cache"))
-    *_, count = divide_documents(documents, fraction, [])
+    count = divide_documents(documents, fraction, []).num_documents
     assert sorted(count.values()) == [1, 49]
     alone = write_pair(tmp_path / "alone.bin", DOCUMENTS[3:4] * 3)
     with pytest.raises(

@@ -290,6 +290,16 @@ def test_work_of_a_step_grows_with_its_micro_batches() -> None:
     assert ahead[1] == 7 * ahead[0] > 7 * sum(count for key, count in one.items() if key[0] == "flops")
 
 
+def test_documents_are_as_long_as_sequences_at_most() -> None:
+    """How long they are is not known: attention costs what it costs without, and MFU leaves it out."""
+    bf16, kv_heads = ("--training.mixed_precision_param", "bfloat16"), ("--model.num_kv_heads", "1")
+    for more in (bf16, (*bf16, *kv_heads), (*bf16, "--activation_checkpoint.mode", "selective")):
+        plain, masked = run(1, *more), run(1, *more, "--data.document_mask", "true")
+        assert masked.work["flops", "attention"] == plain.work["flops", "attention"] > 0
+        assert masked.peak == pytest.approx(plain.peak, rel=0.02)
+    assert "note: with data.document_mask" in estimate("--world_size", "1", "--data.document_mask", "true")
+
+
 def test_gathers_of_a_step_are_those_of_training() -> None:
     never = ("--parallelism.fsdp_reshard_after_forward", "never")
     for more, times in (((), 5), (never, 1)):

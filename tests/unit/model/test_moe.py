@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.cases import ROUTER_CASES, Case, build_router, takes_bias
 from titan_moe.model.dispatch import combine_rows, local
+from titan_moe.model.documents import places_of
 from titan_moe.model.moe import MoE, expert_swiglu, swiglu_of_both
 from titan_moe.model.routing import Routing
 from titan_moe.model.routing.token_choice import topk_softmax
-from titan_moe.model.transformer import places_of
 
 D, HIDDEN, E, K = 16, 24, 4, 2
 COUNTS = {

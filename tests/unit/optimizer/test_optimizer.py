@@ -191,6 +191,13 @@ def test_schedule_formulas():
     assert [wsd(1), wsd(80), wsd(90), wsd(100)] == pytest.approx([1, 1, 0.5, 0])
     linear = SCHEDULES["linear"](steps=100, warmup_steps=20, min_lr_factor=0.5)
     assert [linear(20), linear(60), linear(100)] == pytest.approx([1, 0.75, 0.5])
+    steps = SCHEDULES["multi_step"](steps=100, warmup_steps=10)
+    assert [steps(5), steps(80), steps(81), steps(90), steps(91), steps(100)] == pytest.approx(
+        [0.5, 1, 0.316, 0.316, 0.316**2, 0.316**2]
+    )
+    for milestones in ((0.9, 0.8), (0.5, 0.5), (0.0,), (1.0,)):
+        with pytest.raises(ValueError, match=r"lr_scheduler\.milestones .* must rise, and lie between 0 and 1"):
+            SCHEDULES["multi_step"](steps=100, milestones=milestones)
     assert SCHEDULES["constant"](steps=10, warmup_steps=0)(10) == 1
     assert SCHEDULES["cosine"](steps=3, warmup_steps=300)(3) == pytest.approx(0.01)  # a short trial of a long recipe
 

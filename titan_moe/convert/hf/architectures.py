@@ -116,7 +116,7 @@ def _softmax_with_norm(config: Config) -> str:
             "model.qk_norm = 'full' has no counterpart in Hugging Face where some layers are dense: each layer of "
             "OLMoE has experts"
         )
-    if norm == "full" and head_dim(config) * config.model.num_heads != config.model.dim:
+    if norm == "full" and config.model.channels * config.model.num_heads != config.model.dim:
         raise ValueError(
             f"model.head_dim = {config.model.head_dim} with model.qk_norm = 'full' has no counterpart in Hugging Face: "
             f"the heads of OLMoE are model.dim ({config.model.dim}) wide together"
@@ -150,11 +150,6 @@ def _check_glm(config: Config) -> None:
             f"router.topk_groups = {topk_groups} with moe.top_k = {top_k} has no counterpart in Hugging Face: Glm4Moe "
             "rates a group by its 2 best experts, so top_k / topk_groups must be 2"
         )
-
-
-def head_dim(config: Config) -> int:
-    """The channels of a head."""
-    return config.model.head_dim or config.model.dim // config.model.num_heads
 
 
 def shared_width(config: Config) -> int:
@@ -191,7 +186,7 @@ def hf_config(config: Config, architecture: Architecture, *, dtype: str, special
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
         "num_key_value_heads": model.num_kv_heads or model.num_heads,
-        "head_dim": head_dim(config),
+        "head_dim": model.channels,
         "hidden_act": "silu",
         # Models without dense layers give the width of their experts here.
         "intermediate_size": moe.expert_dim if kind in ("mixtral", "olmoe") else model.ffn_dim,

@@ -16,14 +16,14 @@ from titan_moe.checkpoint.lazy import Lazy, LazyTensors, cast, read_lazily, stac
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, load_saved, to_toml
 from titan_moe.convert.fold import check_without_factors, fold_tensors, without_factors
-from titan_moe.convert.hf.architectures import Architecture, architecture_of, head_dim, hf_config, shared_width
+from titan_moe.convert.hf.architectures import Architecture, architecture_of, hf_config, shared_width
 from titan_moe.convert.hf.card import model_card
 from titan_moe.convert.hf.read_config import arguments_of, is_further, read_json
 from titan_moe.convert.hf.safetensors import read_folder, write_shards
 from titan_moe.convert.hf.tensor_map import FP32, Pair, TensorMap, tensor_map
 from titan_moe.convert.hf.tokenizer import exported_files, imported_files
 from titan_moe.convert.new_folder import new_checkpoint, new_folder
-from titan_moe.convert.verify import check_against_transformers
+from titan_moe.convert.verify import check_against_transformers, warn_of_mask
 from titan_moe.data.tokenizer_files import to_text
 from titan_moe.model.wrappers import is_balancer_state
 from titan_moe.runtime.dtypes import DTYPES
@@ -64,6 +64,7 @@ def to_hf(
     # What can't be represented is refused before the folder is made.
     step_folder = resolve_checkpoint(checkpoint)
     config = read_config(step_folder, trust_components)
+    warn_of_mask(config)
     architecture = architecture_of(config)
     ours = fold_tensors(config, model_tensors(step_folder))
     table = tensor_map(config, architecture, has_bias=any(name.endswith("expert_bias") for name in ours))
@@ -189,7 +190,7 @@ def _like_the_run(arguments: dict[str, Any], run: Config, model_type: str) -> di
         del remaining["model.num_kv_heads"]
     if model_type in ("mixtral", "olmoe"):  # have no dense width
         del remaining["model.ffn_dim"]
-    if head_dim(run) == _head_dim(arguments):
+    if run.model.channels == _head_dim(arguments):
         del remaining["model.head_dim"]
     if (width := _shared_width(arguments)) and width == shared_width(run):
         del remaining["moe.num_shared_experts"], remaining["moe.shared_expert_dim"]

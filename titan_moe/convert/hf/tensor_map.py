@@ -6,7 +6,7 @@ There each expert has matrices of its own, here they are rows of one tensor; eve
 from typing import NamedTuple
 
 from titan_moe.config import Config
-from titan_moe.convert.hf.architectures import Architecture, head_dim, moe_layers, shared_width
+from titan_moe.convert.hf.architectures import Architecture, moe_layers, shared_width
 
 FP32 = ("e_score_correction_bias",)  # kept in fp32 whatever the dtype of the export
 
@@ -74,7 +74,7 @@ def _attention(table: TensorMap, config: Config, kind: str, ours: str, theirs: s
         if model.attention_bias:
             table.pairs.append(Pair(f"{ours}attention.w{name}.bias", (bias,)))
         elif kind == "qwen2_moe":
-            table.zeros[bias] = (heads * head_dim(config),)
+            table.zeros[bias] = (heads * config.model.channels,)
 
 
 def _swiglu(table: TensorMap, ours: str, theirs: str, down_scale: float = 1.0) -> None:

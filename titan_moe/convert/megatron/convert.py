@@ -33,10 +33,10 @@ from titan_moe.checkpoint.lazy import (
 from titan_moe.checkpoint.store import read_config
 from titan_moe.config import Config, load_config, load_saved, to_toml
 from titan_moe.convert.fold import check_without_factors, fold_tensors, without_factors
-from titan_moe.convert.hf.architectures import head_dim, moe_layers, shared_width
+from titan_moe.convert.hf.architectures import moe_layers, shared_width
 from titan_moe.convert.hf.convert import OUR_CONFIG, model_tensors, shapes_of
 from titan_moe.convert.new_folder import new_checkpoint, new_folder
-from titan_moe.convert.verify import check_against_megatron
+from titan_moe.convert.verify import check_against_megatron, warn_of_mask
 
 logger = logging.getLogger(__name__)
 MOE_NORM = {"local": "mlp.linear_fc1.layer_norm_weight", "te": "pre_mlp_layernorm.weight"}
@@ -64,6 +64,7 @@ def to_megatron(
     # What Megatron can't compute is refused before the folder is made.
     step_folder = resolve_checkpoint(checkpoint)
     config = read_config(step_folder, trust_components)
+    warn_of_mask(config)
     arguments = transformer_config(config)
 
     # Without sigmoid Megatron has no bias, and it never has a temperature: a bias of 0 may go, and the temperature is
@@ -156,7 +157,7 @@ def transformer_config(config: Config) -> dict[str, Any]:
         "layernorm_epsilon": model.norm_eps,
         "gated_linear_unit": True,
         "add_bias_linear": False,
-        "kv_channels": head_dim(config),
+        "kv_channels": config.model.channels,
         "add_qkv_bias": model.attention_bias,
         "qk_layernorm": model.qk_norm == "head",
         "hidden_dropout": 0.0,
@@ -236,7 +237,7 @@ def _parts(config: Config, layer: int, norm: str, has_bias: bool) -> list[Part]:
     ours = f"layers.{layer}."
     heads, groups = config.model.num_heads, config.model.num_kv_heads or config.model.num_heads
     qkv = tuple(f"{ours}attention.{w}.weight" for w in ("wq", "wk", "wv"))
-    join, split = _qkv(head_dim(config), heads // groups, groups)
+    join, split = _qkv(config.model.channels, heads // groups, groups)
     parts = [
         Part("self_attention.linear_qkv.layer_norm_weight", (f"{ours}attention_norm.weight",)),
         Part("self_attention.linear_proj.weight", (f"{ours}attention.wo.weight",)),

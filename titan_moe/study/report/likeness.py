@@ -9,6 +9,7 @@ from titan_moe.study.report.measures import key_in_set, set_of
 Records = Sequence[Mapping[str, Any]]  # lines of results.jsonl
 PER_TOKEN = ("loss", "best_loss", "perplexity", "best_perplexity", "accuracy", "best_accuracy")  # of a validation
 PER_TEXT = (*PER_TOKEN, "bits_per_byte")
+OF_A_TASK = "acc"  # what each task has, and no validation set
 COST = ("step_seconds", "train_seconds", "tokens_per_second", "peak_memory_gib")
 MACHINE = {"device": "device", "world_size": "processes", "threads": "threads of a process"}
 VERSIONS = {"torch": "torch", "git_commit": "commit"}
@@ -21,8 +22,12 @@ def unlike(records: Records, measure: str) -> str:
     if len(lengths(records)) > 1:
         return "the runs differ in length"
 
-    # Numbers by token depend on what a token is, and on which ones are predicted; costs on the machine.
+    # Those of a task are by question, of texts that are the same whatever a token is.
     name, key = set_of(measure), key_in_set(measure)
+    if name is not None and any(f"validation/{name}/{OF_A_TASK}" in record for record in records):
+        return "the runs are asked different questions" if differ_in_set(records, name) else ""
+
+    # Numbers by token depend on what a token is, and on which ones are predicted; costs on the machine.
     if key in PER_TEXT and len(values(records, "tokenizer_fingerprint")) > 1:
         what = "their tokens are not the same" if key in PER_TOKEN else "they may have read different parts of the text"
         return f"the runs have different tokenizers, so {what}"

@@ -47,9 +47,15 @@ ANALYZED = {
     "document_maxvio": Measure("MaxVio of documents", "lower", ".3f", True),
 }
 MEASURES |= ANALYZED
-# Those of a validation set, as `validation/NAME/KEY`.
+# Those of a validation set, or of a task, as `validation/NAME/KEY`.
+OF_TASKS = {
+    "acc": Measure("acc", "higher", ".2%"),
+    "acc_norm": Measure("acc_norm", "higher", ".2%"),
+    "perplexity": MEASURES["perplexity"],
+}
 OF_SETS = ("loss", "perplexity", "accuracy", "bits_per_byte", "maxvio_global", "aux_loss", "z_loss")
-_OF_A_SET = re.compile(rf"validation/([A-Za-z_]\w*)/({'|'.join(OF_SETS)})", re.ASCII)
+_KEYS = tuple(dict.fromkeys((*OF_SETS, *OF_TASKS)))
+_OF_A_SET = re.compile(rf"validation/([A-Za-z_]\w*)/({'|'.join(_KEYS)})", re.ASCII)
 # The columns of the report's table.
 COLUMNS = (
     *("loss", "best_loss", "perplexity", "accuracy", "maxvio_batch", "maxvio_global"),
@@ -87,13 +93,13 @@ CURVES = {
 
 
 def set_of(key: str) -> str | None:
-    """The name of the validation set that a measure or curve is of; None for any other."""
+    """The name of the validation set or task that a measure or curve is of; None for any other."""
     match = _OF_A_SET.fullmatch(key)
     return match[1] if match else None
 
 
 def key_in_set(key: str) -> str:
-    """What a measure is of its validation set, as `loss`; any other as it is."""
+    """What a measure is of its validation set or task, as `loss`; any other as it is."""
     return key.rpartition("/")[2] if set_of(key) else key
 
 
@@ -104,7 +110,7 @@ def is_measure(key: str) -> bool:
 
 def measure_of(key: str) -> Measure:
     """How to show a measure, also one of a validation set."""
-    name, measure = set_of(key), MEASURES[key_in_set(key)]
+    name, measure = set_of(key), {**MEASURES, **OF_TASKS}[key_in_set(key)]
     return measure if name is None else measure._replace(label=f"{measure.label}, {name}")
 
 

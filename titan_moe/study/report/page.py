@@ -134,9 +134,9 @@ def length_text(summaries: Sequence[Summary]) -> str:
 
 def block(title: str, summaries: Sequence[Summary], axes: Sequence[AxisInfo], report: Sequence[str]) -> Block:
     """The table of some points, with the sentence on the best one."""
-    # Whoever validates on a set wants its loss, without having to say so for the report.
+    # Whoever validates on a set wants its loss, and of a task its accuracy, without having to say so for the report.
     measured = {key: None for s in summaries for key in (*s.measures, *s.nonfinite)}
-    of_sets = [key for key in measured if set_of(key) and key.endswith("/loss")]
+    of_sets = [key for key in measured if set_of(key) and key.endswith(("/loss", "/acc"))]
     columns = [key for key in dict.fromkeys((*COLUMNS, *report, *of_sets)) if key in measured]
     if all(s.measures.get("loss") == s.measures.get("best_loss") for s in summaries) and "best_loss" in columns:
         columns.remove("best_loss")
