@@ -23,6 +23,7 @@ from titan_moe.data.build import (
     is_streamed,
     trained_on,
 )
+from titan_moe.data.own import check_own, is_own, own_data
 from titan_moe.data.tasks import Question, Task, Templates, make_task, read_questions
 from titan_moe.data.tokenizer import Tokenizer
 from titan_moe.model.attention import attention_heads
@@ -297,8 +298,11 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     sets = config.validation.sets if config.validation.enable else {}
     questions = read_tasks(config) if config.validation.enable else {}
     for name, of_set in sets.items():
-        if not is_streamed(of_set.dataset):
-            dataset_files(of_set.dataset, of_set.path, f"validation.sets.{name}.path")
+        key = f"validation.sets.{name}"
+        if is_own(of_set.dataset):
+            check_own(own_data(of_set.dataset, of_set.arguments, f"{key}.dataset"))
+        elif not is_streamed(of_set.dataset):
+            dataset_files(of_set.dataset, of_set.path, f"{key}.path")
 
     # Ranks that share sequences are neighbours, and read the same ones at different positions. One process of each node
     # fills the cache, for nodes need not have a disk in common.
@@ -320,15 +324,16 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
         num_workers=data.num_workers,
     )
     prepared = prepared._replace(tasks=make_tasks(config, questions, prepared.tokenizer, is_main=rt.is_main))
-    if not sets:
-        return prepared
-    by_name = {**prepared.validation_sets, **load_validation_sets(config, prepared.tokenizer, **share)}
-    prepared = prepared._replace(validation_sets=by_name)
+    if sets:
+        by_name = {**prepared.validation_sets, **load_validation_sets(config, prepared.tokenizer, **share)}
+        prepared = prepared._replace(validation_sets=by_name)
+    if any(is_own(part.dataset) for part in (data, *data.sources.values(), *sets.values())):
+        _check_alike(prepared)
 
     # It may be meant, and the run goes on: but the numbers of such a set look better than they are.
-    train = [(source.dataset, source.path) for source in data.sources.values()] or [(data.dataset, data.path)]
+    train = [(one.dataset, one.path, one.arguments) for one in data.sources.values() or [data]]
     for name, of_set in sets.items() if rt.is_main else ():
-        if both := trained_on(of_set.dataset, of_set.path, train, cache_folder(config)):
+        if both := trained_on((of_set.dataset, of_set.path, of_set.arguments), train, cache_folder(config)):
             shown = both[0] + (f" and {len(both) - 1} more" if both[1:] else "")
             logger.warning(
                 "validation.sets.%s has text that is trained on, too: %s: its numbers are not those of text that is "
@@ -338,6 +343,16 @@ def load_data(config: Config, rt: Runtime, degrees: Degrees) -> Data:
     return prepared
 
 
+def _check_alike(data: Data) -> None:
+    """Raise ValueError, on every rank, where ranks read different documents, as a function outside may give them."""
+    fingerprints = {**data.fingerprints, **{name: one.fingerprint for name, one in data.validation_sets.items()}}
+    if any(others != fingerprints for others in world.all_gather(fingerprints)):
+        raise ValueError(
+            "data: the functions that give documents gave other ones to some processes: they must give the same ones "
+            "each time and everywhere (random numbers from a seed, files in a fixed order)"
+        )
+
+
 def load_validation_sets(config: Config, tokenizer: str | Tokenizer, **share: Any) -> dict[str, ValidationSet]:
     """Prepare the sets of [validation.sets] by name; `share` are the arguments of `build_validation` that say whose."""
     validation = config.validation
@@ -345,6 +360,7 @@ def load_validation_sets(config: Config, tokenizer: str | Tokenizer, **share: An
         name: build_validation(
             dataset=of_set.dataset,
             path=of_set.path,
+            arguments=of_set.arguments,
             key=f"validation.sets.{name}.path",
             tokenizer=tokenizer,
             seq_len=config.training.seq_len,
@@ -401,6 +417,7 @@ def data_arguments(config: Config) -> dict[str, Any]:
     return {
         "dataset": data.dataset,
         "path": data.path,
+        "arguments": data.arguments,
         "sources": [SourceFiles(name, **dataclasses.asdict(source)) for name, source in data.sources.items()],
         "steps": training.steps,
         "seq_len": training.seq_len,

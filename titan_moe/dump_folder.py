@@ -158,7 +158,8 @@ def changes_since(job: Job, before: Before) -> Changes:
     # Files that have moved are the same data, and those that were edited are other data under the same names. What a
     # stream gives is its owner's to revise.
     streamed = is_streamed(config.data.dataset) and is_streamed(old.data.dataset)
-    covered, data = OF_STREAMS if streamed else OF_FILES, job.data.fingerprints["data"]
+    arguments = [f"data.{name}" for name in {**old.data.arguments, **config.data.arguments}]  # of a function outside
+    covered, data = (*(OF_STREAMS if streamed else OF_FILES), *arguments), job.data.fingerprints["data"]
     if before.data == data:
         changes = {key: values for key, values in changes.items() if key not in covered}
     elif before.data and not streamed and not changes.keys() & set(covered):

@@ -232,12 +232,17 @@ def evaluation_config(
     given = {arg[2:].partition("=")[0] for arg in overrides if arg.startswith("--")}
     with_all = ["--validation.steps", "-1"] if "data.path" in given and "validation.steps" not in given else []
     words = [*overrides, *with_all]
-    config = load_saved(step_folder / "config.toml", words, trust_components=trust_components)
+
+    # Of files no data set is read that the run had; its functions are not called, whoever wrote them.
+    with_data = "data.path" not in given or "data.dataset" in given
+    config_file = step_folder / "config.toml"
+    config = load_saved(config_file, words, trust_components=trust_components, with_data=with_data)
 
     # Checked last: a key that does not exist at all has a better message by then.
     tables = ("validation.sets.", "validation.tasks.")
     sets = {key for key in given if key.startswith(tables) and with_sets and "data.path" not in given}
-    if useless := sorted(given.difference(OVERRIDES, sets)):
+    arguments = {f"data.{name}" for name in config.data.arguments}  # of a data set of one's own
+    if useless := sorted(given.difference(OVERRIDES, sets, arguments)):
         raise ValueError(f"--{useless[0]} changes nothing here: an evaluation takes {', '.join(OVERRIDES)}")
     return config, config.data.path if "data.path" in given else []
 

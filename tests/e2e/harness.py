@@ -161,11 +161,17 @@ def free_port() -> str:
 
 
 def start_two(
-    words: list[str], log: Path, *, second: Sequence[str] = (), ranks: Sequence[int] = (0, 1), verb: str = "train"
+    words: list[str],
+    log: Path,
+    *,
+    second: Sequence[str] = (),
+    ranks: Sequence[int] = (0, 1),
+    verb: str = "train",
+    world_size: int = 2,
 ) -> list[Command]:
-    """Start two processes, or one rank of the two, as torchrun does; the second one with more arguments."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-    given = [words, [*words, *second]]
+    """Start two processes, or some ranks of `world_size`, as torchrun does; all but the first with more arguments."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": str(world_size)}
+    given = [words, *[[*words, *second]] * (world_size - 1)]
     return [
         Command(verb, given[i], log.with_name(f"log-{i}"), {**place, "RANK": str(i), "LOCAL_RANK": str(i)})
         for i in ranks

@@ -1,5 +1,6 @@
 """examples/, by the commands and by what each says that it computes: docs/extending.md is written around them."""
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from examples.balancer import importance, tolerant
+from examples.data import sums, walks
 from examples.optimizer import Signum, lars
 from examples.router import softplus
 from examples.schedule import inverse_sqrt
@@ -234,6 +236,49 @@ def test_schedule_by_group(train: Train, tmp_path: Path) -> None:
     lr = TINY["optimizer"]["lr"]
     assert [record["lr/router"] for record in found] == pytest.approx([lr / 2, lr, lr, lr, lr])
     assert [record["lr/expert"] for record in found] == pytest.approx([lr / 4, lr / 2, 3 * lr / 4, lr, lr])
+
+
+def test_data(train: Train, tmp_path: Path) -> None:
+    """Documents by index and a stream; who reads none of them need not trust them, who does must."""
+    for name, length in (("sums", {}), ("walks", {"length": 12})):
+        data = {"data": {**TINY["data"], "dataset": f"examples.data:{name}", **length}, "data__path": None}
+        data["validation__steps"] = 2
+        whole = records_of(train, tmp_path, name, training__steps=4, lr_scheduler__name="constant", **data)
+        records_of(train, tmp_path, f"{name}-cut", training__steps=2, lr_scheduler__name="constant", **data)
+        ended = train(f"{name}-cut", training__steps=4, lr_scheduler__name="constant", **data)
+        assert ended.code == 0, ended.err
+        assert records(tmp_path / f"{name}-cut") == whole
+
+        assert "--trust_components" not in ended.out  # in the command that it ends with
+
+        start = ["--checkpoint", str(tmp_path / name)]
+        assert command("generate", [*start, "--max_new_tokens", "1"]).code == 0
+        refused = command("evaluate", start)
+        assert refused.code == 2
+        assert f"data.dataset = 'examples.data:{name}': is code from outside of titan_moe" in refused.err
+        assert command("evaluate", [*start, "--trust_components", "examples"]).code == 0
+        _, config = load_model(tmp_path / name)
+        assert config.data.arguments["length" if length else "count"] == (12 if length else 2000)
+
+    # a set of its own to validate on, by its name
+    walks = {"validation__sets": {"walks": {"dataset": "examples.data:walks", "seed": 7}}, "validation__steps": 2}
+    records_of(train, tmp_path, "run", training__steps=2, **walks)
+    assert records(tmp_path / "run", "validation")[-1]["validation/walks/num_tokens"] > 0
+    words = ["--checkpoint", str(tmp_path / "run"), "--data.path", str(tmp_path / "text.txt")]
+    (tmp_path / "text.txt").write_text("north east south west " * 50)
+    ended = command("evaluate", words)  # of files alone
+    assert ended.code == 0, ended.err
+
+
+def test_data_formulas() -> None:
+    assert [*sums(count=2, digits=1)] == ["6 + 6 = 12", "0 + 4 = 4"]
+    first = walks(length=3, seed=1)
+    documents = [*itertools.islice(first, 4)]
+    again = walks(length=3, seed=1)
+    again.load_state_dict(first.state_dict())
+    assert next(iter(again)) not in documents
+    assert [*itertools.islice(walks(length=3, seed=1), 5)] == [*documents, next(iter(first))]
+    assert set(" ".join(documents).split()) <= {"north", "east", "south", "west"}
 
 
 def test_study(shared: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Arguments
-from tests.e2e.harness import Ended, command, end_two, records, start_two
+from tests.e2e.harness import Command, Ended, command, end_two, records, start_two
 
 Train = Callable[..., Ended]
 
@@ -51,6 +53,11 @@ def test_a_run_on_sources(train: Train, tmp_path: Path, sources: dict[str, Any])
     assert validation["loss"] == pytest.approx(mean, rel=1e-6)
     assert validation["validation/words/loss"] != validation["validation/numbers/loss"]
 
+    # an evaluation of files has nothing to do with the sources
+    (tmp_path / "some.txt").write_text("a tale of some words\n" * 20)
+    ended = command("evaluate", ["--checkpoint", str(tmp_path / "run"), "--data.path", str(tmp_path / "some.txt")])
+    assert ended.code == 0, ended.err
+
     # the same folder again is the same run, and a part of it that goes on too
     assert "nothing to do" in train(**options(sources), training__steps=6, training__global_batch_size=4).out
     short = {**options(sources), "training__global_batch_size": 4, "checkpoint__interval": 3}
@@ -72,6 +79,81 @@ def test_ranks_share_the_sources(arguments: Arguments, tmp_path: Path, sources: 
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
+@pytest.fixture
+def streams(tmp_path: Path, sources: dict[str, Any]) -> dict[str, Any]:
+    """Files, a function's documents, its stream at two weights, and a folder that is read as data of the hub are."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    rows = [json.dumps({"text": f"a row of the hub, number {i}"}) + "\n" for i in range(200)]
+    (folder / "rows.jsonl").write_text("".join(rows))
+    return {
+        "numbers": sources["numbers"],
+        "sums": {"dataset": "examples.data:sums", "count": 300},
+        "walks": {"dataset": "examples.data:walks", "length": 12, "weight": 2, "until_step": 4},
+        "hub": {"dataset": "hf", "path": str(folder), "from_step": 3},
+        "late_walks": {"dataset": "examples.data:walks", "length": 12, "weight": 1.5, "from_step": 5},
+    }
+
+
+def test_streams_on_one_two_and_four_ranks(arguments: Arguments, tmp_path: Path, streams: dict[str, Any]) -> None:
+    """The same shares and losses, with micro-batches and a worker; each source has its own validation."""
+    batches = {"training__steps": 8, "training__global_batch_size": 8, "training__local_batch_size": 2}
+    common = {**options(streams), **batches, "validation__steps": 8}
+    assert command("train", arguments("one", **common)).code == 0
+    for size, more in ((2, {"data__num_workers": 1}), (4, {})):
+        words = arguments(str(size), **common, **more)
+        log = tmp_path / f"log-{size}"
+        log.mkdir()
+        ended = end_two(start_two(words, log / "log", ranks=range(size), world_size=size))
+        assert ended == [0] * size, (log / "log-0.err").read_text()
+        for one, other in zip(records(tmp_path / "one"), records(tmp_path / str(size)), strict=True):
+            assert [one[f"tokens/{name}"] for name in streams] == [other[f"tokens/{name}"] for name in streams]
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+    # 8 sequences a step: 1 : 1 : 2, then also 1 of the hub, then 1 : 1 : 1 : 1.5
+    last = records(tmp_path / "one")[-1]
+    shares = [2 * 2 + 2 * 8 / 5 + 4 * 8 / 4.5] * 2 + [2 * 4 + 2 * 16 / 5, 2 * 8 / 5 + 4 * 8 / 4.5, 4 * 12 / 4.5]
+    given = [last[f"tokens/{name}"] / 16 for name in streams]
+    assert sum(given) == 64
+    assert all(abs(number - share) < 1 for number, share in zip(given, shares, strict=True))
+    validation = records(tmp_path / "one", "validation")[-1]
+    by_source = {key.split("/")[1] for key in validation if key.startswith("validation/")}
+    assert by_source == {"numbers", "sums", "walks", "hub"}
+
+
+def test_a_killed_run_on_streams_goes_on(
+    train: Train, arguments: Arguments, tmp_path: Path, streams: dict[str, Any]
+) -> None:
+    """Killed with -9 after a save: on one rank to the bit, then on two with the same losses."""
+    batches = {"training__global_batch_size": 4, "training__local_batch_size": 1, "checkpoint__interval": 2}
+    common = {**options(streams), **batches, "lr_scheduler__name": "constant", "validation__steps": 8}
+    assert train("whole", training__steps=8, **common).code == 0
+    killed = Command("train", arguments("cut", training__steps=8, **common), tmp_path / "log")
+    killed.wait_for((tmp_path / "cut" / "checkpoint" / "step-4").exists)
+    os.kill(killed.pid, signal.SIGKILL)
+    assert killed.end().code == -signal.SIGKILL
+    again = train("cut", training__steps=8, **common)
+    assert again.code == 0, again.err
+    assert records(tmp_path / "cut") == records(tmp_path / "whole")
+
+    # and in another layout
+    assert train("part", training__steps=4, **common).code == 0
+    words = arguments("part", training__steps=8, **common)
+    assert end_two(start_two(words, tmp_path / "log")) == [0, 0], (tmp_path / "log-0.err").read_text()
+    for one, other in zip(records(tmp_path / "whole"), records(tmp_path / "part"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_a_function_that_is_not_the_same_for_all(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its documents have the number of the process in them, and those that tokenize have others."""
+    (tmp_path / "by_process.py").write_text("import os\ndef fn(): return [f'{os.getpid()} words'] * 99\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    ended = train(data__path=None, data__dataset="by_process:fn")
+    assert ended.code == 2
+    assert "data.dataset (by_process:fn): documents 0 to 98 are others than when they were read before" in ended.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_source_that_is_read_often(train: Train, sources: dict[str, Any], tmp_path: Path) -> None:
     small = tmp_path / "small.txt"
     small.write_text("some words, and then some more of them\n" * 3)
@@ -89,7 +171,42 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no files": ({"words.path": None}, ["data.sources.words.path is missing"]),
     "files that are not there": ({"words.path": "nowhere.txt"}, ["data.sources.words.path", "nowhere.txt"]),
     "unknown key": ({"words.wieght": 2}, ["data.sources.words.wieght", "weight"]),
-    "a stream": ({"words.dataset": "fineweb_edu"}, ["data.sources.words.dataset", "fineweb_edu", "stdlib", "text"]),
+    "no such data set": ({"words.dataset": "fineweb"}, ["data.sources.words.dataset", "did you mean fineweb_edu?"]),
+    "a path that fineweb_edu has not": ({"words.dataset": "fineweb_edu"}, ["data.sources.words.path", "has no use"]),
+    "no name of the hub": (
+        {"words.dataset": "hf", "words.path": None},
+        ["data.sources.words.path is missing: give"],
+    ),
+    "a name of the hub that is none": ({"words.dataset": "hf", "words.path": "a/b/c"}, ["a/b/c", "needs a data set"]),
+    "no such module": (
+        {"words.dataset": "examples.date:sums", "words.path": None},
+        ["data.sources.words.dataset = 'examples.date:sums'", "cannot be imported", "PYTHONPATH"],
+    ),
+    "no such function": (
+        {"words.dataset": "examples.data:sum", "words.path": None},
+        ["data.sources.words.dataset = 'examples.data:sum'", "has no attribute 'sum'"],
+    ),
+    "a path that the function has not": (
+        {"words.dataset": "examples.data:sums"},
+        ["data.sources.words.path", "has no use with dataset = 'examples.data:sums'"],
+    ),
+    "an argument that it has not": (
+        {"words.dataset": "examples.data:sums", "words.path": None, "words.cuont": 3},
+        ["data.sources.words.cuont", "did you mean data.sources.words.count?"],
+    ),
+    "an argument of another type": (
+        {"words.dataset": "examples.data:sums", "words.path": None, "words.count": "many"},
+        ["data.sources.words.count = 'many'", "must be a valid integer"],
+    ),
+    "an argument without the function": ({"words.count": 3}, ["data.sources.words.count", "unknown key"]),
+    "a function that fails": (
+        {"words.dataset": "examples.data:sums", "words.path": None, "words.digits": -1},
+        ["data.sources.words.dataset (examples.data:sums): ", "(data.py:"],
+    ),
+    "no documents": (
+        {"words.dataset": "examples.data:sums", "words.path": None, "words.count": 0},
+        ["data.sources.words.dataset (examples.data:sums): no documents: it has 0"],
+    ),
     "ends before it begins": ({"words.from_step": 3}, ["data.sources.words.until_step (2)", "from_step (3)"]),
     "all have ended": (
         {"numbers.until_step": 4, "more_words.until_step": 4},

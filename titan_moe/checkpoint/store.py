@@ -385,7 +385,7 @@ def read_config(step_folder: Path, trust_components: Sequence[str] = ()) -> Conf
     config_file = step_folder / "config.toml"
     if not config_file.exists():
         raise ValueError(f"checkpoint {step_folder} has no config.toml: it cannot say which model it holds")
-    return load_saved(config_file, trust_components=trust_components)
+    return load_saved(config_file, trust_components=trust_components, with_data=False)
 
 
 def read_model(step_folder: Path, config: Config) -> Transformer:

@@ -264,6 +264,10 @@ def _check_batches(config: Config) -> None:
             "data.validation_path, or turn it off with validation.enable = false"
         )
     _check_sources(data)
+    if ":" in data.dataset and data.path:
+        raise ValueError(f"data.path ({data.path[0]}) has no use: {data.dataset} takes no argument path")
+    if ":" in data.dataset and data.sources:
+        raise ValueError(f"data.dataset ({data.dataset}) has no use beside data.sources: make it one of them")
     if data.restart_positions and not data.document_mask:
         raise ValueError(
             "data.restart_positions = true needs data.document_mask = true: tokens that see other documents would take "
@@ -595,8 +599,10 @@ def _check_sources(data: Data) -> None:
         key = f"data.sources.{name}"
         if source.dataset == "text" and not source.path:
             raise ValueError(f"{key}.path is missing: give the files to read, or dataset = 'stdlib'")
-        if source.dataset == "stdlib" and source.path:
-            raise ValueError(f"{key}.path ({source.path}) has no use with dataset = 'stdlib': leave one out")
+        if source.dataset == "hf" and not source.path:
+            raise ValueError(f"{key}.path is missing: give the name of the data set on the hub")
+        if source.dataset not in ("text", "hf") and source.path:
+            raise ValueError(f"{key}.path ({source.path}) has no use with dataset = {source.dataset!r}: leave one out")
         if 0 < source.until_step < source.from_step:
             raise ValueError(
                 f"{key}.until_step ({source.until_step}) is before its from_step ({source.from_step}): no step has it"

@@ -9,7 +9,7 @@ import tomli_w
 
 from titan_moe.balancer import Balancer
 from titan_moe.config.schema import REQUIRED, Kind, Parameter, document, parameters_of, type_text
-from titan_moe.config.sections import GROUP_KEYS, KINDS, LOAD_LR, NAMED_TABLES, SECTIONS, Config
+from titan_moe.config.sections import ARGUMENTS, GROUP_KEYS, KINDS, LOAD_LR, NAMED_TABLES, SECTIONS, Config
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 from titan_moe.optimizer.load_lr import load_lr
 
@@ -55,7 +55,7 @@ def help_text() -> str:
         else:
             lines = [f"[{section}]  {inspect.getdoc(hint)}"]
             for key, annotation in get_type_hints(hint, include_extras=True).items():
-                if f"{section}.{key}" not in NAMED_TABLES:
+                if f"{section}.{key}" not in NAMED_TABLES and key != ARGUMENTS:
                     about = f"{document(annotation)} {_type(annotation)}"
                     lines += _entry(f"  {key}", getattr(getattr(default, section), key), about)
             blocks.append("\n".join(lines))
@@ -71,7 +71,8 @@ def _table_block(path: str, table: type) -> str:
     lines = textwrap.wrap(f"[{path}.NAME]  {about}", WIDTH, subsequent_indent="  ")
     default = table()
     for key, annotation in get_type_hints(table, include_extras=True).items():
-        lines += _entry(f"  {key}", getattr(default, key), f"{document(annotation)} {_type(annotation)}")
+        if key != ARGUMENTS:
+            lines += _entry(f"  {key}", getattr(default, key), f"{document(annotation)} {_type(annotation)}")
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, get_type_hints
 
 import tomli_w
@@ -28,11 +28,14 @@ from titan_moe.config.schema import (
     unknown_key,
 )
 from titan_moe.config.sections import (
+    ARGUMENTS,
+    DATA_TABLES,
     GROUP_KEYS,
     KINDS,
     LOAD_LR,
     METRIC_NAMES,
     NAMED_TABLES,
+    OWN_DATASET,
     REMOVED,
     SECTIONS,
     Component,
@@ -115,6 +118,11 @@ def _merge(tables: Tables, section: str, content: Any, origin: str) -> Tables:
             for other, old in tables.items():
                 if other == path or (other.startswith(f"{path}.") and "name" not in old):
                     merged[other] = {key: Given(old[key].value, f"{origin} (inherited)", True) for key in old}
+
+        # Likewise the arguments of a data set of one's own; a path may be one of them, of another type.
+        if "dataset" in new and _has_dataset(path):
+            new["dataset"] = Given(check_value(str, table["dataset"], origin, f"{path}.dataset"), origin)
+            merged[path] = {key: old._replace(inherited=True) for key, old in merged.get(path, {}).items()}
 
         merged[path] = {**merged.get(path, {}), **new}
     return merged
@@ -206,12 +214,37 @@ def _check(path: str, tables: Tables, before: Tables) -> Table:
 
 def _annotations(path: str, tables: Tables) -> dict[str, Any]:
     """The types of the keys that a table may have: those of a section's fields, or of a builder's parameters."""
-    if path in SECTIONS and path not in KINDS:
-        return get_type_hints(SECTIONS[path], include_extras=True)
-    if (kind := path.rpartition(".")[0]) in NAMED_TABLES:
-        return get_type_hints(NAMED_TABLES[kind], include_extras=True)
+    if (path in SECTIONS and path not in KINDS) or path.rpartition(".")[0] in NAMED_TABLES:
+        arguments = {key: parameter.annotation for key, parameter in _dataset_parameters(path, tables).items()}
+        return {**_fields(path), **arguments}
     annotations = {key: parameter.annotation for key, parameter in _parameters(path, tables).items()}
     return {**annotations, "name": str} if _has_name(path) else annotations
+
+
+def _has_dataset(path: str) -> bool:
+    """Whether a table says where documents come from, by its key `dataset`."""
+    return path == "data" or path.rpartition(".")[0] in DATA_TABLES
+
+
+def _fields(path: str) -> dict[str, Any]:
+    """The types of the keys that a section of fields has, whatever is in it."""
+    hint = NAMED_TABLES.get(path.rpartition(".")[0]) or SECTIONS[path]
+    return {key: kind for key, kind in get_type_hints(hint, include_extras=True).items() if key != ARGUMENTS}
+
+
+def _dataset_parameters(path: str, tables: Tables) -> dict[str, Parameter]:
+    """The arguments of a table's data set where that is one's own, else none; ValueError where it can't be called."""
+    given = tables.get(path, {}).get("dataset")
+    if not _has_dataset(path) or given is None or ":" not in given.value:
+        return {}
+    parameters = parameters_of(OWN_DATASET, given.value, given.origin, f"{path}.dataset")
+
+    # A path is the function's where it takes one. Other keys of the table have a meaning already.
+    if taken := parameters.keys() & _fields(path).keys() - {"path"}:
+        name = min(taken)
+        message = f"does not fit here: its argument {name} would be {path}.{name}, which is another key: rename it"
+        raise key_error(given.origin, f"{path}.dataset", message, given.value)
+    return parameters
 
 
 def _parameters(path: str, tables: Tables) -> dict[str, Parameter]:
@@ -290,7 +323,7 @@ def _make_config(tables: Tables) -> Config:
     sections: dict[str, Any] = {}
     for section, hint in SECTIONS.items():
         if section not in KINDS:
-            sections[section] = hint(**_values(section, tables), **_made_tables(section, tables))
+            sections[section] = _made(hint, section, tables, **_made_tables(section, tables))
         elif section == "balancer":
             paths = [path for path in tables if path.startswith("balancer.")]
             sections[section] = {path.partition(".")[2]: _arguments(path, tables) for path in paths}
@@ -318,8 +351,18 @@ def _made_tables(section: str, tables: Tables) -> dict[str, dict[str, Any]]:
     for kind, hint in NAMED_TABLES.items():
         if kind.startswith(f"{section}."):
             paths = [path for path in tables if path.startswith(f"{kind}.")]
-            by_key[kind.partition(".")[2]] = {path.rpartition(".")[2]: hint(**_values(path, tables)) for path in paths}
+            by_key[kind.partition(".")[2]] = {path.rpartition(".")[2]: _made(hint, path, tables) for path in paths}
     return by_key
+
+
+def _made(hint: Any, path: str, tables: Tables, **inner: Any) -> Any:
+    """Make a section, or a table in one, of its values and of the tables within it."""
+    values, parameters = _values(path, tables), _dataset_parameters(path, tables)
+    if not parameters:
+        return hint(**values, **inner)
+    name, origin, _ = tables[path]["dataset"]
+    arguments = _with_defaults(values, parameters, name, origin, path)
+    return hint(**{key: values[key] for key in values if key not in parameters}, **inner, arguments=arguments)
 
 
 def _values(path: str, tables: Tables) -> dict[str, Any]:
@@ -332,12 +375,20 @@ def _arguments(path: str, tables: Tables) -> dict[str, Any]:
     """The arguments of a component in the order of its signature, with those defaults that TOML can hold."""
     # Defaults are written out, so that config.toml says all that a run had, also when a later version changes one.
     name, origin, _ = _named(path, tables)
-    given, arguments = _values(path, tables), {}
+    given = _values(path, tables)
     if _has_name(path):
         del given["name"]
-    if path.startswith("balancer.") and _has_name(path):  # an instance: kept with its arguments, which are all it has
-        arguments["name"] = name
-    for key, (_, default) in _parameters(path, tables).items():
+    arguments = _with_defaults(given, _parameters(path, tables), name, origin, path)
+    is_instance = path.startswith("balancer.") and _has_name(path)  # kept with its arguments, which are all it has
+    return {"name": name, **arguments} if is_instance else arguments
+
+
+def _with_defaults(
+    given: Mapping[str, Any], parameters: Mapping[str, Parameter], name: str, origin: str, path: str
+) -> dict[str, Any]:
+    """The arguments of `name` that are given, and of the others those defaults that TOML can hold."""
+    arguments = {}
+    for key, (_, default) in parameters.items():
         if key in given:
             arguments[key] = given[key]
         elif default is REQUIRED:
@@ -378,9 +429,10 @@ def to_document(config: Config) -> dict[str, Any]:
             table = dataclasses.asdict(value)
             for name in ("config_file", "allow_config_change"):  # of one start, not of the run
                 table.pop(name, None)
-            for kind in NAMED_TABLES:
-                if kind.startswith(f"{section}.") and not table[kind.partition(".")[2]]:
-                    del table[kind.partition(".")[2]]
+            table |= table.pop(ARGUMENTS, {})
+            for key in [kind.partition(".")[2] for kind in NAMED_TABLES if kind.startswith(f"{section}.")]:
+                inner = {name: {**values.pop(ARGUMENTS, {}), **values} for name, values in table.pop(key).items()}
+                table |= {key: inner} if inner else {}
         document[section] = table
 
     # A dense model has no balancer, and an empty table would say no more than none.

@@ -5,6 +5,7 @@ takes components from the registries, and others only from modules that the user
 a configuration, and imports nothing.
 """
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,26 +14,36 @@ from typing import Any
 from titan_moe.config.layers import Layer, command_line_layer, read_file
 from titan_moe.config.load import merge_layers, merge_unchecked
 from titan_moe.config.schema import key_error
-from titan_moe.config.sections import KINDS, REMOVED, Component, Config, Optimizer
+from titan_moe.config.sections import DATA_TABLES, KINDS, NAMED_TABLES, REMOVED, Component, Config, Data, Optimizer
 from titan_moe.optimizer.groups import GROUP_PATTERNS
 from titan_moe.runtime.command import TRUST
 
 PLAIN_KEYS = ("moe.experts_backend",)  # keys outside of KINDS that name a component
 
 
-def load_saved(path: Path, overrides: Sequence[str] = (), *, trust_components: Sequence[str] = ()) -> Config:
+def load_saved(
+    path: Path, overrides: Sequence[str] = (), *, trust_components: Sequence[str] = (), with_data: bool = True
+) -> Config:
     """Build the configuration of a file that came with a model, changed by `overrides`, the user's words.
 
     Components from outside of the registries must be of `trust_components`, modules or packages, which are imported.
-    Errors as of `load_config`, and ValueError for a component that nobody vouches for, or for a `base`.
+    Who reads none of its data goes without them (`with_data` False): data sets that are functions outside are not
+    imported, and stay as they are written. Errors as of `load_config`, and ValueError for a component that nobody
+    vouches for, or for a `base`.
     """
     # Before anything is merged, for checking a key of such a component would import it. A user who names a package
     # trusts all of its modules.
     layer = _layer(path)
+    written = layer.table
+    if not with_data:
+        table = _without_own_data(written)
+        if isinstance(table.get("data"), dict):
+            table["data"].pop("sources", None)  # beside which there is no data.path, which the user may give
+        layer = layer._replace(table=table)
     trusted = (trust_components,) if isinstance(trust_components, str) else trust_components
     strange = {
         name.partition(":")[0]: (key, name)
-        for key, name in outside_components(layer.table)
+        for key, name in (*outside_components(layer.table), *outside_datasets(layer.table))
         if not any(f"{name.partition(':')[0]}.".startswith(f"{known}.") for known in trusted)
     }
     if strange:
@@ -46,7 +57,11 @@ def load_saved(path: Path, overrides: Sequence[str] = (), *, trust_components: S
     words = command_line_layer(list(overrides))
     if "config_file" in words.table.get("job", {}):
         raise key_error(words.origin, "job.config_file", "the configuration is the checkpoint's: leave it out")
-    return merge_layers([layer, words])
+    config = merge_layers([layer, words])
+    if with_data:
+        return config
+    data = dataclasses.replace(config.data, sources=read_saved(path).data.sources)
+    return _with_own_data(dataclasses.replace(config, data=data), written)
 
 
 def read_saved(path: Path) -> Config:
@@ -65,7 +80,8 @@ def read_saved(path: Path) -> Config:
         table["balancer"] = {
             name: options for name, options in balancers if not any(_names("balancer", {name: options}))
         }
-    config = merge_unchecked([Layer(layer.origin, table)])
+    config = merge_unchecked([Layer(layer.origin, _without_own_data(table))])
+    config = _with_own_data(config, table)
     return dataclasses.replace(
         config, **{section: _as_written(config, section, layer.table[section]) for section in written}
     )
@@ -93,6 +109,54 @@ def outside_components(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         value = table[section].get(name) if isinstance(table.get(section), dict) else None
         if isinstance(value, str) and ":" in value:
             yield key, value
+
+
+def outside_datasets(table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The keys of a configuration file that name a data set outside of ours, with the names: who reads needs them."""
+    for key, data in _own_data(table).items():
+        yield f"{key}.dataset", data["dataset"]
+
+
+def _own_data(table: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tables of a configuration file whose data set is a function outside, by their dotted names."""
+    tables = {"data": table.get("data")}
+    for kind in DATA_TABLES:
+        section, _, key = kind.partition(".")
+        named = table[section].get(key) if isinstance(table.get(section), dict) else None
+        tables |= {f"{kind}.{name}": data for name, data in named.items()} if isinstance(named, dict) else {}
+    return {
+        name: data for name, data in tables.items() if isinstance(data, dict) and ":" in str(data.get("dataset", ""))
+    }
+
+
+def _without_own_data(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a file with a data set of ours in place of each function outside and of its arguments."""
+    # The standard library needs no path, so that the rest can be checked as it is.
+    changed = copy.deepcopy(dict(table))
+    for path, data in _own_data(changed).items():
+        fields = {field.name for field in dataclasses.fields(NAMED_TABLES.get(path.rpartition(".")[0], Data))}
+        others = {key: value for key, value in data.items() if key in fields - {"path", "dataset"}}
+        data.clear()
+        data |= {"dataset": "stdlib", **others}
+    return changed
+
+
+def _with_own_data(config: Config, table: Mapping[str, Any]) -> Config:
+    """A configuration of `_without_own_data` with the functions and their arguments as the file names them."""
+    # A path is an argument where there is one: without a function that takes it, it would have been refused.
+    for path, data in _own_data(table).items():
+        kind, _, name = path.rpartition(".")
+        section = path.partition(".")[0]
+        old = getattr(config, section)
+        part = old if not kind else getattr(old, kind.partition(".")[2])[name]
+        names = {field.name for field in dataclasses.fields(part)} - {"path"}
+        arguments = {key: value for key, value in data.items() if key not in names and value != []}
+        new = dataclasses.replace(part, dataset=data["dataset"], arguments=arguments)
+        if kind:
+            key = kind.partition(".")[2]
+            new = dataclasses.replace(old, **{key: {**getattr(old, key), name: new}})
+        config = dataclasses.replace(config, **{section: new})
+    return config
 
 
 def _names(key: str, table: Any) -> Iterator[tuple[str, str]]:

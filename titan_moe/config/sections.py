@@ -5,6 +5,7 @@ checks values against it and `--help` prints it. Where torchtitan 0.1-0.2 has a 
 name. Sections that name a component have the keys of its builder instead: KINDS has the registries.
 """
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
@@ -38,6 +39,19 @@ Fraction = Annotated[float, _BETA]
 PositiveOrMinusOne = Annotated[int, AfterValidator(positive_or_minus_one)]
 Seconds = Annotated[int, Field(gt=0, le=10**8)]  # more, with what is added to it, is no time for a socket
 Texts = Annotated[list[str], BeforeValidator(_as_list)]  # one string stands for a list of one
+DATASETS = ("stdlib", "text", "fineweb_edu", "hf")
+
+
+def known_dataset(value: str) -> str:
+    """Check the name of a data set: one of ours, or a function outside."""
+    if value not in DATASETS and ":" not in value:
+        near = difflib.get_close_matches(value, DATASETS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"must be {', '.join(map(repr, DATASETS))} or 'my_pkg.my_mod:fn'{hint}")
+    return value
+
+
+Dataset = Annotated[str, AfterValidator(known_dataset)]
 
 
 def _as_qk_norm(value: object) -> object:
@@ -45,7 +59,6 @@ def _as_qk_norm(value: object) -> object:
     return {"true": "head", "false": "none"}.get(str(value).lower(), value)
 
 
-Dataset = Literal["stdlib", "text", "fineweb_edu", "hf"]
 TaskKind = Literal["multiple_choice", "cloze", "last_word"]
 
 
@@ -198,17 +211,22 @@ class Source:
     """
 
     path: Annotated[Texts, "files, globs or folders, as data.path"] = field(default_factory=list)
-    dataset: Annotated[Literal["stdlib", "text"], "where its documents come from"] = "text"
+    dataset: Annotated[Dataset, "where its documents come from, as data.dataset"] = "text"
     weight: Annotated[Positive, "its share, relative to those of the other sources"] = 1.0
     from_step: Annotated[PositiveInt, "the first step that has it"] = 1
     until_step: Annotated[NonNegativeInt, "the last step that has it (0: the run's last)"] = 0
+    arguments: dict[str, Any] = field(default_factory=dict)  # of a data set of one's own
 
 
 @dataclass(frozen=True)
 class Data:
     """What the model reads."""
 
-    dataset: Annotated[Dataset, "where documents come from"] = "stdlib"
+    dataset: Annotated[
+        Dataset,
+        "where documents come from: stdlib, text (files), fineweb_edu, hf (the hub), or my_pkg.my_mod:fn, whose "
+        "arguments are keys beside it",
+    ] = "stdlib"
     path: Annotated[
         Texts, "files, globs, folders (txt, jsonl, parquet ..., token ids of Megatron or numpy), or a hub name"
     ] = field(default_factory=list)
@@ -228,6 +246,7 @@ class Data:
     sources: Annotated[dict[str, Source], "tables [data.sources.NAME] instead of path: several sources by weight"] = (
         field(default_factory=dict)
     )
+    arguments: dict[str, Any] = field(default_factory=dict)  # of a data set of one's own
 
 
 @dataclass(frozen=True)
@@ -240,6 +259,7 @@ class ValidationSet:
 
     path: Annotated[Texts, "files, globs, folders, or a hub name, as data.path"] = field(default_factory=list)
     dataset: Annotated[Dataset, "where documents come from, as data.dataset"] = "text"
+    arguments: dict[str, Any] = field(default_factory=dict)  # of a data set of one's own
 
 
 @dataclass(frozen=True)
@@ -464,6 +484,11 @@ NAMED_TABLES = {
     "validation.sets": ValidationSet,
     "validation.tasks": ValidationTask,
 }
+
+# What a data set of one's own is: a function outside, whose arguments are keys of the table that names it.
+OWN_DATASET = Kind({}, {}, {})
+ARGUMENTS = "arguments"  # the field that holds them
+DATA_TABLES = ("data.sources", "validation.sets")  # that may name one, as [data] may
 
 # The sections whose keys are the arguments of builders. The ranges are for builders of the registries alone: what is
 # from outside may mean something else by `momentum`.

@@ -360,7 +360,7 @@ def _layer_of_expert_tensor(name: str) -> int | None:
 
 def _new_config(step_folder: Path, out: Path, overrides: list[str], trust_components: Sequence[str]) -> Config:
     words = ["--job.dump_folder", str(out), *overrides]
-    return load_saved(step_folder / "config.toml", words, trust_components=trust_components)
+    return load_saved(step_folder / "config.toml", words, trust_components=trust_components, with_data=False)
 
 
 def _check_shapes(config: Config, tensors: LazyTensors) -> None:

@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from titan_moe.config.sections import DATASETS
 from titan_moe.data import hub
 from titan_moe.data.cache import TokenCache, build_cache
 from titan_moe.data.corpus import (
+    Corpus,
     Split,
     corpus_tokenizer,
     digest,
@@ -34,11 +37,20 @@ from titan_moe.data.loader import (
     validation_batches,
     window_loader,
 )
-from titan_moe.data.mixture import MANY_EPOCHS, MixedBatches, Source, epochs
+from titan_moe.data.mixture import MANY_EPOCHS, MixedBatches, Source, epochs, mixture_loader
+from titan_moe.data.own import (
+    OwnDocuments,
+    OwnStream,
+    is_own,
+    open_own,
+    own_corpus,
+    own_data,
+    own_token_file,
+)
 from titan_moe.data.packing import Borders, PackedTokens, Windows, describe, pack, tell_waste
 from titan_moe.data.remote import fetch_all
 from titan_moe.data.sources import are_tokens, find_files, stdlib_files
-from titan_moe.data.stream import LaneBatches, check_lanes, sample_stream
+from titan_moe.data.stream import LaneBatches, Stream, TrainStream, check_lanes, sample_stream
 from titan_moe.data.tasks import Task
 from titan_moe.data.token_files import (
     DividedTokens,
@@ -54,7 +66,6 @@ from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, 
 from titan_moe.data.waves import Texts, WaveCache, build_waves, find_texts, hashed_corpus, texts_tokenizer
 from titan_moe.runtime.remote import is_url
 
-DATASETS = ("stdlib", "text", "fineweb_edu", "hf")
 STREAM_VALIDATION_TOKENS = 1 << 20  # a stream has no end: what "all of it" (validation.steps -1) stands for
 STREAM_BPE_BYTES = 16 << 20  # text of a stream on which a BPE is trained
 BYTES_PER_TOKEN = 6  # more than English has, so that a sample of a stream has enough tokens
@@ -80,6 +91,22 @@ class SourceFiles(NamedTuple):
     weight: float
     from_step: int = 1
     until_step: int = 0
+    arguments: Mapping[str, Any] = {}
+
+    @property
+    def key(self) -> str:
+        """The table that it is from: of one source alone [data]."""
+        return f"data.sources.{self.name}" if self.name else "data"
+
+
+class DataFiles(NamedTuple):
+    """Files of documents, and their kind where their names don't tell."""
+
+    files: list[str]
+    kind: str = ""
+
+
+Fixed = DataFiles | OwnDocuments  # documents that are made into tokens before training
 
 
 class Data(NamedTuple):
@@ -113,14 +140,8 @@ class _Wanted(NamedTuple):
     progress: bool
     pack_to: int  # seq_len where documents are packed best-fit, 0 where they stand end to end
     sources: Sequence[SourceFiles] = ()
+    arguments: Mapping[str, Any] = {}
     document_mask: bool = False
-
-
-class _Stream(NamedTuple):
-    """Training data that are read while training."""
-
-    dataset: hub.HubDataset
-    split: Split
 
 
 class _Prepared(NamedTuple):
@@ -128,7 +149,7 @@ class _Prepared(NamedTuple):
 
     tokenizer: Tokenizer
     fingerprint: str
-    train: Windows | _Stream | list[Source]
+    train: Windows | TrainStream | list[Source]
     validation: Sequence[Windows]
     by_source: dict[str, Windows] | None = None  # the source that each of these is of, where there are several
 
@@ -153,6 +174,7 @@ def build_data(
     *,
     dataset: str,
     path: str | Sequence[str] = (),
+    arguments: Mapping[str, Any] = {},
     sources: Sequence[SourceFiles] = (),
     steps: int = 0,
     tokenizer: str,
@@ -180,15 +202,15 @@ def build_data(
 ) -> Data:
     """Return the training and validation batches (tokens (B, S), labels (B, S), int64) of one rank of `dp_degree`.
 
-    `dataset` is one of `DATASETS`; `path` names the files of `text` and the data set of `hf`. With `sources` training
-    data are theirs instead; `steps`, the length of the run, tells how often it reads them. `eot_token` ends every
-    document (empty: the one that the tokenizer's files name), and with `document_mask` some document of each file of
-    ids must end with it. `packing` is "concat" (windows over documents end to end) or "best_fit"
-    (`titan_moe.data.packing`). Validation data are the files of `validation_path`, else `validation_fraction` of the
-    documents, chosen by the hash of their content, and one at least. On every node the one process with `is_main` fills
-    the cache while the others wait at `barrier`. A `global_batch_size` of -1 is that of one micro-batch a step. Where
-    ranks share sequences, `positions` (S',) are those of this rank, and batches are (B, S'). Batches are on `device`.
-    Errors: ValueError and OSError of one line.
+    `dataset` is one of `DATASETS`, or a function outside with its `arguments`; `path` names the files of `text` and the
+    data set of `hf`. With `sources` training data are theirs instead; `steps`, the length of the run, tells how often
+    it reads them. `eot_token` ends every document (empty: the one that the tokenizer's files name), and with
+    `document_mask` some document of each file of ids must end with it. `packing` is "concat" (windows over documents
+    end to end) or "best_fit" (`titan_moe.data.packing`). Validation data are the files of `validation_path`, else
+    `validation_fraction` of the documents, chosen by the hash of their content, and one at least. On every node the one
+    process with `is_main` fills the cache while the others wait at `barrier`. A `global_batch_size` of -1 is that of
+    one micro-batch a step. Where ranks share sequences, `positions` (S',) are those of this rank, and batches are
+    (B, S'). Batches are on `device`. Errors: ValueError and OSError of one line.
     """
     # Mistakes in the settings are told before anything is read or written.
     size, local_batch_size = resolve_batch_sizes(global_batch_size, local_batch_size, dp_degree)
@@ -202,26 +224,24 @@ def build_data(
     fraction = 0.0 if validation_path else validation_fraction
     tokens = _stream_tokens(validation_steps, validation_local_batch_size, seq_len)
     show = progress and is_main
-    want = _Wanted(
-        *(dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show),
-        pack_to=pack_to,
-        sources=sources,
-        document_mask=document_mask,
-    )
-    kind = _prepare_sources if sources else _prepare_stream if is_streamed(dataset) else _prepare_files
-    prepare = partial(kind, want)
+    wanted = (dataset, path, tokenizer, eot_token, validation_path, fraction, tokens, cache_folder, endpoint, show)
+    want = _Wanted(*wanted, pack_to, sources, arguments, document_mask)
+    prepare = partial(_prepare_sources if sources else _prepare_one, want)
     data = main_process_first(prepare, is_main, barrier)
 
     # A loader is made anew for every position from which training goes on.
     rank = {"seq_len": seq_len, "dp_rank": dp_rank, "dp_degree": dp_degree}
     batch = {**rank, "seed": seed, "local_batch_size": local_batch_size}
     if isinstance(data.train, list):
+        streams = [source.name for source in data.train if isinstance(source.file, TrainStream)]
         for source in data.train:
-            _check_length(source.file, seq_len, f"data.sources.{source.name}")
-        make = partial(window_loader, MixedBatches(data.train, global_batch_size=size, **batch), num_workers, device)
+            if not isinstance(source.file, TrainStream):
+                _check_length(source.file, seq_len, f"data.sources.{source.name}")
+        mixture = MixedBatches(data.train, global_batch_size=size, **batch)
+        make = partial(mixture_loader, mixture, data.tokenizer.files, num_workers, device)
         if is_main:
-            tell_epochs(epochs(data.train, steps, size, seq_len))
-    elif isinstance(data.train, _Stream):
+            tell_epochs(epochs(data.train, steps, size, seq_len), streams)
+    elif isinstance(data.train, TrainStream):
         make = partial(_stream_loader, data, batch, size, num_workers, device)
     else:
         _check_length(data.train, seq_len, "data.path")
@@ -253,6 +273,7 @@ def build_validation(
     *,
     dataset: str = "text",
     path: str | Sequence[str] = (),
+    arguments: Mapping[str, Any] = {},
     key: str = "data.path",
     tokenizer: str | Tokenizer,
     seq_len: int,
@@ -281,30 +302,13 @@ def build_validation(
     # validation would.
     def build() -> tuple[str, Windows]:
         words = load_tokenizer(tokenizer, endpoint) if isinstance(tokenizer, str) else tokenizer
-        if is_streamed(dataset):
+        place = find_data(dataset, path, arguments, key, endpoint=endpoint, folder=cache_folder)
+        if isinstance(place, Stream):
             num_bytes = _stream_tokens(steps, local_batch_size, seq_len) * BYTES_PER_TOKEN
-            source = _find_stream(dataset, path, endpoint)
             sample = {"fraction": 1.0, "num_bytes": num_bytes, "folder": cache_folder, "progress": show}
-            files, kind = [sample_stream(source, "validation", **sample)], ""
-        else:
-            files, kind = dataset_files(dataset, path, key)
-        packed = partial(_packed, words, _pack_to(packing, seq_len), cache_folder)
-        if are_tokens(files):
-            options = {"tokenizer": words, "folder": cache_folder, "progress": show}
-            documents = _documents(files, **options, document_mask=document_mask)
-            fingerprint = digest([one.fingerprint for one in documents])
-            return fingerprint, packed(fingerprint, all_documents(documents), join_borders(documents))
-        # Of what is fetched no file stays: there are its tokens alone.
-        if any(map(is_url, files)):
-            texts = find_texts([], files, fraction=0.0, key=key)
-            fingerprint, waves = build_waves(texts, words, cache_folder, progress=show)
-            return fingerprint, packed(fingerprint, waves.validation)
-        if kind:
-            corpus = make_corpus(files, fraction=1.0, folder=cache_folder, kind=kind, key=key)
-        else:
-            corpus = make_corpus([], files, fraction=0.0, folder=cache_folder, key=key)
-        cache = build_cache(corpus, words, cache_folder, progress=show)
-        return corpus.fingerprint, packed(corpus.fingerprint, cache.validation)
+            place = DataFiles([sample_stream(place, "validation", **sample)])
+        options = {"folder": cache_folder, "progress": show, "key": key, "document_mask": document_mask}
+        return _whole(place, words, _pack_to(packing, seq_len), **options)
 
     fingerprint, file = main_process_first(build, is_main, barrier)
     _check_length(file, seq_len, key)
@@ -321,15 +325,43 @@ def dataset_files(dataset: str, path: str | Sequence[str], key: str = "data.path
     return (stdlib_files(), "source") if dataset == "stdlib" else (find_files(path, key), "")
 
 
-def trained_on(dataset: str, path: Sequence[str], train: Sequence[tuple[str, Sequence[str]]], folder: str) -> list[str]:
-    """Return what of a validation set is trained on as well: its files that are also files of `train`, or its stream.
+def find_data(
+    dataset: str,
+    path: str | Sequence[str],
+    arguments: Mapping[str, Any],
+    key: str = "data.path",
+    *,
+    endpoint: str = hub.HUB_ENDPOINT,
+    folder: str,
+) -> Fixed | Stream:
+    """Return the documents that a dataset, its path and its arguments name; `key` is that of the path.
 
-    Data sets are a dataset and a path; `folder` is the cache's. Single documents are not looked for.
+    Errors, of one line: no such files, no such data set on the hub, a function outside that gives no documents.
     """
+    if is_own(dataset):
+        return open_own(own_data(dataset, arguments, f"{key.removesuffix('path')}dataset"), folder)
     if is_streamed(dataset):
-        return [f"{dataset} {' '.join(path)}".strip()] if (dataset, [*path]) in [(d, [*p]) for d, p in train] else []
-    others = [file for d, p in train if not is_streamed(d) for file in dataset_files(d, p)[0]]
+        return _find_stream(dataset, path, endpoint)
+    return DataFiles(*dataset_files(dataset, path, key))
+
+
+Named = tuple[str, Sequence[str], Mapping[str, Any]]  # a data set: dataset, path and arguments
+
+
+def trained_on(named: Named, train: Sequence[Named], folder: str) -> list[str]:
+    """Return what of a validation set is trained on as well: its files that are also files of `train`, or all of it.
+
+    `folder` is the cache's. Single documents are not looked for.
+    """
+    dataset, path, _ = named
+    if _has_no_files(dataset):
+        return [f"{dataset} {' '.join(path)}".strip()] if named in train else []
+    others = [file for d, p, _ in train if not _has_no_files(d) for file in dataset_files(d, p)[0]]
     return same_files(dataset_files(dataset, path)[0], others, folder)
+
+
+def _has_no_files(dataset: str) -> bool:
+    return is_own(dataset) or is_streamed(dataset)
 
 
 def _batches_on(device: torch.device, positions: Tensor | None, make: Callable[[], Batches]) -> Batches:
@@ -372,8 +404,8 @@ def main_process_first(work: Callable[[], T], is_main: bool, barrier: Callable[[
 
 
 def is_streamed(dataset: str) -> bool:
-    """Whether a data set is read from its source while training; ValueError for one that there is not."""
-    if dataset not in DATASETS:
+    """Whether a data set of ours is read from its source while training; ValueError for one that there is not."""
+    if dataset not in DATASETS and not is_own(dataset):
         near = difflib.get_close_matches(dataset, DATASETS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(f"data.dataset ({dataset}): {hint}there are {', '.join(DATASETS)}")
@@ -391,11 +423,15 @@ def _pack_to(packing: str, seq_len: int, datasets: Sequence[str] = ()) -> int:
         raise ValueError(f"data.packing ({packing}): there are concat and best_fit")
     for dataset in datasets if packing == "best_fit" else ():
         if is_streamed(dataset):
-            raise ValueError(
-                f"data.packing (best_fit) needs to know all documents, and data.dataset {dataset} is read while "
-                "training: set it to concat, or give files"
-            )
+            raise _unpackable(f"data.dataset {dataset}")
     return seq_len if packing == "best_fit" else 0
+
+
+def _unpackable(name: str) -> ValueError:
+    return ValueError(
+        f"data.packing (best_fit) needs to know all documents, and {name} is read while training: set it to concat, or "
+        "give files"
+    )
 
 
 def _packed(
@@ -420,7 +456,9 @@ def _pack_caches(done: _Tokenized, want: _Wanted) -> _Tokenized:
     return done._replace(caches=both)
 
 
-def _tell_packing(train: Windows | _Stream | list[Source], seq_len: int, is_main: bool) -> dict[str, dict[str, Any]]:
+def _tell_packing(
+    train: Windows | TrainStream | list[Source], seq_len: int, is_main: bool
+) -> dict[str, dict[str, Any]]:
     """Say what packing wastes of the training data, and return it by their keys."""
     sources = train if isinstance(train, list) else []
     of_key = {f"data.sources.{source.name}": source.file for source in sources} or {"data.path": train}
@@ -438,9 +476,11 @@ def _check_length(file: Windows, seq_len: int, key: str) -> None:
         )
 
 
-def tell_epochs(passes: Mapping[str, float]) -> None:
-    """Say how often a run reads its sources, and warn of those that it reads very often."""
-    log.info("the run reads %s", ", ".join(f"data.sources.{name} {count:.2f} times" for name, count in passes.items()))
+def tell_epochs(passes: Mapping[str, float], streams: Sequence[str] = ()) -> None:
+    """Say how often a run reads its sources, and warn of those that it reads very often; of streams nobody knows."""
+    counts = [f"data.sources.{name} {count:.2f} times" for name, count in passes.items()]
+    counts += [f"data.sources.{name} as a stream, which may end and begin again" for name in streams]
+    log.info("the run reads %s", ", ".join(counts))
     often = [f"data.sources.{name} {count:.1f} times" for name, count in passes.items() if count > MANY_EPOCHS]
     if often:
         log.warning("the run reads %s: text is worth less each time; lower the weight or give more", ", ".join(often))
@@ -450,50 +490,90 @@ def _stream_loader(
     data: _Prepared, batch: dict[str, Any], size: int, num_workers: int, device: torch.device, state: dict[str, Any]
 ) -> StatefulDataLoader:
     stream = data.train
-    assert isinstance(stream, _Stream)
+    assert isinstance(stream, TrainStream)
     check_lanes(state, size)
     files = data.tokenizer.files
     batches = LaneBatches(stream.dataset, files, stream.split, global_batch_size=size, state=state, **batch)
     return make_loader(batches, min(num_workers, 1), device)  # a lane is one line of documents: it has one reader
 
 
-def _prepare_files(want: _Wanted) -> _Prepared:
-    """Tokenize files into the cache: training data, and validation data of their own or a fraction."""
-    one = SourceFiles("", want.dataset, want.path, 1.0)
-    (fingerprint,), tokenizer, (cache,) = _tokenize(want, [one])
+def _prepare_one(want: _Wanted) -> _Prepared:
+    """Prepare one data set: documents are tokenized into the cache, a stream is read while training."""
+    one = SourceFiles("", want.dataset, want.path, 1.0, arguments=want.arguments)
+    (place,) = _find_sources(want, [one])
+    if isinstance(place, Stream):
+        return _prepare_stream(want, place)
+    (fingerprint,), tokenizer, (cache,) = _tokenize(want, [one], [place])
     return _Prepared(tokenizer, fingerprint, cache.train, [cache.validation] if _is_split(want) else [])
 
 
-def _prepare_sources(want: _Wanted) -> _Prepared:
-    """Prepare the files of several sources, each for itself, with one tokenizer."""
-    fingerprints, tokenizer, caches = _tokenize(want, want.sources)
-    sources = [
-        Source(source.name, cache.train, Fraction(str(source.weight)), source.from_step, source.until_step)
-        for source, cache in zip(want.sources, caches, strict=True)
-    ]
+def _find_sources(want: _Wanted, sources: Sequence[SourceFiles]) -> list[Fixed | Stream]:
+    """Find the documents of each source; two of the same data set have the same."""
+    places: list[Fixed | Stream] = []
+    for number, source in enumerate(sources):
+        named = (source.dataset, source.path, source.arguments)
+        earlier = [(other.dataset, other.path, other.arguments) for other in sources[:number]]
+        if named in earlier:
+            places.append(places[earlier.index(named)])
+        else:
+            where_to_look = {"endpoint": want.endpoint, "folder": want.folder}
+            places.append(find_data(*named, f"{source.key}.path", **where_to_look))
+        if want.pack_to and isinstance(place := places[-1], Stream):
+            raise _unpackable(place.place)
+    return places
 
-    # Validation data are the files of validation_path, which are in each cache, or what is held out of each source;
-    # where two are the same, once.
+
+def _prepare_sources(want: _Wanted) -> _Prepared:
+    """Prepare several sources, each for itself, with one tokenizer."""
+    # A BPE is trained on files and on the beginnings of streams together.
+    places = _find_sources(want, want.sources)
+    streams = dict.fromkeys(place for place in places if isinstance(place, Stream))
+    samples = [_bpe_sample(want, stream) for stream in streams] if bpe_vocab_size(want.tokenizer) else []
+    pairs = list(zip(want.sources, places, strict=True))
+    fixed = [(source, place) for source, place in pairs if not isinstance(place, Stream)]
+    done = _tokenize(want, [source for source, _ in fixed], [place for _, place in fixed], samples)
+
+    # In the order of the tables, whichever are streams.
+    caches, fingerprints = iter(done.caches), iter(done.fingerprints)
+    train: list[Source] = []
+    names: list[str] = []
+    held_out: dict[str, Windows] = {}
+    for source, place in pairs:
+        if isinstance(place, Stream):
+            part, validation = _divide_stream(want, place, done.tokenizer)
+            names.append(_stream_name(place, part))
+        else:
+            cache = next(caches)
+            part, validation = cache.train, cache.validation
+            names.append(next(fingerprints))
+        train.append(Source(source.name, part, Fraction(str(source.weight)), source.from_step, source.until_step))
+        if validation is not None and _is_split(want) and validation not in held_out.values():
+            held_out[source.name] = validation
+
+    # Validation data are the files of validation_path, which are the same for each source, or what is held out of each.
     if want.validation_path:
-        return _Prepared(tokenizer, digest(fingerprints), sources, [caches[0].validation])
-    by_source: dict[str, Windows] = {}
-    for source, cache in zip(want.sources, caches, strict=True) if want.fraction else ():
-        if cache.validation not in by_source.values():
-            by_source[source.name] = cache.validation
-    return _Prepared(tokenizer, digest(fingerprints), sources, list(by_source.values()), by_source)
+        return _Prepared(done.tokenizer, digest(names), train, [next(iter(held_out.values()))])
+    return _Prepared(done.tokenizer, digest(names), train, list(held_out.values()), held_out if want.fraction else {})
 
 
 def _is_split(want: _Wanted) -> bool:
     return bool(want.validation_path or want.fraction)
 
 
-def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> _Tokenized:
-    """Tokenize the files of each source into a cache; files of token ids are read where they are. Packed if wanted."""
-    held_out = find_files(want.validation_path, "data.validation_path") if want.validation_path else []
-    keys = [f"data.sources.{source.name}.path" if source.name else "data.path" for source in sources]
-    places = [dataset_files(source.dataset, source.path, key) for source, key in zip(sources, keys, strict=True)]
-    has_tokens = any(are_tokens(files) for files in (held_out, *(files for files, _ in places)))
-    done = (_divide_tokens if has_tokens else _tokenize_texts)(want, places, held_out)
+def _tokenize(
+    want: _Wanted, sources: Sequence[SourceFiles], places: Sequence[Fixed], samples: Sequence[str] = ()
+) -> _Tokenized:
+    """Tokenize the documents of each source into a cache; files of token ids are read where they are. Packed if
+    wanted.
+
+    A BPE is trained on `samples` of streams as well.
+    """
+    held_out = _held_out_files(want)
+    has_tokens = any(map(_are_ids, (DataFiles(held_out), *places)))
+    if has_tokens and places:
+        done = _divide_tokens(want, places, held_out)
+    else:
+        done = _tokenize_texts(want, places, held_out, samples)
 
     # One document can't be on both sides, and files may turn out to hold none.
     for source, count in zip(sources, (cache.num_documents for cache in done.caches), strict=True):
@@ -507,21 +587,44 @@ def _tokenize(want: _Wanted, sources: Sequence[SourceFiles]) -> _Tokenized:
     return _pack_caches(done, want) if want.pack_to else done
 
 
-def _tokenize_texts(want: _Wanted, places: Sequence[tuple[list[str], str]], held_out: list[str]) -> _Tokenized:
-    """Tokenize text by one tokenizer, which may be trained on all of it."""
+def _held_out_files(want: _Wanted) -> list[str]:
+    return find_files(want.validation_path, "data.validation_path") if want.validation_path else []
+
+
+def _are_ids(place: Fixed) -> bool:
+    return place.are_ids if isinstance(place, OwnDocuments) else are_tokens(place.files)
+
+
+def _corpus_of(place: Fixed, held_out: list[str], fraction: float, folder: str) -> Corpus:
+    if isinstance(place, OwnDocuments):
+        return own_corpus(place, held_out, fraction, folder)
+    return make_corpus(place.files, held_out, fraction=fraction, folder=folder, kind=place.kind)
+
+
+def _tokenize_texts(want: _Wanted, places: Sequence[Fixed], held_out: list[str], samples: Sequence[str]) -> _Tokenized:
+    """Tokenize text by one tokenizer, which may be trained on all of it and on `samples`."""
+    # What is behind URLs is fetched a part at a time, but beside what is in no files: then all of it at once.
+    urls = any(map(is_url, chain(held_out, *(place.files for place in places if isinstance(place, DataFiles)))))
+    if urls and (samples or any(isinstance(place, OwnDocuments) for place in places)):
+        urls, held_out = False, fetch_all(held_out, want.folder)
+        places = [_fetched(place, want.folder) for place in places]
+    others = [make_corpus([path], held_out, fraction=want.fraction, folder=want.folder) for path in samples]
+    if not places and not others:
+        return _Tokenized([], load_tokenizer(want.tokenizer, want.endpoint, want.eot_token), [])
 
     def tokenize(fractions: Sequence[float]) -> _Tokenized:
-        if any(map(is_url, chain(held_out, *(files for files, _ in places)))):
+        if urls:
             texts = _find_texts(places, held_out, fractions)
             tokenizer = texts_tokenizer(want.tokenizer, texts, want.folder, want.endpoint, want.eot_token)
             done = [build_waves(some, tokenizer, want.folder, progress=want.progress) for some in texts]
             return _Tokenized([fingerprint for fingerprint, _ in done], tokenizer, [cache for _, cache in done])
         corpora = [
-            make_corpus(files, held_out, fraction=fraction, folder=want.folder, kind=kind)
-            for (files, kind), fraction in zip(places, fractions, strict=True)
+            _corpus_of(place, held_out, fraction, want.folder)
+            for place, fraction in zip(places, fractions, strict=True)
         ]
+        every = joined([*corpora, *others])
         tokenizer = corpus_tokenizer(
-            want.tokenizer, joined(corpora), want.folder, want.endpoint, want.eot_token, progress=want.progress
+            want.tokenizer, every, want.folder, want.endpoint, want.eot_token, progress=want.progress
         )
         caches = [build_cache(corpus, tokenizer, want.folder, progress=want.progress) for corpus in corpora]
         return _Tokenized([corpus.fingerprint for corpus in corpora], tokenizer, caches)
@@ -542,47 +645,89 @@ def _tokenize_texts(want: _Wanted, places: Sequence[tuple[list[str], str]], held
     return done
 
 
-def _find_texts(
-    places: Sequence[tuple[list[str], str]], held_out: list[str], fractions: Sequence[float]
-) -> list[Texts]:
+def _find_texts(places: Sequence[Fixed], held_out: list[str], fractions: Sequence[float]) -> list[Texts]:
     return [
-        find_texts(files, held_out, fraction=fraction, kind=kind)
-        for (files, kind), fraction in zip(places, fractions, strict=True)
+        find_texts(place.files, held_out, fraction=fraction, kind=place.kind)
+        for place, fraction in zip(places, fractions, strict=True)
+        if isinstance(place, DataFiles)
     ]
 
 
-def _divide_tokens(want: _Wanted, places: Sequence[tuple[list[str], str]], held_out: list[str]) -> _Tokenized:
+def _fetched(place: Fixed, folder: str) -> Fixed:
+    """The same documents, their files on a disk of ours."""
+    return DataFiles(fetch_all(place.files, folder), place.kind) if isinstance(place, DataFiles) else place
+
+
+def _divide_tokens(want: _Wanted, places: Sequence[Fixed], held_out: list[str]) -> _Tokenized:
     """Divide files of token ids where they are; what is text among them is tokenized whole, and then one of them.
 
     So sides go by the ids of a document in all of them, and no copy of one is on two sides.
     """
     if bpe_vocab_size(want.tokenizer):
-        path = next(files[0] for files in (*(files for files, _ in places), held_out) if are_tokens(files))
-        raise ValueError(
-            f"data.tokenizer ({want.tokenizer}) is trained on text, and {path} holds token ids: name the tokenizer "
-            "that made the file with --data.tokenizer"
-        )
+        place = next(place for place in (*places, DataFiles(held_out)) if _are_ids(place))
+        name = place.function.label() if isinstance(place, OwnDocuments) else place.files[0]
+        raise _untrainable(want, name)
     tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
     options = {"folder": want.folder, "progress": want.progress, "document_mask": want.document_mask}
     documents = partial(_documents, tokenizer=tokenizer, **options)
-    others = documents(held_out) if held_out else []
-    trained = [documents(files, kind) for files, kind in places]
+    others = documents(DataFiles(held_out)) if held_out else []
+    trained = [documents(place) for place in places]
     caches = [divide_documents(some, want.fraction, others) for some in trained]
     rest = [want.fraction, [other.fingerprint for other in others]]
     fingerprints = [digest([[one.fingerprint for one in some], *rest]) for some in trained]
     return _Tokenized(fingerprints, tokenizer, caches)
 
 
+def _untrainable(want: _Wanted, name: str) -> ValueError:
+    return ValueError(
+        f"data.tokenizer ({want.tokenizer}) is trained on text, and {name} holds token ids: name the tokenizer that "
+        "made them with --data.tokenizer"
+    )
+
+
 def _documents(
-    files: list[str], kind: str = "", *, tokenizer: Tokenizer, folder: str, progress: bool, document_mask: bool
+    place: Fixed, *, tokenizer: Tokenizer, folder: str, progress: bool, document_mask: bool
 ) -> list[Documents]:
-    """Return the documents of token files, or of text files once they are tokenized."""
-    if are_tokens(files):
-        sources = [open_tokens(path, tokenizer.vocab_size) for path in fetch_all(files, folder)]
-    else:
-        corpus = make_corpus(fetch_all(files, folder), fraction=0.0, folder=folder, kind=kind)
+    """Return the documents of token files, or of text once it is tokenized."""
+    place = _fetched(place, folder)
+    if not _are_ids(place):
+        corpus = _corpus_of(place, [], 0.0, folder)
         sources = [TokenSource(build_cache(corpus, tokenizer, folder, progress=progress).train)]
-    return load_documents(sources, tokenizer, folder, must_end=document_mask)
+        return load_documents(sources, tokenizer, folder, must_end=document_mask)
+    if isinstance(place, DataFiles):
+        sources = [open_tokens(path, tokenizer.vocab_size) for path in place.files]
+        return load_documents(sources, tokenizer, folder, must_end=document_mask)
+
+    # The file is ours, and says nothing to the user.
+    path = own_token_file(place, folder)
+    try:
+        return load_documents([open_tokens(path, tokenizer.vocab_size)], tokenizer, folder, must_end=document_mask)
+    except ValueError as error:
+        raise ValueError(str(error).replace(path, place.function.label())) from error
+
+
+def _whole(
+    place: Fixed, tokenizer: Tokenizer, pack_to: int, *, folder: str, progress: bool, key: str, document_mask: bool
+) -> tuple[str, Windows]:
+    """Return the tokens of all documents, packed if wanted, and a fingerprint of these."""
+    packed = partial(_packed, tokenizer, pack_to, folder)
+    if _are_ids(place):
+        options = {"tokenizer": tokenizer, "folder": folder, "progress": progress}
+        documents = _documents(place, **options, document_mask=document_mask)
+        fingerprint = digest([one.fingerprint for one in documents])
+        return fingerprint, packed(fingerprint, all_documents(documents), join_borders(documents))
+    if isinstance(place, OwnDocuments):
+        corpus = own_corpus(place, [], 1.0, folder)
+    elif any(map(is_url, place.files)):  # of what is fetched no file stays: there are its tokens alone
+        texts = find_texts([], place.files, fraction=0.0, key=key)
+        fingerprint, waves = build_waves(texts, tokenizer, folder, progress=progress)
+        return fingerprint, packed(fingerprint, waves.validation)
+    elif place.kind:
+        corpus = make_corpus(place.files, fraction=1.0, folder=folder, kind=place.kind, key=key)
+    else:
+        corpus = make_corpus([], place.files, fraction=0.0, folder=folder, key=key)
+    cache = build_cache(corpus, tokenizer, folder, progress=progress)
+    return corpus.fingerprint, packed(corpus.fingerprint, cache.validation)
 
 
 def _find_stream(dataset: str, path: str | Sequence[str], endpoint: str) -> hub.HubDataset:
@@ -593,38 +738,60 @@ def _find_stream(dataset: str, path: str | Sequence[str], endpoint: str) -> hub.
     return hub.find_dataset(hub.FINEWEB_EDU if dataset == "fineweb_edu" else name, endpoint)
 
 
-def _prepare_stream(want: _Wanted) -> _Prepared:
-    """Find a stream, and write what is needed of it before training: text for a BPE and the validation data."""
-    source = _find_stream(want.dataset, want.path, want.endpoint)
-    sample = partial(sample_stream, source, fraction=want.fraction, folder=want.folder, progress=want.progress)
-
+def _prepare_stream(want: _Wanted, stream: Stream) -> _Prepared:
+    """Prepare a stream: write what is needed of it before training, text for a BPE and the validation data."""
     # A BPE is trained on the beginning of the stream, on training documents alone.
     if bpe_vocab_size(want.tokenizer):
-        corpus = make_corpus([sample("train", num_bytes=STREAM_BPE_BYTES)], fraction=0.0, folder=want.folder)
+        corpus = make_corpus([_bpe_sample(want, stream)], fraction=0.0, folder=want.folder)
         tokenizer = corpus_tokenizer(
             want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token, progress=want.progress
         )
     else:
         tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
+    train, validation = _divide_stream(want, stream, tokenizer)
+    is_own_stream = isinstance(stream, OwnStream)
+    name = _stream_name(stream, train) if is_own_stream else f"{stream.position_name}@{stream.revision}"
+    return _Prepared(tokenizer, name, train, [] if validation is None else [validation])
+
+
+def _stream_name(stream: Stream, part: TrainStream) -> str:
+    """A fingerprint of what of a stream is trained on."""
+    return digest([stream.position_name, part.split.fraction, os.path.basename(part.split.held_out)])
+
+
+def _bpe_sample(want: _Wanted, stream: Stream) -> str:
+    if isinstance(stream, OwnStream) and stream.are_ids:
+        raise _untrainable(want, stream.place)
+    sample = {"fraction": want.fraction, "folder": want.folder, "progress": want.progress}
+    return sample_stream(stream, "train", num_bytes=STREAM_BPE_BYTES, **sample)
+
+
+def _divide_stream(want: _Wanted, stream: Stream, tokenizer: Tokenizer) -> tuple[TrainStream, Windows | None]:
+    """Divide a stream into what is trained on, and its validation data, which are files and may be none."""
+    held_out = _held_out_files(want)
+    are_ids = isinstance(stream, OwnStream) and stream.are_ids
+    if held_out and (are_ids or are_tokens(held_out)):
+        kinds = ("token ids", "a file") if are_ids else ("text", "token ids")
+        raise ValueError(
+            f"data.validation_path ({held_out[0]}): {stream.place} is a stream of {kinds[0]}, which must leave out the "
+            f"documents of validation files by their text, and this is {kinds[1]}: "
+            + ("set data.validation_fraction instead" if are_ids else "name files of text")
+        )
 
     # Validation data are files, which are read again and again, even where they are a part of the stream.
-    held_out = []
-    if want.validation_path:
-        held_out = find_files(want.validation_path, "data.validation_path")
-        if are_tokens(held_out):
-            raise ValueError(
-                f"data.validation_path: {held_out[0]} holds token ids, and data.dataset {want.dataset} is text, which "
-                "leaves out the documents of validation files: name files of text"
-            )
-        held_out = fetch_all(held_out, want.folder)
-    elif want.fraction:
-        held_out = [sample("validation", num_bytes=want.validation_tokens * BYTES_PER_TOKEN)]
+    held_out = fetch_all(held_out, want.folder)
+    if not held_out and want.fraction:
+        num_bytes = want.validation_tokens * BYTES_PER_TOKEN
+        sample = {"fraction": want.fraction, "folder": want.folder, "progress": want.progress}
+        held_out = [sample_stream(stream, "validation", num_bytes=num_bytes, **sample)]
 
     # Documents of validation files are left out of the stream by their hashes. Those of a sample need none: the
     # fraction leaves them out.
-    split, files = Split(want.fraction), []
-    if held_out:
-        corpus = make_corpus([], held_out, fraction=0.0, folder=want.folder)
-        files = [build_cache(corpus, tokenizer, want.folder, progress=want.progress).validation]
-        split = make_split(corpus, want.folder) if want.validation_path else split
-    return _Prepared(tokenizer, f"{source.path}:{source.config or ''}@{source.revision}", _Stream(source, split), files)
+    split = Split(want.fraction)
+    if not held_out:
+        return TrainStream(stream, split), None
+    if want.validation_path:
+        split = make_split(make_corpus([], held_out, fraction=0.0, folder=want.folder), want.folder)
+    options = {"folder": want.folder, "progress": want.progress, "document_mask": want.document_mask}
+    _, tokens = _whole(DataFiles(held_out), tokenizer, 0, key="data.validation_path", **options)
+    return TrainStream(stream, split), tokens

@@ -106,6 +106,25 @@ class HubDataset(NamedTuple):
     config: str | None
     revision: str
 
+    @property
+    def place(self) -> str:
+        """What errors begin with."""
+        return f"data.path ({self.path})"
+
+    @property
+    def facts(self) -> list[object]:
+        """All that says what its documents are."""
+        return [*self]
+
+    @property
+    def position_name(self) -> str:
+        """All that says whether a position in it is one in the same data set; revisions are its owner's."""
+        return f"{self.path}:{self.config or ''}"
+
+    def state_of(self, stream: Any) -> dict[str, Any]:
+        """The state of an opened stream after what was read of it."""
+        return stream.state_dict()
+
     def open(self, state: dict[str, Any] | None = None) -> Any:
         """Return the `datasets` stream of split `train`, going on at `state` without reading what lies before it.
 

@@ -242,8 +242,7 @@ class TrainLoader:
         """Yield tokens and labels, (B, S) or at `positions` (B, S'), on `device` from the current position on."""
         # A stream's batch has the positions of its own lanes; those of the others stay as their last batch left them.
         for tokens, labels, after in on_device(self._make(self._state), self._device, self._positions):
-            lanes = {**self._state.get("lanes", {}), **after.get("lanes", {})}
-            self._state = {**after, "lanes": lanes} if lanes else after
+            self._state = _with_other_lanes(self._state, after)
             yield tokens, labels
 
     def tokens_by_source(self, seq_len: int) -> list[tuple[str, int]]:
@@ -264,9 +263,25 @@ class TrainLoader:
         self._state = saved
 
 
+def _with_other_lanes(before: Mapping[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """The state after a batch, with the positions of lanes, and of streams of a mixture, that had no part in it."""
+    lanes = {**before.get("lanes", {}), **after.get("lanes", {})}
+    streams = dict(before.get("streams", {}))
+    for name, position in after.get("streams", {}).items():
+        streams[name] = _with_other_lanes(streams.get(name, {}), position)
+    return {**after, **({"lanes": lanes} if lanes else {}), **({"streams": streams} if streams else {})}
+
+
 def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
     """Join the states of all ranks into one that any world size can load; for cached data all of them are the same."""
     merged = dict(states[0])
+
+    # Of a mixture each of its streams by itself; a rank may have had none of it yet.
+    if names := {name for state in states for name in state.get("streams", {})}:
+        merged["streams"] = {
+            name: merge_states([state["streams"][name] for state in states if name in state.get("streams", {})])
+            for name in sorted(names)
+        }
 
     # Of a stream each rank has its own lanes, and the slowest rank says from which block to read.
     if "lanes" in merged:

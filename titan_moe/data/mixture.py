@@ -4,30 +4,49 @@ The sequences of a run are numbered from 0, and those of step s are [s * G, (s +
 are given to sources one after the other so that, after any number of sequences, each source has had its share of them
 to within one. Which source and which of its sequences that is follows from the number alone: not from ranks,
 micro-batches or workers. Within a step the sequences are then permuted, or a rank could always have the same source.
+
+A stream among the sources has a lane of documents (`titan_moe.data.stream`) for each place of a step: a sequence of it
+at place p is the next window of its lane p. So a rank tokenizes only the lanes of its own places, however steps are
+shared out. Places then take turns, so that all lanes are read about equally fast: documents wait for the slowest one.
 """
 
 import copy
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
-from titan_moe.data.loader import num_windows, permute, read_windows, window_of
+from titan_moe.data.loader import (
+    make_loader,
+    num_windows,
+    permute,
+    read_windows,
+    split_labels,
+    window_loader,
+    window_of,
+)
 from titan_moe.data.packing import Windows
+from titan_moe.data.stream import LaneReader, TrainStream, check_lanes, places_of_rank
+from titan_moe.data.tokenizer_files import Files
 
 MANY_EPOCHS = 4  # more of the same text is worth little (Muennighoff et al., 2023, arXiv 2305.16264)
 
 
 class Source(NamedTuple):
-    """A token file and its weight, a share of all weights of the step, from one step to another, both included."""
+    """A token file or a stream, and its weight, a share of all weights of a step.
+
+    It has one from `from_step` to `until_step`, both included.
+    """
 
     name: str
-    file: Windows
+    file: Windows | TrainStream
     weight: Fraction
     from_step: int = 1
     until_step: int = 0  # 0: to the end
@@ -144,6 +163,7 @@ class MixedBatches(Dataset):
         self.start = Position(0, (0,) * len(sources), (Fraction(0),) * len(sources))
         files = [source.file for source in sources]
         self.sharers = [[j for j, other in enumerate(files) if other == file] for file in files]
+        self.takes_turns = any(isinstance(file, TrainStream) for file in files)
         self.allocation, self.step, self.plan = Allocation(self.stages, self.start), -1, []
 
     def from_state(self, state: Mapping[str, Any]) -> "MixedBatches":
@@ -168,15 +188,20 @@ class MixedBatches(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Return tokens and labels (B, S), int64, of local batch `index`, and the state after the step it is of."""
+        places, state = self.plan_batch(index)
+        rows = [self.read(*self.plan[place]) for place in places]
+        tokens, labels = (torch.cat(parts) for parts in zip(*rows, strict=True))  # (B, S) each
+        return tokens, labels, state
+
+    def plan_batch(self, index: int) -> tuple[range, dict[str, Any]]:
+        """Plan the step of local batch `index`: the batch's places in it, and the state after it."""
         first = (index * self.dp_degree + self.dp_rank) * self.local_batch_size
         step, place = divmod(first, self.global_batch_size)
         self._go_to(step)
-        rows = [self._read(*self.plan[place + row]) for row in range(self.local_batch_size)]
-        tokens, labels = (torch.cat(parts) for parts in zip(*rows, strict=True))  # (B, S) each
         after, consumed = self.allocation.position(), (index + 1) * self.dp_degree * self.local_batch_size
         pairs = zip(self.sources, after.given, after.owed, strict=True)
         saved = {source.name: {"given": given, "owed": str(owed)} for source, given, owed in pairs}
-        return tokens, labels, {"sequences": consumed, "sources": saved}
+        return range(place, place + self.local_batch_size), {"sequences": consumed, "sources": saved}
 
     def _go_to(self, step: int) -> None:
         """Plan a step, from 0: the source of each of its places, and the sequence's number in the source's file."""
@@ -192,24 +217,111 @@ class MixedBatches(Dataset):
                 self.plan = []
             if number >= step * self.global_batch_size:
                 self.plan.append((source, sum(self.allocation.given[j] for j in self.sharers[source]) - 1))
-        size, self.step = self.global_batch_size, step
-        order = permute(np.arange(size), size, (self.seed, "places", step)) if size > 1 else [0]
+        self.step = step
+        self._take_turns() if self.takes_turns else self._permute()
+
+    def _permute(self) -> None:
+        size = self.global_batch_size
+        order = permute(np.arange(size), size, (self.seed, "places", self.step)) if size > 1 else [0]
         self.plan = [self.plan[place] for place in order]
 
-    def _read(self, source: int, number: int) -> tuple[Tensor, Tensor]:
+    def _take_turns(self) -> None:
+        """Place a step's sequences so that in as many steps as a step has places each place has each of them once."""
+        # Sorted by file, a source has about the same ones in each step. The places begin anew in another order then.
+        size = self.global_batch_size
+        cycle, turn = divmod(self.step, size)
+        order = permute(np.arange(size), size, (self.seed, "turns", cycle)) if size > 1 else np.zeros(1, np.int64)
+        in_order = sorted(self.plan, key=lambda sequence: self.sharers[sequence[0]][0])
+        by_place = dict(zip(((order + turn) % size).tolist(), in_order, strict=True))
+        self.plan = [by_place[place] for place in range(size)]
+
+    def read(self, source: int, number: int) -> tuple[Tensor, Tensor]:
+        """Return tokens and labels (1, S), int64, of a sequence of a source's token file."""
         # the order of a file's windows is that of the first source that has it
         owner = self.sources[self.sharers[source][0]]
+        assert not isinstance(owner.file, TrainStream)
         window = window_of(number, num_windows(owner.file, self.seq_len), self.seed, owner.name)
         return read_windows(owner.file, [window], self.seq_len)
 
 
+class StreamedMixture(IterableDataset):
+    """The local batches of a mixture with streams in it, one after the other; with states as of `MixedBatches`."""
+
+    def __init__(self, mixture: MixedBatches, tokenizer_files: Files, state: dict[str, Any]) -> None:
+        self.mixture, self.tokenizer_files, self.state = mixture.from_state(state), tokenizer_files, state
+        for name, saved in state.get("streams", {}).items():
+            check_lanes(saved, mixture.global_batch_size, f"data.sources.{name}")
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
+        """Yield tokens and labels (B, S), int64, and the state after the batch, endlessly."""
+        mixture = self.mixture
+        readers: dict[int, LaneReader] = {}
+        for index in itertools.count(self.state["sequences"] // (mixture.local_batch_size * mixture.dp_degree)):
+            places, state = mixture.plan_batch(index)
+            rows: dict[int, tuple[Tensor, Tensor]] = {}
+            streamed: dict[int, list[int]] = {}
+            for place in places:
+                source, number = mixture.plan[place]
+                owner = mixture.sharers[source][0]
+                if isinstance(mixture.sources[owner].file, TrainStream):
+                    streamed.setdefault(owner, []).append(place)
+                else:
+                    rows[place] = mixture.read(source, number)
+
+            # A stream is opened when its first sequence is due, which may be long after the run's first step.
+            state["streams"] = {}
+            for owner, lanes in streamed.items():
+                if owner not in readers:
+                    readers[owner] = self._reader(owner)
+                tokens, labels = split_labels(readers[owner].read(lanes))
+                rows |= {lane: (tokens[row, None], labels[row, None]) for row, lane in enumerate(lanes)}
+                position = {**readers[owner].state(lanes), "num_lanes": mixture.global_batch_size}
+                state["streams"][mixture.sources[owner].name] = position
+            tokens, labels = (torch.cat(parts) for parts in zip(*(rows[place] for place in places), strict=True))
+            yield tokens, labels, state  # (B, S) each
+
+    def _reader(self, owner: int) -> LaneReader:
+        mixture, saved = self.mixture, self.state.get("streams", {})
+        stream = mixture.sources[owner].file
+        assert isinstance(stream, TrainStream)
+
+        # What the first source of a stream has read, a later one goes on with.
+        names = [mixture.sources[sharer].name for sharer in mixture.sharers[owner]]
+        state = next((saved[name] for name in names if name in saved), {})
+        groups = places_of_rank(mixture.global_batch_size, mixture.local_batch_size, mixture.dp_rank, mixture.dp_degree)
+        return LaneReader(
+            stream.dataset,
+            self.tokenizer_files,
+            stream.split,
+            [lane for group in groups for lane in group],
+            num_lanes=mixture.global_batch_size,
+            seq_len=mixture.seq_len,
+            seed=mixture.seed,
+            state=state,
+        )
+
+
+def mixture_loader(
+    mixture: MixedBatches, tokenizer_files: Files, num_workers: int, device: torch.device, state: dict[str, Any]
+) -> StatefulDataLoader:
+    """Make the loader of a mixture that goes on at a state. With a stream in it, it has one worker at most."""
+    if not mixture.takes_turns:
+        return window_loader(mixture, num_workers, device, state)
+    return make_loader(StreamedMixture(mixture, tokenizer_files, state), min(num_workers, 1), device)
+
+
 def epochs(sources: Sequence[Source], steps: int, global_batch_size: int, seq_len: int) -> dict[str, float]:
-    """How often a run of `steps` steps goes through each source's file, of the first source that has it."""
+    """How often a run of `steps` steps goes through each source's file, of the first source that has it.
+
+    Of a stream nobody knows where it ends: it is left out.
+    """
     stages = stages_of(sources, global_batch_size)
     ends = [*(stage.first for stage in stages[1:]), math.inf]
     total = steps * global_batch_size
     passes: dict[str, float] = {}
     for index, source in enumerate(sources):
+        if isinstance(source.file, TrainStream):
+            continue
         taken = sum(
             stage.shares[index] * max(0, min(end, total) - stage.first) for stage, end in zip(stages, ends, strict=True)
         )

@@ -44,13 +44,18 @@ log = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
-    """A part of a file: `start` and `stop` are bytes (txt, jsonl), row groups or batches; `stop` -1: to the end."""
+    """A part of a file: `start` and `stop` are bytes (txt, jsonl), row groups or batches; `stop` -1: to the end.
+
+    Of a data set of one's own it is some documents that `function` gives, with their hash (`titan_moe.data.own`).
+    """
 
     path: str
     kind: str
     start: int = 0
     stop: int = -1
     size: int = 0
+    function: Any = None
+    hash: str = ""
 
 
 Shard = tuple[Piece, ...]
@@ -210,11 +215,21 @@ def plan_shards(files: Sequence[str], kind: str = "") -> list[Shard]:
     `kind` overrides the format that the names tell.
     """
     # Small enough that many workers have something to do, large enough that a shard is worth its part files.
-    most = min(max(MIN_SHARD, sum(map(_size, files)) // 64), MAX_SHARD)
+    most = shard_size(sum(map(_size, files)))
+    return group_pieces((piece for path in files for piece in _pieces(path, kind or kind_of(path) or "", most)), most)
+
+
+def shard_size(total: int) -> int:
+    """Return the most bytes of a shard, of `total` bytes."""
+    return min(max(MIN_SHARD, total // 64), MAX_SHARD)
+
+
+def group_pieces(pieces: Iterable[Piece], most: int) -> list[Shard]:
+    """Group pieces in their order into shards of `most` bytes, or of one piece that is larger."""
     shards: list[Shard] = []
     group: list[Piece] = []
     room = most
-    for piece in (piece for path in files for piece in _pieces(path, kind or kind_of(path) or "", most)):
+    for piece in pieces:
         if group and piece.size > room:
             shards.append(tuple(group))
             group, room = [], most
@@ -430,7 +445,17 @@ def _parquet(path: str) -> Any:
         raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
+def _read_own(piece: Piece) -> Iterator[str | None]:
+    # Imported by who reads such a piece: its module plans pieces by this one.
+    from titan_moe.data.own import read_documents
+
+    for document in read_documents(piece):
+        assert document is None or isinstance(document, str)  # ids have a token file of their own
+        yield document
+
+
 READERS = {
+    "own": _read_own,
     "source": _read_source,
     "txt": _read_text,
     "jsonl": _read_jsonl,

@@ -11,7 +11,8 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -22,13 +23,22 @@ from torch.utils.data import IterableDataset
 from titan_moe.data.corpus import Split, digest, load_held_out, side
 from titan_moe.data.hub import HubDataset
 from titan_moe.data.loader import permute, split_labels
+from titan_moe.data.own import Document, OwnStream, check_ids, content_of, write_token_file
 from titan_moe.data.storage import is_usable, locked, new_checked_file, storage_errors
 from titan_moe.data.tokenizer import tokenizer_from_files
 from titan_moe.data.tokenizer_files import Files
 from titan_moe.runtime.progress import progress_of
 
 BLOCK = 4096  # documents, 20 MB or so of web text
+Stream = HubDataset | OwnStream
 log = logging.getLogger(__name__)
+
+
+class TrainStream(NamedTuple):
+    """Training data that are read while training: the documents of a stream that are not held out."""
+
+    dataset: Stream
+    split: Split
 
 
 class Cursor(NamedTuple):
@@ -41,8 +51,8 @@ class Cursor(NamedTuple):
 
 
 def read_blocks(
-    dataset: HubDataset, cursor: Cursor, is_training: Callable[[str], bool]
-) -> Iterator[tuple[Cursor, list[str]]]:
+    dataset: Stream, cursor: Cursor, is_training: Callable[[Document], bool]
+) -> Iterator[tuple[Cursor, list[Document]]]:
     """Yield (its cursor, its training documents) of every block from `cursor` on, epoch after epoch, endlessly.
 
     Errors: ValueError where a whole epoch has no training document.
@@ -59,11 +69,11 @@ def read_blocks(
             training = [text for text in block if is_training(text)]
             has_documents = has_documents or bool(training)
             yield cursor, training
-            cursor = Cursor(cursor.epoch, cursor.block + 1, cursor.document + len(training), stream.state_dict())
+            cursor = Cursor(cursor.epoch, cursor.block + 1, cursor.document + len(training), dataset.state_of(stream))
 
         # Without this a stream without training documents would be read over and over, and nobody would learn why.
         if not has_documents:
-            raise ValueError(f"data.path ({dataset.path}): no training documents in the whole stream")
+            raise ValueError(f"{dataset.place}: no training documents in the whole stream")
         cursor = Cursor(cursor.epoch + 1, 0, cursor.document)
 
 
@@ -72,10 +82,10 @@ class _Lane:
 
     def __init__(self, document: int, offset: int) -> None:
         self.document, self.offset = document, offset  # where the next window begins: a document and a token in it
-        self.texts: deque[tuple[int, str]] = deque()  # (document, text)
+        self.texts: deque[tuple[int, Document]] = deque()  # (document, text or ids)
         self.tokens: deque[tuple[int, np.ndarray]] = deque()  # (document, ids)
 
-    def ready(self, size: int, encode: Callable[[str], np.ndarray]) -> bool:
+    def ready(self, size: int, encode: Callable[[Document], np.ndarray]) -> bool:
         """Tokenize until the next `size` tokens are there; False where the documents do not suffice."""
         available = sum(len(ids) for _, ids in self.tokens) - self.offset
         while available < size and self.texts:
@@ -106,12 +116,77 @@ class _Lane:
         return row
 
 
+class LaneReader:
+    """Windows of some lanes of a stream, of `num_lanes`, from a state of all of them on."""
+
+    def __init__(
+        self,
+        dataset: Stream,
+        tokenizer_files: Files,
+        split: Split,
+        lanes: Iterable[int],
+        *,
+        num_lanes: int,
+        seq_len: int,
+        seed: int,
+        state: dict[str, Any],
+    ) -> None:
+        # A new run begins at document 0, a resumed one where its lanes were, whatever rank had them. Lanes that had no
+        # window yet are not among those saved.
+        saved = state.get("lanes", {})
+        self.num_lanes, self.seq_len, self.seed, self.place = num_lanes, seq_len, seed, dataset.place
+        self.lanes = {lane: _Lane(*saved.get(str(lane), (0, 0))) for lane in lanes}
+        self.tokenizer = tokenizer_from_files(tokenizer_files)
+        held_out = load_held_out(split)
+        self.blocks = read_blocks(
+            dataset,
+            Cursor(**state["cursor"]) if len(saved) == num_lanes else Cursor(),
+            lambda document: len(document) > 0 and side(content_of(document), split, held_out) == "train",
+        )
+        self.cursors: deque[Cursor] = deque()  # of the blocks that some lane still needs
+
+    def read(self, group: Sequence[int]) -> np.ndarray:
+        """Return the next window of each lane of a group (B, S + 1), int64."""
+        # Lanes use up documents at their own pace. Blocks are read as soon as one lane of the group is short of tokens,
+        # and wait in the others.
+        while not all(self.lanes[lane].ready(self.seq_len + 1, self._encode) for lane in group):
+            cursor, documents = next(self.blocks)
+            self.cursors.append(cursor)
+            self._deal(cursor, documents)
+        windows = np.stack([self.lanes[lane].take(self.seq_len + 1) for lane in group])
+
+        # A resumed run has to read from the block of the document that the slowest lane is at.
+        oldest = min(lane.document for lane in self.lanes.values())
+        while len(self.cursors) > 1 and self.cursors[1].document <= oldest:
+            self.cursors.popleft()
+        return windows
+
+    def state(self, group: Sequence[int]) -> dict[str, Any]:
+        """Return the positions of the lanes of a group, and the cursor, after `read`."""
+        # Of the other lanes `TrainLoader` has the positions from their last batches.
+        positions = {str(lane): [self.lanes[lane].document, self.lanes[lane].offset] for lane in group}
+        return {"lanes": positions, "cursor": self.cursors[0]._asdict()}
+
+    def _encode(self, document: Document) -> np.ndarray:
+        if isinstance(document, str):
+            return self.tokenizer.encode_document(document)
+        return check_ids(document, self.tokenizer.vocab_size, self.place)
+
+    def _deal(self, cursor: Cursor, documents: list[Document]) -> None:
+        """Shuffle a block and give its documents to the lanes, without those that a lane has used up."""
+        order = permute(np.arange(len(documents)), len(documents), (self.seed, cursor.epoch, cursor.block))
+        for number, index in enumerate(order.tolist(), cursor.document):
+            lane = self.lanes.get(number % self.num_lanes)
+            if lane is not None and number >= lane.document:
+                lane.texts.append((number, documents[index]))
+
+
 class LaneBatches(IterableDataset):
     """The local batches of one rank, endlessly; every batch comes with the state from which to go on after it."""
 
     def __init__(
         self,
-        dataset: HubDataset,
+        dataset: Stream,
         tokenizer_files: Files,
         split: Split,
         *,
@@ -128,102 +203,91 @@ class LaneBatches(IterableDataset):
 
         # A step's sequences are its lanes in order, divided into micro-batches and these among the ranks. So sequence j
         # is lane j's whatever the layout, and a rank has the same lanes in every step.
-        sequences_per_pass = local_batch_size * dp_degree
-        rank_sequences = range(dp_rank * local_batch_size, (dp_rank + 1) * local_batch_size)
-        self.micro_batches = [
-            [first + lane for lane in rank_sequences] for first in range(0, global_batch_size, sequences_per_pass)
-        ]
+        self.micro_batches = places_of_rank(global_batch_size, local_batch_size, dp_rank, dp_degree)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, dict[str, Any]]]:
         """Yield tokens and labels (B, S), int64, and the state after the batch.
 
         The state has the positions of the batch's lanes, the cursor and the number of sequences so far.
         """
-        # A new run begins at document 0, a resumed one where its lanes were, whatever rank had them.
-        tokenizer = tokenizer_from_files(self.tokenizer_files)
-        held_out = load_held_out(self.split)
-        saved = self.state.get("lanes", {})
-        lanes = {lane: _Lane(*saved.get(str(lane), (0, 0))) for group in self.micro_batches for lane in group}
-        blocks = read_blocks(
+        reader = LaneReader(
             self.dataset,
-            Cursor(**self.state.get("cursor", {})),
-            lambda text: bool(text) and side(text.encode(), self.split, held_out) == "train",
+            self.tokenizer_files,
+            self.split,
+            [lane for group in self.micro_batches for lane in group],
+            num_lanes=self.global_batch_size,
+            seq_len=self.seq_len,
+            seed=self.seed,
+            state=self.state,
         )
-
-        # Lanes use up documents at their own pace. Blocks are read as soon as one lane of the micro-batch is short of
-        # tokens, and wait in the others.
-        cursors: deque[Cursor] = deque()  # of the blocks that some lane still needs
         sequences_per_pass = self.global_batch_size // len(self.micro_batches)
         for index in count(self.state["sequences"] // sequences_per_pass):
             group = self.micro_batches[index % len(self.micro_batches)]
-            while not all(lanes[lane].ready(self.seq_len + 1, tokenizer.encode_document) for lane in group):
-                cursor, texts = next(blocks)
-                cursors.append(cursor)
-                self._deal(cursor, texts, lanes)
-            tokens, labels = split_labels(np.stack([lanes[lane].take(self.seq_len + 1) for lane in group]))
-
-            # A resumed run has to read from the block of the document that the slowest lane is at.
-            oldest = min(lane.document for lane in lanes.values())
-            while len(cursors) > 1 and cursors[1].document <= oldest:
-                cursors.popleft()
-
-            # Of the other lanes `TrainLoader` has the positions from their last batches.
-            positions = {str(lane): [lanes[lane].document, lanes[lane].offset] for lane in group}
-            after = {"sequences": (index + 1) * sequences_per_pass, "lanes": positions, "cursor": cursors[0]._asdict()}
-            yield tokens, labels, after
-
-    def _deal(self, cursor: Cursor, texts: list[str], lanes: dict[int, _Lane]) -> None:
-        """Shuffle a block and give its documents to this rank's lanes, without those that a lane has used up."""
-        order = permute(np.arange(len(texts)), len(texts), (self.seed, cursor.epoch, cursor.block))
-        for number, index in enumerate(order.tolist(), cursor.document):
-            lane = lanes.get(number % self.global_batch_size)
-            if lane is not None and number >= lane.document:
-                lane.texts.append((number, texts[index]))
+            tokens, labels = split_labels(reader.read(group))
+            yield tokens, labels, {"sequences": (index + 1) * sequences_per_pass, **reader.state(group)}
 
 
-def check_lanes(state: dict[str, Any], global_batch_size: int) -> None:
-    """Raise ValueError unless a saved state has the positions of `global_batch_size` lanes, or none at all."""
+def places_of_rank(global_batch_size: int, local_batch_size: int, dp_rank: int, dp_degree: int) -> list[list[int]]:
+    """Return which of a step's sequences a rank has, in each of its micro-batches."""
+    rank_sequences = range(dp_rank * local_batch_size, (dp_rank + 1) * local_batch_size)
+    passes = range(0, global_batch_size, local_batch_size * dp_degree)
+    return [[first + place for place in rank_sequences] for first in passes]
+
+
+def check_lanes(state: Mapping[str, Any], global_batch_size: int, stream: str = "the stream") -> None:
+    """Raise ValueError unless a saved position is of `global_batch_size` lanes, or of none at all.
+
+    In a mixture, which says their number, some may have had no window yet.
+    """
     lanes = state.get("lanes")
-    if lanes is not None and len(lanes) != global_batch_size:
+    if lanes is not None and state.get("num_lanes", len(lanes)) != global_batch_size:
         raise ValueError(
-            f"training.global_batch_size ({global_batch_size}): the saved position in the stream is of {len(lanes)}; a "
-            "streamed data set can only be resumed with the global batch size it was begun with"
+            f"training.global_batch_size ({global_batch_size}): the saved position in {stream} is of "
+            f"{state.get('num_lanes', len(lanes))}; a streamed data set can only be resumed with the global batch size "
+            "it was begun with"
         )
 
 
-def sample_stream(
-    dataset: HubDataset, wanted: str, *, fraction: float, num_bytes: int, folder: str, progress: bool
-) -> str:
-    """Write the stream's first documents of a side ("train", "validation"), `num_bytes` of text, to a .jsonl file.
+def sample_stream(dataset: Stream, wanted: str, *, fraction: float, num_bytes: int, folder: str, progress: bool) -> str:
+    """Write the stream's first documents of a side ("train", "validation"), `num_bytes` of them, to a file.
 
-    Return its path. A file that is there already is not written again. Errors: the stream has no document of that side.
+    Return its path: a .jsonl of texts, or a .bin with its .idx of token ids. A file that is there already is not
+    written again. Errors: the stream has no document of that side.
     """
-    name = f"stream-{wanted}-{digest([*dataset, wanted, fraction, num_bytes])}.jsonl"
-    path = os.path.join(folder, name)
+    name = os.path.join(folder, f"stream-{wanted}-{digest([*dataset.facts, wanted, fraction, num_bytes])}")
+    sample = partial(_sample, dataset, wanted, fraction=fraction, num_bytes=num_bytes, progress=progress)
+    if isinstance(dataset, OwnStream):
+        log.info("%s: its %s documents are the first ones of the stream, as in %s", dataset.place, wanted, name)
+        if dataset.are_ids:
+            return write_token_file(name, sample, folder, dataset.place)
+
+    # Texts, as lines of a file that is tokenized as others are.
+    path = f"{name}.jsonl"
     with storage_errors(folder):
         if is_usable(path):
             return path
     with storage_errors(folder), locked(path + ".lock"):
         if not is_usable(path):  # it may have been written while this process waited for the lock
-            _write_sample(dataset, wanted, fraction=fraction, num_bytes=num_bytes, path=path, progress=progress)
+            with new_checked_file(path) as file:
+                for text in sample():
+                    file.write((json.dumps({"text": text}) + "\n").encode())
     return path
 
 
-def _write_sample(
-    dataset: HubDataset, wanted: str, *, fraction: float, num_bytes: int, path: str, progress: bool
-) -> None:
+def _sample(dataset: Stream, wanted: str, *, fraction: float, num_bytes: int, progress: bool) -> Iterator[Document]:
+    """Yield the stream's first documents of a side, `num_bytes` of them; ValueError where there is none."""
     written = 0
-    with new_checked_file(path) as file, progress_of(f"reading {wanted} text", show=progress) as show:
+    with progress_of(f"reading {wanted} text", show=progress) as show:
         # The sides are told apart by the same hash as in training, so they never share a document.
-        for text in dataset.texts(dataset.open()):
-            data = text.encode()
-            if text and side(data, Split(fraction), frozenset()) == wanted:
-                file.write((json.dumps({"text": text}) + "\n").encode())
+        for document in dataset.texts(dataset.open()):
+            data = content_of(document)
+            if data and side(data, Split(fraction), frozenset()) == wanted:
+                yield document
                 written += len(data)
                 show(min(written / num_bytes, 1.0), f"{written / 1e6:,.0f} MB")
                 if written >= num_bytes:
                     break
 
-        # Raised within the block, so that no empty file is left.
+        # Raised while the file is being written, so that no empty one is left.
         if not written:
-            raise ValueError(f"data.validation_fraction ({fraction}) leaves no {wanted} document in {dataset.path}")
+            raise ValueError(f"data.validation_fraction ({fraction}) leaves no {wanted} document in {dataset.place}")

@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -126,6 +126,15 @@ def _map_index(path: str) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     if size > want and data[want:].any():
         raise ValueError(f"{path}: multimodal data: some of its sequences are no text")
     return DTYPES[code], lengths.view("<i4"), places.view("<i8"), documents.view("<i8")
+
+
+def write_index(file: BinaryIO, lengths: np.ndarray) -> None:
+    """Write the .idx of a .bin of int32 ids: documents of `lengths` tokens, (D,) int32, one after the other."""
+    places = np.concatenate([[0], np.cumsum(lengths[:-1], dtype="<i8")])[: len(lengths)] * 4
+    header = MAGIC + (1).to_bytes(8, "little") + bytes([4])
+    counts = np.array([len(lengths), len(lengths) + 1], "<u8")
+    for part in (header, counts, lengths, places.astype("<i8"), np.arange(len(lengths) + 1, dtype="<i8")):
+        file.write(part if isinstance(part, bytes) else part.tobytes())
 
 
 def _index_ends(path: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from titan_moe.config import read_saved, to_toml
 from titan_moe.config.differences import differences
 from titan_moe.config.layers import read_file
-from titan_moe.config.saved import outside_components
+from titan_moe.config.saved import outside_components, outside_datasets
 from titan_moe.runtime.command import TRUST
 from titan_moe.runtime.files import write_atomic
 from titan_moe.runtime.lock import RUN_LOCK, is_locked
@@ -308,7 +308,8 @@ def analysis_words(run: Run) -> list[str]:
     """The command line of the analysis of a run that is prepared."""
     # The configuration is the user's, as the study is, and so is the code that it names: training has run it already.
     table = read_file(str(run.folder / POINT))
-    modules = sorted({name.partition(":")[0] for _, name in outside_components(table)})
+    outside = (*outside_components(table), *outside_datasets(table))
+    modules = sorted({name.partition(":")[0] for _, name in outside})
     words = ["--checkpoint", str(run.folder / run.config.checkpoint.folder), "--out", str(run.folder / ANALYSIS)]
     return [*words, TRUST, *modules] if modules else words
 

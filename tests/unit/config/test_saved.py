@@ -26,7 +26,7 @@ from titan_moe.checkpoint.metadata import METADATA, read_metadata
 from titan_moe.config import load_config, load_saved, read_saved, to_toml
 from titan_moe.config.layers import tomllib
 from titan_moe.config.saved import PLAIN_KEYS, outside_components
-from titan_moe.config.sections import KINDS, SECTIONS
+from titan_moe.config.sections import DATA_TABLES, KINDS, SECTIONS
 from titan_moe.convert.cli import convert_from_hf, convert_from_megatron, convert_to_hf, convert_to_megatron
 from titan_moe.convert.hf.convert import OUR_CONFIG, from_hf, to_hf
 from titan_moe.convert.hf.safetensors import INDEX
@@ -294,6 +294,9 @@ def every_key() -> dict[str, dict[str, Any]]:
         for field in dataclasses.fields(hint):
             if "str" in repr(get_type_hints(hint)[field.name]) or "Literal" in repr(get_type_hints(hint)[field.name]):
                 found[f"{section}.{field.name}"] = {section: {field.name: name}}
+    for kind in DATA_TABLES:
+        section, _, key = kind.partition(".")
+        found[kind] = {section: {key: {"a": {"dataset": name}}}}
     for group in GROUP_PATTERNS:
         found[f"optimizer.{group}"] = {"optimizer": {group: {"name": name}}}
     return found
@@ -306,13 +309,16 @@ def test_no_key_of_a_saved_configuration_imports(tmp_path: Path, ran: Path) -> N
     for key, table in keys.items():
         file = tmp_path / "config.toml"
         file.write_text(tomli_w.dumps(table))
-        read_saved(file) if key in KINDS or key in PLAIN_KEYS else None
+        data = {"data.dataset", *DATA_TABLES}
+        read_saved(file) if key in {*KINDS, *PLAIN_KEYS, *data} else None
+        if key in data:
+            assert load_saved(file, with_data=False) == read_saved(file)
         try:
             load_saved(file)
         except ValueError as error:
             refused |= {key} if "--trust_components" in str(error) else set()
         assert not ran.exists(), key
-    assert {*KINDS, *PLAIN_KEYS, *(f"optimizer.{group}" for group in GROUP_PATTERNS)} == refused
+    assert {*KINDS, *PLAIN_KEYS, *data, *(f"optimizer.{group}" for group in GROUP_PATTERNS)} == refused
     file.write_text('base = "/etc/hosts"')
     with pytest.raises(ValueError, match="base = '/etc/hosts': is not for the configuration of a checkpoint"):
         load_saved(file)

@@ -174,13 +174,15 @@ def test_what_of_a_set_is_trained_on(tmp_path: Path, path: str) -> None:
     copy.write_bytes(Path(path).read_bytes())
     other.write_bytes(Path(path).read_bytes().replace(b"document", b"DOCUMENT"))
     cache, files = str(tmp_path / "cache"), [str(copy), str(other)]
-    assert trained_on("text", files, [("text", [path])], cache) == [str(copy)]
-    assert trained_on("text", [str(other)], [("text", [path])], cache) == []
-    assert trained_on("text", [path], [("text", [path])], cache) == [path]
-    assert trained_on("hf", ["a/b"], [("hf", ["a/b"])], cache) == ["hf a/b"]
-    assert (
-        trained_on("hf", ["a/b"], [("hf", ["a/c"])], cache) == trained_on("text", [path], [("hf", ["a"])], cache) == []
-    )
+    train = [("text", [path], {})]
+    assert trained_on(("text", files, {}), train, cache) == [str(copy)]
+    assert trained_on(("text", [str(other)], {}), train, cache) == []
+    assert trained_on(("text", [path], {}), train, cache) == [path]
+    assert trained_on(("hf", ["a/b"], {}), [("hf", ["a/b"], {})], cache) == ["hf a/b"]
+    assert trained_on(("hf", ["a/b"], {}), [("hf", ["a/c"], {})], cache) == []
+    assert trained_on(("text", [path], {}), [("hf", ["a"], {})], cache) == []
+    assert trained_on(("my:fn", [], {"n": 1}), [("my:fn", [], {"n": 1})], cache) == ["my:fn"]
+    assert trained_on(("my:fn", [], {"n": 1}), [("my:fn", [], {"n": 2}), *train], cache) == []
 
 
 @pytest.mark.slow

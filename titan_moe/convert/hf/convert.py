@@ -152,7 +152,7 @@ def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_
     # with which an imported model can be trained on.
     run_config = source / OUR_CONFIG
     if run_config.exists():
-        run = load_saved(run_config, trust_components=trust_components)
+        run = load_saved(run_config, trust_components=trust_components, with_data=False)
         arguments = _like_the_run(arguments, run, values["model_type"])
     else:
         arguments |= {"training.seq_len": min(values.get("max_position_embeddings", 2048), 4096)}
@@ -168,7 +168,7 @@ def _config_of(source: Path, values: dict[str, Any], theirs: LazyTensors, trust_
         words += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
     try:
         if run_config.exists():
-            return load_saved(run_config, words, trust_components=trust_components)
+            return load_saved(run_config, words, trust_components=trust_components, with_data=False)
         return load_config(words)
     except ValueError as error:
         raise ValueError(f"{source / 'config.json'}: {error}") from error

@@ -123,7 +123,7 @@ def from_megatron(
     def configuration() -> Config:
         if config_file:
             return load_config(["--job.config_file", config_file, *words])
-        return load_saved(run_config, words, trust_components=trust_components)
+        return load_saved(run_config, words, trust_components=trust_components, with_data=False)
 
     # The vocabulary's size may be left to the tokenizer, which is not there; the embedding says it.
     if not configuration().model.vocab_size and "embedding.word_embeddings.weight" in theirs:
