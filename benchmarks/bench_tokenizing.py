@@ -5,7 +5,7 @@
 A build is all that a run waits for: reading, unpacking, hashing, splitting, tokenizing, writing, with the start of its
 worker processes. `tokenizers` is `encode_batch` and `encode_batch_fast` on documents that are in memory already, with a
 tokenizer that is loaded already. Processor seconds of all threads and processes, so that others on the machine do not
-count; the ratio is of neighbours in time.
+count; the ratio is of neighbours in time. At the end the ids that a build makes are compared with the library's.
 """
 
 import argparse
@@ -16,8 +16,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from titan_moe.data.cache import build_cache
 from titan_moe.data.corpus import make_corpus
+from titan_moe.data.encode import library_of, make_encoder
 from titan_moe.data.sources import documents, find_files, plan_shards
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -49,6 +52,21 @@ def library_rate(encode: Callable, texts: list[str]) -> float:
     return tokens / (time.process_time() - start)
 
 
+def other_ids(tokenizer: Tokenizer, texts: list[str]) -> int:
+    """How many of the texts get other ids in a build than by `tokenizers`."""
+    encode, count = make_encoder(tokenizer), 0
+    for first in range(0, len(texts), BATCH):
+        batch = texts[first : first + BATCH]
+        ids, lengths = encode(batch)
+        documents = np.split(ids, np.cumsum(lengths)[:-1])
+        expected = tokenizer.backend.encode_batch(batch, add_special_tokens=False)
+        count += sum(
+            document.tolist() != [*encoding.ids, tokenizer.eot_id]
+            for document, encoding in zip(documents, expected, strict=True)
+        )
+    return count
+
+
 def main(args: list[str]) -> None:
     """Print a line for each round and the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,6 +79,7 @@ def main(args: list[str]) -> None:
     backend = tokenizer.backend
     texts = [text for shard in plan_shards(files) for text in documents(shard)]
     print(f"{len(texts)} documents, {sum(len(text.encode()) for text in texts) / 1e6:.1f} MB of text")
+    print(f"builds by {library_of(tokenizer)}")
 
     # The library comes last in a round: once its threads ran, a fork would warn, but builds start fresh interpreters.
     rounds = []
@@ -74,6 +93,7 @@ def main(args: list[str]) -> None:
     print(f"medians: build {build:,.0f}")
     print(f"encode_batch {batch:,.0f}: a build is {to_batch:.2f} of it")
     print(f"encode_batch_fast {fast:,.0f}: a build is {to_fast:.2f} of it")
+    print(f"documents with other ids: {other_ids(tokenizer, texts)} of {len(texts)}")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from titan_moe.balancer import BALANCERS
 from titan_moe.build import balancer_inits, degrees_of, has_expert_bias
-from titan_moe.checkpoint.folder import read_manifest, scan
+from titan_moe.checkpoint.folder import read_manifest
+from titan_moe.checkpoint.remote import local_copy
 from titan_moe.checkpoint.state import read_common
+from titan_moe.checkpoint.steps import scan
 from titan_moe.config import Config, read_saved, to_toml
 from titan_moe.config.differences import Changes, changed_meaning, counts, is_of_another_model, texts
 from titan_moe.config.sections import balancer_tables
@@ -238,9 +240,9 @@ def write_run_files(job: Job, step: int) -> None:
 
     # What has changed since the last start, as far as that can be read: it is told, and keeps nobody from training.
     folder = job.folder
-    step_folders, _ = scan(folder / job.config.checkpoint.folder) if step else ({}, [])
+    step_folders, _ = scan(job.checkpoint_folder) if step else ({}, {})
     try:
-        before = _read_before(job, step_folders.get(step))
+        before = _read_before(job, local_copy(step_folders[step]) if step in step_folders else None)
         changes = {} if before is None else changes_since(job, before)
     except (ValueError, OSError) as error:
         changes = {CONFIG: (str(error), None)}

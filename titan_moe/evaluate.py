@@ -24,6 +24,7 @@ from titan_moe.parallelize.parallelize import move_for_inference
 from titan_moe.runtime import command, world
 from titan_moe.runtime.command import Parser
 from titan_moe.runtime.dtypes import DTYPES
+from titan_moe.runtime.remote import local_or_url
 from titan_moe.runtime.world import Runtime
 from titan_moe.step import evaluate
 from titan_moe.tasks import evaluate_task
@@ -201,7 +202,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     about = "Evaluate a checkpoint: loss, perplexity, accuracy, bits per byte, routing losses and MaxVio; its tasks."
     parser = Parser("python -m titan_moe.evaluate", about)
     place = "step folder, or dump folder (its latest complete step)"
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help=place)
+    parser.add_argument("--checkpoint", type=local_or_url, required=True, metavar="DIR", help=place)
     parser.add_argument("--json", action="store_true", help="print one JSON object: {checkpoint, step, results: [...]}")
     about = "ask the questions of these [validation.tasks] alone, of all of them without a NAME"
     parser.add_argument("--tasks", nargs="*", metavar="NAME", help=about)

@@ -20,6 +20,7 @@ from titan_moe.build import (
     with_vocab_size,
 )
 from titan_moe.checkpoint.background import Saver, background_saver, foreground_saver
+from titan_moe.checkpoint.steps import Place, place_of
 from titan_moe.config import Config, cautions, to_toml
 from titan_moe.config.differences import flatten
 from titan_moe.config.layers import tomllib
@@ -39,6 +40,7 @@ from titan_moe.records import log_parameters
 from titan_moe.runtime import files, machine, world
 from titan_moe.runtime.command import logger
 from titan_moe.runtime.dtypes import DTYPES
+from titan_moe.runtime.remote import check_url, is_url
 from titan_moe.runtime.watch import connecting
 from titan_moe.runtime.world import Runtime
 from titan_moe.sinks.trackers import check_wandb
@@ -62,6 +64,11 @@ class Job(NamedTuple):
     gradients: Gradients  # forward and backward of a step
     folder: Path
 
+    @property
+    def checkpoint_folder(self) -> Place:
+        """Where its checkpoints are: in its folder, or behind a URL."""
+        return place_of(self.folder, self.config.checkpoint.folder)
+
 
 def start_processes(config: Config, rt: Runtime) -> None:
     """Start the process group; what can be refused is refused before any process group or file exists."""
@@ -82,6 +89,8 @@ def start_processes(config: Config, rt: Runtime) -> None:
     for caution in said if rt.is_main else []:
         logger.warning(caution)
     files.check_writable(Path(config.job.dump_folder))
+    if is_url(config.checkpoint.folder):
+        check_url(config.checkpoint.folder, "checkpoint.folder")
     if config.metrics.enable_wandb:
         check_wandb()
 

@@ -16,7 +16,8 @@ from titan_moe.checkpoint import (
 )
 from titan_moe.checkpoint.branch import leave_branch
 from titan_moe.checkpoint.export import EXPORT, has_export
-from titan_moe.checkpoint.folder import run_on_all_ranks, steps_after
+from titan_moe.checkpoint.folder import run_on_all_ranks
+from titan_moe.checkpoint.steps import Place, steps_after
 from titan_moe.config import read_saved
 from titan_moe.config.layers import read_file
 from titan_moe.divergence import SkippedSteps
@@ -24,6 +25,7 @@ from titan_moe.dump_folder import CONFIG, METRICS, check_same_run
 from titan_moe.job import Job
 from titan_moe.runtime import world
 from titan_moe.runtime.command import logger
+from titan_moe.runtime.remote import joined
 from titan_moe.sinks.files import last_records
 
 
@@ -74,9 +76,9 @@ def resume(job: Job) -> Progress:
 
     # The folder's run is compared with this one before anything of it is loaded: weights that happen to fit would go on
     # in another run, and nobody would notice.
-    folder = job.folder / config.folder
+    folder = job.checkpoint_folder
     if config.load_step >= 0:
-        step_folder = resolve_checkpoint(folder / f"step-{config.load_step}", "checkpoint.load_step")
+        step_folder = resolve_checkpoint(joined(folder, f"step-{config.load_step}"), "checkpoint.load_step")
     else:
         step_folder = step_to_resume(folder)
     check_same_run(job, step_folder)
@@ -167,8 +169,8 @@ def set_later_aside(job: Job, step: int) -> int:
     as they are two runs then. A run without checkpoints leaves those that are there alone.
     """
     # Checkpoints, exports and metrics of later steps belong to a course of the run that is left now.
-    config, saved = job.config.checkpoint, job.folder / job.config.checkpoint.folder
-    folders = [saved, job.folder / EXPORT] if config.enable else []
+    config, saved = job.config.checkpoint, job.checkpoint_folder
+    folders: list[Place] = [saved, job.folder / EXPORT] if config.enable else []
     same_run = config.enable and _had_checkpoints(job.folder)
     run_on_all_ranks(lambda: leave_branch(job.folder / METRICS, folders, step, same_run=same_run), main_only=True)
 
@@ -178,7 +180,7 @@ def set_later_aside(job: Job, step: int) -> int:
         logger.warning(
             "checkpoint.enable = false: this run begins at step 1, and %s stays in %s for the next run with "
             "checkpoints to go on from: another job.dump_folder keeps the two apart",
-            *(untouched[-1].name, saved),
+            *(Path(untouched[-1]).name, saved),
         )
     return step if same_run else 0
 
@@ -188,7 +190,7 @@ def last_checkpoint(job: Job, step: int) -> str:
 
     That one was saved before its validation, whose loss was not finite.
     """
-    folder = job.folder / job.config.checkpoint.folder
+    folder = job.checkpoint_folder
     saved = world.all_gather(complete_steps(folder) if job.runtime.is_main else [])[0]
     earlier = [other for other in saved if other < step]
     if not earlier:

@@ -324,7 +324,7 @@ def save(job: Job, sinks: Sink, progress: Progress, *, must_succeed: bool) -> No
     data_position = merge_states(world.all_gather(job.data.train.state_dict()))
     sinks.sync()
     job.saver.save(
-        job.folder / config.checkpoint.folder,
+        job.checkpoint_folder,
         progress.step,
         model=job.model,
         optimizer=job.optimizer,
@@ -382,7 +382,7 @@ def closing_words(job: Job, validation: Mapping[str, Any] | None) -> str:
     return summary(
         validation,
         modules=sorted({name.partition(":")[0] for _, name in components}),
-        checkpoint=job.folder / config.checkpoint.folder if config.checkpoint.enable else None,
+        checkpoint=job.checkpoint_folder if config.checkpoint.enable else None,
         tensorboard=job.folder / "tensorboard" if config.metrics.enable_tensorboard else None,
         prompt="def " if config.data.dataset == "stdlib" else "The ",
     )

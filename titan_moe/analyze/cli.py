@@ -15,12 +15,14 @@ from titan_moe.analyze.run import Source, analyze
 from titan_moe.analyze.tables import tables
 from titan_moe.checkpoint import complete_steps, resolve_checkpoint
 from titan_moe.checkpoint.folder import is_step_folder
+from titan_moe.checkpoint.steps import folder_of_steps, is_folder, is_step
 from titan_moe.config import Config
 from titan_moe.convert.hf.convert import from_hf
 from titan_moe.evaluate import OVERRIDES
 from titan_moe.runtime import command, world
 from titan_moe.runtime.command import Parser, logger
 from titan_moe.runtime.files import check_writable, temporary_path, write_atomic
+from titan_moe.runtime.remote import joined, local_or_url
 from titan_moe.runtime.world import Runtime
 
 ANALYSIS, TABLES, FOLDER = "analysis.json", "analysis.md", "analysis"
@@ -72,7 +74,7 @@ def parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     about = "Analyze what router and experts of a checkpoint do, in one pass over texts: report.html, analysis.json."
     parser = Parser("python -m titan_moe.analyze", about)
     place = "step folder, dump folder (its latest complete step) or Hugging Face folder; again for more: over training"
-    parser.add_argument("--checkpoint", type=Path, required=True, action="append", metavar="DIR", help=place)
+    parser.add_argument("--checkpoint", type=local_or_url, required=True, action="append", metavar="DIR", help=place)
     parser.add_argument("--all_steps", action="store_true", help="of dump folders all complete steps, not the latest")
     files = "texts, each with its name: F (named after its file) or NAME=F; without: the validation data of the run"
     parser.add_argument(
@@ -108,25 +110,26 @@ def check_one_folder(args: Sequence[str]) -> None:
             )
 
 
-def output_folder(out: Path | None, checkpoints: Sequence[Path]) -> Path:
+def output_folder(out: Path | None, checkpoints: Sequence[Path | str]) -> Path:
     """The folder to write to: `out`, else beside the last checkpoint's folder of steps, in the run's dump folder."""
     if out is not None:
         return out
     path = checkpoints[-1]
-    if is_hf(path):
-        raise ValueError(f"--out is needed for {path}: a Hugging Face folder is left as it is")
+    if not isinstance(path, Path) or is_hf(path):
+        what = "a Hugging Face folder is left as it is" if isinstance(path, Path) else "a report is written to a disk"
+        raise ValueError(f"--out is needed for {path}: {what}")
     folder = path.parent if is_step_folder(path) else path
     return (folder.parent if folder.name == "checkpoint" else folder) / FOLDER
 
 
-def is_hf(path: Path) -> bool:
+def is_hf(path: Path | str) -> bool:
     """Whether a folder holds a Hugging Face model."""
-    return (path / "config.json").is_file() and not is_step_folder(path)
+    return isinstance(path, Path) and (path / "config.json").is_file() and not is_step_folder(path)
 
 
 @contextmanager
 def sources(
-    paths: Sequence[Path], all_steps: bool, out: Path, rt: Runtime, trust_components: Sequence[str]
+    paths: Sequence[Path | str], all_steps: bool, out: Path, rt: Runtime, trust_components: Sequence[str]
 ) -> Iterator[list[Source]]:
     """The checkpoints that the paths mean, in their order; those of Hugging Face are imported while the block runs."""
     # One import serves all ranks. The name has the process in it: what a killed one leaves, the next removes.
@@ -135,17 +138,17 @@ def sources(
         folders: list[Source] = []
         for number, path in enumerate(paths):
             # All that follows reads checkpoints of ours: a model of another library is made into one first.
-            if is_hf(path):
+            if isinstance(path, Path) and is_hf(path):
                 target = staging / f"step-{number}"
                 world.on_main(partial(from_hf, path, target, verify=False, trust_components=trust_components), rt)
                 folders.append(Source(target, str(path), path.name))
             # All steps may be meant by the dump folder or by the folder of steps that is in it.
-            elif all_steps and path.is_dir() and not is_step_folder(path):
-                inner = path / "checkpoint" if (path / "checkpoint").is_dir() else path
-                steps = complete_steps(inner)
+            elif all_steps and is_folder(path) and not is_step(path):
+                inner = folder_of_steps(path)
+                steps = [joined(inner, f"step-{step}") for step in complete_steps(inner)]
                 if not steps:
                     raise ValueError(f"checkpoint {path}: no complete step-N folder in {inner}")
-                folders += [source_of(inner / f"step-{step}") for step in steps]
+                folders += [source_of(step if isinstance(step, Path) else resolve_checkpoint(step)) for step in steps]
             else:
                 folders.append(source_of(resolve_checkpoint(path)))
         yield folders

@@ -40,7 +40,7 @@ def foreground_saver() -> Saver:
     """Training waits for every save."""
     failures: list[Exception] = []
 
-    def save(folder: Path, step: int, *, wait: bool, **arguments: Any) -> None:
+    def save(folder: Path | str, step: int, *, wait: bool, **arguments: Any) -> None:
         failures.clear()
         try:
             save_checkpoint(folder, step, **arguments)
@@ -71,7 +71,7 @@ def background_saver() -> Saver:
             threads.pop().join()
 
     def save(
-        folder: Path,
+        folder: Path | str,
         step: int,
         *,
         model: nn.Module,
@@ -100,7 +100,7 @@ def background_saver() -> Saver:
 
         def write() -> None:
             try:
-                path = save_content(folder, step, content, keep_latest_k, group)
+                path = Path(save_content(folder, step, content, keep_latest_k, group))
             except Exception as error:  # of whatever kind: a thread has nobody to raise to, and training goes on
                 warn(error, failures)
             else:

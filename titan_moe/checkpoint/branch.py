@@ -9,13 +9,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from titan_moe.checkpoint.folder import set_aside, steps_after
+from titan_moe.checkpoint.steps import Place, is_folder, set_aside, size_of, steps_after
+from titan_moe.runtime.remote import joined
 from titan_moe.sinks.files import copy, drop, sort_lines
 
 logger = logging.getLogger(__name__)
 
 
-def leave_branch(metrics: Path, folders: Sequence[Path], step: int, *, same_run: bool) -> None:
+def leave_branch(metrics: Path, folders: Sequence[Place], step: int, *, same_run: bool) -> None:
     """Set aside the steps after `step` in `folders` and a copy of `metrics`, then drop the lines after `step` from it.
 
     For one process, before training begins; `step` is the one that it goes on from. Without later steps nothing is
@@ -35,23 +36,27 @@ def leave_branch(metrics: Path, folders: Sequence[Path], step: int, *, same_run:
     for folder in folders:
         moved = set_aside(folder, step, name)
         if moved:
-            size = sum(file.stat().st_size for path in moved if path.exists() for file in path.iterdir())
+            size = sum(size_of(path) for path in moved)
             logger.info(
                 "the run goes on from step %d: %s moved to %s, which keeps %.1f MiB until you remove it",
-                *(step, ", ".join(path.name for path in moved), folder / name, size / 2**20),
+                *(step, ", ".join(Path(path).name for path in moved), joined(folder, name), size / 2**20),
             )
     if lines.num_later:
         drop(metrics, lines)
 
 
-def _free_name(metrics: Path, folders: Sequence[Path]) -> str:
+def _free_name(metrics: Path, folders: Sequence[Place]) -> str:
     """The first aside-N that is not taken."""
     names = (f"aside-{number}" for number in itertools.count(1))
     return next(
         name
         for name in names
-        if not any(map(os.path.lexists, [_metrics_aside(metrics, name), *(folder / name for folder in folders)]))
+        if not os.path.lexists(_metrics_aside(metrics, name)) and not any(_is_taken(folder, name) for folder in folders)
     )
+
+
+def _is_taken(folder: Place, name: str) -> bool:
+    return os.path.lexists(folder / name) if isinstance(folder, Path) else is_folder(joined(folder, name))
 
 
 def _metrics_aside(metrics: Path, name: str) -> Path:

@@ -25,6 +25,7 @@ from titan_moe.runtime.files import (
     warn_once,
     write_synced,
 )
+from titan_moe.runtime.remote import RemoteError
 from titan_moe.runtime.world import rank, world_size
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-(\d+)")
+STEP = re.compile(r"step-(\d+)")
 # .tmp: a save under way, or one that died; .old: a step that a newer save of it replaces; .trash: a step that is being
 # removed. A number follows where an earlier one of that name could not be removed.
 _LEFTOVER = re.compile(r"(step-\d+)\.(tmp|old|trash)(\.\d+)?")
@@ -48,7 +49,7 @@ class NewerFormatError(CheckpointError):
 
 def is_step_folder(path: Path) -> bool:
     """Whether `path` is, or was meant to be, the folder of one step."""
-    return (path / MANIFEST).exists() or _STEP.fullmatch(path.name) is not None
+    return (path / MANIFEST).exists() or STEP.fullmatch(path.name) is not None
 
 
 def is_leftover(path: Path) -> bool:
@@ -70,7 +71,7 @@ def scan(folder: Path) -> tuple[dict[int, Path], dict[int, CheckpointError]]:
         # A link counts even if it leads nowhere: the step lies on a disk that is not mounted, which is worth a warning.
         base = name.removesuffix(".old")
         is_step = path.is_dir() or path.is_symlink()
-        if not (match := _STEP.fullmatch(base)) or (base != name and base in paths) or not is_step:
+        if not (match := STEP.fullmatch(base)) or (base != name and base in paths) or not is_step:
             continue
         try:
             read_manifest(path)
@@ -115,7 +116,7 @@ def steps_after(folder: Path, step: int) -> list[Path]:
     """The folders of steps after `step` in `folder`, oldest first, and a `step-N.old` before its `step-N`."""
     later = []
     for path in folder.iterdir() if folder.is_dir() else ():
-        match = _STEP.fullmatch(path.name.removesuffix(".old"))
+        match = STEP.fullmatch(path.name.removesuffix(".old"))
         if match and int(match[1]) > step and (path.is_dir() or path.is_symlink()):
             later.append((int(match[1]), not path.name.endswith(".old"), path))
     return [path for *_, path in sorted(later)]
@@ -127,17 +128,35 @@ def read_manifest(step_folder: Path) -> dict[str, Any]:
     # give the right path, take an earlier step.
     broken = f"{step_folder} is broken"
     try:
-        manifest = json.loads((step_folder / MANIFEST).read_text(encoding="utf-8"))
-        body = manifest["body"]
-        is_newer = body["format"] > FORMAT
-        is_unchanged = manifest["crc32"] == crc32_of_json(body)
+        text = (step_folder / MANIFEST).read_bytes()
     except FileNotFoundError:
         if step_folder.is_symlink() and not step_folder.exists():
             raise CheckpointError(f"{step_folder} links to {os.readlink(step_folder)}, which is not there") from None
         if not step_folder.is_dir():
             raise CheckpointError(f"checkpoint {step_folder} does not exist") from None
         raise CheckpointError(f"{broken}: it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{broken}: {MANIFEST} cannot be read ({type(error).__name__})") from error
+    body = parse_manifest(text, step_folder)
+    for name, entry in body["files"].items():
+        try:
+            size = (step_folder / name).stat().st_size
+        except OSError:
+            raise CheckpointError(f"{broken}: file {name} is missing") from None
+        if size != entry["size"]:
+            raise CheckpointError(f"{broken}: file {name} has {size} bytes, not {entry['size']}")
+    return body
+
+
+def parse_manifest(text: bytes, step_folder: Path | str) -> dict[str, Any]:
+    """The manifest of a step by the content of its file; CheckpointError where it is not what was written."""
+    broken = f"{step_folder} is broken"
+    try:
+        manifest = json.loads(text)
+        body = manifest["body"]
+        is_newer = body["format"] > FORMAT
+        is_unchanged = manifest["crc32"] == crc32_of_json(body)
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{broken}: {MANIFEST} cannot be read ({type(error).__name__})") from error
 
     # A newer format is told before the checksum is looked at: a later version may sum it up in another way.
@@ -151,16 +170,10 @@ def read_manifest(step_folder: Path) -> dict[str, Any]:
     if body["format"] != FORMAT:
         raise CheckpointError(f"{step_folder} has checkpoint format {body['format']}, this version reads {FORMAT}")
 
-    # Names are looked at before the files are: the manifest may be a stranger's, and must not lead out of its folder.
-    for name, entry in body["files"].items():
+    # The manifest may be a stranger's, and must not lead out of its folder.
+    for name in body["files"]:
         if not is_plain_name(name):
             raise CheckpointError(f"{broken}: {MANIFEST} names the file {name!r}, which is not in its folder")
-        try:
-            size = (step_folder / name).stat().st_size
-        except OSError:
-            raise CheckpointError(f"{broken}: file {name} is missing") from None
-        if size != entry["size"]:
-            raise CheckpointError(f"{broken}: file {name} has {size} bytes, not {entry['size']}")
     return body
 
 
@@ -201,8 +214,7 @@ def publish(staging: Path, final: Path, body: dict[str, Any]) -> None:
 
     # The manifest comes last and everything is on the disk before the rename, so that no power cut leaves a folder
     # with the name of a step and without its files.
-    sealed = {"crc32": crc32_of_json(body), "body": body}
-    write_synced(staging / MANIFEST, json.dumps(sealed, indent=1).encode())
+    write_synced(staging / MANIFEST, manifest_of(body))
     fsync_folder(staging)
 
     # A folder can't be renamed onto a full one, so the old step steps aside first. A crash between the two renames
@@ -218,6 +230,11 @@ def publish(staging: Path, final: Path, body: dict[str, Any]) -> None:
     fsync_folder(final.parent)
     if os.path.lexists(old):
         remove(old)
+
+
+def manifest_of(body: dict[str, Any]) -> bytes:
+    """The content of a manifest's file."""
+    return json.dumps({"crc32": crc32_of_json(body), "body": body}, indent=1).encode()
 
 
 def clean(folder: Path) -> None:
@@ -241,7 +258,7 @@ def prune(folder: Path, step: int, keep_latest_k: int) -> None:
     older = sorted(old for old in complete if old < step)
     to_keep = older[len(older) - (keep_latest_k - 1) :] if keep_latest_k > 1 else []
     for path in list(folder.iterdir()):
-        match = _STEP.fullmatch(path.name)
+        match = STEP.fullmatch(path.name)
         if match and int(match[1]) < step and int(match[1]) not in to_keep and _is_folder_or_link(path):
             warn_on_failure(partial(_discard, path, path.name))
 
@@ -321,4 +338,4 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     text = " ".join(str(error).split())
-    return text if isinstance(error, CheckpointError) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, (CheckpointError, RemoteError)) else f"{type(error).__name__}: {text}"

@@ -142,13 +142,13 @@ def write_lazily(folder: Path, tensors: Mapping[str, Lazy]) -> None:
         dcp.save(blanks, storage_writer=writer, planner=_LazyPlanner(tensors), no_dist=True)
 
 
-class Writer(dcp.FileSystemWriter):
-    """DCP's writer, which raises the disk's own error where torch.save raises one about its archive."""
+class StoreErrors:
+    """A part of DCP's writers: the store's own error is raised where torch.save raises one about its archive."""
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Write, or raise OSError."""
         try:
-            return super().write_data(plan, planner)
+            return super().write_data(plan, planner)  # pyrefly: ignore[missing-attribute]
         except RuntimeError as error:
             # The archive raises an error of its own while it closes; the disk's is among those that led to it.
             hidden: BaseException | None = error
@@ -157,6 +157,10 @@ class Writer(dcp.FileSystemWriter):
             if hidden is None:
                 raise
             raise OSError(*hidden.args) from error
+
+
+class Writer(StoreErrors, dcp.FileSystemWriter):
+    """DCP's writer into a folder."""
 
 
 class _LazyPlanner(DefaultSavePlanner):

@@ -32,9 +32,9 @@ from torch.optim import Optimizer
 
 from titan_moe.checkpoint.lazy import Writer
 from titan_moe.checkpoint.metadata import Reader, read_metadata
+from titan_moe.checkpoint.remote import RemoteWriter
 from titan_moe.model.wrappers import is_balancer_state, plain_name
 from titan_moe.optimizer.optimizer import averaged_weights, averages, kind_of
-from titan_moe.runtime.files import write_synced
 
 logger = logging.getLogger(__name__)
 TRAINED = "trained_weight"
@@ -74,12 +74,19 @@ def state_to_save(model: nn.Module, optimizer: Optimizer | None) -> State:
     return State({**_model_tensors(model), **of_steps, **flat.tensors}, values)
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
-    """Write `tensors` into `folder`, each rank its shards, synced. Raises CheckpointException on all ranks."""
+def write_tensors(
+    folder: Path | str, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None
+) -> dict[str, Any] | None:
+    """Write `tensors` into `folder`, each rank its shards, synced. Raises CheckpointException on all ranks.
+
+    Behind a URL each file is summed up on its way: entries of this rank's files, as a manifest lists them.
+    """
+    writer = Writer(folder) if isinstance(folder, Path) else RemoteWriter(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         alone = not dist.is_initialized()
-        dcp.save(dict(tensors), storage_writer=Writer(folder), process_group=group, no_dist=alone)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
+    return writer.entries if isinstance(writer, RemoteWriter) else None
 
 
 def load_matching(folder: Path, model: nn.Module) -> tuple[list[str], list[str]]:
@@ -318,8 +325,8 @@ def derive_rng_state(seed: int, step: int, rank: int) -> None:
     np.random.seed(for_numpy)
 
 
-def write_object(path: Path, value: dict[str, Any]) -> None:
-    """Write plain data; TypeError for what could not be read back without running code from the file."""
+def object_bytes(value: dict[str, Any], name: str) -> bytes:
+    """Plain data as torch.save writes it to the file `name`; TypeError for what only code of the file could read."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     buffer.seek(0)
@@ -330,10 +337,10 @@ def write_object(path: Path, value: dict[str, Any]) -> None:
     try:
         torch.load(buffer, weights_only=True)
     except UnpicklingError as error:
-        raise TypeError(f"{path.name} may hold numbers, strings, lists, tuples, dicts and tensors only") from error
+        raise TypeError(f"{name} may hold numbers, strings, lists, tuples, dicts and tensors only") from error
     finally:
         torch.serialization.add_safe_globals(allowed)
-    write_synced(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def read_common(step_folder: Path) -> dict[str, Any]:

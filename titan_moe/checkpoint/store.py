@@ -8,6 +8,7 @@ A step is one folder `step-N`: the tensors as torch.distributed.checkpoint write
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,19 +20,15 @@ from torch.optim import Optimizer
 
 from titan_moe import __version__
 from titan_moe.build import build_model
+from titan_moe.checkpoint import remote, steps
 from titan_moe.checkpoint.folder import (
     FORMAT,
     CheckpointError,
     NewerFormatError,
-    begin_step,
     clean,
     entries,
-    is_step_folder,
-    prune,
-    publish,
     read_manifest,
     run_on_all_ranks,
-    scan,
     verify,
     warn_on_failure,
 )
@@ -42,19 +39,21 @@ from titan_moe.checkpoint.state import (
     differing_states,
     load_matching,
     load_state,
+    object_bytes,
     read_common,
     rng_state,
     set_rng_state,
     state_to_save,
-    write_object,
     write_tensors,
 )
+from titan_moe.checkpoint.steps import begin_step, prune, publish, scan
 from titan_moe.config import Config, load_saved
 from titan_moe.data.tokenizer import load_tokenizer
 from titan_moe.model.transformer import Transformer
 from titan_moe.optimizer.optimizer import kind_of
 from titan_moe.runtime.files import write_synced
-from titan_moe.runtime.world import rank, world_size
+from titan_moe.runtime.remote import P, joined, local_or_url
+from titan_moe.runtime.world import rank, read_world, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ logger = logging.getLogger(__name__)
 class Content(NamedTuple):
     """Everything that a save writes, gathered before it begins: a thread may write it while training goes on."""
 
-    write: Callable[[Path], None]  # writes the tensors into a folder
+    write: Callable[[Any], Mapping[str, Any] | None]  # writes the tensors into a folder, as `write_tensors` does
     elements: dict[str, int]  # number of elements of each tensor
     values: dict[str, Any]  # the optimizer's state without its tensors
     optimizer: str | None  # its class; None: no optimizer is saved
@@ -80,7 +79,7 @@ class Restored(NamedTuple):
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: P,
     step: int,
     *,
     model: nn.Module,
@@ -88,12 +87,13 @@ def save_checkpoint(
     extra: dict[str, Any],
     files: Mapping[str, str],
     keep_latest_k: int,
-) -> Path:
-    """Save step `step` as `folder/step-N` and return that path; call it on every rank.
+) -> P:
+    """Save step `step` as `folder/step-N`, which may be a URL, and return that path; call it on every rank.
 
     `extra` (rank 0's is kept) holds numbers, strings, lists, tuples, dicts and tensors. `files` are small text files by
     name (rank 0's). Random states of torch, Python and numpy are kept for each rank.
-    The folder appears under its name when it is whole, and replaces a step of that name. Then older steps are removed,
+    The folder appears under its name when it is whole (behind a URL its manifest does), and replaces a step of that
+    name. Then older steps are removed,
     all but the latest `keep_latest_k - 1` (0 keeps all). If any rank fails to write, every rank raises CheckpointError
     (an OSError), nothing of this save is left, and earlier steps are untouched.
     """
@@ -154,16 +154,16 @@ def save_lazily(
 
 
 def save_content(
-    folder: Path, step: int, content: Content, keep_latest_k: int, group: dist.ProcessGroup | None = None
-) -> Path:
+    folder: P, step: int, content: Content, keep_latest_k: int, group: dist.ProcessGroup | None = None
+) -> P:
     """Save `content` as `save_checkpoint` says; ranks talk over `group`, None: the default one."""
-    final = folder / f"step-{step}"
+    final = joined(folder, f"step-{step}")
     try:
         # After each phase all ranks know whether it worked on every one of them. So none begins the next phase, and
         # waits in a collective of it, while another has failed; and the step gets its name only when all have written.
         staging = run_on_all_ranks(lambda: begin_step(folder, step), main_only=True, group=group)[0]
-        run_on_all_ranks(lambda: content.write(staging), group=group)
-        written = run_on_all_ranks(lambda: _write_rest(staging, content), group=group)
+        shards = run_on_all_ranks(lambda: content.write(staging), group=group)[rank()] or {}
+        written = run_on_all_ranks(lambda: _write_rest(staging, content, shards), group=group)
 
         # The manifest lists the files of all ranks: a step that lacks one of them is never taken for whole.
         model_sizes = [size for name, size in content.elements.items() if name.startswith("model.")]
@@ -180,7 +180,8 @@ def save_content(
         run_on_all_ranks(lambda: publish(staging, final, body), main_only=True, group=group)
     except BaseException as error:
         # Ctrl-C counts as well: whatever ends a save, what it wrote so far is of no use and takes room.
-        if rank() == 0 and folder.is_dir():
+        # Behind a URL it has no manifest, and goes when the store can be reached again: at the beginning of a save.
+        if rank() == 0 and isinstance(folder, Path) and folder.is_dir():
             warn_on_failure(lambda: clean(folder))
         if isinstance(error, CheckpointError):
             raise CheckpointError(f"cannot save {final}: {error} (earlier checkpoints are intact)") from error
@@ -241,7 +242,7 @@ def load_weights(step_folder: Path, *, model: nn.Module, strict: bool) -> None:
                 logger.warning("starting from %s, this run %s %s", step_folder, what, ", ".join(names))
 
 
-def complete_steps(folder: Path) -> list[int]:
+def complete_steps(folder: Path | str) -> list[int]:
     """Steps in `folder` whose files are all there with their right sizes, ascending; warns about the others."""
     complete, problems = scan(folder)
     for problem in problems.values():
@@ -249,8 +250,8 @@ def complete_steps(folder: Path) -> list[int]:
     return sorted(complete)
 
 
-def latest_complete(folder: Path) -> Path | None:
-    """The newest step folder in `folder` that passes its checksums, or None; call it on every rank.
+def latest_complete(folder: Path | str) -> Path | None:
+    """The newest step folder in `folder`, on the disk, that passes its checksums, or None; call it on every rank.
 
     Broken ones on the way are skipped, with one warning that names them, what is wrong and what is used instead.
     """
@@ -259,7 +260,7 @@ def latest_complete(folder: Path) -> Path | None:
     return latest
 
 
-def step_to_resume(folder: Path) -> Path | None:
+def step_to_resume(folder: Path | str) -> Path | None:
     """The step folder that a run goes on from: as `latest_complete`, and None only where no step was saved yet.
 
     Raises CheckpointError, on every rank, where going on would abandon work that is there: `folder` or each step in it
@@ -269,7 +270,7 @@ def step_to_resume(folder: Path) -> Path | None:
     # A link to a disk that is not mounted looks like a folder without steps, and the run would start over. Every rank
     # looks, because each node mounts its own disks.
     def check() -> None:
-        if os.path.lexists(folder) and not folder.is_dir():
+        if isinstance(folder, Path) and os.path.lexists(folder) and not folder.is_dir():
             raise CheckpointError(f"{folder} is no folder: mount the disk that it links to, or move it away")
 
     run_on_all_ranks(check)
@@ -291,25 +292,25 @@ def step_to_resume(folder: Path) -> Path | None:
     return latest
 
 
-def _find_latest(folder: Path) -> tuple[Path | None, dict[int, CheckpointError]]:
+def _find_latest(folder: Path | str) -> tuple[Path | None, dict[int, CheckpointError]]:
     """The newest step that passes its checksums, and what is wrong with later ones, the newest first."""
     # One listing for all ranks: `verify` is a collective, so they must try the same steps in the same order.
     complete, problems = run_on_all_ranks(lambda: scan(folder), main_only=True)[0]
 
     # Newest first, because each try reads all bytes of a step; what is older than the first whole one is not read.
-    latest = None
+    latest, newest = None, None
     for step in sorted(complete, reverse=True):
         try:
-            verify(complete[step])
+            latest = verified(complete[step])
         except CheckpointError as error:
             problems[step] = error
         else:
-            latest = step
+            newest = step
             break
 
     # Problems of older steps are nobody's concern: the run would not have used them.
-    later = {step: problems[step] for step in sorted(problems, reverse=True) if latest is None or step > latest}
-    return None if latest is None else complete[latest], later
+    later = {step: problems[step] for step in sorted(problems, reverse=True) if newest is None or step > newest}
+    return latest, later
 
 
 def _warn_skipped(latest: Path | None, problems: dict[int, CheckpointError]) -> None:
@@ -325,21 +326,47 @@ def resolve_checkpoint(path: str | Path, key: str = "checkpoint") -> Path:
     there is none it says under which `key` the path was given.
     """
     # A mistyped step is the usual mistake, so the message lists those that can be meant.
-    path = Path(path)
-    if not path.is_dir():
-        steps = ", ".join(f"step-{step}" for step in complete_steps(path.parent))
-        hint = f"{path.parent} has {steps}" if steps else "give a step folder or a run's dump folder"
+    path = local_or_url(str(path))
+    if not steps.is_folder(path):
+        parent = steps.parent_of(path)
+        complete = ", ".join(f"step-{step}" for step in complete_steps(parent))
+        hint = f"{parent} has {complete}" if complete else "give a step folder or a run's dump folder"
         raise ValueError(f"{key} {path}: no such folder ({hint})")
 
     # Whoever names a step means this one: if it is broken, that is an error, and no earlier one takes its place.
-    if is_step_folder(path):
-        verify(path)
-        return path
-    folder = path / "checkpoint" if (path / "checkpoint").is_dir() else path
+    if steps.is_step(path):
+        return verified(path)
+    folder = steps.folder_of_steps(path)
     latest = latest_complete(folder)
     if latest is None:
         raise ValueError(f"{key} {path}: no complete step-N folder in {folder}")
     return latest
+
+
+def verified(step_folder: Path | str) -> Path:
+    """A step folder on the disk whose files have their checksums: itself, or a copy of what is behind a URL.
+
+    Call it on every rank. Raises CheckpointError.
+    """
+    if isinstance(step_folder, Path):
+        verify(step_folder)
+        return step_folder
+    copy = _fetch(step_folder)
+    try:
+        verify(copy)
+    except CheckpointError:
+        # It was whole when it came, so the disk here has damaged it.
+        run_on_all_ranks(lambda: shutil.rmtree(copy, ignore_errors=True))
+        verify(copy := _fetch(step_folder))
+    return copy
+
+
+def _fetch(step_url: str) -> Path:
+    """A step's copy on the disk of each node, whose ranks share the work."""
+    place = read_world()
+    share = place.local_rank, place.local_world_size
+    run_on_all_ranks(lambda: remote.fetch_step(step_url, *share))
+    return run_on_all_ranks(lambda: remote.fetch_step(step_url))[rank()]
 
 
 def load_model(path: str | Path, trust_components: Sequence[str] = ()) -> tuple[Transformer, Config]:
@@ -373,17 +400,21 @@ def read_model(step_folder: Path, config: Config) -> Transformer:
     return model.eval()
 
 
-def _write_rest(staging: Path, content: Content) -> dict[str, Any]:
+def _write_rest(staging: Path | str, content: Content, shards: Mapping[str, Any]) -> dict[str, Any]:
     """Write everything that is not a shard of a tensor; the manifest's entries of this rank's files."""
-    # DCP names a shard's file by the rank that wrote it, so each rank sums up its own files while the others do theirs.
-    rank_file = f"rank-{rank()}.pt"
-    write_object(staging / rank_file, content.rank_state)
-    names = [rank_file, *sorted(path.name for path in staging.glob(f"__{rank()}_*"))]
-
-    # What is the same on every rank is written once, and `.metadata` is rank 0's to write in DCP.
+    # What is the same on every rank is written once.
+    files = {f"rank-{rank()}.pt": object_bytes(content.rank_state, f"rank-{rank()}.pt")}
     if rank() == 0:
-        write_object(staging / "common.pt", {"extra": content.extra, "optimizer": content.values})
-        for name, text in content.files.items():
-            write_synced(staging / name, text.encode("utf-8"))
-        names += [".metadata", "common.pt", *content.files]
-    return entries(staging, names)
+        common = {"extra": content.extra, "optimizer": content.values}
+        files["common.pt"] = object_bytes(common, "common.pt")
+        files |= {name: text.encode("utf-8") for name, text in content.files.items()}
+    if not isinstance(staging, Path):
+        return {**shards, **remote.write_files(staging, files)}
+    for name, data in files.items():
+        write_synced(staging / name, data)
+
+    # DCP names a shard's file by the rank that wrote it, so each rank sums up its own files while the others do theirs;
+    # `.metadata` is rank 0's to write in DCP.
+    rank_file, *others = files
+    written = sorted(path.name for path in staging.glob(f"__{rank()}_*"))
+    return entries(staging, [rank_file, *written, *([".metadata"] if rank() == 0 else []), *others])

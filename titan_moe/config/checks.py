@@ -17,12 +17,14 @@ from titan_moe.optimizer.groups import NO_MATRICES, table_of
 from titan_moe.optimizer.load_lr import expand_load_lr
 from titan_moe.optimizer.schedule import SCHEDULES
 from titan_moe.parametrization import PARAMETRIZATIONS, Parametrization, Shapes
+from titan_moe.runtime.remote import is_url
 
 
 def check_config(config: Config) -> None:
     """Check every constraint between keys that needs no process group, no data and no model."""
     # Sizes first: a router is tried on small tensors further down, and even these grow with moe.num_experts.
     _check_size(config)
+    _check_places(config)
     model = config.model
     num_kv_heads = model.num_kv_heads or model.num_heads
     checked_head_dim(model.dim, model.num_heads, num_kv_heads, model.head_dim, model.partial_rotary_factor)
@@ -39,6 +41,17 @@ def check_config(config: Config) -> None:
     _check_parts(config)
     _check_optimizer(config)
     _check_parametrization(config)
+
+
+def _check_places(config: Config) -> None:
+    """Refuse URLs where files are appended to, locked or mapped, which takes a disk."""
+    places = {
+        "job.dump_folder": (config.job.dump_folder, "checkpoint.folder may be a URL"),
+        "data.cache_folder": (config.data.cache_folder, "data.path may be a URL"),
+    }
+    for key, (folder, mend) in places.items():
+        if is_url(folder):
+            raise ValueError(f"{key} ({folder}): must be a folder on a disk: {mend}")
 
 
 LARGEST = 2**44  # elements of a tensor: 64 TiB in fp32, above any machine and far below where sizes overflow

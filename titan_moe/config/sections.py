@@ -361,7 +361,7 @@ class Checkpoint:
     """Saving and resuming."""
 
     enable: Annotated[bool, "save checkpoints, and resume from them"] = True
-    folder: Annotated[str, "folder of checkpoints in job.dump_folder"] = "checkpoint"
+    folder: Annotated[str, "folder of checkpoints in job.dump_folder, or a URL"] = "checkpoint"
     interval: Annotated[PositiveInt, "optimizer steps between checkpoints"] = 500
     keep_latest_k: Annotated[NonNegativeInt, "checkpoints to keep (0: all)"] = 2
     async_mode: Annotated[Literal["disabled", "async"], "whether training goes on during a save"] = "disabled"

@@ -7,6 +7,7 @@ from titan_moe.convert.megatron.convert import MOE_NORM, from_megatron, to_megat
 from titan_moe.runtime import command, world
 from titan_moe.runtime.command import Parser
 from titan_moe.runtime.dtypes import DTYPES
+from titan_moe.runtime.remote import local_or_url
 
 NO_VERIFY = "leave out the comparison with the other library on a probe batch (it holds both models in memory)"
 
@@ -14,7 +15,7 @@ NO_VERIFY = "leave out the comparison with the other library on a probe batch (i
 def convert_to_hf(args: list[str]) -> int:
     """Export a checkpoint to Hugging Face."""
     parser = Parser("convert_to_hf.py", "Write a checkpoint as a Hugging Face model.")
-    parser.add_argument("checkpoint", type=Path, help="step folder, or dump folder (its latest complete step)")
+    parser.add_argument("checkpoint", type=local_or_url, help="step folder, dump folder (its latest step), or a URL")
     parser.add_argument("out_dir", type=Path, help="folder to make")
     parser.add_argument("--dtype", choices=list(DTYPES), default="", help="type of the weights (the checkpoint's)")
     parser.add_argument("--shard_gb", type=float, default=5.0, help="GB of a file of weights at most (5)")
@@ -56,7 +57,7 @@ def convert_to_megatron(args: list[str]) -> int:
     # The norm before the experts has another name in each layer spec, and loading finds tensors by their names alone:
     # hence --spec.
     parser = Parser("convert_to_megatron.py", "Write a checkpoint as Megatron-core's torch_dist.")
-    parser.add_argument("checkpoint", type=Path, help="step folder, or dump folder (its latest complete step)")
+    parser.add_argument("checkpoint", type=local_or_url, help="step folder, dump folder (its latest step), or a URL")
     parser.add_argument("out_dir", type=Path, help="folder to make")
     parser.add_argument("--spec", choices=list(MOE_NORM), default="te", help="layer spec that will load it (te)")
     parser.add_argument("--no_verify", action="store_true", help=NO_VERIFY)

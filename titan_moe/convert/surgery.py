@@ -118,7 +118,7 @@ def similarity(tensors: LazyTensors, layer: int) -> Tensor:
 
 
 def change_experts(
-    checkpoint: Path,
+    checkpoint: Path | str,
     out: Path,
     plans: Callable[[LazyTensors], list[Plan]],
     overrides: list[str],
@@ -167,7 +167,7 @@ def change_experts(
 
 
 def upcycle(
-    checkpoint: Path,
+    checkpoint: Path | str,
     out: Path,
     *,
     granularity: int,

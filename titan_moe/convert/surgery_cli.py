@@ -26,6 +26,7 @@ from titan_moe.data.tokenizer import load_tokenizer
 from titan_moe.evaluate import evaluation_config, validation_batches
 from titan_moe.runtime import command, world
 from titan_moe.runtime.command import Parser
+from titan_moe.runtime.remote import local_or_url
 from titan_moe.step import evaluate
 
 VERBS = {
@@ -43,7 +44,7 @@ def surgery(args: list[str]) -> int:
     verbs = "; ".join(f"{name}: {text}" for name, text in VERBS.items())
     parser = Parser("surgery.py", f"Write a checkpoint with other experts. {verbs}.")
     parser.add_argument("verb", choices=list(VERBS))
-    parser.add_argument("checkpoint", type=Path, help="step folder, or dump folder (its latest complete step)")
+    parser.add_argument("checkpoint", type=local_or_url, help="step folder, dump folder (its latest step), or a URL")
     parser.add_argument("out", type=Path, help="dump folder to make, or a step folder (.../step-N)")
     parser.add_argument("--num_experts", type=int, help="experts of a layer afterwards (all but revive)")
     parser.add_argument("--granularity", type=int, default=1, help="upcycle: experts that a copy is cut into (1)")
@@ -113,7 +114,7 @@ def _plan(options: argparse.Namespace, load_E: Tensor, tensors: LazyTensors, lay
     return revive_experts(load_E, options.threshold, options.noise)
 
 
-def measure_load(checkpoint: Path, files: list[str], steps: int, trust_components: Sequence[str] = ()) -> Tensor:
+def measure_load(checkpoint: Path | str, files: list[str], steps: int, trust_components: Sequence[str] = ()) -> Tensor:
     """Tokens per expert (L, E) on `steps` batches of the run's validation data, or of `files`.
 
     `trust_components` as in `load_model`.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -47,6 +48,7 @@ from titan_moe.data.own import (
     own_token_file,
 )
 from titan_moe.data.packing import Borders, PackedTokens, Windows, describe, pack, tell_waste
+from titan_moe.data.remote import fetch_all
 from titan_moe.data.sources import are_tokens, find_files, stdlib_files
 from titan_moe.data.stream import LaneBatches, Stream, TrainStream, check_lanes, sample_stream
 from titan_moe.data.tasks import Task
@@ -61,6 +63,8 @@ from titan_moe.data.token_files import (
     open_tokens,
 )
 from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, token_contents
+from titan_moe.data.waves import Texts, WaveCache, build_waves, find_texts, hashed_corpus, texts_tokenizer
+from titan_moe.runtime.remote import is_url
 
 STREAM_VALIDATION_TOKENS = 1 << 20  # a stream has no end: what "all of it" (validation.steps -1) stands for
 STREAM_BPE_BYTES = 16 << 20  # text of a stream on which a BPE is trained
@@ -163,7 +167,7 @@ class _Tokenized(NamedTuple):
 
     fingerprints: list[str]
     tokenizer: Tokenizer
-    caches: Sequence[TokenCache | DividedTokens | _Packed]
+    caches: Sequence[TokenCache | WaveCache | DividedTokens | _Packed]
 
 
 def build_data(
@@ -603,29 +607,55 @@ def _tokenize_texts(want: _Wanted, places: Sequence[Fixed], held_out: list[str],
     if not places and not others:
         return _Tokenized([], load_tokenizer(want.tokenizer, want.endpoint, want.eot_token), [])
 
-    def tokenize(fractions: Sequence[float]) -> tuple[list[Corpus], Tokenizer, list[TokenCache]]:
+    def tokenize(fractions: Sequence[float]) -> _Tokenized:
+        # Files behind URLs are fetched a few at a time, which goes for all of the text or for none.
+        files = [place for place in places if isinstance(place, DataFiles)]
+        if any(map(is_url, chain(held_out, *(place.files for place in files)))):
+            if others or len(files) < len(places):
+                raise ValueError(
+                    "data.sources: text behind URLs can't be tokenized beside functions of one's own, nor a BPE be "
+                    "trained on it and on streams: fetch the files, or take them out"
+                )
+            texts = _find_texts(files, held_out, fractions)
+            tokenizer = texts_tokenizer(want.tokenizer, texts, want.folder, want.endpoint, want.eot_token)
+            done = [build_waves(some, tokenizer, want.folder, progress=want.progress) for some in texts]
+            return _Tokenized([fingerprint for fingerprint, _ in done], tokenizer, [cache for _, cache in done])
         corpora = [
             _corpus_of(place, held_out, fraction, want.folder)
             for place, fraction in zip(places, fractions, strict=True)
         ]
         every = joined([*corpora, *others])
-        tokenizer = corpus_tokenizer(want.tokenizer, every, want.folder, want.endpoint, want.eot_token)
+        tokenizer = corpus_tokenizer(
+            want.tokenizer, every, want.folder, want.endpoint, want.eot_token, progress=want.progress
+        )
         caches = [build_cache(corpus, tokenizer, want.folder, progress=want.progress) for corpus in corpora]
-        return corpora, tokenizer, caches
+        return _Tokenized([corpus.fingerprint for corpus in corpora], tokenizer, caches)
 
     # Of few documents a small fraction may be none, or a large one all. Tokenizing them twice costs less than reading
     # every corpus once more to know before.
     fractions = [want.fraction] * len(places)
-    corpora, tokenizer, caches = tokenize(fractions)
-    lacking = [number for number, cache in enumerate(caches) if not all(cache.num_documents.values())]
+    done = tokenize(fractions)
+    lacking = [number for number, cache in enumerate(done.caches) if not all(cache.num_documents.values())]
     if want.fraction and lacking:
         for number in lacking:
-            fractions[number] = fraction_for_both(corpora[number], want.folder)
+            place, fraction = places[number], fractions[number]
+            if isinstance(place, DataFiles):
+                corpus = hashed_corpus(_find_texts([place], held_out, [fraction])[0], want.folder)
+            else:
+                corpus = _corpus_of(place, held_out, fraction, want.folder)
+            fractions[number] = fraction_for_both(corpus, want.folder)
             log.info(
                 "data.validation_fraction is taken as %.3g: one document at least on either side", fractions[number]
             )
-        corpora, tokenizer, caches = tokenize(fractions)
-    return _Tokenized([corpus.fingerprint for corpus in corpora], tokenizer, caches)
+        done = tokenize(fractions)
+    return done
+
+
+def _find_texts(places: Sequence[DataFiles], held_out: list[str], fractions: Sequence[float]) -> list[Texts]:
+    return [
+        find_texts(files, held_out, fraction=fraction, kind=kind)
+        for (files, kind), fraction in zip(places, fractions, strict=True)
+    ]
 
 
 def _divide_tokens(want: _Wanted, places: Sequence[Fixed], held_out: list[str]) -> _Tokenized:
@@ -659,6 +689,8 @@ def _documents(
     place: Fixed, *, tokenizer: Tokenizer, folder: str, progress: bool, document_mask: bool
 ) -> list[Documents]:
     """Return the documents of token files, or of text once it is tokenized."""
+    if isinstance(place, DataFiles):
+        place = DataFiles(fetch_all(place.files, folder), place.kind)
     if not _are_ids(place):
         corpus = _corpus_of(place, [], 0.0, folder)
         sources = [TokenSource(build_cache(corpus, tokenizer, folder, progress=progress).train)]
@@ -687,6 +719,11 @@ def _whole(
         return fingerprint, packed(fingerprint, all_documents(documents), join_borders(documents))
     if isinstance(place, OwnDocuments):
         corpus = own_corpus(place, [], 1.0, folder)
+    elif any(map(is_url, place.files)):
+        # Of what is fetched no file stays: there are its tokens alone.
+        texts = find_texts([], place.files, fraction=0.0, key=key)
+        fingerprint, waves = build_waves(texts, tokenizer, folder, progress=progress)
+        return fingerprint, packed(fingerprint, waves.validation)
     elif place.kind:
         corpus = make_corpus(place.files, fraction=1.0, folder=folder, kind=place.kind, key=key)
     else:
@@ -708,7 +745,9 @@ def _prepare_stream(want: _Wanted, stream: Stream) -> _Prepared:
     # A BPE is trained on the beginning of the stream, on training documents alone.
     if bpe_vocab_size(want.tokenizer):
         corpus = make_corpus([_bpe_sample(want, stream)], fraction=0.0, folder=want.folder)
-        tokenizer = corpus_tokenizer(want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token)
+        tokenizer = corpus_tokenizer(
+            want.tokenizer, corpus, want.folder, want.endpoint, want.eot_token, progress=want.progress
+        )
     else:
         tokenizer = load_tokenizer(want.tokenizer, want.endpoint, want.eot_token)
     train, validation = _divide_stream(want, stream, tokenizer)
@@ -742,6 +781,7 @@ def _divide_stream(want: _Wanted, stream: Stream, tokenizer: Tokenizer) -> tuple
         )
 
     # Validation data are files, which are read again and again, even where they are a part of the stream.
+    held_out = fetch_all(held_out, want.folder)
     if not held_out and want.fraction:
         num_bytes = want.validation_tokens * BYTES_PER_TOKEN
         sample = {"fraction": want.fraction, "folder": want.folder, "progress": want.progress}

@@ -15,8 +15,9 @@ import functools
 import logging
 import os
 import shutil
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -26,11 +27,13 @@ import numpy as np
 
 from titan_moe.data import sources
 from titan_moe.data.corpus import Corpus, Split, digest, load_held_out, make_split, side
+from titan_moe.data.encode import Encode, library_of, make_encoder
 from titan_moe.data.processes import available_cpus, run_parallel
 from titan_moe.data.sources import Shard, texts
 from titan_moe.data.storage import DamagedError, locked, made_anew, read_sealed, storage_errors, write_sealed
 from titan_moe.data.tokenizer import Tokenizer, load_tokenizer
 from titan_moe.runtime.files import crc32_of, new_file, remove_leftovers, write_atomic
+from titan_moe.runtime.progress import progress_of
 
 SPLITS = ("train", "validation")
 COUNT_NAMES = ("num_tokens", "num_documents", "num_bytes", "num_nulls")
@@ -39,6 +42,7 @@ LARGE_BYTES = 4 << 30  # comparing checksums of more takes a while, and is logge
 READ_TOKENS = 1 << 19  # that a read may bring into memory, however few it asks for: Linux maps up to 1 or 2 MiB at once
 MAPPED_TOKENS = 1 << 26  # of all maps, before they are given back
 PIECE_BYTES = 16 << 20  # of one checksum, in a cache of a version that took none
+BATCH_CHARS = 1 << 20  # tokenized at once: enough for a quick call, little beside the libraries' own memory
 log = logging.getLogger(__name__)
 
 
@@ -118,6 +122,20 @@ class _Job(NamedTuple):
     output: str  # the path of its part files, without their endings
     tokenizer: str  # the folder of the tokenizer's files
 
+    @property
+    def size(self) -> int:
+        """The bytes of its files, as they lie on the disk."""
+        return sum(piece.size for piece in self.shard)
+
+
+class _Told(NamedTuple):
+    """What a worker has done since it told the last time, and the shard that it has finished with it."""
+
+    num_bytes: int  # of text
+    num_tokens: int
+    shard_size: int = 0  # bytes of files
+    shard_text: int = 0  # bytes of text
+
 
 @functools.lru_cache(maxsize=1 << 14)  # a corpus of other tools may be thousands of files, and every batch reads many
 def _map(file: TokenFile) -> np.ndarray:
@@ -155,7 +173,7 @@ def build_cache(
     """
     # Opened again under the lock, because another process may have built it meanwhile; and after building, because that
     # reads the checksums back from the disk.
-    home = Path(folder) / digest([corpus.fingerprint, tokenizer.fingerprint])
+    home = cache_home(corpus.fingerprint, tokenizer, folder)
     with storage_errors(folder):
         cache = _usable_cache(home)
         if cache is None:
@@ -170,6 +188,11 @@ def build_cache(
             "the memory of this machine is faulty; choose another folder with --data.cache_folder"
         )
     return cache
+
+
+def cache_home(fingerprint: str, tokenizer: Tokenizer, folder: str) -> Path:
+    """Return the folder of the cache of a corpus with this fingerprint."""
+    return Path(folder) / digest([fingerprint, tokenizer.fingerprint])
 
 
 def _usable_cache(home: Path) -> TokenCache | None:
@@ -273,7 +296,8 @@ def _build(corpus: Corpus, tokenizer: Tokenizer, home: Path, num_processes: int,
     shards = [(shard, None) for shard in corpus.validation] + [(shard, split) for shard in corpus.train]
     jobs = [_Job(*shard, str(parts / f"{index:06d}"), str(parts)) for index, shard in enumerate(shards)]
     todo = [job for job in jobs if not _is_done(job)]
-    log.info("tokenizing into %s: %d of %d parts to do", home, len(todo), len(jobs))
+    library = library_of(tokenizer)
+    log.info("tokenizing into %s: %d of %d parts to do, by %s", home, len(todo), len(jobs), library)
     try:
         _show_progress(run_parallel(tokenize_shard, todo, num_processes), jobs, todo, progress)
     except ValueError:  # the data are bad: once mended they are others, with another cache
@@ -311,64 +335,79 @@ def _is_done(job: _Job) -> bool:
     return False
 
 
-def _show_progress(counts: Iterator[int], jobs: Sequence[_Job], todo: Sequence[_Job], progress: bool) -> None:
-    from tqdm import tqdm
-
-    def text_size(some: Sequence[_Job]) -> int:
-        return sum(piece.size for job in some for piece in job.shard)
-
-    # The bar counts bytes of text. How many an archive holds is known only at its end: without a total then.
-    packed = any(piece.path.endswith(sources.COMPRESSIONS) for job in jobs for piece in job.shard)
-    with tqdm(
-        total=None if packed else text_size(jobs),
-        initial=text_size(jobs) - text_size(todo),
-        desc="tokenizing",
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=None if progress else True,  # None: off where standard error is no terminal
-    ) as bar:
-        for count in counts:
-            bar.update(count)
+def _show_progress(told: Iterator[_Told], jobs: Sequence[_Job], todo: Sequence[_Job], progress: bool) -> None:
+    """Show what workers tell, until they are done."""
+    # Files count by their bytes. Of a shard that is being read only the text is known. Files take as many bytes for it
+    # as in the shards that are finished: JSON is larger than its text, an archive smaller.
+    size = sum(job.size for job in jobs)
+    before = size - sum(job.size for job in todo)
+    is_packed = any(piece.path.endswith(sources.COMPRESSIONS) for job in todo for piece in job.shard)
+    total, start = _Told(0, 0), time.monotonic()
+    with progress_of("tokenizing", show=progress) as show:
+        for news in told:
+            total = _Told(*(a + b for a, b in zip(total, news, strict=True)))
+            ratio = total.shard_size / total.shard_text if total.shard_text else 1.0
+            done = before + total.shard_size + (total.num_bytes - total.shard_text) * ratio
+            is_known = total.shard_text > 0 or not is_packed
+            rate = total.num_tokens / max(time.monotonic() - start, 1e-9)
+            text = f"{total.num_bytes / 1e6:,.0f} MB of text, {rate:,.0f} tokens/s"
+            show(min(done / max(size, 1), 0.99) if is_known else None, text)
 
 
 # Loaded once in a worker, which tokenizes shard after shard of one corpus: loading a tokenizer takes as long as
 # tokenizing half a shard.
-_load_tokenizer = functools.lru_cache(maxsize=1)(load_tokenizer)
+@functools.lru_cache(maxsize=1)
+def _load_encoder(folder: str) -> Encode:
+    return make_encoder(load_tokenizer(folder))
+
+
 _load_held_out = functools.lru_cache(maxsize=1)(load_held_out)
 
 
-def tokenize_shard(job: _Job) -> Iterator[int]:
-    """Tokenize one shard into its part files, yielding the bytes of text done; runs in a worker process."""
-    tokenizer = _load_tokenizer(job.tokenizer)
+def tokenize_shard(job: _Job) -> Iterator[_Told]:
+    """Tokenize one shard into its part files, telling what is done; runs in a worker process."""
+    encode = _load_encoder(job.tokenizer)
     held_out = _load_held_out(job.split) if job.split else frozenset()
     counts = {key: dict.fromkeys(SPLITS, 0) for key in COUNT_NAMES}
-    sizes, crcs, done = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), 0
+    sizes, crcs, shard_text = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), 0
     with contextlib.ExitStack() as stack:
-        # Rows without a text are no error, but counted, so that they are warned of at the end.
         files = {name: stack.enter_context(new_file(Path(f"{job.output}.{name}.bin"))) for name in SPLITS}
-        for text in texts(job.shard):
-            if not text:
-                counts["num_nulls"]["train" if job.split else "validation"] += text is None
-                continue
+        for batch in _batches(texts(job.shard)):
+            # Rows without a text are no error, but counted, so that they are warned of at the end.
+            counts["num_nulls"]["train" if job.split else "validation"] += batch.count(None)
+            documents = [text for text in batch if text]
+            data = [text.encode() for text in documents]
+            sides = [side(one, job.split, held_out) if job.split else "validation" for one in data]
+            num_bytes = np.array([len(one) for one in data], np.int64)
+            ids, lengths = encode(documents)
 
-            # No name is a copy of a held-out document: it belongs to neither side.
-            data = text.encode()
-            name = side(data, job.split, held_out) if job.split else "validation"
-            done += len(data)
-            if name:
-                ids = tokenizer.encode_document(text)
+            # No side is that of a copy of a held-out document: it belongs to neither.
+            for name in SPLITS:
+                chosen = np.array([its == name for its in sides], bool)
+                for key, its in (("num_tokens", lengths), ("num_documents", chosen), ("num_bytes", num_bytes)):
+                    counts[key][name] += int(its[chosen].sum())
+
                 # The checksum is of what was in memory, so that it also shows what the disk or a copy got wrong.
-                token_bytes = ids.tobytes()
+                token_bytes = ids[np.repeat(chosen, lengths)].tobytes()
                 sizes[name] += files[name].write(token_bytes)
                 crcs[name] = zlib.crc32(token_bytes, crcs[name])
-                for key, count in (("num_tokens", len(ids)), ("num_documents", 1), ("num_bytes", len(data))):
-                    counts[key][name] += count
-            if done >= 1 << 20:
-                yield done
-                done = 0
+            shard_text += int(num_bytes.sum())
+            yield _Told(int(num_bytes.sum()), len(ids))
 
     # Written after its token files have their names: a part with this file is done.
     checksums = {name: [sizes[name], f"{crcs[name]:08x}"] for name in SPLITS}
     write_sealed(Path(f"{job.output}.json"), {**counts, "checksums": checksums})
-    yield done
+    yield _Told(0, 0, job.size, shard_text)
+
+
+def _batches(some: Iterable[str | None]) -> Iterator[list[str | None]]:
+    """Yield lists of texts that have `BATCH_CHARS` characters, or of one that is longer."""
+    batch: list[str | None] = []
+    size = 0
+    for text in some:
+        batch.append(text)
+        size += len(text or "")
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    yield batch

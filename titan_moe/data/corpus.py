@@ -5,15 +5,20 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from titan_moe.data import sources
-from titan_moe.data.processes import available_cpus, run_parallel
+from titan_moe.data.processes import available_cpus, run_parallel, watch
+from titan_moe.data.remote import hash_content, known_hashes, stat_all
 from titan_moe.data.sources import Shard, documents
 from titan_moe.data.storage import (
     is_usable,
@@ -25,9 +30,12 @@ from titan_moe.data.storage import (
     write_sealed,
 )
 from titan_moe.data.tokenizer import Tokenizer, bpe_vocab_size, load_tokenizer, train_bpe
+from titan_moe.runtime.progress import clock, progress_of
+from titan_moe.runtime.remote import RemoteFile, is_url
 
 VERSION = 1  # raise it when the same input gives other tokens, splits or files
 BPE_CHARS = 32 << 20  # a BPE is trained on at most this much text, spread over the data set
+REPORT_CHARS = 1 << 20  # between two reports of how far reading is
 MEMO_BYTES = 8 << 20  # the content hashes of files from this size on are remembered
 log = logging.getLogger(__name__)
 
@@ -71,11 +79,17 @@ def make_corpus(
     if not any(piece.size for shard in (*train, *validation) for piece in shard):
         raise ValueError(f"{key}: no data: {every[0]} is empty{f', and {len(every) - 1} more' if every[1:] else ''}")
 
-    # The fingerprint leaves out the names of files, except for the format, which decides how they are read.
-    kinds = [kind or sources.kind_of(path) for path in files] + [sources.kind_of(path) for path in validation_files]
-    content = list(zip(kinds, hash_files(every, folder), strict=True))
-    fingerprint = digest([content, len(files), fraction])
+    fingerprint = fingerprint_of(files, validation_files, hash_files(every, folder), fraction=fraction, kind=kind)
     return Corpus(train, validation, fraction, fingerprint)
+
+
+def fingerprint_of(
+    files: Sequence[str], validation_files: Sequence[str], hashes: Sequence[str], *, fraction: float, kind: str = ""
+) -> str:
+    """Return the fingerprint of a corpus by the content hashes of all its files, in this order."""
+    # It leaves out the names of files, except for the format, which decides how they are read.
+    kinds = [kind or sources.kind_of(path) for path in files] + [sources.kind_of(path) for path in validation_files]
+    return digest([list(zip(kinds, hashes, strict=True)), len(files), fraction])
 
 
 def same_files(files: Sequence[str], others: Sequence[str], folder: str) -> list[str]:
@@ -83,13 +97,24 @@ def same_files(files: Sequence[str], others: Sequence[str], folder: str) -> list
 
     Hashes of big files are remembered in `folder`. Copies of single documents in different files are not looked for.
     """
-    # Only files of one size can be the same, so that of a large corpus hardly any is read.
-    sizes = {path: os.path.getsize(path) for path in {*files, *others}}
+    # Only files of one size can be the same, so that of a large corpus hardly any is read. What is behind a URL was
+    # fetched before, or nobody knows yet what is in it.
+    every = stat_all([*{*files, *others}])
+    sizes = {file.url: file.size for file in every}
     common = {sizes[path] for path in files} & {sizes[path] for path in others} - {0}
     candidates = [path for path in files if sizes[path] in common]
     rivals = [path for path in others if sizes[path] in common]
-    known = set(hash_files(rivals, folder))
-    return [path for path, content in zip(candidates, hash_files(candidates, folder), strict=True) if content in known]
+    contents = content_hashes([file for file in every if file.url in {*candidates, *rivals}], folder)
+    known = {contents[path] for path in rivals} - {None}
+    return [path for path in candidates if contents[path] in known]
+
+
+def content_hashes(files: Sequence[RemoteFile], folder: str) -> dict[str, str | None]:
+    """Return content hashes of files by path or URL: of local ones as `hash_files` does, None of one never fetched."""
+    local = [file.url for file in files if not is_url(file.url)]
+    remote = [file for file in files if is_url(file.url)]
+    fetched = {file.url: content for file, content in zip(remote, known_hashes(remote, folder), strict=True)}
+    return {**fetched, **dict(zip(local, hash_files(local, folder), strict=True))}
 
 
 def joined(corpora: Sequence[Corpus]) -> Corpus:
@@ -119,15 +144,10 @@ def hash_files(files: Sequence[str], folder: str) -> list[str]:
         key = json.dumps([os.path.abspath(path), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns])
         if stat.st_size >= MEMO_BYTES and key in memo:
             return memo[key]
-        content = hashlib.blake2b(digest_size=16)
-
-        # A block at a time, whatever the size of the file, and not buffered twice.
-        with open(path, "rb", buffering=0) as file:
-            while block := file.read(1 << 22):
-                content.update(block)
+        content = hash_content(path)
         if stat.st_size >= MEMO_BYTES:
-            memo[key] = content.hexdigest()
-        return content.hexdigest()
+            memo[key] = content
+        return content
 
     # In threads: hashing and reading both leave the interpreter's lock to others. An error of the user's files is told
     # with their name, one of the cache folder below with its own.
@@ -169,7 +189,8 @@ def make_split(corpus: Corpus, folder: str) -> Split:
     """Return how the corpus is divided; where it has validation files, their documents are hashed first."""
     if not corpus.validation:
         return Split(corpus.fraction)
-    return Split(corpus.fraction, _hash_file(corpus.validation, f"held-out-{corpus.fingerprint}.npy", folder))
+    path = os.path.join(folder, f"held-out-{corpus.fingerprint}.npy")
+    return Split(corpus.fraction, _hash_file(corpus.validation, path, folder))
 
 
 def fraction_for_both(corpus: Corpus, folder: str) -> float:
@@ -177,7 +198,7 @@ def fraction_for_both(corpus: Corpus, folder: str) -> float:
 
     That takes two documents that differ. All documents are read once for it, which is quick beside tokenizing them.
     """
-    hashes = np.load(_hash_file(corpus.train, f"hashes-{corpus.fingerprint}.npy", folder))
+    hashes = np.load(_hash_file(corpus.train, hashes_path(corpus, folder), folder))
     if len(hashes) < 2:
         return corpus.fraction
     return nearest_fraction(corpus.fraction, int(hashes[0]), int(hashes[-1]))
@@ -189,9 +210,13 @@ def nearest_fraction(fraction: float, least: int, most: int) -> float:
     return min(max(fraction, math.nextafter(least / 2**64, 1)), math.nextafter(most / 2**64, 0))
 
 
-def _hash_file(shards: Sequence[Shard], name: str, folder: str) -> str:
+def hashes_path(corpus: Corpus, folder: str) -> str:
+    """Return the path of the hashes of all training documents, which `fraction_for_both` writes."""
+    return os.path.join(folder, f"hashes-{corpus.fingerprint}.npy")
+
+
+def _hash_file(shards: Sequence[Shard], path: str, folder: str) -> str:
     """Return the path of a file with the hashes of some shards' documents, written now unless it is there."""
-    path = os.path.join(folder, name)
     if not is_usable(path):
         with storage_errors(folder):
             os.makedirs(folder, exist_ok=True)
@@ -209,7 +234,9 @@ def hash_documents(job: tuple[Sequence[Shard], str]) -> Iterator[int]:
     yield 0
 
 
-def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str, eot_token: str = "") -> Tokenizer:
+def corpus_tokenizer(
+    name: str, corpus: Corpus, folder: str, endpoint: str, eot_token: str = "", *, progress: bool = True
+) -> Tokenizer:
     """Load a tokenizer by name; `bpe:N` is trained on the corpus's training documents and kept by its fingerprint."""
     vocab_size = bpe_vocab_size(name)
     if vocab_size is None:
@@ -217,34 +244,62 @@ def corpus_tokenizer(name: str, corpus: Corpus, folder: str, endpoint: str, eot_
 
     # A BPE is trained once, by one process, and found again by the corpus's fingerprint. A worker trains it, because
     # after the library's threads a fork of this process would not be safe.
-    path = os.path.join(folder, f"bpe-{vocab_size}-{corpus.fingerprint}.json")
+    path = bpe_path(vocab_size, corpus, folder)
     with storage_errors(folder):
         if not is_usable(path):
             with locked(path + ".lock"):
                 if not is_usable(path):
                     log.info("training a BPE of %d tokens on the data set", vocab_size)
-                    for _ in run_parallel(train_bpe_file, [(corpus, make_split(corpus, folder), vocab_size, path)]):
-                        pass
+                    job = (corpus, make_split(corpus, folder), vocab_size, path)
+                    _show_training(run_parallel(train_bpe_file, [job]), progress)
     return load_tokenizer(path, eot_token=eot_token)
 
 
-def train_bpe_file(job: tuple[Corpus, Split, int, str]) -> Iterator[int]:
-    """Train a BPE on training documents and write its tokenizer.json; runs in a worker process."""
+def bpe_path(vocab_size: int, corpus: Corpus, folder: str) -> str:
+    """Return the path of the BPE that is trained on a corpus."""
+    return os.path.join(folder, f"bpe-{vocab_size}-{corpus.fingerprint}.json")
+
+
+def _show_training(told: Iterator[dict[str, Any]], progress: bool) -> None:
+    """Show how far each stage of a training is, one after the other: `tokenizers` tells no more."""
+    start = time.monotonic()
+    for stage, reports in groupby(told, itemgetter("stage")):
+        with progress_of(f"training a BPE: {stage.lower()}", show=progress) as show:
+            for report in reports:
+                current, total = report["current"], report["total"]
+                of_total = f" of {total:,}" if total else ""
+                show(min(current / total, 1.0) if total else None, f"{current:,}{of_total}")
+    log.info("trained the BPE in %s", clock(time.monotonic() - start))
+
+
+def train_bpe_file(job: tuple[Corpus, Split, int, str]) -> Iterator[dict[str, Any]]:
+    """Train a BPE on training documents and write its tokenizer.json, telling how far it is; runs in a worker."""
     corpus, split, vocab_size, path = job
     with new_checked_file(path) as file:
-        file.write(train_bpe(_bpe_texts(corpus, split), vocab_size).to_json().encode())
-    yield 0
+        tokenizer = yield from watch(partial(train_bpe, _bpe_texts(corpus, split), vocab_size, report=True))
+        file.write(tokenizer.to_json().encode())
 
 
 def _bpe_texts(corpus: Corpus, split: Split) -> Iterator[str]:
-    """Yield training documents of evenly spread shards, until there are `BPE_CHARS` characters of them."""
+    """Yield training documents of evenly spread shards, until there are `BPE_CHARS` characters of them.
+
+    How far it is goes to standard error, as the library writes there how far it is with what comes then.
+    """
     held_out = load_held_out(split)
-    every = -(-sum(piece.size for shard in corpus.train for piece in shard) // BPE_CHARS)
-    room = BPE_CHARS
-    for shard in corpus.train[:: max(every, 1)]:
+    pieces = [piece for shard in corpus.train for piece in shard]
+    size, room = sum(piece.size for piece in pieces), BPE_CHARS
+    is_packed = any(piece.path.endswith(sources.COMPRESSIONS) for piece in pieces)  # there may be any amount in it
+    for shard in corpus.train[:: max(-(-size // BPE_CHARS), 1)]:
         for text in documents(shard):
             if side(text.encode(), split, held_out) == "train":
                 yield text
-                room -= len(text)
+                before, room = room, room - len(text)
+                if before // REPORT_CHARS > room // REPORT_CHARS:
+                    report = {
+                        "stage": "Read text",
+                        "current": BPE_CHARS - room,
+                        "total": 0 if is_packed else min(size, BPE_CHARS),
+                    }
+                    os.write(2, json.dumps(report).encode() + b"\n")
                 if room <= 0:
                     return

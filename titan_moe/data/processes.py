@@ -5,6 +5,7 @@ main module again (with torch, in every worker). These workers import what their
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -13,10 +14,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
+TELL_SECONDS = 0.1  # between two reports of `watch`
+T = TypeVar("T")
 BOOT = (
     "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
     "from titan_moe.data.processes import serve; serve()"
@@ -34,10 +39,8 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_parallel(
-    function: Callable[[Any], Iterator[int]], items: Sequence[Any], num_processes: int = 0
-) -> Iterator[int]:
-    """Run `function(item)`, a generator of progress counts, for all items in worker processes; yield their counts.
+def run_parallel(function: Callable[[Any], Iterator[T]], items: Sequence[Any], num_processes: int = 0) -> Iterator[T]:
+    """Run `function(item)`, a generator of what it has done, for all items in worker processes; yield what they tell.
 
     `function` is a module's function and leaves its results in files. 0 processes: one per core. The first error of an
     item is raised here, and all workers are ended. Workers end by themselves when this process is killed.
@@ -46,11 +49,11 @@ def run_parallel(
     todo: queue.SimpleQueue[Any] = queue.SimpleQueue()
     for item in items:
         todo.put(item)
-    news: queue.SimpleQueue[int | _Done] = queue.SimpleQueue()
+    news: queue.SimpleQueue[T | _Done] = queue.SimpleQueue()
     workers = [_start() for _ in range(min(num_processes or available_cpus(), len(items)))]
     threads = [threading.Thread(target=_drive, args=(worker, function, todo, news), daemon=True) for worker in workers]
 
-    # Each thread ends with one _Done. Counts go on to the caller as they come.
+    # Each thread ends with one _Done. What workers tell goes on to the caller as it comes.
     try:
         for thread in threads:
             thread.start()
@@ -99,7 +102,7 @@ def _drive(
                 news.put(_Done(None))
                 return
 
-            # The answers to an item are progress counts and one _Done. After an error nothing more is asked.
+            # The answers to an item are what the function tells and one _Done. After an error nothing more is asked.
             worker.stdin.write(pickle.dumps((function, item)))
             worker.stdin.flush()
             while not isinstance(message := pickle.load(worker.stdout), _Done):
@@ -131,8 +134,44 @@ def _end_with_trainer() -> None:
     os._exit(0)
 
 
+def watch(function: Callable[[], T]) -> Generator[dict[str, Any], None, T]:
+    """Run `function` in a thread and yield the JSON objects, one a line, that it writes to standard error meanwhile.
+
+    For libraries that tell only there how far they are, in a worker process. Of objects that come faster than ten a
+    second the first and the last are yielded; other lines go where they went. Returns what `function` returns.
+    """
+    # The pipe ends when nothing is left that writes to it: standard error itself, which is put back in the thread.
+    reading, writing = os.pipe()
+    stderr = os.dup(2)
+    os.dup2(writing, 2)
+    os.close(writing)
+
+    def run() -> T:
+        try:
+            return function()
+        finally:
+            os.dup2(stderr, 2)
+
+    told, waiting = 0.0, None
+    with ThreadPoolExecutor(1) as pool, open(reading, "rb") as lines:
+        result = pool.submit(run)
+        for line in lines:
+            try:
+                waiting = json.loads(line)
+            except ValueError:
+                os.write(stderr, line)
+                continue
+            if time.monotonic() - told >= TELL_SECONDS:
+                yield waiting
+                told, waiting = time.monotonic(), None
+        if waiting is not None:
+            yield waiting
+    os.close(stderr)
+    return result.result()
+
+
 def serve() -> None:
-    """Be a worker: answer each (function, item) of standard input with progress counts and a _Done, until it closes."""
+    """Be a worker: answer each (function, item) of standard input with what it tells and a _Done, until it closes."""
     # Ctrl-C reaches the whole group of processes; the parent, which gets it as well, ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -141,7 +180,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 
-    def send(message: int | _Done) -> None:
+    def send(message: Any) -> None:
         pickle.dump(message, answers)
         answers.flush()
 
@@ -152,8 +191,8 @@ def serve() -> None:
         except EOFError:
             return
         try:
-            for count in function(item):
-                send(count)
+            for message in function(item):
+                send(message)
             send(_Done(None))
         except BrokenPipeError:
             return

@@ -17,6 +17,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titan_moe.runtime import remote
+
 MIN_SHARD, MAX_SHARD = 1 << 20, 32 << 20  # bytes: seconds of tokenizing, the unit of parallel work and of resumption
 DOCUMENT_CHARS = 16 << 10  # running text (.txt) is cut into documents of about this many characters
 CHUNK_BYTES = 1 << 20
@@ -73,17 +75,19 @@ def are_tokens(files: Sequence[str]) -> bool:
 def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
     """Return the files that `paths` name: files, globs (`**` too) and folders, which are searched recursively.
 
-    Paths stay in the order given, the files of a glob or folder are sorted. In folders, hidden files and other formats
-    are left out, as are .json and .arrow files, most of which are no data, and token files beside text; a file named
-    directly or by a glob must have one of our formats. A folder of `save_to_disk` lists its files itself. Megatron's
-    pair may be named by its prefix, its .bin or its .idx, and is returned as the .bin. Errors: nothing given, no such
-    file, no match, unknown format, both text and tokens.
+    Each may be a URL (s3://bucket/folder). Paths stay in the order given, the files of a glob or folder are sorted. In
+    folders, hidden files and other formats are left out, as are .json and .arrow files, most of which are no data, and
+    token files beside text; a file named directly or by a glob must have one of our formats. A folder of `save_to_disk`
+    lists its files itself. Megatron's pair may be named by its prefix, its .bin or its .idx, and is returned as the
+    .bin. Errors: nothing given, no such file, no match, unknown format, both text and tokens.
     """
     # An ordered set: a file that two patterns name counts once, and the order of files decides that of documents.
     files: dict[str, None] = {}
     for path in [paths] if isinstance(paths, str) else paths:
         full = os.path.expanduser(path)
-        if os.path.isdir(full):
+        if remote.is_url(path):
+            matches = _remote_files(path, key)
+        elif os.path.isdir(full):
             matches = _files_in(full)
         elif os.path.isfile(full):
             matches = [full]
@@ -107,6 +111,22 @@ def find_files(paths: str | Sequence[str], key: str = "data.path") -> list[str]:
     _warn_of_copies(files, key)
     _refuse_a_mix([*files], key)
     return list(files)
+
+
+def _remote_files(url: str, key: str) -> list[str]:
+    """Return the data files behind a URL: a file, the matches of a glob, or those of a folder as a local one has."""
+    # A prefix of Megatron's pair is nothing by itself.
+    try:
+        files, root = remote.find(url, key)
+    except remote.RemoteError as error:
+        if isinstance(error.__cause__, FileNotFoundError) and remote.exists(f"{url}.bin", key):
+            return [f"{url}.bin"]
+        raise
+    if not root:
+        return files
+    names = [name for name in files if _is_data(Path(name.removeprefix(root).lstrip("/")))]
+    texts = [name for name in names if not are_tokens([name])]
+    return texts or [name for name in names if kind_of(name) == "npy" or f"{name[:-4]}.idx" in files]
 
 
 def _files_in(folder: str) -> list[str]:

@@ -27,6 +27,7 @@ from titan_moe.data.own import Document, OwnStream, check_ids, content_of, write
 from titan_moe.data.storage import is_usable, locked, new_checked_file, storage_errors
 from titan_moe.data.tokenizer import tokenizer_from_files
 from titan_moe.data.tokenizer_files import Files
+from titan_moe.runtime.progress import progress_of
 
 BLOCK = 4096  # documents, 20 MB or so of web text
 Stream = HubDataset | OwnStream
@@ -275,18 +276,15 @@ def sample_stream(dataset: Stream, wanted: str, *, fraction: float, num_bytes: i
 
 def _sample(dataset: Stream, wanted: str, *, fraction: float, num_bytes: int, progress: bool) -> Iterator[Document]:
     """Yield the stream's first documents of a side, `num_bytes` of them; ValueError where there is none."""
-    from tqdm import tqdm
-
-    bar_options = {"unit": "B", "unit_scale": True, "leave": False, "disable": None if progress else True}
     written = 0
-    with tqdm(total=num_bytes, desc=f"{wanted} text", **bar_options) as bar:
+    with progress_of(f"reading {wanted} text", show=progress) as show:
         # The sides are told apart by the same hash as in training, so they never share a document.
         for document in dataset.texts(dataset.open()):
             data = content_of(document)
             if data and side(data, Split(fraction), frozenset()) == wanted:
                 yield document
-                bar.update(len(data))
                 written += len(data)
+                show(min(written / num_bytes, 1.0), f"{written / 1e6:,.0f} MB")
                 if written >= num_bytes:
                     break
 

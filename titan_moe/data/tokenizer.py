@@ -64,7 +64,7 @@ class Tokenizer(NamedTuple):
         """Return the ids of a text with the end of text after them (num_tokens,), in the type of token caches.
 
         A third faster than `encode` (no offsets), but the library counts it as a use of threads, after which a fork
-        prints a warning: for worker processes only.
+        prints a warning: for worker processes only. For many documents `make_encoder` of encode.py is faster.
         """
         encoding = self.backend.encode_batch_fast([text], add_special_tokens=False)[0]
         return np.array([*encoding.ids, self.eot_id], self.dtype)
@@ -185,7 +185,7 @@ def _fingerprint(content: str, eot: str, vocab: dict[str, int]) -> str:
 
 def bytes_tokenizer() -> Tokenizer:
     """Make the tokenizer of plain bytes: id = byte, 256 = end of text."""
-    backend = Backend(models.BPE(vocab={char: byte for byte, char in enumerate(_byte_chars())}, merges=[]))
+    backend = Backend(models.BPE(vocab={char: byte for byte, char in enumerate(byte_chars())}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # pyrefly: ignore
     backend.decoder = decoders.ByteLevel()  # pyrefly: ignore
     backend.add_special_tokens([END_OF_TEXT[0]])
@@ -206,18 +206,22 @@ def bpe_vocab_size(name: str) -> int | None:
     return size
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, *, report: bool = False) -> Tokenizer:
     """Train a byte-level BPE of at most `vocab_size` tokens with GPT-2's words; equal texts give equal results.
 
     Uses the `tokenizers` threads, after which a fork of this process prints a warning: call it in a worker process.
+    With `report` the library writes how far it is to standard error, {"stage", "current", "total"} as a line of JSON.
     """
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyrefly: ignore
     backend.decoder = decoders.ByteLevel()  # pyrefly: ignore
     alphabet = pre_tokenizers.ByteLevel.alphabet()
+    report = report and hasattr(trainers.BpeTrainer, "progress_format")  # an early `tokenizers` only draws bars
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT[0]], initial_alphabet=alphabet, show_progress=report
     )  # pyrefly: ignore
+    if report:
+        trainer.progress_format = "json"  # pyrefly: ignore
     backend.train_from_iterator(texts, trainer)
     return tokenizer_from_files({TOKENIZER: backend.to_str()}, f"bpe:{vocab_size}")
 
@@ -289,7 +293,7 @@ def token_contents(tokenizer: Tokenizer) -> list[bytes]:
 
     # Added tokens are plain text in every kind. Special ones are left out when text is decoded, so they have no bytes.
     added = {token["id"]: token for token in content["added_tokens"]}
-    byte_of = {char: byte for byte, char in enumerate(_byte_chars())}
+    byte_of = {char: byte for byte, char in enumerate(byte_chars())}
     contents = [b""] * tokenizer.vocab_size
     for token, index in tokenizer.backend.get_vocab(with_added_tokens=True).items():
         if index in added:
@@ -303,7 +307,7 @@ def token_contents(tokenizer: Tokenizer) -> list[bytes]:
     return contents
 
 
-def _byte_chars() -> list[str]:
+def byte_chars() -> list[str]:
     """Return the printable characters by which byte-level vocabularies write the bytes 0 to 255 (GPT-2's table)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))

@@ -73,8 +73,8 @@ def is_first(documents_BS: Tensor) -> Tensor:
 def documents_of(whole_BS: Tensor, start: int, stop: int, *, limited: bool) -> Documents:
     """The documents of the queries from `start` to `stop` of whole sequences, and of their keys up to `stop`.
 
-    `whole_BS` are the documents' numbers. With `limited` there is room for one in `TOKENS_PER_DOCUMENT` queries, and
-    one in each sequence, else for any number.
+    `whole_BS` are the documents' numbers. With `limited` there is room for one in `TOKENS_PER_DOCUMENT` keys, and one
+    in each sequence, else for any number.
     """
     # Borders come in the order of the keys, and those that are none go to the end, by a sort of fixed size.
     ids_BK, num_queries = whole_BS[:, :stop], stop - start
@@ -91,7 +91,7 @@ def documents_of(whole_BS: Tensor, start: int, stop: int, *, limited: bool) -> D
     queries = keys if start == 0 else borders(row_B1 * num_queries + (position_K - start).clamp(min=0), B * num_queries)
 
     # One number for all who would have to know: NaN where the last place is not the end yet.
-    room = len(keys) if not limited else min(len(keys), B * (num_queries // TOKENS_PER_DOCUMENT + 1))
+    room = len(keys) if not limited else min(len(keys), B * (stop // TOKENS_PER_DOCUMENT + 1))
     fits = torch.where(F.pad(keys, (0, 1), value=B * stop)[room] == B * stop, 1.0, torch.nan)
     cu_keys = F.pad(keys[:room], (0, 1), value=B * stop)
     cu_queries = cu_keys if start == 0 else F.pad(queries[:room], (0, 1), value=B * num_queries)
@@ -115,7 +115,6 @@ def attend_in_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -
         return y.unflatten(0, (B, S)).transpose(1, 2)
     if q.device.type == "cpu":
         return document_attention(q, k, v, documents.cu_queries, documents.cu_keys)[0]
-
     return attend_by_mask(q, k, v, documents.first_keys)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from titan_moe.runtime.command import TRUST
+from titan_moe.runtime.progress import clock
 from titan_moe.sinks.sink import Record, Sink, of_sets
 
 
@@ -68,7 +69,7 @@ def console(total_steps: int, log_freq: int, *, is_terminal: bool, stream: TextI
 def summary(
     validation: Record | None,
     *,
-    checkpoint: Path | None,
+    checkpoint: Path | str | None,
     tensorboard: Path | None,
     prompt: str = "The ",
     modules: Sequence[str] = (),
@@ -156,9 +157,3 @@ def _short(record: Record) -> str:
     if "tokens/s" in watched:
         texts.append(f"{watched['tokens/s'] / 1000:.3g}k tok/s")
     return "  ".join(" ".join(text.split()) for text in texts)
-
-
-def clock(seconds: float) -> str:
-    """Hours:minutes:seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

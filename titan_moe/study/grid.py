@@ -12,6 +12,7 @@ from titan_moe.config import Config, merge_layers
 from titan_moe.config.layers import Layer, insert
 from titan_moe.config.schema import key_error
 from titan_moe.config.sections import Job
+from titan_moe.runtime.remote import is_url
 from titan_moe.study.report.measures import OF_SETS, OF_TASKS, key_in_set, set_of
 from titan_moe.study.spec import Study
 
@@ -131,6 +132,11 @@ def resolve(study: Study, point: Point, seed: int, folder: Path) -> Config:
     if study.section.analyze and not (config.checkpoint.enable and config.moe.num_experts):
         key = "checkpoint.enable = false" if config.moe.num_experts else "moe.num_experts = 0"
         raise ValueError(f"{study.path}: study.analyze = true needs checkpoints of models with experts, not {key}")
+    if is_url(config.checkpoint.folder):
+        raise ValueError(
+            f"{study.path}: checkpoint.folder ({config.checkpoint.folder}): all runs of a study would save into one "
+            "folder: leave it out, each run has its own"
+        )
     if not config.validation.enable:
         raise ValueError(f"{study.path}: validation.enable = false: a study compares validation losses: set it to true")
     return config

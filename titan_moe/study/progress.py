@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from titan_moe.sinks.console import clock
+from titan_moe.runtime.progress import clock
 from titan_moe.study.grid import Run, point_text
 from titan_moe.study.runs import Status, status
 

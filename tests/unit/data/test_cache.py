@@ -17,7 +17,7 @@ from titan_moe.data import cache, corpus, sources
 from titan_moe.data.cache import TokenCache, TokenFile, build_cache
 from titan_moe.data.corpus import Corpus, corpus_tokenizer, make_corpus
 from titan_moe.data.hub import HUB_ENDPOINT
-from titan_moe.data.processes import run_parallel
+from titan_moe.data.processes import run_parallel, watch
 from titan_moe.data.storage import write_sealed
 from titan_moe.data.tokenizer import bytes_tokenizer
 from titan_moe.data.verify import verify_data
@@ -353,6 +353,37 @@ def test_a_killed_build_is_resumed_and_two_at_once_agree(tmp_path: Path) -> None
     assert not list(folder.rglob("*.tmp"))
 
 
+@pytest.mark.slow
+def test_a_build_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS * 60)
+    folder, clean = tmp_path / "cache", build_all(path, tmp_path / "clean")
+    num_kills, done = 0, 0
+
+    # Each start is killed when it has one part more than the one before, the last ones while parts are joined.
+    for wait in (0.0, 0.01, 0.02, 0.05, 0.0, 0.01, 0.1, 0.0, 0.02, 0.0, 0.0, 0.0):
+        with start(path, folder) as process:
+            while process.poll() is None and len(list(folder.glob("*/parts/0*.json"))) <= done:
+                time.sleep(0.001)
+            time.sleep(wait)
+            num_kills += process.poll() is None
+            process.kill()
+        before, done = done, len(list(folder.glob("*/parts/0*.json")))
+        if list(folder.glob("*/meta.json")):
+            break
+        assert done >= before  # what was finished stays
+    assert num_kills >= 5
+    assert build_all(path, folder) == clean
+    assert not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob("parts"))
+
+
+def build_all(path: str, folder: Path) -> dict[str, bytes]:
+    with start(path, folder) as process:
+        assert process.wait(60) == 0
+    home = next(folder.glob("*/meta.json")).parent
+    return {name: (home / name).read_bytes() for name in ("train.bin", "validation.bin", "meta.json")}
+
+
 @pytest.fixture
 def tiny_disk() -> Iterator[None]:
     """No file may grow beyond 4 KiB: what a full disk looks like to whoever writes."""
@@ -371,6 +402,34 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(
         build([path], tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").glob("*/*.bin"))
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_disk_that_fills_up_loses_nothing_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "titan_moe")
+    folder = tmp_path / "cache"
+    other = build([write_jsonl(tmp_path / "other.jsonl", TEXTS[:50])], folder)
+    texts = [*TEXTS, "a document that is larger than what is left of the disk" * 200]
+    path = write_jsonl(tmp_path / "a.jsonl", texts)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9000, hard))
+    try:
+        with pytest.raises(
+            OSError, match=r"cache_folder \(.*\): .*: free some space there or choose another"
+        ) as caught:
+            build([path], folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    parts = list(folder.glob("*/parts/0*.json"))
+    assert len(parts) >= 3
+    assert build([str(tmp_path / "other.jsonl")], folder) == other
+    caplog.clear()
+    assert sorted(texts_of(build([path], folder).train)) == sorted(texts_of(build([path], tmp_path / "2").train))
+    todo, total = (int(caplog.messages[0].split(": ")[1].split()[index]) for index in (0, 2))
+    assert todo == total - len(parts)
 
 
 def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
@@ -414,6 +473,72 @@ def test_a_bpe_is_trained_on_training_documents_only_and_kept(tmp_path: Path) ->
     before = kept.stat().st_mtime_ns
     assert corpus_tokenizer("bpe:280", data, str(tmp_path / "cache"), HUB_ENDPOINT)[1:] == tokenizer[1:]
     assert kept.stat().st_mtime_ns == before
+
+
+def test_progress_has_tokens_a_second_and_the_time_left(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of two files of 1000 bytes each: the first is 1000 bytes for 500 of text, so 250 more are a half of the other."""
+    now = [0.0]
+    monkeypatch.setattr(cache.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("titan_moe.runtime.progress.LOG_SECONDS", 0.0)
+    caplog.set_level(logging.INFO, "titan_moe")
+
+    def told() -> Iterator[cache._Told]:
+        for news in ((250, 40), (250, 40), (0, 0, 1000, 500), (250, 20)):
+            now[0] += 10.0
+            yield cache._Told(*news)
+
+    for ending in (".jsonl", ".jsonl.gz"):
+        caplog.clear()
+        now[0] = 0.0
+        jobs = [cache._Job((sources.Piece(f"{n}{ending}", "jsonl", size=1000),), None, "", "") for n in "ab"]
+        cache._show_progress(told(), jobs, jobs, True)
+        assert caplog.messages[3] == "tokenizing: 75%, 0 MB of text, 2 tokens/s, " + (
+            "0:00:12 left" if ending == ".jsonl" else "0:00:10 left"
+        )
+        known = [text.partition("%")[0] for text in caplog.messages[:3]]
+        begun = (
+            ["tokenizing: 12", "tokenizing: 25"] if ending == ".jsonl" else ["tokenizing: 0 MB of text, 4 tokens/s"] * 2
+        )
+        assert known == [*begun, "tokenizing: 50"]
+
+
+def test_the_training_of_a_bpe_tells_its_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make([write_jsonl(tmp_path / "a.jsonl", [*TEXTS * 200])], tmp_path)
+    path = str(tmp_path / "bpe.json")
+    told = list(run_parallel(corpus.train_bpe_file, [(data, corpus.Split(0.0), 400, path)]))
+    stages = list(dict.fromkeys(news["stage"] for news in told))
+    assert stages[0] == "Read text"
+    assert stages[-1] == "Compute merges"
+    assert told[0]["current"] > 0
+    assert told[-1]["current"] == told[-1]["total"] <= 400
+    assert json.loads(Path(path).read_text())["model"]["type"] == "BPE"
+
+
+def speak(item: int) -> Iterator[object]:
+    """Write to standard error what is progress and what is not."""
+
+    def work() -> str:
+        for number in range(3):
+            os.write(2, b'{"number": %d}\n' % number)
+        os.write(2, b"a warning\n")
+        return "result"
+
+    yield (yield from watch(work))
+    os.write(2, b"afterwards\n")
+
+
+def fail(item: int) -> Iterator[object]:
+    """Fail while its standard error is read."""
+    yield from watch(lambda: int("no number"))
+
+
+def test_what_a_library_writes_to_standard_error_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    assert list(run_parallel(speak, [1])) == [{"number": 0}, {"number": 2}, "result"]
+    assert capfd.readouterr().err == "a warning\nafterwards\n"
+    with pytest.raises(ValueError, match="no number"):
+        list(run_parallel(fail, [1]))
 
 
 def crash(item: int) -> Iterator[int]:

@@ -315,6 +315,17 @@ def test_more_documents_than_have_room_are_nan_and_no_other_numbers(monkeypatch:
     assert model(tokens_of(fits))[0].isnan().all()
 
 
+def test_a_run_of_queries_has_room_for_the_documents_before_it() -> None:
+    """Their keys are there, too, though no query sees them."""
+    length = 64
+    for ends, fits in (([15, 31, 47], True), ([3, 7, 15, 31], True), ([3, 7, 11, 15, 31], False)):
+        ids = places_of(tokens_of([[i in ends for i in range(length)]]), EOT).document_ids
+        found = documents_of(ids, length - 8, length, limited=True)
+        assert len(found.cu_keys) == len(found.cu_queries) == length // 16 + 2
+        assert (found.fits == 1).item() == fits
+        assert documents_of(ids, length - 8, length, limited=False).fits == 1
+
+
 def test_a_model_that_does_not_know_the_end_of_text() -> None:
     model = model_of()
     model.eot_id = None

@@ -47,7 +47,7 @@ def model_tensors(step_folder: Path) -> LazyTensors:
 
 
 def to_hf(
-    checkpoint: Path,
+    checkpoint: Path | str,
     out: Path,
     *,
     dtype: str = "",

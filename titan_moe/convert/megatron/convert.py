@@ -53,7 +53,7 @@ class Part(NamedTuple):
 
 
 def to_megatron(
-    checkpoint: Path, out: Path, *, spec: str = "te", verify: bool = True, trust_components: Sequence[str] = ()
+    checkpoint: Path | str, out: Path, *, spec: str = "te", verify: bool = True, trust_components: Sequence[str] = ()
 ) -> None:
     """Write the model of a checkpoint as the `torch_dist` folder `out`; `spec` of MOE_NORM.
 
