@@ -1,5 +1,6 @@
 """Runs on documents that are packed best-fit: ranks, going on, evaluation, and what a user can get wrong."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -7,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.e2e.conftest import Arguments
 from tests.e2e.harness import Command, Ended, command, free_port, records
 from tests.e2e.test_bad_input import error_line
+from tests.unit.data.test_token_files import EOT
+from titan_moe.checkpoint import load_model
+from titan_moe.evaluate import validation_batches
+from titan_moe.model.cross_entropy import IGNORE
 
 Train = Callable[..., Ended]
 BEST_FIT = {"data__packing": "best_fit", "training__seq_len": 64}
@@ -91,6 +97,22 @@ def test_packed_sources_and_validation_sets(train: Train, tmp_path: Path, path: 
     assert all(math.isfinite(validation[f"validation/{name}/loss"]) for name in ("words", "text", "whole"))
     line = records(tmp_path / "run")[-1]
     assert line["tokens/words"] + line["tokens/text"] == line["num_tokens"]
+
+
+def test_packed_documents_do_not_see_each_other(train: Train, tmp_path: Path, path: str) -> None:
+    """With data.document_mask each is read as if it were alone, and the padding behind them changes nothing."""
+    masked = {"data__document_mask": True, "data__restart_positions": True}
+    assert train(**BEST_FIT, **masked, data__path=[path]).code == 0
+    model, config = load_model(tmp_path / "run")
+    tokens, labels = next(validation_batches(config, "bytes", []))
+    with torch.no_grad():
+        logits = model(tokens)[0]
+        for ids, of_row, logits_SV in zip(tokens, labels, logits, strict=True):
+            ends = [*(ids == EOT).nonzero().flatten().add(1).tolist(), len(ids)]
+            for start, end in itertools.pairwise([0, *ends]):
+                if (of_row[start:end] != IGNORE).any():
+                    alone = model(ids[None, start:end])[0][0]
+                    torch.testing.assert_close(logits_SV[start:end], alone, rtol=0, atol=1e-5)
 
 
 def test_what_can_be_wrong(train: Train, path: str, tmp_path: Path) -> None:

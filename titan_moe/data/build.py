@@ -635,9 +635,13 @@ def _tokenize_texts(want: _Wanted, places: Sequence[Fixed], held_out: list[str],
     done = tokenize(fractions)
     lacking = [number for number, cache in enumerate(done.caches) if not all(cache.num_documents.values())]
     if want.fraction and lacking:
-        texts = _find_texts(places, held_out, fractions)
         for number in lacking:
-            fractions[number] = fraction_for_both(hashed_corpus(texts[number], want.folder), want.folder)
+            place, fraction = places[number], fractions[number]
+            if isinstance(place, DataFiles):
+                corpus = hashed_corpus(_find_texts([place], held_out, [fraction])[0], want.folder)
+            else:
+                corpus = _corpus_of(place, held_out, fraction, want.folder)
+            fractions[number] = fraction_for_both(corpus, want.folder)
             log.info(
                 "data.validation_fraction is taken as %.3g: one document at least on either side", fractions[number]
             )

@@ -356,6 +356,11 @@ BESIDE: dict[str, tuple[str, dict[str, Any], str]] = {
         {"validation_fraction": 0.0, "validation_path": __file__.replace(".py", ".txt")},
         r"data.validation_path .*: set data.validation_fraction instead",
     ),
+    "a stream to be packed": (
+        STREAM.format(documents=TEXTS),
+        {"packing": "best_fit"},
+        r"data.packing \(best_fit\) needs to know all documents, and data.dataset \(own_data:fn\) is read while",
+    ),
     "arguments that JSON has not": (
         "def fn(day): return []",
         {"arguments": {"day": {1}}},
