@@ -41,7 +41,7 @@ def score_items(
     """The log-likelihood of each item's scored tokens in nats, and whether greedy decoding gives them.
 
     Every rank must call it, and gets all of them. `local_batch_size` as in `task_batches`. `pad_id`, the token that
-    ends documents, fills up rows.
+    ends documents, comes between an item and what fills up its row.
     """
     # Attention over sequences that ranks have parts of is made for training's length; any other takes any width.
     batches = task_batches(

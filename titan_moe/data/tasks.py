@@ -309,10 +309,13 @@ def task_batches(
 
 def _padded(task: Task, places: Sequence[int], width: int, pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return items at the left of rows of `width`; one row of padding where there are none."""
-    tokens = np.full((max(1, len(places)), width), pad_id, np.int64)
+    # One end of text keeps padding out of an item's document, and another token behind it makes it one document: where
+    # attention stays inside documents a GPU has room for so many.
+    tokens = np.full((max(1, len(places)), width), int(pad_id == 0), np.int64)
     labels = np.full_like(tokens, IGNORE)
     for row, place in enumerate(places):
         ids, num_scored = task.items[place]
         tokens[row, : len(ids) - 1] = ids[:-1]
+        tokens[row, len(ids) - 1 : len(ids)] = pad_id
         labels[row, len(ids) - 1 - num_scored : len(ids) - 1] = ids[-num_scored:]
     return torch.from_numpy(tokens), torch.from_numpy(labels), torch.tensor(places or [0])

@@ -218,11 +218,11 @@ def test_ranks_share_all_items(lengths: list[tuple[int, int]], batch: int, ranks
             assert tokens.numel() <= max(batch * 24, 24)
             for row, label_row, place in zip(tokens, labels, places.tolist(), strict=True):
                 if (label_row == IGNORE).all():
-                    assert (row == 0).all()
+                    assert (row == 1).all()
                     continue
                 ids, num_scored = items[place]
                 assert row[: len(ids) - 1].tolist() == ids[:-1]
-                assert (row[len(ids) - 1 :] == 0).all()
+                assert row[len(ids) - 1 :].tolist() == ([0] + [1] * (24 * 100))[: len(row) - len(ids) + 1]
                 assert label_row[label_row != IGNORE].tolist() == ids[-num_scored:]
                 assert (label_row != IGNORE).nonzero().flatten()[-1] == len(ids) - 2
                 seen.append(place)
