@@ -608,8 +608,9 @@ def _tokenize_texts(want: _Wanted, places: Sequence[Fixed], held_out: list[str],
         return _Tokenized([], load_tokenizer(want.tokenizer, want.endpoint, want.eot_token), [])
 
     def tokenize(fractions: Sequence[float]) -> _Tokenized:
-        # Files behind URLs are fetched a few at a time, which goes for all of the text or for none.
         files = [place for place in places if isinstance(place, DataFiles)]
+
+        # Files behind URLs are fetched a few at a time, which goes for all of the text or for none.
         if any(map(is_url, chain(held_out, *(place.files for place in files)))):
             if others or len(files) < len(places):
                 raise ValueError(

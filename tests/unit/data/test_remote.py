@@ -213,11 +213,13 @@ def test_validation_sets_and_what_is_trained_on(tmp_path: Path, corpus: Path) ->
     assert here.fingerprint == there.fingerprint
     for one, other in zip(here.batches(), there.batches(), strict=True):
         assert torch.equal(one[0], other[0])
-    assert trained_on("text", [f"{URL}/1.jsonl"], [("text", [str(corpus)])], cache) == [f"{URL}/1.jsonl"]
+    assert trained_on(("text", [f"{URL}/1.jsonl"], {}), [("text", [str(corpus)], {})], cache) == [f"{URL}/1.jsonl"]
     shutil.copy(corpus / "1.jsonl", tmp_path / "copy.jsonl")
-    assert trained_on("text", [str(tmp_path / "copy.jsonl")], [("text", [URL])], cache) == []  # the rest is not known
+    assert (
+        trained_on(("text", [str(tmp_path / "copy.jsonl")], {}), [("text", [URL], {})], cache) == []
+    )  # the rest is not known
     make(tmp_path / "cache", path=URL)
-    assert trained_on("text", [str(tmp_path / "copy.jsonl")], [("text", [URL])], cache) == [
+    assert trained_on(("text", [str(tmp_path / "copy.jsonl")], {}), [("text", [URL], {})], cache) == [
         str(tmp_path / "copy.jsonl")
     ]
     assert trained_on("text", [f"{URL}/3.jsonl"], [("text", [f"{URL}/1.jsonl"])], cache) == []
