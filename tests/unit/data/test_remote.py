@@ -215,14 +215,11 @@ def test_validation_sets_and_what_is_trained_on(tmp_path: Path, corpus: Path) ->
         assert torch.equal(one[0], other[0])
     assert trained_on(("text", [f"{URL}/1.jsonl"], {}), [("text", [str(corpus)], {})], cache) == [f"{URL}/1.jsonl"]
     shutil.copy(corpus / "1.jsonl", tmp_path / "copy.jsonl")
-    assert (
-        trained_on(("text", [str(tmp_path / "copy.jsonl")], {}), [("text", [URL], {})], cache) == []
-    )  # the rest is not known
+    copy = ("text", [str(tmp_path / "copy.jsonl")], {})
+    assert trained_on(copy, [("text", [URL], {})], cache) == []  # the rest is not known
     make(tmp_path / "cache", path=URL)
-    assert trained_on(("text", [str(tmp_path / "copy.jsonl")], {}), [("text", [URL], {})], cache) == [
-        str(tmp_path / "copy.jsonl")
-    ]
-    assert trained_on("text", [f"{URL}/3.jsonl"], [("text", [f"{URL}/1.jsonl"])], cache) == []
+    assert trained_on(copy, [("text", [URL], {})], cache) == copy[1]
+    assert trained_on(("text", [f"{URL}/3.jsonl"], {}), [("text", [f"{URL}/1.jsonl"], {})], cache) == []
 
 
 def test_a_folder_is_searched_as_a_local_one() -> None:
