@@ -4,6 +4,7 @@ import gzip
 import json
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from titan_moe.data import waves
-from titan_moe.data.build import Data, build_data, build_validation, trained_on
+from titan_moe.data.build import Data, SourceFiles, build_data, build_validation, trained_on
 from titan_moe.data.remote import REMOTE
 from titan_moe.data.sources import find_files
 from titan_moe.runtime import remote
@@ -226,6 +227,21 @@ def test_validation_sets_and_what_is_trained_on(tmp_path: Path, corpus: Path) ->
     make(tmp_path / "cache", path=URL)
     assert both(copy, URL)
     assert not both(f"{URL}/3.jsonl", f"{URL}/1.jsonl")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])
+def test_beside_a_data_set_of_ones_own_all_is_fetched(
+    tmp_path: Path, corpus: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it is the same run as with the files of a disk."""
+    (tmp_path / "data_beside.py").write_text("def fn(): return [f'document {n} ' * (n % 7 + 1) for n in range(200)]")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    runs = []
+    for cache, path in (("here", str(corpus)), ("there", URL)):
+        sources = [SourceFiles("own", "data_beside:fn", [], 1), SourceFiles("text", "text", path, 2)]
+        runs.append(read(tmp_path / cache, sources=sources, tokenizer=tokenizer))
+    assert runs[0] == runs[1]
 
 
 def test_a_folder_is_searched_as_a_local_one() -> None:
