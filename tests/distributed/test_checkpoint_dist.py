@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoint, save_checkpoint, state, store
+from titan_moe.checkpoint import CheckpointError, latest_complete, load_checkpoint, save_checkpoint, store
 from titan_moe.checkpoint import folder as checkpoint_folder
 from titan_moe.checkpoint.background import background_saver
 from titan_moe.runtime.dtensor import gathered
@@ -114,7 +114,7 @@ def check_failure_on_one_rank(folder: Path) -> None:
     model, optimizer = make(1, "fsdp")
     train(model, optimizer, 1)
     save(folder, 1, model, optimizer)
-    places: list[tuple[Any, str]] = [(dcp.FileSystemWriter, "write_data"), (state, "write_synced")]
+    places: list[tuple[Any, str]] = [(dcp.FileSystemWriter, "write_data"), (store, "write_synced")]
     for owner, function in places:
         original = getattr(owner, function)
 

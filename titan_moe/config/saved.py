@@ -33,12 +33,12 @@ def load_saved(
     """
     # Before anything is merged, for checking a key of such a component would import it. A user who names a package
     # trusts all of its modules.
-    layer = _layer(path)
+    layer, words = _layer(path), command_line_layer(list(overrides))
     written = layer.table
     if not with_data:
         table = _without_own_data(written)
-        if isinstance(table.get("data"), dict):
-            table["data"].pop("sources", None)  # beside which there is no data.path, which the user may give
+        if "path" in words.table.get("data", {}) and isinstance(table.get("data"), dict):
+            table["data"].pop("sources", None)  # beside which there is no data.path
         layer = layer._replace(table=table)
     trusted = (trust_components,) if isinstance(trust_components, str) else trust_components
     strange = {
@@ -54,7 +54,6 @@ def load_saved(
         )
 
     # Overrides are the user's words, who may name anything but another file.
-    words = command_line_layer(list(overrides))
     if "config_file" in words.table.get("job", {}):
         raise key_error(words.origin, "job.config_file", "the configuration is the checkpoint's: leave it out")
     config = merge_layers([layer, words])

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.tiny import balancers, batch, tiny_model
 from titan_moe.model.attention import rope_cos_sin
+from titan_moe.model.rope import Rotation
 from titan_moe.model.routing import ROUTERS
 from titan_moe.model.wrappers import plain_name
 from titan_moe.optimizer import optimizer as optimizers
@@ -103,7 +104,7 @@ def gradients(mode: str) -> dict[str, Tensor]:
     route, calls = ROUTERS["topk_softmax"](top_k=2), [0]
     moe.route = lambda logits, bias: route(logits + unsteady_noise(logits, calls), bias)
     x = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
-    y, *_ = checkpoint_block(model.layers[0], mode)(x, rope_cos_sin(16, 8, 1e4, x.device))
+    y, *_ = checkpoint_block(model.layers[0], mode)(x, rope_cos_sin(16, Rotation(8, 1e4), x.device))
     y.square().sum().backward()
     assert calls[0] == (1 if mode == "none" else 2)
     return {name: p.grad for name, p in model.layers[0].named_parameters() if p.grad is not None}
@@ -139,7 +140,7 @@ def test_compiled_backward_does_not_choose_again(mode: str) -> None:
     backend = aot_autograd(fw_compiler=note, partition_fn=min_cut_rematerialization_partition)
     x = torch.randn(2, 16, 16, requires_grad=True)
     block: Any = torch.compile(checkpoint_block(model.layers[0], mode), backend=backend, fullgraph=True)
-    block(x, rope_cos_sin(16, 8, 1e4, x.device))[0].sum().backward()
+    block(x, rope_cos_sin(16, Rotation(8, 1e4), x.device))[0].sum().backward()
     torch.compiler.reset()
     forward, backward = graphs
     aten = torch.ops.aten
