@@ -720,9 +720,11 @@ def _whole(
         documents = _documents(place, **options, document_mask=document_mask)
         fingerprint = digest([one.fingerprint for one in documents])
         return fingerprint, packed(fingerprint, all_documents(documents), join_borders(documents))
+
+    # All of a corpus is its validation side. Of what is fetched no file stays: there are its tokens alone.
     if isinstance(place, OwnDocuments):
         corpus = own_corpus(place, [], 1.0, folder)
-    elif any(map(is_url, place.files)):  # of what is fetched no file stays: there are its tokens alone
+    elif any(map(is_url, place.files)):
         texts = find_texts([], place.files, fraction=0.0, key=key)
         fingerprint, waves = build_waves(texts, tokenizer, folder, progress=progress)
         return fingerprint, packed(fingerprint, waves.validation)
