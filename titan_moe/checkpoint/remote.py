@@ -294,11 +294,14 @@ def fetch_step(step_url: str, part: int = 0, parts: int = 1) -> Path:
     name = hashlib.sha256(step_url.encode() + manifest).hexdigest()[:16]
     target = user_cache_folder() / FETCHED / name / step_url.rstrip("/").rpartition("/")[2]
     target.mkdir(parents=True, exist_ok=True)
+
+    # Its time says that it is in use, to other processes that look for copies that are not.
     os.utime(target.parent)
     for other in target.parent.parent.iterdir():
         if other != target.parent and time.time() - other.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(other, ignore_errors=True)
 
+    # What an interrupted fetch has left whole is not fetched again.
     begin, count = time.perf_counter(), 0
     for file in sorted(body["files"])[part::parts]:
         path, entry = target / file, body["files"][file]
